@@ -1,0 +1,21 @@
+"""What goes wrong on a user's side: one clear sentence each, never a traceback in the command line."""
+
+
+class MoESparseError(ValueError):
+    """Something the user can mend: a model that does not fit, text that is too short, a folder that is not empty."""
+
+
+class UsageError(MoESparseError):
+    """An argument that can never be right (an unknown rule, a ratio of 1.2): the command line exits with 2."""
+
+
+class UnsupportedModelError(MoESparseError):
+    """The model has no experts, or experts that do not fit; names the module and what is missing."""
+
+
+class CalibrationError(MoESparseError):
+    """The calibration data or the statistics from it cannot be used."""
+
+
+class CheckpointError(MoESparseError):
+    """A folder cannot be read or written as a checkpoint; names the file."""
