@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from moesparse._version import __version__
-from moesparse.blocks import ExpertMatrix, MoEBlock, check_coverage, decoder_layers, find_moe_blocks
+from moesparse.blocks import ExpertMatrix, MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.calibration import check_dense, check_windows, record
-from moesparse.errors import CalibrationError, MoESparseError, UsageError
+from moesparse.errors import CalibrationError, MoESparseError
 from moesparse.layerwise import LayerStream
 from moesparse.masks import Pattern, check_mask
 from moesparse.memory import peak_memory, reset_peak_memory
@@ -171,7 +171,6 @@ def prune(
     """
     recipe = recipe or Recipe()
     blocks = find_moe_blocks(model)
-    check_coverage(model, blocks)
     for block in blocks:
         for matrix in block.matrices:
             recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])

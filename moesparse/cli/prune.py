@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from moesparse.cli.common import calibration_windows, console, model_source, print_json, progress_bar, quiet_libraries
+from moesparse.cli.common import (
+    calibration_windows,
+    console,
+    model_source,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    resolve_device,
+)
 
 SALIENCY_HELP = (
     "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm."
@@ -23,13 +31,16 @@ def prune(
     model: Annotated[str, typer.Argument(help="A local folder, a hub id, or 'demo' for the embedded model.")],
     out: Annotated[Path, typer.Argument(help="A new or empty folder for the pruned checkpoint.")],
     weights: Annotated[
-        str, typer.Option(help="n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run) or the ratio removed.")
+        str,
+        typer.Option(help="n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run) or the ratio removed."),
     ] = "2:4",
     saliency: Annotated[str, typer.Option(help=SALIENCY_HELP)] = "",
     update: Annotated[str, typer.Option(help=UPDATE_HELP)] = "",
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="Text: FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=DOMAIN names it. Repeat."),
+        typer.Option(
+            help="Text: FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=DOMAIN names it. Repeat."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a window; bounded by the model's context.", min=2)] = 2048,
@@ -107,23 +118,6 @@ def prune(
         print_json(result.to_dict() | {"output": str(out)})
         return
     _show(result, out)
-
-
-def resolve_device(name: str) -> Any:
-    """torch device of --device; None for auto: the GPU when there is one."""
-    import torch
-
-    from moesparse.errors import UsageError
-
-    if name == "auto":
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device must be one this machine has, got {name!r} and torch sees no GPU")
-    return device
 
 
 def _show(result: Any, out: Path) -> None:
