@@ -29,7 +29,7 @@ from moesparse.masks import Pattern, check_mask
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.saliency.updates import parse_update, rescale_factor, update_weights
-from moesparse.saliency.weights import check_rules, choose_masks, moments_needed
+from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
 from moesparse.statistics import ExpertStatistics, ModelStatistics
 
 DEFAULT_SALIENCY = "moe-pruner"
@@ -44,9 +44,9 @@ class Recipe:
         weights: "n:m" (n of every m consecutive inputs of an output row stay), or the share removed from every output
             row, in (0, 1).
         saliency: the mask rule, one of moesparse.saliency.weights.MASK_RULES.
-        update: the weight rule: "none" (the paper's), "rescale", "obs", "least-squares", or two joined by "+".
+        update: the weight rule, one of moesparse.saliency.updates.UPDATE_RULES; "none" is the papers' own.
         propagate: the next block is calibrated on what the pruned blocks before it give (False: on the dense model).
-        seed: recorded with the result; every rule here is deterministic.
+        seed: of the "random" mask rule; every other rule is deterministic.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
@@ -60,7 +60,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))
-        check_rules(self.saliency, self.update)
+        moments_needed(self.saliency, self.update)  # refuses an unknown rule
 
     @property
     def pattern(self) -> Pattern:
@@ -80,8 +80,9 @@ class TensorReport:
         sparsity: share of exact zeros.
         pattern: the pattern asked for.
         holds: the pattern was found in every row after the weights were written back.
-        residual: per expert, squared output error on the calibration tokens relative to the dense output, or None
-            where the rules need no second moments.
+        error_before: per expert, |(W - V) X| / |W X| of the masked dense weights on the calibration tokens; None where
+            the rules need no second moments.
+        error_after: the same once the kept weights were re-solved.
         fallbacks: experts without calibration tokens, masked by magnitude.
     """
 
@@ -90,7 +91,8 @@ class TensorReport:
     sparsity: float
     pattern: str
     holds: bool
-    residual: list[float] | None = None
+    error_before: list[float] | None = None
+    error_after: list[float] | None = None
     fallbacks: list[int] = field(default_factory=list)
 
 
@@ -207,7 +209,7 @@ def _prune_from_weights(
     reports = []
     for done, block in enumerate(blocks):
         progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
-        reports.append(_prune_block(block, None, recipe))
+        reports.append(_prune_block(block, None, recipe, "none"))
     return reports, {"windows": 0, "length": 0, "tokens": 0}
 
 
@@ -215,15 +217,10 @@ def _prune_from_statistics(
     model: nn.Module, blocks: Sequence[MoEBlock], statistics: ModelStatistics, recipe: Recipe, progress: Progress
 ) -> tuple[list[BlockReport], dict[str, Any]]:
     statistics.check_model(model)
-    if "rescale" in parse_update(recipe.update):
-        raise CalibrationError(
-            "update must not hold rescale with saved statistics: the factor is the output of the pruned expert on the "
-            "calibration tokens; pass the windows instead"
-        )
     reports = []
     for done, block in enumerate(blocks):
         progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
-        reports.append(_prune_block(block, statistics.blocks[block.name], recipe))
+        reports.append(_prune_block(block, statistics.blocks[block.name], recipe, recipe.update))
     return reports, {"statistics": statistics.text_hash, "tokens": statistics.tokens}
 
 
@@ -235,7 +232,8 @@ def _prune_layerwise(
     for block in blocks:
         at.setdefault(names[id(model.get_submodule(block.layer))], []).append(block)
     last = max(at)
-    rescale = "rescale" in parse_update(recipe.update)
+    # the factor is measured by running the pruned experts, which sees the loss in gate and up as well
+    solver, rescale = parse_update(recipe.update)
     moments = moments_needed(recipe.saliency, recipe.update)
     passes = sum(1 + rescale + recipe.propagate if position in at else 1 for position in range(last + 1))
     total, done, tokens = passes * len(stream), 0, 0
@@ -262,7 +260,7 @@ def _prune_layerwise(
                     recorder.begin_batch(stream.token_masks[number], first_window=number)
 
                 run(position, not recipe.propagate, f"calibrate {label}", mask_rows)
-            measured = [_prune_block(block, recorder.statistics[block.name], recipe) for block in here]
+            measured = [_prune_block(block, recorder.statistics[block.name], recipe, solver) for block in here]
             if rescale:
                 with record(here, moments="none") as again:
 
@@ -283,9 +281,9 @@ def _prune_layerwise(
     return reports
 
 
-def _prune_block(block: MoEBlock, statistics: ExpertStatistics | None, recipe: Recipe) -> BlockReport:
+def _prune_block(block: MoEBlock, statistics: ExpertStatistics | None, recipe: Recipe, update: str) -> BlockReport:
     started = time.perf_counter()
-    tensors = [_prune_matrix(block, matrix, statistics, recipe) for matrix in block.matrices]
+    tensors = [_prune_matrix(block, matrix, statistics, recipe, update) for matrix in block.matrices]
     return BlockReport(
         name=block.name,
         experts=block.num_experts,
@@ -299,13 +297,17 @@ def _prune_block(block: MoEBlock, statistics: ExpertStatistics | None, recipe: R
 
 @torch.no_grad()
 def _prune_matrix(
-    block: MoEBlock, matrix: ExpertMatrix, statistics: ExpertStatistics | None, recipe: Recipe
+    block: MoEBlock, matrix: ExpertMatrix, statistics: ExpertStatistics | None, recipe: Recipe, update: str
 ) -> TensorReport:
     name = f"{block.name}.{matrix.name}"
     weight = matrix.weight
-    choice = choose_masks(weight, recipe.saliency, recipe.pattern, statistics, matrix.input, name=name)
-    update = update_weights(weight, choice.mask, recipe.update, statistics, matrix.input, name=name)
-    weight.copy_(update.weight)
+    choice = choose_masks(
+        weight, recipe.saliency, recipe.pattern, statistics, matrix.input, seed=recipe.seed, name=name
+    )
+    result = update_weights(
+        weight, choice.mask, update, statistics, matrix.input, gate=obs_gate(recipe.saliency), name=name
+    )
+    weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed
     verdict = check_mask(weight, recipe.pattern)
     if not verdict.holds:
@@ -316,8 +318,9 @@ def _prune_matrix(
         sparsity=verdict.sparsity,
         pattern=str(recipe.pattern),
         holds=verdict.holds,
-        residual=None if update.residual is None else update.residual.tolist(),
-        fallbacks=choice.fallback,
+        error_before=None if result.error_before is None else result.error_before.tolist(),
+        error_after=None if result.error_after is None else result.error_after.tolist(),
+        fallbacks=list(choice.fallback),
     )
 
 

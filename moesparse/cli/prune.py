@@ -126,14 +126,14 @@ def _show(result: Any, out: Path) -> None:
         table.add_column(column, justify="left" if column in ("block", "tensor", "pattern") else "right")
     for block in result.blocks:
         for number, tensor in enumerate(block.tensors):
-            error = "" if tensor.residual is None else f"{100 * sum(tensor.residual) / len(tensor.residual):.1f}%"
+            error = _mean_percent(tensor.error_before) + " > " + _mean_percent(tensor.error_after)
             table.add_row(
                 block.name if number == 0 else "",
                 tensor.name,
                 " x ".join(map(str, tensor.shape)),
                 f"{100 * tensor.sparsity:.1f}%",
                 tensor.pattern,
-                error,
+                error if tensor.error_after is not None else "",
                 str(len(tensor.fallbacks) or ""),
                 f"{block.seconds:.1f}" if number == 0 else "",
                 f"{block.peak_bytes / 2**30:.2f} GiB" if number == 0 else "",
@@ -143,3 +143,7 @@ def _show(result: Any, out: Path) -> None:
         console.print(f"[yellow]no calibration tokens:[/] {block} expert {expert}: {tensor} was masked by magnitude")
     console.print(f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero", highlight=False)
     console.print(f"next: moesparse eval {out} --text FILE   |   moesparse inspect {out}", highlight=False)
+
+
+def _mean_percent(values: list[float] | None) -> str:
+    return "" if values is None else f"{100 * sum(values) / len(values):.1f}%"
