@@ -22,7 +22,7 @@ from torch import nn
 
 from moesparse._version import __version__
 from moesparse.blocks import ExpertMatrix, MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.calibration import check_dense, check_windows, record
+from moesparse.calibration import Recorder, check_dense, check_windows, record
 from moesparse.errors import CalibrationError, MoESparseError
 from moesparse.layerwise import LayerStream
 from moesparse.masks import Pattern, check_mask
@@ -186,7 +186,8 @@ def prune(
     else:
         if not allow_pruned:
             check_dense(blocks)
-        windows, mask = check_windows(model, calibration)
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        windows, mask = check_windows(calibration, vocabulary)
         home = torch.device(device) if device is not None else _default_device()
         stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, home)
         reports = _prune_layerwise(stream, model, blocks, recipe, progress)
@@ -239,11 +240,17 @@ def _prune_layerwise(
     total, done, tokens = passes * len(stream), 0, 0
     reports: list[BlockReport] = []
 
-    def run(position: int, keep: bool, stage: str, before: Any = None) -> None:
+    def run(position: int, keep: bool, stage: str, recorders: Sequence[Recorder] = ()) -> None:
         nonlocal done, tokens
-        for count in stream.run(position, keep=keep, before=before):
+
+        def aim(number: int) -> None:
+            for recorder in recorders:
+                recorder.token_mask = stream.token_masks[number]
+                recorder.first_window, recorder.window_length = stream.first_window[number], stream.length
+
+        for count in stream.run(position, keep=keep, before=aim):
             done, tokens = done + 1, tokens + count
-            progress(ProgressEvent(stage, done, total, tokens))
+            progress(ProgressEvent(stage, done, total, tokens=tokens))
 
     for position in range(last + 1):
         with stream.on_device(position):
@@ -254,22 +261,15 @@ def _prune_layerwise(
             started = time.perf_counter()
             reset_peak_memory()
             label = here[0].name
-            with record(here, moments=moments) as recorder:
-
-                def mask_rows(number: int, recorder: Any = recorder) -> None:
-                    recorder.begin_batch(stream.token_masks[number], first_window=number)
-
-                run(position, not recipe.propagate, f"calibrate {label}", mask_rows)
-            measured = [_prune_block(block, recorder.statistics[block.name], recipe, solver) for block in here]
+            with record(here, moments) as recorders:
+                run(position, not recipe.propagate, f"calibrate {label}", recorders)
+            dense = [recorder.statistics for recorder in recorders]
+            measured = [_prune_block(block, sums, recipe, solver) for block, sums in zip(here, dense, strict=True)]
             if rescale:
-                with record(here, moments="none") as again:
-
-                    def mask_again(number: int, recorder: Any = again) -> None:
-                        recorder.begin_batch(stream.token_masks[number], first_window=number)
-
-                    run(position, False, f"rescale {label}", mask_again)
-                for block, report in zip(here, measured, strict=True):
-                    report.rescale = _rescale(block, recorder.statistics[block.name], again.statistics[block.name])
+                with record(here) as recorders:
+                    run(position, False, f"rescale {label}", recorders)
+                for block, report, before, recorder in zip(here, measured, dense, recorders, strict=True):
+                    report.rescale = _rescale(block, before, recorder.statistics)
             if recipe.propagate and position < last:
                 run(position, True, f"propagate {label}")
             elif recipe.propagate:
