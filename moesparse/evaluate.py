@@ -136,7 +136,7 @@ def perplexity(
         MoESparseError: the model gives a loss that is not finite; names the window.
     """
     ids, mask = windows if isinstance(windows, tuple) else (windows, attention_mask)
-    _check_windows(model, ids, mask, batch_size)
+    _check_windows(ids, mask, batch_size)
     scored = torch.ones(ids[:, 1:].shape, dtype=torch.bool)
     if mask is not None:
         scored = (mask[:, 1:].bool() & mask[:, :-1].bool()).cpu()
@@ -149,7 +149,8 @@ def perplexity(
     nll = 0.0
     with _evaluation_mode(model):
         device = _input_device(model)
-        scorer = _Scorer(model, ids[:1, :2].to(device))
+        scorer = _Scorer(model, device)
+        scorer.check_ids(ids)
         step = min(batch_size, scorer.most_windows(ids.shape[1]))
         for start in range(0, len(ids), step):
             rows = slice(start, start + step)
@@ -270,16 +271,19 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_t
 class _Scorer:
     """Per-token losses of one model; finds out once whether its head may be applied to a few rows at a time."""
 
-    def __init__(self, model: nn.Module, probe: torch.Tensor):
-        self.model: Any = model
+    def __init__(self, model: Any, device: torch.device):
+        self.model = model
         self.head: nn.Module | None = None
-        head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+        head = model.get_output_embeddings() if _is_transformers(model) else None
         calls: list[tuple[tuple, torch.Tensor]] = []
-        handle = head and head.register_forward_hook(lambda _module, args, output: calls.append((args, output)))
+        handles: list[Any] = []
+        if head is not None:
+            handles = [head.register_forward_hook(lambda _module, args, output: calls.append((args, output)))]
+        probe = torch.zeros(1, 2, dtype=torch.int64, device=device)
         try:
             logits = _logits(model, probe)
         finally:
-            if handle:
+            for handle in handles:
                 handle.remove()
         self.vocabulary = logits.shape[-1]
         if len(calls) == 1:
@@ -287,6 +291,16 @@ class _Scorer:
             # the head is the model's last step if what it gave are the logits, bit for bit
             if len(args) == 1 and args[0].shape[:2] == probe.shape and torch.equal(output.float(), logits.float()):
                 self.head = head
+
+    def check_ids(self, ids: torch.Tensor) -> None:
+        embedded = self.model.get_input_embeddings().weight.shape[0] if _is_transformers(self.model) else math.inf
+        known = min(self.vocabulary, embedded)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= known:
+            raise UsageError(
+                f"windows must hold token ids in 0..{known - 1}, got {low if low < 0 else high}; "
+                "the tokenizer is not this model's"
+            )
 
     def most_windows(self, length: int) -> int:
         """Windows of `length` tokens a forward pass may take."""
@@ -323,7 +337,7 @@ class _Scorer:
 def _logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     keywords: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
     # a cache of keys and values is never read here
-    if hasattr(model, "get_output_embeddings"):
+    if _is_transformers(model):
         keywords["use_cache"] = False
     output = model(ids, **keywords)
     return output if isinstance(output, torch.Tensor) else output.logits
@@ -342,26 +356,22 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check_windows(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -> None:
+def _check_windows(ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -> None:
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():
         raise UsageError(f"windows must be integers [n >= 1, t >= 2], got {ids.dtype} {list(ids.shape)}")
     if mask is not None and mask.shape != ids.shape:
         raise UsageError(f"attention_mask must have the shape {list(ids.shape)} of windows, got {list(mask.shape)}")
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-    if hasattr(model, "get_input_embeddings"):
-        known = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= known:
-            raise UsageError(
-                f"windows must hold token ids in 0..{known - 1}, got {low if low < 0 else high}; "
-                "the tokenizer is not this model's"
-            )
 
 
-def _input_device(model: nn.Module) -> torch.device:
-    if hasattr(model, "get_input_embeddings"):
-        return model.get_input_embeddings().weight.device  # type: ignore[operator]
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "get_input_embeddings") and hasattr(model, "get_output_embeddings")
+
+
+def _input_device(model: Any) -> torch.device:
+    if _is_transformers(model):
+        return model.get_input_embeddings().weight.device
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
