@@ -200,7 +200,7 @@ def perplexity_of_files(
     """
     if not files:
         raise UsageError("files must name at least one text, got none")
-    length = min(length, _context_length(model), tokenizer.model_max_length)
+    length = min(length, context_length(model), tokenizer.model_max_length)
     stride = length if stride is None else stride
     # every text is read before the first is scored: a wrong name should not cost a long run
     cut = {
@@ -375,7 +375,8 @@ def _input_device(model: Any) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _context_length(model: nn.Module) -> int:
+def context_length(model: nn.Module) -> int:
+    """Tokens a model can take at once, from its config; 2**30 where the config sets no bound."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
