@@ -68,8 +68,8 @@ def prune(
 
       moesparse prune mixtral/ out/paper --saliency moe-pruner --update none --calibration c4.jsonl
     """
-    from moesparse.calibration import context_length
     from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
+    from moesparse.evaluate import context_length
     from moesparse.model_card import model_card
     from moesparse.pruning import DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
     from moesparse.pruning import prune as run
