@@ -1,0 +1,75 @@
+"""The command line: `moesparse COMMAND --help` says what each command does.
+
+Results go to standard output (one JSON object with --json), everything else to standard error. Exit codes: 0 done,
+1 the work failed or a check did not hold, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import typer
+from rich.markup import escape
+
+from moesparse._version import __version__
+from moesparse.cli.common import console
+from moesparse.cli.demo import demo
+from moesparse.cli.evaluate import evaluate
+from moesparse.cli.inspect import inspect
+from moesparse.cli.prune import prune
+from moesparse.errors import MoESparseError, UsageError
+
+app = typer.Typer(
+    name="moesparse",
+    help="Prune Mixture-of-Experts language models and keep what they know.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(prune)
+app.command(name="eval")(evaluate)
+app.command()(inspect)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"moesparse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and an exit code, never a traceback."""
+    try:
+        app()
+    except MoESparseError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        console.print("[bold red]interrupted:[/] nothing was written", soft_wrap=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        # the reader of our output went away (| head): no message, and no second error while flushing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("MOESPARSE_TRACEBACK"):
+            traceback.print_exc()
+        console.print(
+            f"[bold red]unexpected {type(error).__name__}:[/] {escape(str(error))}\n"
+            "This is a defect of moesparse; MOESPARSE_TRACEBACK=1 shows where it happened.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        sys.exit(1)

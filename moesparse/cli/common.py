@@ -1,0 +1,136 @@
+"""What the commands share: where words and results go, progress bars, calibration text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from moesparse.errors import CalibrationError, UsageError
+from moesparse.progress import Progress, ProgressEvent
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+console = Console(stderr=True)
+"""Words for a person: progress, tables of a run, errors."""
+
+EMBEDDED = "demo"
+"""MODEL by this name is the small model inside the package."""
+
+
+def print_json(value: Any) -> None:
+    """The one result of a --json run, alone on standard output."""
+    print(json.dumps(value, indent=2))
+
+
+def model_source(name: str) -> str:
+    """Folder or hub id of MODEL."""
+    from moesparse import demo
+
+    return str(demo.model_path()) if name == EMBEDDED and not Path(name).exists() else name
+
+
+@contextlib.contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Progress]:
+    """A progress bar with the step's name, tokens/s and time left, on standard error."""
+    columns = (
+        TextColumn("{task.description}", style="bold"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, transient=True, disable=quiet) as bars:
+        task = bars.add_task("starting", total=None, speed="")
+        started = time.perf_counter()
+
+        def show(event: ProgressEvent) -> None:
+            rate = event.tokens / max(time.perf_counter() - started, 1e-9)
+            bars.update(
+                task,
+                description=event.stage,
+                completed=event.done,
+                total=event.total,
+                speed=f"{rate:,.0f} tokens/s" if event.tokens else "",
+            )
+
+        yield show
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers' own bars and warnings out of our output."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.enable_progress_bar()
+
+
+def calibration_windows(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    context: int | None,
+) -> torch.Tensor:
+    """The calibration windows of a prune run: the given texts, or the embedded text for the embedded model."""
+    from moesparse import text
+
+    if tokenizer is None:
+        raise CalibrationError(f"MODEL must hold a tokenizer to read calibration text, got {source} without one")
+    if not sources:
+        sources = embedded_texts("calibration", source)
+        if not sources:
+            raise CalibrationError(
+                "--calibration must name text for this model (.txt, .jsonl, .parquet or a datasets name), got none; "
+                "only the embedded model brings its own. Example: --calibration c4.jsonl --samples 128 --length 2048"
+            )
+    paths = [text.parse_source(argument).path for argument in sources]
+    return text.windows(paths, tokenizer, samples=samples, length=length, seed=seed, max_length=context)
+
+
+def embedded_texts(split: str, source: str) -> list[str]:
+    """Paths of the text that ships with the package, when `source` is the embedded model or made from it."""
+    from moesparse import demo
+
+    tokenizer = Path(source) / "tokenizer.json"
+    own = demo.model_path() / "tokenizer.json"
+    if not tokenizer.is_file() or tokenizer.read_bytes() != own.read_bytes():
+        return []
+    return [f"{demo.text_path(split, domain)}={domain}" for domain in demo.DOMAINS]
+
+
+def resolve_device(name: str) -> Any:
+    """torch device of --device; None for auto: the GPU when there is one."""
+    import torch
+
+    if name == "auto":
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device must be one this machine has, got {name!r} and torch sees no GPU")
+    return device

@@ -1,0 +1,149 @@
+"""`moesparse prune MODEL OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from moesparse.cli.common import (
+    calibration_windows,
+    console,
+    model_source,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    resolve_device,
+)
+
+SALIENCY_HELP = (
+    "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm."
+)
+UPDATE_HELP = (
+    "Weight rule: none (the paper's), rescale (one scalar per expert), obs (SparseGPT's update), least-squares (kept "
+    "weights re-solved), or two joined by +."
+)
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="A local folder, a hub id, or 'demo' for the embedded model.")],
+    out: Annotated[Path, typer.Argument(help="A new or empty folder for the pruned checkpoint.")],
+    weights: Annotated[
+        str,
+        typer.Option(help="n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run) or the ratio removed."),
+    ] = "2:4",
+    saliency: Annotated[str, typer.Option(help=SALIENCY_HELP)] = "",
+    update: Annotated[str, typer.Option(help=UPDATE_HELP)] = "",
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text: FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=DOMAIN names it. Repeat."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    length: Annotated[int, typer.Option(help="Tokens in a window; bounded by the model's context.", min=2)] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward.", min=1)] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1: where the layer at work goes.")] = "auto",
+    propagate: Annotated[
+        bool, typer.Option("--propagate/--no-propagate", help="Feed each block what the pruned blocks before it give.")
+    ] = True,
+    allow_pruned: Annotated[bool, typer.Option("--allow-pruned", help="Accept a model with pruned experts.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Also write the report as JSON to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+) -> None:
+    """Prune the experts of a Mixture-of-Experts model and write an ordinary transformers checkpoint.
+
+    MODEL is calibrated on a small text, block by block; every expert matrix is pruned to the pattern, its kept weights
+    are re-solved, and the result is saved dense with zeros under the standard names: plain transformers loads it.
+    Router, attention, norms, embeddings and shared experts stay as they were.
+
+    Examples:
+
+      moesparse prune demo out/demo-2to4
+
+      moesparse prune allenai/OLMoE-1B-7B-0924 out/olmoe --weights 2:4 --calibration c4.jsonl
+
+      moesparse prune mixtral/ out/paper --saliency moe-pruner --update none --calibration c4.jsonl
+    """
+    from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
+    from moesparse.evaluate import context_length
+    from moesparse.model_card import model_card
+    from moesparse.pruning import DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
+    from moesparse.pruning import prune as run
+
+    recipe = Recipe(
+        weights=weights,
+        saliency=saliency or DEFAULT_SALIENCY,
+        update=update or DEFAULT_UPDATE,
+        propagate=propagate,
+        seed=seed,
+    )
+    target = resolve_device(device)
+    check_output_folder(out)
+    source = model_source(model)
+    with quiet_libraries():
+        network, tokenizer = load_pretrained(source)
+        needs_data = recipe.saliency != "magnitude" or recipe.update != "none"
+        windows = (
+            calibration_windows(
+                calibration or [],
+                tokenizer,
+                source,
+                samples=samples,
+                length=length,
+                seed=seed,
+                context=context_length(network),
+            )
+            if needs_data
+            else None
+        )
+        with progress_bar() as progress:
+            result = run(
+                network,
+                windows,
+                recipe,
+                batch_size=batch_size,
+                device=target,
+                progress=progress,
+                allow_pruned=allow_pruned,
+            )
+        card = model_card(model, result)
+        save_pretrained(network, out, tokenizer=tokenizer, source=source, recipe=recipe.to_dict(), card=card)
+    if report is not None:
+        report.write_text(result.to_json())
+    if as_json:
+        print_json(result.to_dict() | {"output": str(out)})
+        return
+    _show(result, out)
+
+
+def _show(result: Any, out: Path) -> None:
+    table = Table(title=f"{result.recipe['saliency']} + {result.recipe['update']} at {result.recipe['weights']}")
+    for column in ("block", "tensor", "shape", "zeros", "pattern", "output error", "fell back", "seconds", "peak"):
+        table.add_column(column, justify="left" if column in ("block", "tensor", "pattern") else "right")
+    for block in result.blocks:
+        for number, tensor in enumerate(block.tensors):
+            error = _mean_percent(tensor.error_before) + " > " + _mean_percent(tensor.error_after)
+            table.add_row(
+                block.name if number == 0 else "",
+                tensor.name,
+                " x ".join(map(str, tensor.shape)),
+                f"{100 * tensor.sparsity:.1f}%",
+                tensor.pattern,
+                error if tensor.error_after is not None else "",
+                str(len(tensor.fallbacks) or ""),
+                f"{block.seconds:.1f}" if number == 0 else "",
+                f"{block.peak_bytes / 2**30:.2f} GiB" if number == 0 else "",
+            )
+    console.print(table)
+    for block, tensor, expert in result.fallbacks[:10]:
+        console.print(f"[yellow]no calibration tokens:[/] {block} expert {expert}: {tensor} was masked by magnitude")
+    console.print(f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero", highlight=False)
+    console.print(f"next: moesparse eval {out} --text FILE   |   moesparse inspect {out}", highlight=False)
+
+
+def _mean_percent(values: list[float] | None) -> str:
+    return "" if values is None else f"{100 * sum(values) / len(values):.1f}%"

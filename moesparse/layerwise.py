@@ -1,0 +1,224 @@
+"""Run a transformers decoder one layer at a time over a whole calibration set.
+
+Pruning block by block needs every calibration window at layer i before layer i + 1 is touched. The hidden states
+between layers wait in CPU memory (windows * length * hidden * bytes per element); one layer is on the device.
+
+What a layer is called with besides its hidden states (masks, rotary tables) is learned from the model itself: its
+forward runs once per batch with every layer replaced by a stub that notes the call and hands its input on. That works
+for any model whose layers pass on nothing but hidden states, and a short probe proves it before anything is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesparse.errors import UnsupportedModelError
+
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a decoder layer is called with, less the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Leaves the model's forward once its last layer has been called."""
+
+
+class LayerStream:
+    """A set of windows on its way through the decoder layers of a model.
+
+    Args:
+        model: a transformers causal language model; its forward is run, its weights are not changed.
+        layers: the decoder layers in the order of the forward.
+        windows: (n, t) int64 token ids.
+        attention_mask: (n, t), nonzero where a token is real, or None.
+        batch_size: windows in one forward.
+        device: where the layer at work is moved to; None leaves it where it is.
+
+    Raises:
+        UnsupportedModelError: running the layers one by one does not give what the model's own forward gives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: nn.ModuleList,
+        windows: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        batch_size: int = 8,
+        device: torch.device | None = None,
+    ):
+        self.layers = list(layers)
+        self.device = device
+        self._model = model
+        self._tuple_length = self._probe(windows[:1, :PROBE_TOKENS])
+        self.length = windows.shape[1]
+        self.first_window = list(range(0, len(windows), batch_size))
+        self.hidden: list[torch.Tensor] = []
+        self.token_masks: list[torch.Tensor | None] = []
+        self._calls: list[list[LayerCall]] = []
+        for start in self.first_window:
+            batch = windows[start : start + batch_size]
+            mask = None if attention_mask is None else attention_mask[start : start + batch_size]
+            hidden, calls = self._trace(batch, mask)
+            if mask is None and self._calls and self.hidden[0].shape == hidden.shape:
+                calls = self._calls[0]  # equal shapes without padding: equal masks and rotary tables
+            self.hidden.append(hidden)
+            self.token_masks.append(None if mask is None else mask.bool().flatten())
+            self._calls.append(calls)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.hidden)
+
+    @contextlib.contextmanager
+    def on_device(self, position: int) -> Iterator[nn.Module]:
+        """Hold one layer on the device while the block runs."""
+        layer = self.layers[position]
+        home = next(layer.parameters()).device
+        if self.device is not None and home != self.device:
+            layer.to(self.device)
+        try:
+            yield layer
+        finally:
+            if self.device is not None and home != self.device:
+                layer.to(home)
+
+    @torch.no_grad()
+    def run(self, position: int, *, keep: bool, before: Callable[[int], None] | None = None) -> Iterator[int]:
+        """Run one layer over all batches; yields the number of tokens of each batch once it is done.
+
+        Args:
+            position: which layer.
+            keep: True replaces the waiting hidden states by the layer's output, False only runs it.
+            before: called with the number of each batch before it runs.
+        """
+        layer = self.layers[position]
+        device = next(layer.parameters()).device
+        for number, hidden in enumerate(self.hidden):
+            if before is not None:
+                before(number)
+            call = _to_device(self._calls[number][position], device)
+            out = layer(hidden.to(device), *call.args, **call.kwargs)
+            if keep:
+                self.hidden[number] = _hidden_of(out).to(hidden.device)
+            yield hidden.shape[0] * hidden.shape[1]
+
+    @torch.no_grad()
+    def _trace(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Run the forward with stubs for layers: the first layer's input, and every layer's other arguments."""
+        calls: dict[int, LayerCall] = {}
+        first: list[torch.Tensor] = []
+
+        def stub_for(position: int) -> Callable[..., Any]:
+            def stub(*args: Any, **kwargs: Any) -> Any:
+                args, kwargs, hidden = _take_hidden(args, kwargs)
+                if not first:
+                    first.append(hidden)
+                calls[position] = LayerCall(args, kwargs)
+                if position == len(self.layers) - 1:
+                    raise _Stop
+                length = self._tuple_length[position]
+                return hidden if length is None else (hidden, *[None] * (length - 1))
+
+            return stub
+
+        with contextlib.ExitStack() as restore:
+            for position, layer in enumerate(self.layers):
+                own = layer.__dict__.get("forward")
+                layer.forward = stub_for(position)
+                restore.callback(_restore_forward, layer, own)
+            with contextlib.suppress(_Stop):
+                _forward(self._model, ids, mask)
+        missing = [position for position in range(len(self.layers)) if position not in calls]
+        if missing:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} does not call its decoder layers {missing} in a plain forward, "
+                "so it cannot be pruned layer by layer"
+            )
+        return first[0], [calls[position] for position in range(len(self.layers))]
+
+    @torch.no_grad()
+    def _probe(self, ids: torch.Tensor) -> list[int | None]:
+        """Length of each layer's output tuple (None: a tensor), and a proof that layer by layer is the same model."""
+        outputs: dict[int, Any] = {}
+
+        def note(position: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                outputs[position] = output
+
+            return hook
+
+        handles = [layer.register_forward_hook(note(position)) for position, layer in enumerate(self.layers)]
+        try:
+            _forward(self._model, ids, None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._tuple_length = [
+            len(outputs[p]) if isinstance(outputs.get(p), tuple) else None for p in range(len(self.layers))
+        ]
+        hidden, calls = self._trace(ids, None)
+        for position, layer in enumerate(self.layers):
+            hidden = _hidden_of(layer(hidden, *calls[position].args, **calls[position].kwargs))
+            want = _hidden_of(outputs[position])
+            if not torch.allclose(hidden.float(), want.float(), rtol=1e-3, atol=1e-3 * float(want.abs().max())):
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__} cannot be run layer by layer: layer {position} alone gives another "
+                    "output than inside the model. Calibrate the whole model with moesparse.calibrate(model, windows) "
+                    "and pass the statistics to prune instead of the windows"
+                )
+        return self._tuple_length
+
+
+def _forward(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    # the model without its head where there is one: logits are not needed
+    base = getattr(model, "base_model", model)
+    device = next(base.parameters()).device
+    base(
+        input_ids=ids.to(device),
+        attention_mask=None if mask is None else mask.to(device),
+        use_cache=False,
+    )
+
+
+def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]:
+    if args:
+        return args[1:], dict(kwargs), args[0]
+    kwargs = dict(kwargs)
+    return (), kwargs, kwargs.pop("hidden_states")
+
+
+def _hidden_of(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _restore_forward(layer: nn.Module, own: Any) -> None:
+    if own is None:
+        del layer.forward
+    else:
+        layer.forward = own
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """Move every tensor of a call; containers are rebuilt, anything else is passed on."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, LayerCall):
+        return LayerCall(_to_device(value.args, device), _to_device(value.kwargs, device))
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_device(item, device) for item in value)
+    return value

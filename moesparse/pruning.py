@@ -1,0 +1,332 @@
+"""Prune the experts of a model, block by block.
+
+For each decoder layer in turn: run the calibration set through it once and keep per-expert sums, choose the masks,
+solve for the kept weights, write them in place, and run the layer again so that the next layer sees what the pruned
+model will feed it. One layer's sums are held at a time.
+
+Source: one-shot block-wise pruning as in SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774) and MoE-Pruner (Xie et
+al. 2024, arXiv 2410.12013).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesparse._version import __version__
+from moesparse.blocks import ExpertMatrix, MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.calibration import Recorder, check_dense, check_windows, record
+from moesparse.errors import CalibrationError, MoESparseError
+from moesparse.layerwise import LayerStream
+from moesparse.masks import Pattern, check_mask
+from moesparse.memory import peak_memory, reset_peak_memory
+from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.saliency.updates import parse_update, rescale_factor, update_weights
+from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
+from moesparse.statistics import ExpertStatistics, ModelStatistics
+
+DEFAULT_SALIENCY = "moe-pruner"
+DEFAULT_UPDATE = "least-squares"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to prune and how. Checked when made; written into the pruned checkpoint's config.
+
+    Attributes:
+        weights: "n:m" (n of every m consecutive inputs of an output row stay), or the share removed from every output
+            row, in (0, 1).
+        saliency: the mask rule, one of moesparse.saliency.weights.MASK_RULES.
+        update: the weight rule, one of moesparse.saliency.updates.UPDATE_RULES; "none" is the papers' own.
+        propagate: the next block is calibrated on what the pruned blocks before it give (False: on the dense model).
+        seed: of the "random" mask rule; every other rule is deterministic.
+
+    Raises:
+        UsageError: a pattern, rule or combination that cannot be.
+    """
+
+    weights: str | float = "2:4"
+    saliency: str = DEFAULT_SALIENCY
+    update: str = DEFAULT_UPDATE
+    propagate: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))
+        moments_needed(self.saliency, self.update)  # refuses an unknown rule
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class TensorReport:
+    """One fused expert matrix after pruning.
+
+    Attributes:
+        name: parameter name in the experts module.
+        shape: (E, out, in), contraction last, whatever the family stores.
+        sparsity: share of exact zeros.
+        pattern: the pattern asked for.
+        holds: the pattern was found in every row after the weights were written back.
+        error_before: per expert, |(W - V) X| / |W X| of the masked dense weights on the calibration tokens; None where
+            the rules need no second moments.
+        error_after: the same once the kept weights were re-solved.
+        fallbacks: experts without calibration tokens, masked by magnitude.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    sparsity: float
+    pattern: str
+    holds: bool
+    error_before: list[float] | None = None
+    error_after: list[float] | None = None
+    fallbacks: list[int] = field(default_factory=list)
+
+
+@dataclass
+class BlockReport:
+    """One MoE block: its tensors, the tokens each expert saw, time and memory."""
+
+    name: str
+    experts: int
+    tokens_per_expert: list[int] | None
+    tensors: list[TensorReport]
+    rescale: list[float] | None
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass
+class Report:
+    """What `prune` did, ready for JSON."""
+
+    recipe: dict[str, Any]
+    version: str
+    blocks: list[BlockReport]
+    calibration: dict[str, Any]
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros over all expert matrices."""
+        tensors = [tensor for block in self.blocks for tensor in block.tensors]
+        sizes = [torch.Size(tensor.shape).numel() for tensor in tensors]
+        return sum(t.sparsity * size for t, size in zip(tensors, sizes, strict=True)) / sum(sizes)
+
+    @property
+    def fallbacks(self) -> list[tuple[str, str, int]]:
+        """(block, tensor, expert) for every expert that fell back to magnitude."""
+        return [(b.name, t.name, expert) for b in self.blocks for t in b.tensors for expert in t.fallbacks]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "sparsity": self.sparsity}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def prune(
+    model: nn.Module,
+    calibration: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | ModelStatistics | None,
+    recipe: Recipe | None = None,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    progress: Progress = silent,
+    allow_pruned: bool = False,
+) -> Report:
+    """Prune every expert matrix of a transformers MoE model, in place.
+
+    Holds besides the model: the hidden states of the calibration set on the CPU, one layer's sums (with second moments
+    8 * E * (H^2 + I^2) bytes) and one matrix in fp32 with its mask.
+
+    Args:
+        model: a transformers causal language model, on the CPU or a GPU.
+        calibration: (n, t) int64 windows, or (windows, attention mask), or saved statistics of this very model, or
+            None where the recipe looks at weights alone (magnitude, no update).
+        recipe: what to do; the default is 2:4 by the rules measured best.
+        batch_size: windows in one forward.
+        device: where the layer at work goes; None takes the GPU when there is one.
+        progress: called with every step.
+        allow_pruned: accept a model that already carries pruned experts.
+
+    Returns:
+        Report: per tensor sparsity, pattern, residual; per block tokens, time and peak memory.
+
+    Raises:
+        UnsupportedModelError: no experts, or experts this package cannot handle; named.
+        UsageError: the pattern does not divide a matrix; raised before anything is changed.
+        CalibrationError: the windows or statistics do not fit this model.
+    """
+    recipe = recipe or Recipe()
+    blocks = find_moe_blocks(model)
+    for block in blocks:
+        for matrix in block.matrices:
+            recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
+            if not matrix.parameter.isfinite().all():
+                raise MoESparseError(f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity")
+    started = time.perf_counter()
+    if isinstance(calibration, ModelStatistics):
+        reports, source = _prune_from_statistics(model, blocks, calibration, recipe, progress)
+    elif calibration is None:
+        reports, source = _prune_from_weights(blocks, recipe, progress)
+    else:
+        if not allow_pruned:
+            check_dense(blocks)
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        windows, mask = check_windows(calibration, vocabulary)
+        home = torch.device(device) if device is not None else _default_device()
+        stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, home)
+        reports = _prune_layerwise(stream, model, blocks, recipe, progress)
+        source = {"windows": len(windows), "length": windows.shape[1], "tokens": int(windows.numel())}
+    return Report(recipe.to_dict(), __version__, reports, source, time.perf_counter() - started)
+
+
+def _default_device() -> torch.device | None:
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def _prune_from_weights(
+    blocks: Sequence[MoEBlock], recipe: Recipe, progress: Progress
+) -> tuple[list[BlockReport], dict[str, Any]]:
+    if recipe.saliency != "magnitude" or recipe.update != "none":
+        raise CalibrationError(
+            f"calibration must be windows or statistics for saliency={recipe.saliency!r}, update={recipe.update!r}, "
+            "got None; only magnitude without an update needs no data"
+        )
+    reports = []
+    for done, block in enumerate(blocks):
+        progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
+        reports.append(_prune_block(block, None, recipe, "none"))
+    return reports, {"windows": 0, "length": 0, "tokens": 0}
+
+
+def _prune_from_statistics(
+    model: nn.Module, blocks: Sequence[MoEBlock], statistics: ModelStatistics, recipe: Recipe, progress: Progress
+) -> tuple[list[BlockReport], dict[str, Any]]:
+    statistics.check_model(model)
+    reports = []
+    for done, block in enumerate(blocks):
+        progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
+        reports.append(_prune_block(block, statistics.blocks[block.name], recipe, recipe.update))
+    return reports, {"statistics": statistics.text_hash, "tokens": statistics.tokens}
+
+
+def _prune_layerwise(
+    stream: LayerStream, model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe, progress: Progress
+) -> list[BlockReport]:
+    names = {id(layer): position for position, layer in enumerate(stream.layers)}
+    at: dict[int, list[MoEBlock]] = {}
+    for block in blocks:
+        at.setdefault(names[id(model.get_submodule(block.layer))], []).append(block)
+    last = max(at)
+    # the factor is measured by running the pruned experts, which sees the loss in gate and up as well
+    solver, rescale = parse_update(recipe.update)
+    moments = moments_needed(recipe.saliency, recipe.update)
+    passes = sum(1 + rescale + recipe.propagate if position in at else 1 for position in range(last + 1))
+    total, done, tokens = passes * len(stream), 0, 0
+    reports: list[BlockReport] = []
+
+    def run(position: int, keep: bool, stage: str, recorders: Sequence[Recorder] = ()) -> None:
+        nonlocal done, tokens
+
+        def aim(number: int) -> None:
+            for recorder in recorders:
+                recorder.token_mask = stream.token_masks[number]
+                recorder.first_window, recorder.window_length = stream.first_window[number], stream.length
+
+        for count in stream.run(position, keep=keep, before=aim):
+            done, tokens = done + 1, tokens + count
+            progress(ProgressEvent(stage, done, total, tokens=tokens))
+
+    for position in range(last + 1):
+        with stream.on_device(position):
+            here = at.get(position)
+            if here is None:
+                run(position, True, f"layer {position}")
+                continue
+            started = time.perf_counter()
+            reset_peak_memory()
+            label = here[0].name
+            with record(here, moments) as recorders:
+                run(position, not recipe.propagate, f"calibrate {label}", recorders)
+            dense = [recorder.statistics for recorder in recorders]
+            measured = [_prune_block(block, sums, recipe, solver) for block, sums in zip(here, dense, strict=True)]
+            if rescale:
+                with record(here) as recorders:
+                    run(position, False, f"rescale {label}", recorders)
+                for block, report, before, recorder in zip(here, measured, dense, recorders, strict=True):
+                    report.rescale = _rescale(block, before, recorder.statistics)
+            if recipe.propagate and position < last:
+                run(position, True, f"propagate {label}")
+            elif recipe.propagate:
+                done += len(stream)  # nothing after the last block needs its output
+            for report in measured:
+                report.seconds = (time.perf_counter() - started) / len(here)
+                report.peak_bytes = peak_memory()
+            reports += measured
+    return reports
+
+
+def _prune_block(block: MoEBlock, statistics: ExpertStatistics | None, recipe: Recipe, update: str) -> BlockReport:
+    started = time.perf_counter()
+    tensors = [_prune_matrix(block, matrix, statistics, recipe, update) for matrix in block.matrices]
+    return BlockReport(
+        name=block.name,
+        experts=block.num_experts,
+        tokens_per_expert=None if statistics is None else statistics.tokens.tolist(),
+        tensors=tensors,
+        rescale=None,
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak_memory(),
+    )
+
+
+@torch.no_grad()
+def _prune_matrix(
+    block: MoEBlock, matrix: ExpertMatrix, statistics: ExpertStatistics | None, recipe: Recipe, update: str
+) -> TensorReport:
+    name = f"{block.name}.{matrix.name}"
+    weight = matrix.weight
+    choice = choose_masks(
+        weight, recipe.saliency, recipe.pattern, statistics, matrix.input, seed=recipe.seed, name=name
+    )
+    result = update_weights(
+        weight, choice.mask, update, statistics, matrix.input, gate=obs_gate(recipe.saliency), name=name
+    )
+    weight.copy_(result.weight)
+    # looked at after the cast to the model's dtype: what is written is what is claimed
+    verdict = check_mask(weight, recipe.pattern)
+    if not verdict.holds:
+        raise AssertionError(f"{name}: pattern {recipe.pattern} does not hold after pruning")
+    return TensorReport(
+        name=matrix.name,
+        shape=tuple(weight.shape),  # type: ignore[arg-type]
+        sparsity=verdict.sparsity,
+        pattern=str(recipe.pattern),
+        holds=verdict.holds,
+        error_before=None if result.error_before is None else result.error_before.tolist(),
+        error_after=None if result.error_after is None else result.error_after.tolist(),
+        fallbacks=list(choice.fallback),
+    )
+
+
+@torch.no_grad()
+def _rescale(block: MoEBlock, dense: ExpertStatistics, pruned: ExpertStatistics) -> list[float]:
+    factor = rescale_factor(dense.gated_norm_sq_sum, pruned.gated_norm_sq_sum)
+    down = block.matrices[-1]
+    down.weight.mul_(factor.to(down.weight).view(-1, 1, 1))
+    return factor.tolist()
