@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moesparse import demo
+from moesparse.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -24,6 +25,16 @@ def moesparse(*arguments, **options):
         timeout=600,
         **options,
     )
+
+
+def in_process(monkeypatch, capsys, *arguments):
+    """The same entry point without a new interpreter: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["moesparse", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +56,11 @@ def test_prune_prints_one_json_object(pruned):
     assert (folder / "README.md").read_text().startswith("---\nlibrary_name: transformers")
 
 
-def test_inspect_shows_the_pattern_in_every_expert_matrix_and_nothing_else_changed(pruned):
+def test_inspect_shows_the_pattern_in_every_expert_matrix_and_nothing_else_changed(pruned, monkeypatch, capsys):
     folder, _ = pruned
-    run = moesparse("inspect", folder, "--json")
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout)
+    code, out, err = in_process(monkeypatch, capsys, "inspect", folder, "--json")
+    assert code in (0, None), err
+    result = json.loads(out)
     tensors = [tensor for block in result["blocks"] for tensor in block["tensors"]]
     assert [tensor["pattern"] for tensor in tensors] == ["2:4"] * 8
     assert all(tensor["sparsity"] == 0.5 for tensor in tensors)
@@ -67,7 +78,7 @@ def test_inspect_shows_the_pattern_in_every_expert_matrix_and_nothing_else_chang
     assert changed == {name for name in before if ".experts." in name}
 
 
-def test_inspect_fails_when_the_config_claims_too_much(pruned, tmp_path):
+def test_inspect_fails_when_the_config_claims_too_much(pruned, tmp_path, monkeypatch, capsys):
     folder, _ = pruned
     liar = tmp_path / "liar"
     liar.mkdir()
@@ -77,19 +88,20 @@ def test_inspect_fails_when_the_config_claims_too_much(pruned, tmp_path):
     config["moesparse"]["recipe"]["weights"] = "1:4"
     (liar / "config.json").unlink()
     (liar / "config.json").write_text(json.dumps(config))
-    run = moesparse("inspect", liar)
-    assert run.returncode == 1
-    assert "model.layers.0.mlp.experts.gate_up_proj does not hold 1:4" in run.stderr
+    code, _, err = in_process(monkeypatch, capsys, "inspect", liar)
+    assert code == 1
+    assert "model.layers.0.mlp.experts.gate_up_proj does not hold 1:4" in err
 
 
-def test_eval_tells_dense_from_pruned(pruned):
+def test_eval_tells_dense_from_pruned(pruned, monkeypatch, capsys):
     folder, _ = pruned
     text = demo.text_path("heldout", "scripture")
     results = {}
     for model in ("demo", folder):
-        run = moesparse("eval", model, "--text", f"{text}=psalms", "--length", "256", "--json")
-        assert run.returncode == 0, run.stderr
-        results[model] = json.loads(run.stdout)
+        words = ("eval", model, "--text", f"{text}=psalms", "--length", "256", "--json")
+        code, out, err = in_process(monkeypatch, capsys, *words)
+        assert code in (0, None), err
+        results[model] = json.loads(out)
     dense, sparse = results["demo"], results[folder]
     assert dense["perplexity"] < sparse["perplexity"] < 1.5 * dense["perplexity"]
     assert dense["tokens"] == sparse["tokens"] > 10_000
@@ -116,16 +128,17 @@ def test_eval_tells_dense_from_pruned(pruned):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line_and_an_exit_code(arguments, code, message, tmp_path):
+def test_a_mistake_is_one_line_and_an_exit_code(arguments, code, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 50)
     places = {"OUT": "out", "FULL": "full", "BINARY": "binary", "NOWHERE": "nowhere"}
-    run = moesparse(*(str(tmp_path / places[word]) if word in places else word for word in arguments))
-    assert run.returncode == code
-    assert message in " ".join(run.stderr.split())
-    assert "Traceback" not in run.stderr
-    assert run.stdout == ""
+    words = [tmp_path / places[word] if word in places else word for word in arguments]
+    found, out, err = in_process(monkeypatch, capsys, *words)
+    assert found == code
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
     assert not (tmp_path / "out").exists()
 
 
@@ -145,11 +158,11 @@ def test_ctrl_c_leaves_no_output(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["demo", "prune", "eval", "inspect"])
-def test_help_teaches(command):
-    run = moesparse(command, "--help")
-    assert run.returncode == 0
-    assert f"moesparse {command}" in run.stdout
-    assert "--json" in run.stdout
+def test_help_teaches(command, monkeypatch, capsys):
+    code, out, _ = in_process(monkeypatch, capsys, command, "--help")
+    assert code == 0
+    assert f"moesparse {command}" in out
+    assert "--json" in out
 
 
 def test_importing_the_package_is_light():
