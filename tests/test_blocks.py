@@ -486,7 +486,19 @@ def test_convolutions_and_attention_are_left_alone():
     moe.conv = nn.Conv1d(8, 8, 3)
     model.model.layers[0].self_attn.per_head = nn.Parameter(torch.zeros(8, 4, 4))
     model.vision_tower = nn.Conv3d(3, 8, 2)
+    # As long as the experts are many, but not equal.
+    moe.num_experts = 2
+    moe.steps = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4)])
     assert len(find_moe_blocks(model)) == 2
+
+
+def test_attention_below_the_parent_of_the_experts_is_left_alone():
+    """gemma4's experts hang in the layer itself, beside its attention."""
+    model = tiny_model("gemma4_text")
+    model.model.layers[0].self_attn.per_head = nn.Parameter(torch.zeros(8, 4, 4))
+    assert len(find_moe_blocks(model)) == 2
+    model.model.layers[0].stray = nn.Parameter(torch.zeros(8, 4, 4))
+    refused(model, r"^gemma4_text: model\.layers\.0\.stray \[8, 4, 4\] belongs to experts")
 
 
 class OldStyleMoE(nn.Module):
