@@ -53,9 +53,7 @@ def test_the_paper_by_hand():
     prune(model, ids, Recipe(weights=0.5, saliency="moe-pruner", update="none"))
     block, after = find_moe_blocks(dense)[0], find_moe_blocks(model)[0]
     caught = []
-    handle = block.experts.register_forward_pre_hook(
-        lambda _m, args, kwargs: caught.append((args, kwargs)), with_kwargs=True
-    )
+    handle = block.experts.register_forward_pre_hook(lambda _m, args, kwargs: caught.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
         dense(ids)
     handle.remove()
