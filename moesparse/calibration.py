@@ -58,9 +58,9 @@ class Recorder:
 
     Only this block runs the recording function; its siblings, the model and the shared config are not touched, and
     leaving the context, also by an exception, leaves nothing behind. The block's output is that of the model's own
-    `experts_implementation="eager"`, bit for bit (with a token mask, up to the rounding of reordered matrix rows), and
-    has no gradient. Per call, one host synchronisation finds the rows of each expert and one checks that the sums are
-    finite.
+    `experts_implementation="eager"`, and has no gradient: bit for bit in float32, and in bfloat16 too unless the
+    family's loop adds up in float32 (nemotron_h). With a token mask rows are reordered, which may change a rounding.
+    Per call, one host synchronisation finds the rows of each expert and one checks that the sums are finite.
 
     Attributes:
         block: the block recorded.
