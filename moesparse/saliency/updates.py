@@ -97,8 +97,8 @@ def update_weights(
         name: of the tensor, for errors.
 
     Returns:
-        the masked, adjusted weights. A row that least-squares cannot improve keeps its masked dense values. An expert
-        without tokens keeps its masked dense values, and its errors are of the weights alone.
+        the masked, adjusted weights; an expert without tokens keeps its masked dense values, and its errors are of the
+        weights alone. No row of least-squares is worse than its masked dense values: see `solvers.least_squares`.
 
     Raises:
         UsageError: unknown rule, or shapes that do not fit.
@@ -132,11 +132,6 @@ def update_weights(
         hessian.diagonal(dim1=-2, dim2=-1).sub_(torch.where(seen, damping, 0.0)[:, None])
         undamped = hessian.float()
         errors = [row_error(dense - masked, undamped), row_error(dense - solved, undamped)]
-        if solver == "least-squares":
-            # damping or rounding could leave a row worse than it was
-            worse = errors[1] > errors[0]
-            solved = torch.where(worse[..., None], masked, solved)
-            errors[1] = torch.where(worse, errors[0], errors[1])
         total = row_error(dense, undamped).sum(-1)
         for result, error in zip((before, after), errors, strict=True):
             result[experts] = torch.where(total > 0, error.sum(-1) / total, 0.0).sqrt().cpu()
