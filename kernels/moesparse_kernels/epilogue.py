@@ -3,8 +3,8 @@
     h[r]   = act(gate[r]) * up[r]                    gated experts, [gate | up] concatenated
     y[t]   = sum_k top_k_weights[t, k] * rows[row_of[t, k]]
 
-The activation is fused into the GEMM unless the reduction dimension was split: then the splits are added here, in order, so
-the result is the same in every run. Arithmetic is fp32; one rounding at the end.
+The activation is fused into the GEMM unless the reduction dimension was split: then the splits are added here, in
+order, so the result is the same in every run. Arithmetic is fp32; one rounding at the end.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["ACTIVATIONS", "activate", "activate_rows", "combine"]
-
-ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "relu2")
+__all__ = ["activate", "activate_rows", "combine"]
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """One of ACTIVATIONS on an fp32 tensor."""
+    """One of moe_reference.ACTIVATIONS on an fp32 tensor."""
     if ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
@@ -40,7 +38,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _activate_kernel(
-    partial_ptr,  # (SPLIT_K, R, N) fp32, N = 2 * I when GATED
+    partial_ptr,  # (SPLIT_K, R, N), N = 2 * I when GATED
     bias_ptr,  # (E, N), read when HAS_BIAS
     top_k_index_ptr,  # (R,) experts of the slots, read when HAS_BIAS
     slot_of_ptr,  # (R,) int32
@@ -65,9 +63,9 @@ def _activate_kernel(
     up = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for split in tl.static_range(SPLIT_K):
         base = partial_ptr + (split * R + row) * N
-        value += tl.load(base + offs_n, mask=mask_n, other=0.0)
+        value += tl.load(base + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if GATED:
-            up += tl.load(base + N_OUT + offs_n, mask=mask_n, other=0.0)
+            up += tl.load(base + N_OUT + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if HAS_BIAS:
         slot = tl.load(slot_of_ptr + row)
         expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
@@ -93,12 +91,12 @@ def activate_rows(
     """Add the splits of a GEMM in order, then bias and activation.
 
     Args:
-        partial: (splits, R, N) fp32; N = 2 * I, [gate | up], when gated.
+        partial: (splits, R, N), any float dtype; N = 2 * I, [gate | up], when gated.
         bias: (E, N) or None.
         top_k_index: (T, top_k), the expert of each slot.
         slot_of: (R,) int32 from `route`.
         offsets: (E + 1,) int32 from `route`.
-        activation: one of ACTIVATIONS.
+        activation: one of moe_reference.ACTIVATIONS.
         gated: multiply the activated first half of N by the second half.
         dtype: dtype of the result.
 

@@ -1,10 +1,10 @@
-"""Grouped GEMM on dense weights (E, N, K): every expert's rows times that expert's weight, with the epilogues of grouped_nm.
+"""Grouped GEMM on dense weights: every expert's rows times that expert's weight, with the epilogues of grouped_nm.
 
     out[r, n] = act(sum_k x[r, k] * W[e(r), n, k] + bias[e(r), n])          not gated
     out[r, i] = act(gate) * up, W = [gate; up] along n, i < N / 2           gated
 
-M rows, N columns of the output, K the reduction dimension. A gated program holds two accumulators of BLOCK_N / 2 columns,
-one for the gate rows and one for the up rows of the same output columns.
+M rows, N columns of the output, K the reduction dimension. A gated program holds two accumulators of BLOCK_N / 2
+columns, one for the gate rows and one for the up rows of the same output columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate, activate_rows
-from .route import Routing
+from .moe_reference import Routing
 from .tuning import GroupedConfig
 
 __all__ = ["grouped_dense"]
@@ -155,13 +155,13 @@ def grouped_dense(
         config: launch sizes.
         gather: take the token of each row from x, instead of row r from row r.
         bias: (E, N), added in fp32, or None.
-        activation: one of epilogue.ACTIVATIONS, applied in fp32.
+        activation: one of moe_reference.ACTIVATIONS, applied in fp32.
         gated: multiply the activated first half of N by the second half.
         keep_splits: return the fp32 partial sums of a split reduction, without bias, for `combine`.
 
     Returns:
-        (R, N), or (R, N / 2) when gated; (config.split_k, R, N) when keep_splits. fp32 accumulation, rounded once to the
-        dtype of x; fp32 for keep_splits with split_k > 1. Rows of dropped slots are not written.
+        (R, N), or (R, N / 2) when gated; (config.split_k, R, N) when keep_splits. fp32 accumulation, rounded once to
+        the dtype of x; fp32 for keep_splits with split_k > 1. Rows of dropped slots are not written.
     """
     R = routing.slot_of.numel()
     N, K = weight.shape[1:]

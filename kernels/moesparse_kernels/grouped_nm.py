@@ -5,17 +5,17 @@
 
 M rows, N columns of the output, K the reduction dimension.
 
-A weight never passes through shared memory as bf16: a thread copies its own 16 bytes of packed values, turns them into the
-dense operand of its tensor-core instruction in registers (`_expand`), and multiplies. Two things make that possible. The
-fragment order was laid out for it; and the reduction dimension is reordered inside each 32 columns, for the weight by the
-storage and for x by naming its registers in that order (`_reorder_columns`), which costs nothing: a thread's eight columns
-are neighbours in memory, one 16-byte read.
+A weight never passes through shared memory as bf16: a thread copies its own 16 bytes of packed values, turns them
+into the dense operand of its tensor-core instruction in registers (`_expand`), and multiplies. Two things make that
+possible. The fragment order was laid out for it; and the reduction dimension is reordered inside each 32 columns,
+for the weight by the storage and for x by naming its registers in that order (`_reorder_columns`), which costs
+nothing: a thread's eight columns are neighbours in memory, one 16-byte read.
 
-Gate and up rows of one output column sit in different tiles of the weight. A program therefore takes half of a gate tile
-and the same half of the up tile, chosen so that both results of a column are registers of one thread.
+Gate and up rows of one output column sit in different tiles of the weight. A program therefore takes half of a gate
+tile and the same half of the up tile, chosen so that both results of a column are registers of one thread.
 
-Two forms of the product: x @ W.T (mma.sync, any GPU) and, with SWAP, W @ x.T (wgmma on sm_90, where the long side must be
-the rows). They differ only in which register is which.
+Two forms of the product: x @ W.T (mma.sync, any GPU) and, with SWAP, W @ x.T (wgmma on sm_90, where the long side
+must be the rows). They differ only in which register is which.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate, activate_rows
-from .route import Routing
+from .moe_reference import Routing
 from .tuning import GroupedConfig
 
 __all__ = ["can_fuse_gate", "grouped_nm"]
@@ -38,9 +38,9 @@ def _expand(first, second, nibbles):
     """The four dense columns of two groups, from their kept weights and bitmasks.
 
     Every int32 holds group a in its low half and group b in its high half: `first` and `second` the kept weights in
-    column order, `nibbles` the bitmasks (bit j and bit 16 + j say that column j is kept). Exactly two bits are set per
-    group, so column 0 can only be the first kept weight and column 3 only the second; column 1 is the second if column
-    0 is kept, column 2 the first if column 3 is.
+    column order, `nibbles` the bitmasks (bit j and bit 16 + j say that column j is kept). Exactly two bits are set
+    per group, so column 0 can only be the first kept weight and column 3 only the second; column 1 is the second if
+    column 0 is kept, column 2 the first if column 3 is.
     """
     kept_0 = (nibbles & 0x00010001) * 0xFFFF
     kept_1 = ((nibbles >> 1) & 0x00010001) * 0xFFFF
@@ -65,8 +65,9 @@ def _halves(words, dtype: tl.constexpr):
 def _weight_tile(words, index, dtype: tl.constexpr, SWAP: tl.constexpr):
     """A dense tile of 128 rows by 128 columns from its packed words; only names of registers move.
 
-    words: int32 (1024, 4), rows (kt 2, r 4, w 4, lane 32), columns (p2 2, v 2); index: int32 (128, 4), rows (w, lane),
-    columns r. Returns (N, K) when SWAP, else (K, N), with N and K in the order of `_row_order` and `_reorder_columns`.
+    words: int32 (1024, 4), rows (kt 2, r 4, w 4, lane 32), columns (p2 2, v 2); index: int32 (128, 4), rows (w,
+    lane), columns r. Returns (N, K) when SWAP, else (K, N), with N and K in the order of `_row_order` and
+    `_reorder_columns`.
     """
     first, second = tl.split(tl.reshape(words, (1024, 2, 2)))
     shifts = tl.arange(0, 4) * 4
@@ -275,13 +276,13 @@ def grouped_nm(
         config: launch sizes; num_warps must be 4, the layout is made for four warps.
         gather: take the token of each row from x, instead of row r from row r.
         bias: (E, n), added in fp32, or None.
-        activation: one of epilogue.ACTIVATIONS, applied in fp32.
+        activation: one of moe_reference.ACTIVATIONS, applied in fp32.
         gated: multiply the activated first half of n by the second half.
         keep_splits: return the fp32 partial sums of a split reduction, without bias, for `combine`.
 
     Returns:
-        (R, n), or (R, n / 2) when gated; (config.split_k, R, n) when keep_splits. fp32 accumulation, rounded once to the
-        dtype of x; fp32 for keep_splits with split_k > 1. Rows of dropped slots are not written.
+        (R, n), or (R, n / 2) when gated; (config.split_k, R, n) when keep_splits. fp32 accumulation, rounded once to
+        the dtype of x; fp32 for keep_splits with split_k > 1. Rows of dropped slots are not written.
     """
     R, K = routing.slot_of.numel(), x.shape[1]
     num_blocks = routing.block_expert.numel()

@@ -1,62 +1,32 @@
 """Routing: from the experts each token chose to expert-sorted rows and a schedule of row blocks for grouped GEMMs.
 
-Symbols: T tokens, TOP_K experts chosen by each, E experts, R = T * TOP_K slots (slot = token * TOP_K + choice). A stable
-counting sort by expert; every slot becomes one row, so rows of an expert are neighbours and need no padding:
+Symbols: T tokens, TOP_K experts chosen by each, E experts, R = T * TOP_K slots (slot = token * TOP_K + choice). A
+stable counting sort by expert; every slot becomes one row, so rows of an expert are neighbours and need no padding:
 
     row(slot) = #{slots of a smaller expert} + #{earlier slots of the same expert}
 
-A block is at most BLOCK_M rows of one expert. How many blocks there are depends on the data, so the schedule is as long as
-it can get and its tail is marked -1: nothing waits for the device, and a CUDA graph can hold the launch.
+A block is at most BLOCK_M rows of one expert. How many blocks there are depends on the data, so the schedule is as
+long as it can get and its tail is marked -1: nothing waits for the device, and a CUDA graph can hold the launch.
 
-One launch up to `_CHUNK` slots, two beyond: chunk histograms, then ranks from the histograms of the earlier chunks. No
-atomics, so the order is the same in every run.
+One launch up to `_CHUNK` slots, two beyond: chunk histograms, then ranks from the histograms of the earlier chunks.
+No atomics, so the order is the same in every run.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Routing", "block_bound", "route", "route_torch"]
+from .moe_reference import Routing, block_bound
+
+__all__ = ["route"]
 
 # slots ranked at a time by comparing every pair of them
 _SUB = 128
 # slots one program sorts alone; more are cut into at most _MAX_CHUNKS pieces
 _CHUNK = 1024
 _MAX_CHUNKS = 64
-
-
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """Expert-sorted rows and the block schedule over them; every tensor is int32 and on one device.
-
-    Slots whose expert id is outside 0..E-1 (sentinels of expert parallelism) are dropped: they sort behind all rows,
-    belong to no block and have row_of = -1.
-
-    Attributes:
-        slot_of: (R,) the slot, token * top_k + choice, of each row; rows from offsets[E] on are the dropped slots.
-        row_of: (T, top_k) the row of each slot, -1 when dropped.
-        offsets: (E + 1,) first row of each expert; offsets[E] is the number of rows.
-        block_expert: (B,) expert of each block, -1 behind the last block; B = `block_bound`.
-        block_row: (B,) first row of each block; its rows end at block_row + block_m or offsets[expert + 1].
-        block_m: rows in a full block.
-    """
-
-    slot_of: torch.Tensor
-    row_of: torch.Tensor
-    offsets: torch.Tensor
-    block_expert: torch.Tensor
-    block_row: torch.Tensor
-    block_m: int
-
-
-def block_bound(rows: int, num_experts: int, block_m: int) -> int:
-    """The most blocks that `rows` rows can fill: every touched expert may end in a block of a single row."""
-    touched = min(rows, num_experts)
-    return touched + (rows - touched) // block_m
 
 
 @triton.jit
@@ -116,7 +86,7 @@ def _sort_kernel(
             ids = _experts_of(top_k_index_ptr, start + tl.arange(0, SUB), R, E)
             total += tl.sum((ids[:, None] == offs_e[None, :]).to(tl.int32), axis=0)
     else:
-        for other in range(0, chunks):
+        for other in range(chunks):
             counts = tl.load(counts_ptr + other * BLOCK_E + offs_e)
             total += counts
             earlier += tl.where(other < chunk, counts, 0)
@@ -160,8 +130,8 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
     """Sort the slots by expert and cut each expert's rows into blocks, without waiting for the device.
 
     Args:
-        top_k_index: (T, top_k) int32 or int64, contiguous, on a GPU (or anywhere under Triton's interpreter). Ids outside
-            0..num_experts-1 are dropped.
+        top_k_index: (T, top_k) int32 or int64, contiguous, on a GPU (or anywhere under Triton's interpreter). Ids
+            outside 0..num_experts-1 are dropped.
         num_experts: E.
         block_m: rows in a block.
 
@@ -209,30 +179,3 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
         num_warps=8,
     )
     return routing
-
-
-def route_torch(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
-    """`route` in plain torch: the CPU path and the oracle of the kernels. No host sync either."""
-    slots = top_k_index.reshape(-1)
-    dropped = (slots < 0) | (slots >= num_experts)
-    bins = torch.where(dropped, num_experts, slots).to(torch.int64)
-    sorted_bins, slot_of = torch.sort(bins, stable=True)
-    row_of = torch.empty_like(slot_of)
-    row_of[slot_of] = torch.arange(slots.numel(), device=slots.device)
-    experts = torch.arange(num_experts + 1, device=slots.device)
-    offsets = torch.searchsorted(sorted_bins, experts)
-    last_block = ((offsets.diff() + block_m - 1) // block_m).cumsum(0)
-    block = torch.arange(block_bound(slots.numel(), num_experts, block_m), device=slots.device)
-    expert = torch.searchsorted(last_block, block, right=True)
-    real = expert < num_experts
-    owner = expert.clamp(max=num_experts - 1)
-    first_block = last_block - (offsets.diff() + block_m - 1) // block_m
-    row = offsets[owner] + (block - first_block[owner]) * block_m
-    return Routing(
-        slot_of=slot_of.to(torch.int32),
-        row_of=row_of.masked_fill(dropped, -1).view(top_k_index.shape).to(torch.int32),
-        offsets=offsets.to(torch.int32),
-        block_expert=expert.where(real, -1).to(torch.int32),
-        block_row=row.where(real, 0).to(torch.int32),
-        block_m=block_m,
-    )

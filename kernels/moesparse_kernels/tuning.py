@@ -1,7 +1,7 @@
-"""Launch sizes and backend choice: measured tables where there are any, a heuristic and one warning where there are none.
+"""Launch sizes and backend choice: from measured tables where there are any, else a heuristic and one warning.
 
-A table is `configs/<device>.json`, the name of the GPU as torch reports it with spaces as underscores. It is written by a
-tuning run and read once per process; nothing is timed while serving. Its form:
+A table is `configs/<device>.json`, the name of the GPU as torch reports it with spaces as underscores. It is written
+by a tuning run and read once per process; nothing is timed while serving. Its form:
 
     {
       "device": "...", "torch": "...", "triton": "...", "driver": "...",
@@ -10,12 +10,13 @@ tuning run and read once per process; nothing is timed while serving. Its form:
          "rows": {"<R>": {"block_m": ..., every field of GroupedConfig}}}
       ],
       "backend": [
-        {"dtype": "bfloat16", "experts": E, "hidden": H, "intermediate": I, "until_rows_per_expert": {"<float>": "<name>"}}
+        {"dtype": "bfloat16", "experts": E, "hidden": H, "intermediate": I,
+         "until_rows_per_expert": {"<float>": "<backend>"}}
       ]
     }
 
-"rows" is looked up at the nearest number of rows measured; "until_rows_per_expert" at the first bound that is not passed,
-the last one being "inf". A shape that is not in the table takes the heuristic.
+"rows" is looked up at the nearest number of rows measured; "until_rows_per_expert" at the first bound that is not
+passed, the last one being "inf". A shape that is not in the table takes the heuristic.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 
 __all__ = ["GroupedConfig", "backend_from_table", "block_m_for", "config_folder", "grouped_config"]
 
-# what the heuristic of `measured_or_not` fills: programs wanted for each multiprocessor before K is split
+# programs wanted for each multiprocessor before the reduction is split further
 _WAVES = 2
 _MAX_SPLITS = 8
 
@@ -119,7 +120,7 @@ def block_m_for(rows: int, num_experts: int, largest: int) -> int:
 
 
 def _split_k(programs: int, k_steps: int, device: torch.device) -> int:
-    """Splits of the reduction that bring the grid to `_WAVES` programs for each multiprocessor, four steps each at least."""
+    """Splits of the reduction, of four steps or more, that bring `_WAVES` programs to each multiprocessor."""
     wanted = _WAVES * _multiprocessors(device)
     split = 1
     while split < _MAX_SPLITS and programs * split * 2 <= wanted and k_steps >= 8 * split:
