@@ -151,7 +151,7 @@ def _combine_kernel(
     for k in range(TOP_K):
         # int64, because row * H passes 2**31 for long prompts
         row = tl.load(row_of_ptr + token * TOP_K + k).to(tl.int64)
-        mask = mask_h & (row >= 0)
+        mask = tl.where(mask_h, row, -1) >= 0
         value = tl.zeros((BLOCK_H,), dtype=tl.float32)
         for split in tl.static_range(SPLIT_K):
             value += tl.load(rows_ptr + (split * R + row) * H + offs_h, mask=mask, other=0.0).to(tl.float32)

@@ -22,8 +22,10 @@ from .moe_reference import Routing, block_bound
 
 __all__ = ["route"]
 
-# slots ranked at a time by comparing every pair of them
+# slots ranked at a time by comparing every pair of them; fewer when there are many experts, or the tables of slots by
+# experts do not fit the registers
 _SUB = 128
+_SUB_TIMES_EXPERTS = 8192
 # slots one program sorts alone; more are cut into at most _MAX_CHUNKS pieces
 _CHUNK = 1024
 _MAX_CHUNKS = 64
@@ -148,17 +150,19 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
     if R == 0:
         offsets.zero_()
         return routing
+    block_e = triton.next_power_of_2(num_experts)
+    sub = min(_SUB, max(16, _SUB_TIMES_EXPERTS // block_e))
     one_chunk = R <= _CHUNK
     if one_chunk:
-        chunk = _SUB * triton.cdiv(R, _SUB)
+        # a power of two: CHUNK is a compile-time constant, and a new one is a new kernel
+        chunk = max(sub, triton.next_power_of_2(R))
     else:
-        chunk = _SUB * triton.cdiv(R, _SUB * _MAX_CHUNKS)
+        chunk = max(_CHUNK, triton.next_power_of_2(triton.cdiv(R, _MAX_CHUNKS)))
     chunks = triton.cdiv(R, chunk)
-    block_e = triton.next_power_of_2(num_experts)
     counts = buffer
     if not one_chunk:
         counts = torch.empty(chunks, block_e, dtype=torch.int32, device=device)
-        _histogram_kernel[(chunks,)](top_k_index, counts, R, num_experts, CHUNK=chunk, SUB=_SUB, BLOCK_E=block_e)
+        _histogram_kernel[(chunks,)](top_k_index, counts, R, num_experts, CHUNK=chunk, SUB=sub, BLOCK_E=block_e)
     _sort_kernel[(chunks,)](
         top_k_index,
         counts,
@@ -173,7 +177,7 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
         chunks,
         BLOCK_M=block_m,
         CHUNK=chunk,
-        SUB=_SUB,
+        SUB=sub,
         BLOCK_E=block_e,
         ONE_CHUNK=one_chunk,
         num_warps=8,
