@@ -1,5 +1,6 @@
 """Pruning and running n:m sparse experts: packed weights and Triton kernels. Needs torch, and triton on a GPU."""
 
 from moesparse_kernels.layout import NMWeight
+from moesparse_kernels.ops import column_energy, column_energy_sorted, nm_prune, row_topk
 
-__all__ = ["NMWeight"]
+__all__ = ["NMWeight", "column_energy", "column_energy_sorted", "nm_prune", "row_topk"]
