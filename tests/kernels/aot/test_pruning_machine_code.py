@@ -1,7 +1,7 @@
 """The pruning kernels' machine code: no local memory, wide loads and stores, and a ceiling on the instructions.
 
-The ceilings are what the code needed when it was written, for Triton 3.9 or 3.6 whichever needs more, plus 15%. What they
-guard: 3 TB/s on an H100 leave 137 instructions per group of four for the dense result, 107 for the packed one.
+The ceilings are what the code needed when it was written, for Triton 3.9 or 3.6 whichever needs more, plus 15%. What
+they guard: 3 TB/s on an H100 leave 137 instructions per group of four for the dense result, 107 for the packed one.
 """
 
 import pytest

@@ -98,7 +98,7 @@ def test_offsets_outside_the_rows_read_nothing():
 
 
 def test_compensation_and_same_bits_twice():
-    # one chunk: 2**14, then blocks of 16 * 2**-16, each under half an ulp of it; together they are most of one ulp, 2**-9
+    # one chunk: 2**14, then blocks of 16 * 2**-16, each under half an ulp of it, together most of one ulp, 2**-9
     x = torch.full((128, 8), 2.0**-8)
     x[0] = 2.0**7
     index = torch.zeros(128, 1, dtype=torch.int64)
