@@ -44,16 +44,17 @@ def test_nm_prune(n, m, packed, ceiling, target, machine_code_rows):
     # eight columns become eight bytes of values, or sixteen of dense weight
     narrow = {"gfx942": r"(global|buffer)_store_dwordx2"}.get(target, r"STG\.E\.64")
     assert code.count(narrow if packed else WIDE_STORE[target]) >= 1
+    line = row(code, f"{n}:{m}{' packed' if packed else ''}", 2)
     # no byte leaves the thread that loaded it: only the scale, outside the loop, may be rearranged
     if target in NVIDIA:
         loop = code.loop()
         assert loop.count(SHARED) == 0
         assert loop.count(r"LDG") == loop.count(WIDE_LOAD[target]) == 1
         # a thread ranks two groups of four in a turn of the loop
+        machine_code_rows.append({**line, "loop each": loop.total / 2})
         assert_at_most(loop.total / 2, ceiling, f"{n}:{m} instructions per group of four on {target}")
-        machine_code_rows.append({**row(code, f"{n}:{m}{' packed' if packed else ''}", 2), "loop each": loop.total / 2})
     else:
-        machine_code_rows.append({**row(code, f"{n}:{m}{' packed' if packed else ''}", 2), "loop each": "-"})
+        machine_code_rows.append({**line, "loop each": "-"})
 
 
 @pytest.mark.parametrize("target", ALL)
@@ -65,8 +66,8 @@ def test_nm_prune_any_pattern(target, machine_code_rows):
     machine_code_rows.append({**row(code, "8:16 packed", groups), "loop each": "-"})
 
 
-# one warp, four warps, and the widest row that is promised
-@pytest.mark.parametrize(("columns", "warps", "ceiling"), [(2048, 1, 2.3), (16384, 16, 4.7)])
+# a row in one warp, and the widest row that is promised
+@pytest.mark.parametrize(("columns", "warps", "ceiling"), [(2048, 1, 3.5), (16384, 16, 3.9)])
 @pytest.mark.parametrize("target", ALL)
 def test_row_topk(columns, warps, ceiling, target, machine_code_rows):
     arguments = {name: kind for name, kind in PRUNE.items() if name != "index_ptr"} | {"keep": "i32"}
@@ -78,11 +79,10 @@ def test_row_topk(columns, warps, ceiling, target, machine_code_rows):
     if target in NVIDIA:
         loop = code.loop()
         # one turn counts: a comparison and an addition for each column, and the reduction
+        machine_code_rows.append({**line, "loop each": loop.total / elements})
         assert_at_most(loop.total / elements, ceiling, f"instructions per column and turn on {target}")
-        line["loop each"] = loop.total / elements
     else:
-        line["loop each"] = "-"
-    machine_code_rows.append(line)
+        machine_code_rows.append({**line, "loop each": "-"})
 
 
 @pytest.mark.parametrize("target", ALL)
@@ -109,8 +109,7 @@ def test_column_energy(target, machine_code_rows):
     if target in NVIDIA:
         loop = code.loop()
         assert loop.count(SHARED) == 0
-        assert_at_most(loop.total / 128, 6.0, f"instructions per element on {target}")
-        line["loop each"] = loop.total / 128
+        machine_code_rows.append({**line, "loop each": loop.total / 128})
+        assert_at_most(loop.total / 128, 7.9, f"instructions per element on {target}")
     else:
-        line["loop each"] = "-"
-    machine_code_rows.append(line)
+        machine_code_rows.append({**line, "loop each": "-"})
