@@ -125,8 +125,8 @@ def column_energy(
     expert = torch.searchsorted(chunks[1:], chunk, right=True, out_int32=True)
     partial = torch.empty(most, K, dtype=torch.float32, device=x.device)
     # one warp reads 256 columns of a row at a time and adds the rows inside its threads
-    block_k = 512 if K > 256 else 256
     lanes = 64 if torch.version.hip else 32
+    block_k = 512 if K > 256 or lanes == 64 else 256
     _chunk_energy_kernel[(most, triton.cdiv(K, block_k))](
         x,
         order if order is not None else offsets,

@@ -178,14 +178,16 @@ def _nm_prune_kernel(
         tl.store(out_ptr + row * K + offs, tl.where(keep != 0, w, 0.0), mask=mask)
 
 
-def _launch(weight, scale, out, index, n: int, m: int) -> None:
+def _launch(
+    weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, index: torch.Tensor | None, n: int, m: int
+) -> None:
     E, N, K = weight.shape
     packed = index is not None
     grid: tuple[int, ...]
     if m <= 8 and K % 8 == 0 and (not packed or 2 * n == m):
         # eight 16-bit columns, a 16-byte load, per thread
-        block_k = 512 if K > 256 else 256
         lanes = 64 if torch.version.hip else 32
+        block_k = 512 if K > 256 or lanes == 64 else 256
         # enough rows to pay for the scale, and at least some thousand programs where the weight is large
         block_n = 16 if E * N * K >= 2**24 else 4
         grid = (triton.cdiv(K, block_k) * triton.cdiv(N, block_n), E)
@@ -193,7 +195,7 @@ def _launch(weight, scale, out, index, n: int, m: int) -> None:
             weight,
             scale,
             out,
-            index if packed else out,
+            out if index is None else index,
             N,
             K,
             GROUP_N=n,
@@ -210,7 +212,7 @@ def _launch(weight, scale, out, index, n: int, m: int) -> None:
             weight,
             scale,
             out,
-            index if packed else out,
+            out if index is None else index,
             N,
             K,
             GROUP_N=n,
