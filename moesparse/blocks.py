@@ -1,0 +1,473 @@
+"""Find the experts of any transformers model: the only room that knows how a model is laid out.
+
+transformers dispatches the experts of nearly every family through one function, `ExpertsInterface`:
+`experts(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K])` over fused 3-D parameters. The decorator that
+does so leaves flags on the module (`has_gate`, `has_bias`, `is_transposed`, `is_concatenated`); they are all that is
+read here, so that no family is named in the code that finds. What does not fit is refused by name, never skipped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesparse.errors import UnsupportedModelError
+
+__all__ = ["ExpertMatrix", "MoEBlock", "check_coverage", "decoder_layers", "find_moe_blocks"]
+
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_ROUTER_NAMES = ("router", "gate")
+_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
+
+# "experts", "routed_experts", "expert_3", but neither "shared_experts" nor "pre_expert_proj".
+_EXPERTS_NAME = re.compile(r"(?:\w+_)?experts|experts?_\d+")
+_EXPERT_COUNT_NAME = re.compile(r"(?:\w+_)?experts(?:_num)?")
+
+# Only words for the refusal: that a model does not fit is found from its modules.
+_WHY_NOT = {
+    "dbrx": "the weights of all experts are stacked in 2-D tensors",
+    "jetmoe": "its attention heads are experts too, and both kinds take their tokens already sorted",
+    "llama4": "the gate scales the input of its experts, not their output",
+    "llama4_text": "the gate scales the input of its experts, not their output",
+    "longcat_flash": "some of its experts compute nothing (zero experts) and have no weights of their own",
+    "nllb_moe": "every expert is a module of its own, with biases and token dropout",
+    "switch_transformers": "every expert is a module of its own",
+}
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+_FUSED_GATES = ("silu", "gelu", "gelu_tanh")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMatrix:
+    """One weight of every expert in a block: a 3-D parameter and the layout it is stored in.
+
+    Attributes:
+        name: parameter name in the experts module: "gate_up_proj", "up_proj" or "down_proj".
+        input: "hidden" when it multiplies the block's input, "activation" when it multiplies act(gate) * up.
+        experts: the module that owns the parameter.
+        transposed: the parameter is [E, in, out], as in gpt_oss; `weight` is [E, out, in] either way.
+    """
+
+    name: str
+    input: str
+    experts: nn.Module
+    transposed: bool
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, read from the module each time: it survives `to_empty` and replacement."""
+        return getattr(self.experts, self.name)
+
+    @property
+    def weight(self) -> Tensor:
+        """[E, out, in], the parameter's dtype: a detached view, so that writing to it in place changes the model."""
+        weight = self.parameter.detach()
+        return weight.transpose(1, 2) if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[E, out], a detached view like `weight`; None in families without expert biases."""
+        bias = getattr(self.experts, f"{self.name}_bias", None)
+        return None if bias is None else bias.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class MoEBlock:
+    """The experts of one layer, and what is needed to call, score and rewrite them.
+
+    Attributes:
+        name: qualified name of the experts module, "model.layers.0.mlp.experts".
+        layer: qualified name of the decoder layer that holds it, "model.layers.0".
+        index: position among the model's blocks, 0 first in forward order.
+        experts: called as `experts(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]`.
+        moe: its parent, which also holds the router and the shared experts; the layer itself in gemma4.
+        moe_name: qualified name of `moe`.
+        router: the module that chooses the experts, None when it cannot be told apart.
+        router_name: qualified name of `router`, or None.
+        num_experts: E.
+        hidden_size: H, the width of the experts' input and output; smaller than the model's in latent MoEs.
+        intermediate_size: I, the width between an expert's two matrices.
+        top_k: experts per token, None when neither router nor config says.
+        has_gate: two projections in, gate and up; else up only.
+        has_bias: both matrices have a bias per expert.
+        is_transposed: the parameters are [E, in, out].
+        is_concatenated: gate and up are halves of the output; else they alternate.
+        has_post_expert_norm: each expert's output is normed before the gate weight multiplies it.
+        matrices: (gate_up_proj or up_proj, down_proj).
+    """
+
+    name: str
+    layer: str
+    index: int
+    experts: nn.Module
+    moe: nn.Module
+    moe_name: str
+    router: nn.Module | None
+    router_name: str | None
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    top_k: int | None
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
+    has_post_expert_norm: bool
+    matrices: tuple[ExpertMatrix, ...]
+
+    def activation(self, up_out: Tensor) -> Tensor:
+        """What the model does between an expert's two matrices.
+
+        Args:
+            up_out: [R, 2I], the output of gate_up_proj with its bias; [R, I], of up_proj, in families without a gate.
+
+        Returns:
+            [R, I], the input of down_proj.
+        """
+        experts: Any = self.experts
+        return experts._apply_gate(up_out) if self.has_gate else experts.act_fn(up_out)
+
+    def post_expert_norm(self, down_out: Tensor) -> Tensor:
+        """The norm on each expert's output [R, H], before its gate weight multiplies it; the identity without one."""
+        experts: Any = self.experts
+        return experts.post_expert_norm(down_out) if self.has_post_expert_norm else down_out
+
+    @cached_property
+    def activation_name(self) -> str | None:
+        """Name of the f in `f(gate) * up` on concatenated halves, or in `f(up)` without a gate; None if neither.
+
+        Decided by what `activation` computes, so that a clamp or another order of the halves is never taken for silu.
+        """
+        return _name_activation(self)
+
+    @property
+    def is_default_gate(self) -> bool:
+        """`silu(gate) * up` or a gelu, on concatenated halves: the form that kernels may fuse."""
+        return self.has_gate and self.activation_name in _FUSED_GATES
+
+
+def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
+    """The MoE blocks of a transformers model, in forward order.
+
+    Args:
+        model: any transformers model, on any device ("meta" too) in a floating dtype.
+
+    Returns:
+        One block for each experts module; every expert parameter of the model is in exactly one of them.
+
+    Raises:
+        UnsupportedModelError: the model has no experts, or some that do not fit; names the parameter and what it lacks.
+    """
+    blocks: list[MoEBlock] = []
+    for name, experts in model.named_modules():
+        if _goes_through_interface(experts):
+            blocks.append(_block(model, name, experts, index=len(blocks)))
+    check_coverage(model, blocks)
+    if not blocks:
+        raise UnsupportedModelError(
+            f"model must have experts, got {type(model).__name__} (model type {_family(model)}), which is dense; "
+            "moesparse prunes Mixture-of-Experts models"
+        )
+    return blocks
+
+
+def check_coverage(model: nn.Module, blocks: list[MoEBlock]) -> None:
+    """Prove that every expert parameter of the model is in exactly one block.
+
+    A parameter is an expert's when its path says so ("experts.3.w1"; shared experts are not meant), when it is a 3-D
+    stack as long as its module's, or its MoE block's, number of experts, or when it lies in a list of equal modules
+    beside a router as wide as the list is long. Convolutions are never experts.
+
+    Raises:
+        UnsupportedModelError: names the first expert parameter that no block holds, or that two hold, and says why.
+    """
+    owners: dict[int, str] = {}
+    for block in blocks:
+        for matrix in block.matrices:
+            for suffix in ("", "_bias"):
+                parameter = block.experts._parameters.get(matrix.name + suffix)
+                if parameter is None:
+                    continue
+                name = f"{block.name}.{matrix.name}{suffix}"
+                if id(parameter) in owners:
+                    raise UnsupportedModelError(
+                        f"{_family(model)}: {name} is the same tensor as {owners[id(parameter)]}; "
+                        "every block must have experts of its own"
+                    )
+                owners[id(parameter)] = name
+    for name, tensor in _expert_tensors(model, blocks):
+        if id(tensor) not in owners:
+            raise UnsupportedModelError(_why_uncovered(model, name, tensor))
+
+
+def decoder_layers(model: nn.Module, blocks: list[MoEBlock]) -> tuple[nn.ModuleList, str]:
+    """The list of layers that holds the blocks, for running the model one layer at a time.
+
+    Args:
+        model: the model that `blocks` were found in.
+        blocks: at least one.
+
+    Returns:
+        The list and its qualified name, (…, "model.layers").
+
+    Raises:
+        UnsupportedModelError: the blocks lie in several lists (an encoder and a decoder, say); names them.
+    """
+    names = list(dict.fromkeys(block.layer.rpartition(".")[0] for block in blocks))
+    if len(names) != 1:
+        raise UnsupportedModelError(
+            f"{_family(model)}: the blocks must lie in one list of layers, got {', '.join(names) or 'no blocks'}"
+        )
+    layers = model.get_submodule(names[0])
+    assert isinstance(layers, nn.ModuleList)
+    return layers, names[0]
+
+
+def _goes_through_interface(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, flag, None), bool) for flag in _FLAGS) and hasattr(module, "_apply_gate")
+
+
+def _block(model: nn.Module, name: str, experts: nn.Module, index: int) -> MoEBlock:
+    has_gate, has_bias, is_transposed, is_concatenated = (getattr(experts, flag) for flag in _FLAGS)
+    family = _family(model)
+    if getattr(experts, "_is_expert_parallel", False):
+        raise UnsupportedModelError(f"{family}: {name} must hold all experts, got an expert-parallel shard of them")
+    if not _takes_routed_tokens(experts):
+        raise UnsupportedModelError(
+            f"{family}: {name} must be called with (hidden_states, top_k_index, top_k_weights), "
+            f"its forward takes {_arguments(experts)}"
+        )
+    if not has_gate and not callable(getattr(experts, "act_fn", None)):
+        raise UnsupportedModelError(f"{family}: {name} has no gate and no act_fn, so its activation is unknown")
+
+    up_name = "gate_up_proj" if has_gate else "up_proj"
+    matrices = (
+        ExpertMatrix(up_name, "hidden", experts, is_transposed),
+        ExpertMatrix("down_proj", "activation", experts, is_transposed),
+    )
+    for matrix in matrices:
+        _check_parameter(family, name, experts, matrix.name, ndim=3)
+        if has_bias:
+            _check_parameter(family, name, experts, f"{matrix.name}_bias", ndim=2)
+    up, down = (matrix.weight for matrix in matrices)
+    num_experts, hidden_size, intermediate_size = down.shape
+    wanted = (num_experts, intermediate_size * (2 if has_gate else 1), hidden_size)
+    if tuple(up.shape) != wanted:
+        raise UnsupportedModelError(
+            f"{family}: {name}.{up_name} must be {list(wanted)} as [experts, out, in] to fit "
+            f"down_proj {list(down.shape)}, got {list(up.shape)}"
+        )
+
+    moe_name = name.rpartition(".")[0]
+    moe = model.get_submodule(moe_name)
+    router_name = _router_name(moe, moe_name, experts, num_experts)
+    router = None if router_name is None else model.get_submodule(router_name)
+    return MoEBlock(
+        name=name,
+        layer=_layer_name(model, name),
+        index=index,
+        experts=experts,
+        moe=moe,
+        moe_name=moe_name,
+        router=router,
+        router_name=router_name,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        top_k=_top_k(router, moe, getattr(experts, "config", None)),
+        has_gate=has_gate,
+        has_bias=has_bias,
+        is_transposed=is_transposed,
+        is_concatenated=is_concatenated,
+        has_post_expert_norm=bool(getattr(experts, "has_post_expert_norm", False)),
+        matrices=matrices,
+    )
+
+
+def _check_parameter(family: str, block: str, experts: nn.Module, name: str, ndim: int) -> None:
+    parameter = experts._parameters.get(name)
+    if parameter is None:
+        raise UnsupportedModelError(
+            f"{family}: {block}.{name} must be a parameter of {type(experts).__name__}, and is missing or was "
+            "replaced; load the model without quantisation or adapters"
+        )
+    if parameter.dtype not in _WEIGHT_DTYPES:
+        raise UnsupportedModelError(f"{family}: {block}.{name} {_quantised(parameter)}")
+    if parameter.ndim != ndim:
+        raise UnsupportedModelError(f"{family}: {block}.{name} must be {ndim}-D, got {list(parameter.shape)}")
+
+
+def _layer_name(model: nn.Module, name: str) -> str:
+    """The outermost list element on the way to the experts: a decoder layer, whatever lists lie inside it."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList):
+            return ".".join(parts[: depth + 1])
+    raise UnsupportedModelError(
+        f"{_family(model)}: {name} must lie in a list of layers (nn.ModuleList), and is in none"
+    )
+
+
+def _router_name(moe: nn.Module, moe_name: str, experts: nn.Module, num_experts: int) -> str | None:
+    """The sibling called router or gate; else the only sibling that has a row per expert."""
+    siblings = {name: child for name, child in moe.named_children() if child is not experts and "shared" not in name}
+    found = [name for name in _ROUTER_NAMES if name in siblings]
+    if not found:
+        found = [
+            name
+            for name, child in siblings.items()
+            if any(parameter.ndim == 2 and parameter.shape[0] == num_experts for parameter in child.parameters())
+        ]
+    if len(found) != 1:
+        return None
+    return f"{moe_name}.{found[0]}" if moe_name else found[0]
+
+
+def _top_k(*sources: object) -> int | None:
+    for source in sources:
+        for name in _TOP_K_NAMES:
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+@torch.no_grad()
+def _name_activation(block: MoEBlock) -> str | None:
+    act_fn = getattr(block.experts, "act_fn", None)
+    if isinstance(act_fn, nn.Module) and any(True for _ in act_fn.parameters()):
+        return None
+    # Small values tell the curves apart, large ones show a clamp; fp64 tells gelu from its tanh form.
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.5, 2.0, 8.0, 1e3], dtype=torch.float64).repeat_interleave(64)[:, None]
+    probe = torch.randn(256, 32 if block.has_gate else 16, generator=generator, dtype=torch.float64) * scale
+    try:
+        actual = block.activation(probe)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    for name, function in _ACTIVATIONS.items():
+        if block.has_gate:
+            gate, up = probe.chunk(2, dim=-1)
+            expected = function(gate) * up
+        else:
+            expected = function(probe)
+        if actual.shape == expected.shape and torch.allclose(actual.double(), expected, rtol=1e-6, atol=1e-7):
+            return name
+    return None
+
+
+def _expert_tensors(model: nn.Module, blocks: list[MoEBlock]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and buffers that may hold packed weights, that belong to routed experts; see check_coverage."""
+    modules = dict(model.named_modules())
+    lists = tuple(f"{name}." for name, module in modules.items() if _is_expert_list(modules, name, module))
+    stack_sizes = {block.moe_name: block.num_experts for block in blocks}
+    layers = {block.layer for block in blocks}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        owner_name = name.rpartition(".")[0]
+        owner = modules[owner_name]
+        if tensor.ndim < 2 or isinstance(owner, nn.modules.conv._ConvNd):
+            continue
+        path = owner_name.split(".")
+        if any("shared" in part for part in name.split(".")):
+            continue
+        in_experts = any(_EXPERTS_NAME.fullmatch(part) for part in path)
+        # Where the layer itself is the MoE's parent (gemma4), attention lies below it too: only its own tensors count.
+        stacked = tensor.ndim == 3 and any(
+            tensor.shape[0] == size and (owner_name == moe or (moe not in layers and owner_name.startswith(f"{moe}.")))
+            for moe, size in stack_sizes.items()
+        )
+        if in_experts or stacked or name.startswith(lists) or (tensor.ndim == 3 and _counts_experts(owner, tensor)):
+            yield name, tensor
+
+
+def _counts_experts(owner: nn.Module, tensor: Tensor) -> bool:
+    """Whether the module says it has as many experts as the tensor is long."""
+    return any(
+        value == tensor.shape[0]
+        for name, value in vars(owner).items()
+        if isinstance(value, int) and "shared" not in name and _EXPERT_COUNT_NAME.fullmatch(name)
+    )
+
+
+def _is_expert_list(modules: dict[str, nn.Module], name: str, module: nn.Module) -> bool:
+    """A list of equal modules with a sibling that has one row per element, each row as wide as their linears' input."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) < 2:
+        return False
+    children = list(module.children())
+    shapes = [[(key, tuple(p.shape)) for key, p in child.named_parameters()] for child in children]
+    widths = {layer.in_features for layer in children[0].modules() if isinstance(layer, nn.Linear)}
+    if not widths or any(shape != shapes[0] for shape in shapes):
+        return False
+    parent = modules[name.rpartition(".")[0]]
+    siblings = (child for child in parent.children() if child is not module and not isinstance(child, nn.Embedding))
+    return any(
+        parameter.ndim == 2 and parameter.shape[0] == len(children) and parameter.shape[1] in widths
+        for sibling in siblings
+        for parameter in sibling.parameters()
+    )
+
+
+def _why_uncovered(model: nn.Module, name: str, tensor: Tensor) -> str:
+    """One sentence: which expert parameter, where it lies, and what it lacks."""
+    family = _family(model)
+    if tensor.dtype not in _WEIGHT_DTYPES:
+        return f"{family}: {name} {_quantised(tensor)}"
+    parts = name.split(".")[:-1]
+    depth = next((i for i, part in enumerate(parts) if _EXPERTS_NAME.fullmatch(part)), len(parts) - 1)
+    holder_name = ".".join(parts[: depth + 1])
+    holder = model.get_submodule(holder_name)
+    where = f"{family}: {name} {list(tensor.shape)} belongs to experts"
+    if _goes_through_interface(holder):
+        return f"{where}, but is none of the weights and biases that ExpertsInterface reads from {holder_name}"
+    if family in _WHY_NOT:
+        reason = _WHY_NOT[family]
+    elif isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
+        reason = "every expert is a module of its own, where one 3-D parameter for all is needed"
+    elif not _takes_routed_tokens(holder):
+        reason = f"its forward takes {_arguments(holder)}, not (hidden_states, top_k_index, top_k_weights)"
+    else:
+        reason = "its class is not decorated with use_experts_implementation"
+    return f"{where}, but {holder_name} ({type(holder).__name__}) does not go through ExpertsInterface: {reason}"
+
+
+def _quantised(tensor: Tensor) -> str:
+    return (
+        f"holds {str(tensor.dtype).removeprefix('torch.')} values: experts that are already packed or quantised "
+        "cannot be pruned; load the model in bfloat16 or another floating type"
+    )
+
+
+def _takes_routed_tokens(module: nn.Module) -> bool:
+    """Whether `module(tokens, indices, weights)` is a call its forward accepts."""
+    try:
+        inspect.signature(module.forward).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _arguments(module: nn.Module) -> str:
+    return f"({', '.join(inspect.signature(module.forward).parameters)})"
+
+
+def _family(model: nn.Module) -> str:
+    """The name a user knows the model by: its config's model_type, else its class."""
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
