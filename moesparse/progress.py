@@ -1,4 +1,4 @@
-"""What a long call tells its caller while it works."""
+"""How long-running work tells a caller where it stands; the command line draws its bars from it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One step of a long run.
+    """One step done. The first event of a stage has `done=0` and comes before any work.
 
     Attributes:
-        stage: what is being done, e.g. "calibrate" or "prune model.layers.3.mlp.experts".
-        done: steps finished in the whole run.
-        total: steps in the whole run.
-        tokens: tokens run through the model so far.
+        stage: what is going on: "calibrate", "prune", "evaluate".
+        done: units finished.
+        total: units there are.
+        unit: "window" or "block".
+        tokens: tokens processed since the stage began.
+        seconds: seconds since the stage began.
+        name: the block or file at work, when there is one.
+        memory: bytes the second moments take, when the stage collects any.
     """
 
     stage: str
     done: int
     total: int
-    tokens: int = 0
+    unit: str
+    tokens: int
+    seconds: float
+    name: str = ""
+    memory: int = 0
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds to go at the speed so far; None before the first unit is done."""
+        return self.seconds / self.done * (self.total - self.done) if self.done else None
 
 
 Progress = Callable[[ProgressEvent], None]
-"""Called with every event; it must not raise."""
 
 
 def silent(_event: ProgressEvent) -> None:
