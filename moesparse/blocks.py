@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,10 +26,10 @@ __all__ = ["ExpertMatrix", "MoEBlock", "check_coverage", "decoder_layers", "find
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ROUTER_NAMES = ("router", "gate")
-_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
+_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
 
 # "experts", "routed_experts", "expert_3", but neither "shared_experts" nor "pre_expert_proj".
-_EXPERTS_NAME = re.compile(r"(?:\w+_)?experts|experts?_\d+")
+_EXPERTS_NAME = re.compile(r"(?!\w*shared)(?:\w+_)?experts|experts?_\d+")
 _EXPERT_COUNT_NAME = re.compile(r"(?:\w+_)?experts(?:_num)?")
 
 # Only words for the refusal: that a model does not fit is found from its modules.
@@ -39,7 +39,7 @@ _WHY_NOT = {
     "llama4": "the gate scales the input of its experts, not their output",
     "llama4_text": "the gate scales the input of its experts, not their output",
     "longcat_flash": "some of its experts compute nothing (zero experts) and have no weights of their own",
-    "nllb_moe": "every expert is a module of its own, with biases and token dropout",
+    "nllb-moe": "every expert is a module of its own, with biases and token dropout",
     "switch_transformers": "every expert is a module of its own",
 }
 
@@ -67,7 +67,7 @@ class ExpertMatrix:
 
     name: str
     input: str
-    experts: nn.Module
+    experts: nn.Module = field(repr=False)
     transposed: bool
 
     @property
@@ -116,10 +116,10 @@ class MoEBlock:
     name: str
     layer: str
     index: int
-    experts: nn.Module
-    moe: nn.Module
+    experts: nn.Module = field(repr=False)
+    moe: nn.Module = field(repr=False)
     moe_name: str
-    router: nn.Module | None
+    router: nn.Module | None = field(repr=False)
     router_name: str | None
     num_experts: int
     hidden_size: int
@@ -176,9 +176,17 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
         UnsupportedModelError: the model has no experts, or some that do not fit; names the parameter and what it lacks.
     """
     blocks: list[MoEBlock] = []
-    for name, experts in model.named_modules():
-        if _goes_through_interface(experts):
-            blocks.append(_block(model, name, experts, index=len(blocks)))
+    names: dict[nn.Module, str] = {}
+    for name, experts in model.named_modules(remove_duplicate=False):
+        if not _goes_through_interface(experts):
+            continue
+        if experts in names:
+            raise UnsupportedModelError(
+                f"{_family(model)}: {name} is the same module as {names[experts]}; "
+                "every layer must have experts of its own"
+            )
+        names[experts] = name
+        blocks.append(_block(model, name, experts, index=len(blocks)))
     check_coverage(model, blocks)
     if not blocks:
         raise UnsupportedModelError(
@@ -192,8 +200,8 @@ def check_coverage(model: nn.Module, blocks: list[MoEBlock]) -> None:
     """Prove that every expert parameter of the model is in exactly one block.
 
     A parameter is an expert's when its path says so ("experts.3.w1"; shared experts are not meant), when it is a 3-D
-    stack as long as its module's, or its MoE block's, number of experts, or when it lies in a list of equal modules
-    beside a router as wide as the list is long. Convolutions are never experts.
+    stack as long as its module's, or its MoE block's, number of experts, or when it lies in a list of that many equal
+    modules. Convolutions are never experts.
 
     Raises:
         UnsupportedModelError: names the first expert parameter that no block holds, or that two hold, and says why.
@@ -212,9 +220,9 @@ def check_coverage(model: nn.Module, blocks: list[MoEBlock]) -> None:
                         "every block must have experts of its own"
                     )
                 owners[id(parameter)] = name
-    for name, tensor in _expert_tensors(model, blocks):
+    for name, tensor, holder_name in _expert_tensors(model, blocks):
         if id(tensor) not in owners:
-            raise UnsupportedModelError(_why_uncovered(model, name, tensor))
+            raise UnsupportedModelError(_why_uncovered(model, name, tensor, holder_name))
 
 
 def decoder_layers(model: nn.Module, blocks: list[MoEBlock]) -> tuple[nn.ModuleList, str]:
@@ -291,7 +299,7 @@ def _block(model: nn.Module, name: str, experts: nn.Module, index: int) -> MoEBl
         num_experts=num_experts,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        top_k=_top_k(router, moe, getattr(experts, "config", None)),
+        top_k=_top_k(router, moe, getattr(experts, "config", None), num_experts),
         has_gate=has_gate,
         has_bias=has_bias,
         is_transposed=is_transposed,
@@ -340,11 +348,12 @@ def _router_name(moe: nn.Module, moe_name: str, experts: nn.Module, num_experts:
     return f"{moe_name}.{found[0]}" if moe_name else found[0]
 
 
-def _top_k(*sources: object) -> int | None:
-    for source in sources:
-        for name in _TOP_K_NAMES:
+def _top_k(router: nn.Module | None, moe: nn.Module, config: object, num_experts: int) -> int | None:
+    # A config's own "top_k" may be a sampling parameter left there by an old release.
+    for source, names in ((router, ("top_k", *_TOP_K_NAMES)), (moe, ("top_k", *_TOP_K_NAMES)), (config, _TOP_K_NAMES)):
+        for name in names:
             value = getattr(source, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
+            if isinstance(value, int) and 1 <= value <= num_experts:
                 return value
     return None
 
@@ -373,66 +382,67 @@ def _name_activation(block: MoEBlock) -> str | None:
     return None
 
 
-def _expert_tensors(model: nn.Module, blocks: list[MoEBlock]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and buffers that may hold packed weights, that belong to routed experts; see check_coverage."""
+def _expert_tensors(model: nn.Module, blocks: list[MoEBlock]) -> Iterator[tuple[str, Tensor, str]]:
+    """Name, tensor and the module that holds the experts, for all that is theirs by the rules of check_coverage.
+
+    Buffers count too: packed experts may keep their values in them.
+    """
     modules = dict(model.named_modules())
-    lists = tuple(f"{name}." for name, module in modules.items() if _is_expert_list(modules, name, module))
-    stack_sizes = {block.moe_name: block.num_experts for block in blocks}
-    layers = {block.layer for block in blocks}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in tensors:
-        owner_name = name.rpartition(".")[0]
+    lists = [name for name, module in modules.items() if _is_expert_list(module, modules[name.rpartition(".")[0]])]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        parts = name.split(".")[:-1]
+        owner_name = ".".join(parts)
         owner = modules[owner_name]
         if tensor.ndim < 2 or isinstance(owner, nn.modules.conv._ConvNd):
             continue
-        path = owner_name.split(".")
-        if any("shared" in part for part in name.split(".")):
+        depth = next((i for i, part in enumerate(parts, start=1) if _EXPERTS_NAME.fullmatch(part)), None)
+        in_list = next((holder for holder in lists if name.startswith(f"{holder}.")), None)
+        if depth is not None:
+            yield name, tensor, ".".join(parts[:depth])
+        elif "shared" in name:
             continue
-        in_experts = any(_EXPERTS_NAME.fullmatch(part) for part in path)
-        # Where the layer itself is the MoE's parent (gemma4), attention lies below it too: only its own tensors count.
-        stacked = tensor.ndim == 3 and any(
-            tensor.shape[0] == size and (owner_name == moe or (moe not in layers and owner_name.startswith(f"{moe}.")))
-            for moe, size in stack_sizes.items()
+        elif in_list is not None:
+            yield name, tensor, in_list
+        elif tensor.ndim == 3 and (_counts_experts(owner, len(tensor)) or _stacks_experts(blocks, owner_name, tensor)):
+            yield name, tensor, owner_name
+
+
+def _stacks_experts(blocks: list[MoEBlock], owner_name: str, tensor: Tensor) -> bool:
+    """Whether the tensor lies beside a block's experts and has an entry for each.
+
+    Where the parent of the experts is the layer (gemma4), attention lies below it too: only its own tensors count.
+    """
+    return any(
+        len(tensor) == block.num_experts
+        and (
+            owner_name == block.moe_name
+            or (block.moe_name != block.layer and owner_name.startswith(f"{block.moe_name}."))
         )
-        if in_experts or stacked or name.startswith(lists) or (tensor.ndim == 3 and _counts_experts(owner, tensor)):
-            yield name, tensor
-
-
-def _counts_experts(owner: nn.Module, tensor: Tensor) -> bool:
-    """Whether the module says it has as many experts as the tensor is long."""
-    return any(
-        value == tensor.shape[0]
-        for name, value in vars(owner).items()
-        if isinstance(value, int) and "shared" not in name and _EXPERT_COUNT_NAME.fullmatch(name)
+        for block in blocks
     )
 
 
-def _is_expert_list(modules: dict[str, nn.Module], name: str, module: nn.Module) -> bool:
-    """A list of equal modules with a sibling that has one row per element, each row as wide as their linears' input."""
-    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or len(module) < 2:
-        return False
-    children = list(module.children())
-    shapes = [[(key, tuple(p.shape)) for key, p in child.named_parameters()] for child in children]
-    widths = {layer.in_features for layer in children[0].modules() if isinstance(layer, nn.Linear)}
-    if not widths or any(shape != shapes[0] for shape in shapes):
-        return False
-    parent = modules[name.rpartition(".")[0]]
-    siblings = (child for child in parent.children() if child is not module and not isinstance(child, nn.Embedding))
+def _counts_experts(module: nn.Module, count: int) -> bool:
+    """Whether the module says, in an attribute such as num_experts, that it has so many experts."""
     return any(
-        parameter.ndim == 2 and parameter.shape[0] == len(children) and parameter.shape[1] in widths
-        for sibling in siblings
-        for parameter in sibling.parameters()
+        isinstance(value, int) and value == count and "shared" not in name and _EXPERT_COUNT_NAME.fullmatch(name)
+        for name, value in vars(module).items()
     )
 
 
-def _why_uncovered(model: nn.Module, name: str, tensor: Tensor) -> str:
+def _is_expert_list(module: nn.Module, parent: nn.Module) -> bool:
+    """Whether these are an older model's experts: as many equal modules as the parent says it has experts."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or not _counts_experts(parent, len(module)):
+        return False
+    shapes = [[(key, p.shape) for key, p in child.named_parameters()] for child in module.children()]
+    return all(shape == shapes[0] for shape in shapes)
+
+
+def _why_uncovered(model: nn.Module, name: str, tensor: Tensor, holder_name: str) -> str:
     """One sentence: which expert parameter, where it lies, and what it lacks."""
     family = _family(model)
     if tensor.dtype not in _WEIGHT_DTYPES:
         return f"{family}: {name} {_quantised(tensor)}"
-    parts = name.split(".")[:-1]
-    depth = next((i for i, part in enumerate(parts) if _EXPERTS_NAME.fullmatch(part)), len(parts) - 1)
-    holder_name = ".".join(parts[: depth + 1])
     holder = model.get_submodule(holder_name)
     where = f"{family}: {name} {list(tensor.shape)} belongs to experts"
     if _goes_through_interface(holder):
