@@ -1,5 +1,68 @@
-"""moesparse: prune Mixture-of-Experts language models and run the sparse result."""
+"""moesparse: prune Mixture-of-Experts language models, keep what they know, and run the sparse result.
+
+    model, tokenizer = moesparse.demo.load()
+    windows = moesparse.demo.windows("calibration")
+    report = moesparse.prune(model, windows, moesparse.Recipe(weights="2:4"))
+    moesparse.save_pretrained(model, "out", tokenizer=tokenizer)
+
+Names are loaded when they are first used; importing the package imports neither transformers nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from moesparse._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from moesparse import demo, evaluate, text
+    from moesparse.blocks import MoEBlock, find_moe_blocks
+    from moesparse.calibration import calibrate
+    from moesparse.checkpoint import load_pretrained, save_pretrained
+    from moesparse.errors import MoESparseError
+    from moesparse.pruning import Recipe, Report, prune
+    from moesparse.statistics import ModelStatistics
+
+_HOMES = {
+    "MoEBlock": "blocks",
+    "find_moe_blocks": "blocks",
+    "calibrate": "calibration",
+    "load_pretrained": "checkpoint",
+    "save_pretrained": "checkpoint",
+    "MoESparseError": "errors",
+    "Recipe": "pruning",
+    "Report": "pruning",
+    "prune": "pruning",
+    "ModelStatistics": "statistics",
+}
+_MODULES = ("demo", "evaluate", "text")
+
+__all__ = [
+    "MoEBlock",
+    "MoESparseError",
+    "ModelStatistics",
+    "Recipe",
+    "Report",
+    "__version__",
+    "calibrate",
+    "demo",
+    "evaluate",
+    "find_moe_blocks",
+    "load_pretrained",
+    "prune",
+    "save_pretrained",
+    "text",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"moesparse.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"moesparse.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'moesparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -63,10 +63,12 @@ class LayerStream:
         self.device = device
         self._model = model
         self._tuple_length = self._probe(windows[:1, :PROBE_TOKENS])
+        self.length = windows.shape[1]
+        self.first_window = list(range(0, len(windows), batch_size))
         self.hidden: list[torch.Tensor] = []
         self.token_masks: list[torch.Tensor | None] = []
         self._calls: list[list[LayerCall]] = []
-        for start in range(0, len(windows), batch_size):
+        for start in self.first_window:
             batch = windows[start : start + batch_size]
             mask = None if attention_mask is None else attention_mask[start : start + batch_size]
             hidden, calls = self._trace(batch, mask)

@@ -11,10 +11,10 @@ class ProgressEvent:
     """One step done. The first event of a stage has `done=0` and comes before any work.
 
     Attributes:
-        stage: what is going on: "calibrate", "prune", "evaluate".
+        stage: what is going on, in a few words: "calibrate", "prune", "propagate".
         done: units finished.
         total: units there are.
-        unit: "window" or "block".
+        unit: what is counted: "window", "block", "step".
         tokens: tokens processed since the stage began.
         seconds: seconds since the stage began.
         name: the block or file at work, when there is one.
@@ -24,9 +24,9 @@ class ProgressEvent:
     stage: str
     done: int
     total: int
-    unit: str
-    tokens: int
-    seconds: float
+    unit: str = "step"
+    tokens: int = 0
+    seconds: float = 0.0
     name: str = ""
     memory: int = 0
 
@@ -37,6 +37,7 @@ class ProgressEvent:
 
 
 Progress = Callable[[ProgressEvent], None]
+"""Called with every event; it must not raise."""
 
 
 def silent(_event: ProgressEvent) -> None:

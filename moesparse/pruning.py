@@ -21,15 +21,15 @@ import torch
 from torch import nn
 
 from moesparse._version import __version__
-from moesparse.blocks import ExpertMatrix, MoEBlock, check_coverage, decoder_layers, find_moe_blocks
-from moesparse.calibration import check_dense, check_windows, record
-from moesparse.errors import CalibrationError, MoESparseError, UsageError
+from moesparse.blocks import ExpertMatrix, MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.calibration import Recorder, check_dense, check_windows, record
+from moesparse.errors import CalibrationError, MoESparseError
 from moesparse.layerwise import LayerStream
 from moesparse.masks import Pattern, check_mask
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.saliency.updates import parse_update, rescale_factor, update_weights
-from moesparse.saliency.weights import check_rules, choose_masks, moments_needed
+from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
 from moesparse.statistics import ExpertStatistics, ModelStatistics
 
 DEFAULT_SALIENCY = "moe-pruner"
@@ -44,9 +44,9 @@ class Recipe:
         weights: "n:m" (n of every m consecutive inputs of an output row stay), or the share removed from every output
             row, in (0, 1).
         saliency: the mask rule, one of moesparse.saliency.weights.MASK_RULES.
-        update: the weight rule: "none" (the paper's), "rescale", "obs", "least-squares", or two joined by "+".
+        update: the weight rule, one of moesparse.saliency.updates.UPDATE_RULES; "none" is the papers' own.
         propagate: the next block is calibrated on what the pruned blocks before it give (False: on the dense model).
-        seed: recorded with the result; every rule here is deterministic.
+        seed: of the "random" mask rule; every other rule is deterministic.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
@@ -60,7 +60,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))
-        check_rules(self.saliency, self.update)
+        moments_needed(self.saliency, self.update)  # refuses an unknown rule
 
     @property
     def pattern(self) -> Pattern:
@@ -80,8 +80,9 @@ class TensorReport:
         sparsity: share of exact zeros.
         pattern: the pattern asked for.
         holds: the pattern was found in every row after the weights were written back.
-        residual: per expert, squared output error on the calibration tokens relative to the dense output, or None
-            where the rules need no second moments.
+        error_before: per expert, |(W - V) X| / |W X| of the masked dense weights on the calibration tokens; None where
+            the rules need no second moments.
+        error_after: the same once the kept weights were re-solved.
         fallbacks: experts without calibration tokens, masked by magnitude.
     """
 
@@ -90,7 +91,8 @@ class TensorReport:
     sparsity: float
     pattern: str
     holds: bool
-    residual: list[float] | None = None
+    error_before: list[float] | None = None
+    error_after: list[float] | None = None
     fallbacks: list[int] = field(default_factory=list)
 
 
@@ -171,7 +173,6 @@ def prune(
     """
     recipe = recipe or Recipe()
     blocks = find_moe_blocks(model)
-    check_coverage(model, blocks)
     for block in blocks:
         for matrix in block.matrices:
             recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
@@ -185,7 +186,8 @@ def prune(
     else:
         if not allow_pruned:
             check_dense(blocks)
-        windows, mask = check_windows(model, calibration)
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        windows, mask = check_windows(calibration, vocabulary)
         home = torch.device(device) if device is not None else _default_device()
         stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, home)
         reports = _prune_layerwise(stream, model, blocks, recipe, progress)
@@ -208,7 +210,7 @@ def _prune_from_weights(
     reports = []
     for done, block in enumerate(blocks):
         progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
-        reports.append(_prune_block(block, None, recipe))
+        reports.append(_prune_block(block, None, recipe, "none"))
     return reports, {"windows": 0, "length": 0, "tokens": 0}
 
 
@@ -216,15 +218,10 @@ def _prune_from_statistics(
     model: nn.Module, blocks: Sequence[MoEBlock], statistics: ModelStatistics, recipe: Recipe, progress: Progress
 ) -> tuple[list[BlockReport], dict[str, Any]]:
     statistics.check_model(model)
-    if "rescale" in parse_update(recipe.update):
-        raise CalibrationError(
-            "update must not hold rescale with saved statistics: the factor is the output of the pruned expert on the "
-            "calibration tokens; pass the windows instead"
-        )
     reports = []
     for done, block in enumerate(blocks):
         progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
-        reports.append(_prune_block(block, statistics.blocks[block.name], recipe))
+        reports.append(_prune_block(block, statistics.blocks[block.name], recipe, recipe.update))
     return reports, {"statistics": statistics.text_hash, "tokens": statistics.tokens}
 
 
@@ -236,17 +233,24 @@ def _prune_layerwise(
     for block in blocks:
         at.setdefault(names[id(model.get_submodule(block.layer))], []).append(block)
     last = max(at)
-    rescale = "rescale" in parse_update(recipe.update)
+    # the factor is measured by running the pruned experts, which sees the loss in gate and up as well
+    solver, rescale = parse_update(recipe.update)
     moments = moments_needed(recipe.saliency, recipe.update)
     passes = sum(1 + rescale + recipe.propagate if position in at else 1 for position in range(last + 1))
     total, done, tokens = passes * len(stream), 0, 0
     reports: list[BlockReport] = []
 
-    def run(position: int, keep: bool, stage: str, before: Any = None) -> None:
+    def run(position: int, keep: bool, stage: str, recorders: Sequence[Recorder] = ()) -> None:
         nonlocal done, tokens
-        for count in stream.run(position, keep=keep, before=before):
+
+        def aim(number: int) -> None:
+            for recorder in recorders:
+                recorder.token_mask = stream.token_masks[number]
+                recorder.first_window, recorder.window_length = stream.first_window[number], stream.length
+
+        for count in stream.run(position, keep=keep, before=aim):
             done, tokens = done + 1, tokens + count
-            progress(ProgressEvent(stage, done, total, tokens))
+            progress(ProgressEvent(stage, done, total, tokens=tokens))
 
     for position in range(last + 1):
         with stream.on_device(position):
@@ -257,22 +261,15 @@ def _prune_layerwise(
             started = time.perf_counter()
             reset_peak_memory()
             label = here[0].name
-            with record(here, moments=moments) as recorder:
-
-                def mask_rows(number: int, recorder: Any = recorder) -> None:
-                    recorder.begin_batch(stream.token_masks[number], first_window=number)
-
-                run(position, not recipe.propagate, f"calibrate {label}", mask_rows)
-            measured = [_prune_block(block, recorder.statistics[block.name], recipe) for block in here]
+            with record(here, moments) as recorders:
+                run(position, not recipe.propagate, f"calibrate {label}", recorders)
+            dense = [recorder.statistics for recorder in recorders]
+            measured = [_prune_block(block, sums, recipe, solver) for block, sums in zip(here, dense, strict=True)]
             if rescale:
-                with record(here, moments="none") as again:
-
-                    def mask_again(number: int, recorder: Any = again) -> None:
-                        recorder.begin_batch(stream.token_masks[number], first_window=number)
-
-                    run(position, False, f"rescale {label}", mask_again)
-                for block, report in zip(here, measured, strict=True):
-                    report.rescale = _rescale(block, recorder.statistics[block.name], again.statistics[block.name])
+                with record(here) as recorders:
+                    run(position, False, f"rescale {label}", recorders)
+                for block, report, before, recorder in zip(here, measured, dense, recorders, strict=True):
+                    report.rescale = _rescale(block, before, recorder.statistics)
             if recipe.propagate and position < last:
                 run(position, True, f"propagate {label}")
             elif recipe.propagate:
@@ -284,9 +281,9 @@ def _prune_layerwise(
     return reports
 
 
-def _prune_block(block: MoEBlock, statistics: ExpertStatistics | None, recipe: Recipe) -> BlockReport:
+def _prune_block(block: MoEBlock, statistics: ExpertStatistics | None, recipe: Recipe, update: str) -> BlockReport:
     started = time.perf_counter()
-    tensors = [_prune_matrix(block, matrix, statistics, recipe) for matrix in block.matrices]
+    tensors = [_prune_matrix(block, matrix, statistics, recipe, update) for matrix in block.matrices]
     return BlockReport(
         name=block.name,
         experts=block.num_experts,
@@ -300,13 +297,17 @@ def _prune_block(block: MoEBlock, statistics: ExpertStatistics | None, recipe: R
 
 @torch.no_grad()
 def _prune_matrix(
-    block: MoEBlock, matrix: ExpertMatrix, statistics: ExpertStatistics | None, recipe: Recipe
+    block: MoEBlock, matrix: ExpertMatrix, statistics: ExpertStatistics | None, recipe: Recipe, update: str
 ) -> TensorReport:
     name = f"{block.name}.{matrix.name}"
     weight = matrix.weight
-    choice = choose_masks(weight, recipe.saliency, recipe.pattern, statistics, matrix.input, name=name)
-    update = update_weights(weight, choice.mask, recipe.update, statistics, matrix.input, name=name)
-    weight.copy_(update.weight)
+    choice = choose_masks(
+        weight, recipe.saliency, recipe.pattern, statistics, matrix.input, seed=recipe.seed, name=name
+    )
+    result = update_weights(
+        weight, choice.mask, update, statistics, matrix.input, gate=obs_gate(recipe.saliency), name=name
+    )
+    weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed
     verdict = check_mask(weight, recipe.pattern)
     if not verdict.holds:
@@ -317,8 +318,9 @@ def _prune_matrix(
         sparsity=verdict.sparsity,
         pattern=str(recipe.pattern),
         holds=verdict.holds,
-        residual=None if update.residual is None else update.residual.tolist(),
-        fallbacks=choice.fallback,
+        error_before=None if result.error_before is None else result.error_before.tolist(),
+        error_after=None if result.error_after is None else result.error_after.tolist(),
+        fallbacks=list(choice.fallback),
     )
 
 

@@ -127,8 +127,12 @@ class ExpertStatistics:
             return {name: per_expert(size, size, on=moments_device) for name, size in sizes.items()}
 
         return cls(
-            torch.zeros(num_experts, dtype=torch.int64, device=device),
-            *(per_expert() for _ in _VECTORS[1:]),
+            tokens=torch.zeros(num_experts, dtype=torch.int64, device=device),
+            gate_sum=per_expert(),
+            norm_sum=per_expert(),
+            norm_sq_sum=per_expert(),
+            gated_norm_sum=per_expert(),
+            gated_norm_sq_sum=per_expert(),
             energy={name: per_expert(size) for name, size in sizes.items()},
             gated_energy={name: per_expert(size) for name, size in sizes.items()},
             moment=second_moments("plain", "both"),
@@ -233,8 +237,8 @@ class ModelStatistics:
         found = model_fingerprint(model)
         if found != self.fingerprint:
             raise CalibrationError(
-                f"statistics must come from this model ({found}), got those of {self.fingerprint}: another model, other "
-                "weights, or this model before it was pruned. Calibrate this one."
+                f"statistics must come from this model ({found}), got those of {self.fingerprint}: another model, "
+                "other weights, or this model before it was pruned. Calibrate this one."
             )
 
     def __add__(self, other: ModelStatistics) -> ModelStatistics:
@@ -261,8 +265,8 @@ class ModelStatistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all.
 
-        A tensor is named "<sum>/<block>", as in "energy.hidden/model.layers.0.mlp.experts"; the metadata hold the format,
-        the schema version, fingerprint, text hash, seed, tokens and the order of the blocks.
+        A tensor is named "<sum>/<block>", as in "energy.hidden/model.layers.0.mlp.experts"; the metadata hold the
+        format, the schema version, fingerprint, text hash, seed, tokens and the order of the blocks.
 
         Raises:
             CalibrationError: the file cannot be written; a file that was there before is then untouched.
@@ -336,8 +340,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Of each parameter and saved buffer about 4096 evenly strided elements are hashed (as float32, so the same values in
     another dtype give the same fingerprint). Pruning, removing experts or fine-tuning changes some of them with near
-    certainty; a change of a few single weights may pass unseen. Costs milliseconds and reads only the sample. Config keys
-    that name folders, versions and dtypes are left out.
+    certainty; a change of a few single weights may pass unseen. Costs milliseconds and reads only the sample. Config
+    keys that name folders, versions and dtypes are left out.
     """
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
@@ -372,7 +376,8 @@ def _sample(tensor: Tensor) -> Tensor:
 def windows_hash(windows: Tensor, attention_mask: Tensor | None = None) -> str:
     """32 hex digits for a set of windows: the sum, modulo 2^128, of the SHA-256 of each window's tokens.
 
-    Padding is left out. Being a sum it does not depend on order or batching, and `add_hashes` of two parts is the hash of the whole.
+    Padding is left out. Being a sum it does not depend on order or batching, and `add_hashes` of two parts is the hash
+    of the whole.
 
     Args:
         windows: [n, t] integer token ids.

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from moesparse.errors import CalibrationError
+from moesparse.errors import CalibrationError, UsageError
 from moesparse.progress import Progress, ProgressEvent
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def calibration_windows(
                 "--calibration must name text for this model (.txt, .jsonl, .parquet or a datasets name), got none; "
                 "only the embedded model brings its own. Example: --calibration c4.jsonl --samples 128 --length 2048"
             )
-    return text.windows(sources, tokenizer, samples=samples, length=length, seed=seed, max_length=context)
+    paths = [text.parse_source(argument).path for argument in sources]
+    return text.windows(paths, tokenizer, samples=samples, length=length, seed=seed, max_length=context)
 
 
 def embedded_texts(split: str, source: str) -> list[str]:
@@ -118,3 +119,18 @@ def embedded_texts(split: str, source: str) -> list[str]:
     if not tokenizer.is_file() or tokenizer.read_bytes() != own.read_bytes():
         return []
     return [f"{demo.text_path(split, domain)}={domain}" for domain in demo.DOMAINS]
+
+
+def resolve_device(name: str) -> Any:
+    """torch device of --device; None for auto: the GPU when there is one."""
+    import torch
+
+    if name == "auto":
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device must be one this machine has, got {name!r} and torch sees no GPU")
+    return device

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from moesparse.cli.common import calibration_windows, console, model_source, print_json, progress_bar, quiet_libraries
+from moesparse.cli.common import (
+    calibration_windows,
+    console,
+    model_source,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    resolve_device,
+)
 
 SALIENCY_HELP = (
     "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm."
@@ -23,13 +31,16 @@ def prune(
     model: Annotated[str, typer.Argument(help="A local folder, a hub id, or 'demo' for the embedded model.")],
     out: Annotated[Path, typer.Argument(help="A new or empty folder for the pruned checkpoint.")],
     weights: Annotated[
-        str, typer.Option(help="n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run) or the ratio removed.")
+        str,
+        typer.Option(help="n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run) or the ratio removed."),
     ] = "2:4",
     saliency: Annotated[str, typer.Option(help=SALIENCY_HELP)] = "",
     update: Annotated[str, typer.Option(help=UPDATE_HELP)] = "",
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="Text: FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=DOMAIN names it. Repeat."),
+        typer.Option(
+            help="Text: FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=DOMAIN names it. Repeat."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a window; bounded by the model's context.", min=2)] = 2048,
@@ -57,8 +68,8 @@ def prune(
 
       moesparse prune mixtral/ out/paper --saliency moe-pruner --update none --calibration c4.jsonl
     """
-    from moesparse.calibration import context_length
     from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
+    from moesparse.evaluate import context_length
     from moesparse.model_card import model_card
     from moesparse.pruning import DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
     from moesparse.pruning import prune as run
@@ -109,37 +120,20 @@ def prune(
     _show(result, out)
 
 
-def resolve_device(name: str) -> Any:
-    """torch device of --device; None for auto: the GPU when there is one."""
-    import torch
-
-    from moesparse.errors import UsageError
-
-    if name == "auto":
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device must be one this machine has, got {name!r} and torch sees no GPU")
-    return device
-
-
 def _show(result: Any, out: Path) -> None:
     table = Table(title=f"{result.recipe['saliency']} + {result.recipe['update']} at {result.recipe['weights']}")
     for column in ("block", "tensor", "shape", "zeros", "pattern", "output error", "fell back", "seconds", "peak"):
         table.add_column(column, justify="left" if column in ("block", "tensor", "pattern") else "right")
     for block in result.blocks:
         for number, tensor in enumerate(block.tensors):
-            error = "" if tensor.residual is None else f"{100 * sum(tensor.residual) / len(tensor.residual):.1f}%"
+            error = _mean_percent(tensor.error_before) + " > " + _mean_percent(tensor.error_after)
             table.add_row(
                 block.name if number == 0 else "",
                 tensor.name,
                 " x ".join(map(str, tensor.shape)),
                 f"{100 * tensor.sparsity:.1f}%",
                 tensor.pattern,
-                error,
+                error if tensor.error_after is not None else "",
                 str(len(tensor.fallbacks) or ""),
                 f"{block.seconds:.1f}" if number == 0 else "",
                 f"{block.peak_bytes / 2**30:.2f} GiB" if number == 0 else "",
@@ -149,3 +143,7 @@ def _show(result: Any, out: Path) -> None:
         console.print(f"[yellow]no calibration tokens:[/] {block} expert {expert}: {tensor} was masked by magnitude")
     console.print(f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero", highlight=False)
     console.print(f"next: moesparse eval {out} --text FILE   |   moesparse inspect {out}", highlight=False)
+
+
+def _mean_percent(values: list[float] | None) -> str:
+    return "" if values is None else f"{100 * sum(values) / len(values):.1f}%"

@@ -1,0 +1,555 @@
+"""Run text through a dense model once and keep, per expert, the sums every later step scores with.
+
+The recorder is an experts function: transformers hands it the tokens, the chosen experts and the weights the model
+really combines them with, whatever the router did. It computes the experts as the model's own loop would, and sums on
+the way.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moesparse.blocks import ExpertMatrix, MoEBlock, find_moe_blocks
+from moesparse.errors import CalibrationError, UsageError
+from moesparse.progress import Progress, ProgressEvent
+from moesparse.statistics import (
+    MOMENTS,
+    ExpertStatistics,
+    ModelStatistics,
+    check_moments,
+    input_sizes,
+    memory_needed,
+    model_fingerprint,
+    windows_hash,
+)
+
+__all__ = [
+    "MOMENTS",
+    "ExpertStatistics",
+    "ModelStatistics",
+    "Recorder",
+    "calibrate",
+    "check_dense",
+    "check_windows",
+    "memory_needed",
+    "model_fingerprint",
+    "record",
+]
+
+Windows = Tensor | tuple[Tensor, Tensor | None]
+
+_IMPLEMENTATION = "moesparse_record"
+
+# Exact zeros in a trained weight are rare (bf16 underflow); a pruned expert has a quarter of them or more.
+_DENSE_ZEROS = 0.01
+_SAMPLE_PER_EXPERT = 2**16
+
+
+class Recorder:
+    """Records the statistics of one block while it is entered as a context manager.
+
+    Only this block runs the recording function; its siblings, the model and the shared config are not touched, and
+    leaving the context, also by an exception, leaves nothing behind. The block's output is that of the model's own
+    `experts_implementation="eager"`, and has no gradient: bit for bit in float32, and in bfloat16 too unless the
+    family's loop adds up in float32 (nemotron_h). With a token mask rows are reordered, which may change a rounding.
+    Per call, one host synchronisation finds the rows of each expert and one checks that the sums are finite.
+
+    Attributes:
+        block: the block recorded.
+        statistics: the sums so far, on `device`.
+        token_mask: [T] bool, True for tokens to record, T = batch * length flattened; None records all. Set before
+            every call of the model, or leave None when there is no padding.
+        first_window, window_length: where the batch lies in the text, to name the window in an error.
+        calls: how often the block has run.
+    """
+
+    def __init__(
+        self,
+        block: MoEBlock,
+        moments: str = "none",
+        *,
+        device: torch.device | str | None = None,
+        moments_device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate the sums; nothing is installed yet.
+
+        Args:
+            block: the block to record.
+            moments: second moments to collect: "none", "plain", "gated" or "both"; see `memory_needed`.
+            device: where the sums live; the block's when None.
+            moments_device: where the second moments live; `device` when None.
+        """
+        self.block = block
+        self.token_mask: Tensor | None = None
+        self.first_window = 0
+        self.window_length: int | None = None
+        self.calls = 0
+        self._config: Any = None
+        device = device or block.matrices[0].parameter.device
+        # a recorder made inside inference mode must stay usable outside of it
+        with torch.inference_mode(False):
+            self.statistics = ExpertStatistics.zeros(
+                block.num_experts, input_sizes(block), moments, device=device, moments_device=moments_device
+            )
+
+    def __enter__(self) -> Recorder:
+        experts: Any = self.block.experts
+        if isinstance(experts.config, _RecordingConfig):
+            raise UsageError(f"a block must have one recorder at a time, got a second one for {self.block.name}")
+        _register()
+        self._config = experts.config
+        experts.config = _RecordingConfig(self._config, self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        experts: Any = self.block.experts
+        experts.config = self._config
+
+    @torch.no_grad()
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The experts function.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: [T, K] expert ids; E and above mark slots whose expert lives elsewhere, and are skipped.
+            top_k_weights: [T, K], the gates.
+
+        Returns:
+            [T, H], dtype of `hidden_states`.
+        """
+        self.calls += 1
+        E = self.block.num_experts
+        tokens, gates, bounds = self._sorted_rows(hidden_states.shape[0], top_k_index, top_k_weights)
+        out = torch.zeros_like(hidden_states)
+        batch = _BatchSums(self.statistics, hidden_states)
+        for expert in range(E):
+            start, split, stop = bounds[2 * expert : 2 * expert + 3]
+            if start == stop:
+                continue
+            token = tokens[start:stop]
+            x = hidden_states[token]
+            activation, f = self._expert(expert, x)
+            out.index_add_(0, token, (f * gates[start:stop, None]).to(out.dtype))
+            n = split - start
+            batch.add(expert, {"hidden": x[:n], "activation": activation[:n]}, f[:n], gates[start:split])
+        if not batch.commit():
+            raise self._non_finite(hidden_states, tokens, gates, bounds)
+        return out
+
+    def _sorted_rows(self, T: int, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Token and gate of every (slot, token) pair, sorted by expert, the rows to record before the padding.
+
+        Returns:
+            tokens [R] and gates [R], R = T * K, and 2E + 1 bounds: expert e has rows bounds[2e] to bounds[2e + 2], of
+            which those before bounds[2e + 1] are recorded.
+        """
+        E = self.block.num_experts
+        K = top_k_index.shape[1]
+        # slot 0 of all tokens, then slot 1: the order in which the model's own loop visits an expert's rows
+        key = 2 * top_k_index.T.reshape(-1).clamp(max=E)
+        if self.token_mask is not None:
+            if self.token_mask.shape != (T,):
+                raise UsageError(
+                    f"token_mask must be [{T}], one entry per token of the batch, got {list(self.token_mask.shape)}"
+                )
+            key = key + (~self.token_mask.to(key.device, torch.bool)).repeat(K)
+        key, order = key.sort(stable=True)
+        bounds = torch.searchsorted(key, torch.arange(2 * E + 1, device=key.device, dtype=key.dtype)).tolist()
+        return order % T, top_k_weights.T.reshape(-1)[order], bounds
+
+    def _expert(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input of down_proj [n, I] and output before the combine [n, H] of one expert for its rows x [n, H]."""
+        up, down = self.block.matrices
+        activation = self.block.activation(_linear(x, up, expert))
+        return activation, self.block.post_expert_norm(_linear(activation, down, expert))
+
+    def _non_finite(self, hidden_states: Tensor, tokens: Tensor, gates: Tensor, bounds: list[int]) -> CalibrationError:
+        """Run the experts again to find the first value that is not finite; only ever called on the way out."""
+        for expert in range(self.block.num_experts):
+            start, split = bounds[2 * expert : 2 * expert + 2]
+            x = hidden_states[tokens[start:split]]
+            activation, f = self._expert(expert, x)
+            for what, rows in (
+                ("input", x),
+                ("gate", gates[start:split, None]),
+                ("activation", activation),
+                ("output", f),
+            ):
+                # the sums are what has to be finite: a value whose square overflows is as useless as an infinite one
+                bad = ~rows.to(_sum_dtype(rows)).square().sum(1).isfinite()
+                if bad.any():
+                    row = int(bad.nonzero()[0])
+                    value = rows[row].abs().max().item()
+                    where = self._where(int(tokens[start + row]))
+                    return CalibrationError(
+                        f"activations must be finite, got {value} in the {what} of {self.block.name}, expert {expert}, "
+                        f"{where}: look for non-finite weights here and in the layers before, or load the model in "
+                        "bfloat16 or float32"
+                    )
+        return CalibrationError(
+            f"activations must be small enough to square and add up in float32, got an overflow in {self.block.name}: "
+            "calibrate with a smaller batch_size"
+        )
+
+    def _where(self, token: int) -> str:
+        if self.window_length is None:
+            return f"token {token} of the batch"
+        window, position = divmod(token, self.window_length)
+        return f"window {self.first_window + window} (token {position})"
+
+
+class _BatchSums:
+    """The float32 sums of one call of one block, added to the float64 statistics at once."""
+
+    def __init__(self, statistics: ExpertStatistics, hidden_states: Tensor) -> None:
+        self.total = statistics
+        E = statistics.num_experts
+        dtype, device = _sum_dtype(hidden_states), hidden_states.device
+        sizes = {name: energy.shape[1] for name, energy in statistics.energy.items()}
+        self.energy = {name: torch.zeros(E, size, dtype=dtype, device=device) for name, size in sizes.items()}
+        self.gated_energy = {name: torch.zeros(E, size, dtype=dtype, device=device) for name, size in sizes.items()}
+        self.counts = [0] * E
+        self.norms = [torch.zeros(0, dtype=dtype, device=device)]
+        self.gates = [torch.zeros(0, dtype=dtype, device=device)]
+
+    def add(self, expert: int, inputs: dict[str, Tensor], f: Tensor, gates: Tensor) -> None:
+        """Add the rows of one expert; experts come in ascending order, each at most once.
+
+        Args:
+            expert: its number.
+            inputs: {"hidden": [n, H], "activation": [n, I]}.
+            f: [n, H], output before the combine.
+            gates: [n], of the same rows.
+        """
+        self.counts[expert] = f.shape[0]
+        if not f.shape[0]:
+            return
+        dtype = _sum_dtype(f)
+        gates = gates.to(dtype)
+        self.gates.append(gates)
+        self.norms.append(torch.linalg.vector_norm(f, dim=1, dtype=dtype))
+        for name, rows in inputs.items():
+            X = rows.to(dtype)
+            squares = X.square()
+            self.energy[name][expert] = squares.sum(0)
+            self.gated_energy[name][expert] = gates.square() @ squares
+            if self.total.moment:
+                _add_gram(self.total.moment[name][expert], X)
+            if self.total.gated_moment:
+                _add_gram(self.total.gated_moment[name][expert], X * gates[:, None])
+
+    def commit(self) -> bool:
+        """Add everything to the statistics; False, and nothing added but second moments, when a sum is not finite."""
+        g, norm = torch.cat(self.gates).double(), torch.cat(self.norms).double()
+        gated = g * norm
+        # one column per sum over rows: a further criterion is one more column
+        columns = torch.stack((g, norm, norm.square(), gated, gated.square()), dim=1)
+        per_expert = torch.stack([rows.sum(0) for rows in columns.split(self.counts)])
+        sums = [per_expert, *self.energy.values(), *self.gated_energy.values()]
+        if not torch.stack([each.isfinite().all() for each in sums]).all():
+            return False
+        total = self.total
+        total.tokens += torch.tensor(self.counts, device=total.tokens.device)
+        vectors = (
+            total.gate_sum,
+            total.norm_sum,
+            total.norm_sq_sum,
+            total.gated_norm_sum,
+            total.gated_norm_sq_sum,
+        )
+        for vector, column in zip(vectors, per_expert.unbind(1), strict=True):
+            vector += column.to(vector.device)
+        for name in self.energy:
+            total.energy[name] += self.energy[name].to(total.energy[name].device)
+            total.gated_energy[name] += self.gated_energy[name].to(total.gated_energy[name].device)
+        return True
+
+
+@contextmanager
+def record(
+    blocks: Iterable[MoEBlock], moments: str = "none", *, moments_device: torch.device | str | None = None
+) -> Iterator[list[Recorder]]:
+    """Record `blocks` while the body runs the model; all other blocks run as they always do.
+
+    Args:
+        blocks: the blocks to record, any selection of the model's.
+        moments: second moments to collect: "none", "plain", "gated" or "both".
+        moments_device: where the second moments live; each block's own device when None.
+
+    Yields:
+        One Recorder per block, in order; read their `statistics` in or after the body.
+    """
+    recorders = [Recorder(block, moments, moments_device=moments_device) for block in blocks]
+    with ExitStack() as stack:
+        yield [stack.enter_context(recorder) for recorder in recorders]
+
+
+def calibrate(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    moments: str = "none",
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    allow_pruned: bool = False,
+    seed: int = 0,
+) -> ModelStatistics:
+    """Statistics of every MoE block from one dense pass over `windows`.
+
+    The language-model head does not run. The model is left as it was found: training flags, device, experts functions.
+
+    Args:
+        model: a transformers MoE model.
+        windows: LongTensor [n, t] of token ids, or (ids, attention_mask) with mask [n, t], 0 where there is padding.
+        moments: second moments to collect as well: "none", "plain", "gated" or "both". For all blocks at once they take
+            `memory_needed(find_moe_blocks(model), moments)` bytes; the first progress event says so.
+        batch_size: windows per forward pass; also the unit in which float32 sums are added up in float64.
+        device: where to run; the model is moved there and back. None runs it where it is.
+        progress: called with a ProgressEvent before the first and after every batch.
+        allow_pruned: calibrate a model that already carries zeroed or masked experts, which is refused otherwise.
+        seed: the seed the windows were drawn with, kept in the result; the pass itself draws nothing.
+
+    Returns:
+        ModelStatistics on the CPU. The same windows, batch size and machine give the same bits.
+
+    Raises:
+        UsageError: an argument that does not fit, token ids outside the vocabulary.
+        UnsupportedModelError: no experts, or experts that do not fit.
+        CalibrationError: a pruned model, moments that do not fit in memory, an activation that is not finite.
+    """
+    check_moments(moments)
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    blocks = find_moe_blocks(model)
+    ids, mask = check_windows(windows, _vocabulary(model))
+    if not allow_pruned:
+        check_dense(blocks)
+    needed = _check_memory(blocks, moments)
+    fingerprint = model_fingerprint(model)
+    body = _body(model, blocks)
+
+    n, length = ids.shape
+    tokens = 0
+    began = time.perf_counter()
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            seconds = time.perf_counter() - began
+            progress(ProgressEvent("calibrate", done, n, "window", tokens, seconds, memory=needed))
+
+    with (
+        _placed(model, device) as place,
+        _evaluating(model),
+        torch.inference_mode(),
+        record(blocks, moments, moments_device=_moments_device(place, needed)) as recorders,
+    ):
+        tell(0)
+        for first in range(0, n, batch_size):
+            batch = ids[first : first + batch_size].to(place)
+            batch_mask = None if mask is None else mask[first : first + batch_size].to(place)
+            for recorder in recorders:
+                recorder.token_mask = None if batch_mask is None else batch_mask.flatten()
+                recorder.first_window, recorder.window_length = first, length
+            attention_mask = None if batch_mask is None else batch_mask.long()
+            body(input_ids=batch, attention_mask=attention_mask, use_cache=False)
+            tokens += batch.numel() if batch_mask is None else int(batch_mask.sum())
+            tell(min(first + batch_size, n))
+    for recorder in recorders:
+        if not recorder.calls:
+            raise CalibrationError(
+                f"the model must run its experts through ExpertsInterface, {recorder.block.name} was never called: its "
+                "forward was replaced (a compiled or kernelized model?)"
+            )
+    return ModelStatistics(
+        blocks={recorder.block.name: recorder.statistics.to("cpu") for recorder in recorders},
+        fingerprint=fingerprint,
+        text_hash=windows_hash(ids, mask),
+        seed=seed,
+        tokens=tokens,
+    )
+
+
+def check_windows(windows: Windows, vocabulary: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """The token ids [n, t] and the mask [n, t] bool, or None without padding, that `windows` stands for.
+
+    Raises:
+        UsageError: no LongTensor [n, t] with n, t > 0; ids outside [0, vocabulary); a mask of another shape, with
+            values other than 0 and 1, or with a window of padding only.
+    """
+    ids, mask = windows if isinstance(windows, tuple) else (windows, None)
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2 or not ids.numel():
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise UsageError(f"windows must be a LongTensor [n, t] with at least one token, got {got}")
+    if vocabulary is not None and (ids.min() < 0 or ids.max() >= vocabulary):
+        raise UsageError(
+            f"token ids must lie in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}: "
+            "were the windows made with another tokenizer?"
+        )
+    if mask is None:
+        return ids, None
+    if mask.shape != ids.shape:
+        raise UsageError(
+            f"attention_mask must have the shape of the windows, {list(ids.shape)}, got {list(mask.shape)}"
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise UsageError("attention_mask must hold 0 and 1 only")
+    mask = mask.bool()
+    if not mask.any(dim=1).all():
+        empty = int((~mask.any(dim=1)).nonzero()[0])
+        raise UsageError(f"every window must hold a token, got only padding in window {empty}")
+    return ids, None if mask.all() else mask
+
+
+def check_dense(blocks: Sequence[MoEBlock]) -> None:
+    """Refuse a model that was pruned before: its sums would describe the pruned experts, and its zeros would come back.
+
+    Looks at about 65,536 weights of every expert, and at the router's tensors of E entries.
+
+    Raises:
+        CalibrationError: names the block with an expert of zeros, with more than 1% zeros, or with a masked router.
+    """
+    cure = "Calibrate the dense model, or allow pruned ones (allow_pruned=True) to go on from here."
+    for block in blocks:
+        for matrix in block.matrices:
+            weight = matrix.weight
+            if weight.is_meta:
+                continue
+            rows_apart = max(1, weight[0].numel() // _SAMPLE_PER_EXPERT)
+            sample = weight[:, ::rows_apart]
+            zeros = 1 - torch.count_nonzero(sample, dim=(1, 2)) / sample[0].numel()
+            expert = int(zeros.argmax())
+            share = float(zeros[expert])
+            if share > _DENSE_ZEROS:
+                amount = "nothing but zeros" if share == 1 else f"{share:.0%} zeros"
+                raise CalibrationError(
+                    f"the model must be dense, got {amount} in {block.name}.{matrix.name}, expert {expert}. {cure}"
+                )
+        for name, tensor in _router_tensors(block):
+            lowest = torch.finfo(tensor.dtype).min
+            if (tensor <= lowest).any():
+                raise CalibrationError(
+                    f"the model must use all its experts, got a masked one in {block.moe_name}.{name}. {cure}"
+                )
+
+
+def _router_tensors(block: MoEBlock) -> Iterator[tuple[str, Tensor]]:
+    """Weights, biases and corrections beside the experts that have one entry or row per expert."""
+    own = {id(tensor) for tensor in [*block.experts.parameters(), *block.experts.buffers()]}
+    for name, tensor in [*block.moe.named_parameters(), *block.moe.named_buffers()]:
+        per_expert = tensor.ndim in (1, 2) and block.num_experts in tensor.shape
+        if per_expert and tensor.is_floating_point() and not tensor.is_meta and id(tensor) not in own:
+            yield name, tensor.detach()
+
+
+class _RecordingConfig:
+    """Stands in for the config of one experts module: it alone is dispatched to the recorder.
+
+    The real config is shared by all blocks, so naming our function there would send every block to it.
+    """
+
+    _experts_implementation = _IMPLEMENTATION
+
+    def __init__(self, config: Any, recorder: Recorder) -> None:
+        self._original = config
+        self.recorder = recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def _register() -> None:
+    """Make the recording function known to transformers; it finds its recorder in the module's config."""
+    from transformers.integrations.moe import ExpertsInterface
+
+    if _IMPLEMENTATION not in ExpertsInterface._global_mapping:
+        ExpertsInterface.register(_IMPLEMENTATION, _record_experts)
+
+
+def _record_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return self.config.recorder(hidden_states, top_k_index, top_k_weights)
+
+
+def _linear(x: Tensor, matrix: ExpertMatrix, expert: int) -> Tensor:
+    out = F.linear(x, matrix.weight[expert])
+    # added after the product, as the model's loop does; F.linear's own bias rounds once less
+    return out if matrix.bias is None else out + matrix.bias[expert]
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    """float32, or float64 for a model in float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _add_gram(total: Tensor, X: Tensor) -> None:
+    """total [size, size] += X^T X for X [n, size], wherever the total lives."""
+    total += (X.T @ X).to(total.device)
+
+
+def _body(model: nn.Module, blocks: Sequence[MoEBlock]) -> nn.Module:
+    """The model without its head, when all blocks are in there."""
+    body = getattr(model, "base_model", model)
+    inside = {id(module) for module in body.modules()}
+    return body if all(id(block.experts) in inside for block in blocks) else model
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def _check_memory(blocks: Sequence[MoEBlock], moments: str) -> int:
+    """Bytes of second moments; CalibrationError when they exceed what the machine has."""
+    needed = memory_needed(blocks, moments)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    if installed is not None and needed > installed:
+        raise CalibrationError(
+            f"second moments must fit in memory, moments={moments!r} takes {needed / 2**30:.1f} GiB for {len(blocks)} "
+            f"blocks and the machine has {installed / 2**30:.1f} GiB: prune block by block, which holds one block's "
+            "moments at a time, or use moments='none'"
+        )
+    return needed
+
+
+def _moments_device(place: torch.device, needed: int) -> torch.device | None:
+    """CPU memory when the second moments would take more than half of what is free on a GPU."""
+    if place.type == "cuda" and needed > torch.cuda.mem_get_info(place)[0] // 2:
+        return torch.device("cpu")
+    return None
+
+
+@contextmanager
+def _placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    """Have the model on `device` for the body; yields where its inputs belong."""
+    home = next(model.parameters()).device
+    if device is None or torch.device(device) == home:
+        yield home
+        return
+    if len(getattr(model, "hf_device_map", {})) > 1:
+        raise UsageError(f"device must be None for a model spread over several devices, got {device}")
+    try:
+        model.to(device)
+        yield torch.device(device)
+    finally:
+        model.to(home)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the body; every module's own flag comes back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

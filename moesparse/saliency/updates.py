@@ -1,0 +1,190 @@
+"""Weight rules: what the weights become once the mask is chosen.
+
+`none` keeps the dense values (the papers' pruning), `obs` is SparseGPT's update for the mask at hand, `least-squares`
+solves for the kept weights of least layer error, and `rescale` is one scalar per expert on its down matrix: the control
+that the others must beat. It composes with them: "least-squares+rescale".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import CalibrationError, UsageError
+from moesparse.saliency.solvers import DAMPING, expert_slices, factorise, layer_hessian, least_squares, obs, row_error
+
+Input = Literal["hidden", "activation"]
+Gate = Literal["plain", "gated"]
+
+UPDATE_RULES = ("none", "rescale", "obs", "least-squares", "obs+rescale", "least-squares+rescale")
+
+
+class Statistics(Protocol):
+    """What the rules read of `moesparse.calibrate.ExpertStatistics`; dictionaries are keyed by the matrix's input."""
+
+    tokens: Tensor
+    """[E] int64, tokens routed to each expert."""
+    energy: dict[str, Tensor]
+    """[E, in]: sum_t x_t^2, and the same of g_t x_t below."""
+    gated_energy: dict[str, Tensor]
+    moment: dict[str, Tensor]
+    """[E, in, in]: sum_t x_t x_t^T, and the same of g_t x_t below; empty when not collected."""
+    gated_moment: dict[str, Tensor]
+
+
+def parse_update(rule: str) -> tuple[str, bool]:
+    """ "least-squares+rescale" -> ("least-squares", True): the solver, one of none, obs, least-squares, and rescaling.
+
+    Raises:
+        UsageError: not one of `UPDATE_RULES`; lists them.
+    """
+    if rule not in UPDATE_RULES:
+        raise UsageError(f"update must be one of {', '.join(UPDATE_RULES)}, got {rule!r}")
+    solver, _, rescale = rule.partition("+")
+    return ("none", True) if solver == "rescale" else (solver, bool(rescale))
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Pruned weights, and how far their outputs are from the dense ones.
+
+    Attributes:
+        weight: [E, out, in], dtype of the input, exactly zero where pruned.
+        error_before: [E] float64 on the CPU: |(W - V) X| / |W X| of the masked dense weights, over the moment used;
+            None when no moment was needed.
+        error_after: the same of the updated weights, before they are rounded to the weight's dtype.
+        damping: what each expert's factorisation needed, a share of the mean diagonal; None without one.
+        scale: [E] float64 on the CPU, the factors of `rescale`; None without.
+    """
+
+    weight: Tensor
+    error_before: Tensor | None = None
+    error_after: Tensor | None = None
+    damping: tuple[float, ...] | None = None
+    scale: Tensor | None = None
+
+
+def update_weights(
+    weight: Tensor,
+    mask: Tensor,
+    rule: str,
+    stats: Statistics,
+    input: Input,
+    *,
+    gate: Gate = "gated",
+    damping: float = DAMPING,
+    iterations: int = 15,
+    name: str = "weight",
+) -> Update:
+    """Prune `weight` to `mask` and adjust what stays.
+
+    Args:
+        weight: [E, out, in], any float dtype, any strides; not modified.
+        mask: bool [E, out, in], True where the weight stays.
+        rule: one of `UPDATE_RULES`. "rescale" scales the matrix of the "activation" input only, by the ratio of output
+            energies over the gated moment of the DENSE activation. A driver that can run the pruned expert once more
+            should pass the solver alone and use `rescale_factor` with what it measures, which also sees the loss in
+            gate and up.
+        stats: `gated_moment[input]` (or `moment[input]`) is needed by every rule but "none".
+        input: what the matrix multiplies, "hidden" or "activation".
+        gate: moment of obs: "gated", or "plain" for published SparseGPT. least-squares and rescale take the gated one.
+        damping: added to the moment's diagonal, as a share of its mean.
+        iterations: of least-squares, at most.
+        name: of the tensor, for errors.
+
+    Returns:
+        the masked, adjusted weights. A row that least-squares cannot improve keeps its masked dense values. An expert
+        without tokens keeps its masked dense values, and its errors are of the weights alone.
+
+    Raises:
+        UsageError: unknown rule, or shapes that do not fit.
+        CalibrationError: the moments that the rule needs were not collected.
+    """
+    solver, rescale = parse_update(rule)
+    if mask.shape != weight.shape:
+        raise UsageError(f"{name}: mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+    rescale = rescale and input == "activation"
+    if solver == "none" and not rescale:
+        return Update(weight.masked_fill(~mask, 0.0))
+    moments = moments_of(stats, input, "plain" if solver == "obs" and gate == "plain" else "gated", name)
+    updated = torch.empty_like(weight)
+    before, after = (torch.empty(len(weight), dtype=torch.float64) for _ in range(2))
+    dampings: list[float] = []
+    scales = []
+    for experts in expert_slices(weight):
+        dense, keep = weight[experts].float(), mask[experts]
+        masked = dense.masked_fill(~keep, 0.0)
+        moment = moments[experts].to(dense.device)
+        hessian = layer_hessian(moment, damping, name=name)
+        solved = masked
+        if solver == "obs":
+            factor, used = factorise(hessian, damping)
+            dampings += used
+            solved = obs(dense, factor, keep)[1]
+        elif solver == "least-squares":
+            solved = least_squares(dense, keep, hessian, iterations=iterations)
+        undamped = layer_hessian(moment, 0.0, name=name)
+        energy = row_error(dense, undamped)
+        errors = [row_error(dense - masked, undamped), row_error(dense - solved, undamped)]
+        if solver == "least-squares":
+            # damping, rounding or a stop at the last iteration could leave a row worse than it was
+            worse = errors[1] > errors[0]
+            solved = torch.where(worse[..., None], masked, solved)
+            errors[1] = torch.where(worse, errors[0], errors[1])
+        total = energy.sum(-1)
+        for result, error in zip((before, after), errors, strict=True):
+            result[experts] = torch.where(total > 0, error.sum(-1) / total, 0.0).sqrt().cpu()
+        if rescale:
+            factor_of = rescale_factor(total, row_error(solved, undamped).sum(-1))
+            scales.append(factor_of.cpu())
+            solved = solved * factor_of[:, None, None].float()
+        updated[experts] = solved.to(weight.dtype)
+    return Update(updated, before, after, tuple(dampings) or None, torch.cat(scales) if scales else None)
+
+
+def rescale_factor(dense_energy: Tensor, pruned_energy: Tensor) -> Tensor:
+    """sqrt(dense / pruned), [E] float64: what brings each expert's output back to its dense size.
+
+    A mask takes energy out of an expert's output whatever it keeps; one scalar per expert, on the down matrix, puts it
+    back. Ours; the control that every update has to beat.
+
+    Args:
+        dense_energy: [E], sum_t g_t^2 |f_t|^2 of the dense expert (`ExpertStatistics.gated_norm_sq_sum`), no bias.
+        pruned_energy: [E], the same of the pruned expert over the same tokens.
+
+    Returns:
+        [E] float64; 1 where either energy is not positive (no tokens, or an output pruned to nothing).
+    """
+    dense, pruned = dense_energy.double(), pruned_energy.double()
+    known = (dense > 0) & (pruned > 0)
+    return torch.where(known, dense / torch.where(known, pruned, 1.0), 1.0).sqrt()
+
+
+def output_energy(weight: Tensor, moment: Tensor) -> Tensor:
+    """sum_t |W g_t h_t|^2 = tr(W M W^T), [E] float64, from weights [E, out, in] and the gated moment [E, in, in] of h.
+
+    The dense down matrix with the moment of dense activations and the pruned one with the moment of pruned activations
+    give both sides of `rescale_factor`.
+    """
+    energies = [row_error(w[None].float(), m[None]).sum() for w, m in zip(weight, moment, strict=True)]
+    return torch.stack(energies)
+
+
+def moments_of(stats: Statistics, input: Input, gate: Gate, name: str) -> Tensor:
+    """The second moments [E, in, in] that a rule asks for.
+
+    Raises:
+        CalibrationError: they were not collected.
+    """
+    moments: Callable = (stats.gated_moment if gate == "gated" else stats.moment).get
+    found = moments(input)
+    if found is None:
+        raise CalibrationError(
+            f"{name}: the rule needs the {gate} second moments of {input!r}, which were not collected; "
+            f'calibrate with moments="{gate}"'
+        )
+    return found

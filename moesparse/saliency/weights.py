@@ -1,0 +1,218 @@
+"""Mask rules: which weights stay.
+
+| rule | keeps, in each row or n:m group, the largest | source |
+|---|---|---|
+| magnitude | abs(W) | Han et al., 2015, arXiv 1506.02626 (there over the matrix, here within the row) |
+| wanda | abs(W) sqrt(sum_t x_t^2) over the expert's own tokens | Sun et al., 2023, arXiv 2306.11695 |
+| moe-pruner | abs(W) sqrt(sum_t (g_t x_t)^2): the gate inside the norm | Xie et al., 2024, arXiv 2410.12013 |
+| sparsegpt | error of pruning it, columns to the right making up | Frantar & Alistarh, 2023, arXiv 2301.00774 |
+| admm | support of an ADMM solution of the layer error | ALPS: Meng et al., 2024, arXiv 2406.07831 |
+| gated-sparsegpt, gated-admm | the same with the gate inside the second moment | ours |
+| random | anything: the control that every rule must beat | |
+
+The rules give masks only; `moesparse.saliency.updates` gives the weights, and each rule here goes with each one there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import MoESparseError, UsageError
+from moesparse.masks import Pattern, mask_from_score
+from moesparse.saliency import solvers
+from moesparse.saliency.updates import Gate, Input, Statistics, moments_of, parse_update
+
+ADMM_ITERATIONS = 40
+ADMM_RHO = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class MaskChoice:
+    """A mask and how it came about.
+
+    Attributes:
+        mask: bool [E, out, in], True where the weight stays.
+        fallback: experts that saw no token (or only zeros) and were scored by magnitude.
+        damping: what each expert's factorisation needed, a share of the mean diagonal; None without one.
+    """
+
+    mask: Tensor
+    fallback: tuple[int, ...] = ()
+    damping: tuple[float, ...] | None = None
+
+
+class _Request(NamedTuple):
+    """Arguments of `choose_masks` as the rules see them."""
+
+    weight: Tensor
+    pattern: Pattern
+    stats: Statistics
+    input: Input
+    seed: int
+    damping: float
+    name: str
+
+
+def choose_masks(
+    weight: Tensor,
+    rule: str,
+    pattern: Pattern,
+    stats: Statistics,
+    input: Input,
+    *,
+    seed: int = 0,
+    damping: float = solvers.DAMPING,
+    name: str = "weight",
+) -> MaskChoice:
+    """Choose what stays of every expert's matrix.
+
+    Args:
+        weight: [E, out, in], any float dtype, any strides; not modified.
+        rule: one of `MASK_RULES`.
+        pattern: unstructured or n:m; see `moesparse.masks`.
+        stats: sums over the calibration tokens; what it must hold is `moments_needed(rule, "none")`.
+        input: what the matrix multiplies, "hidden" or "activation".
+        seed: of "random"; no other rule draws numbers.
+        damping: of the second moments, as a share of their mean diagonal; raised per expert where it does not suffice.
+        name: of the tensor, for errors.
+
+    Returns:
+        exactly the pattern's count in every row or group.
+
+    Raises:
+        UsageError: unknown rule, or a pattern that does not fit the matrix.
+        CalibrationError: statistics that the rule needs were not collected.
+        MoESparseError: weights or statistics hold NaN.
+    """
+    if rule not in _RULES:
+        raise UsageError(f"saliency must be one of {', '.join(MASK_RULES)}, got {rule!r}")
+    pattern.check_matrix(name, weight.shape[-1])
+    if not weight.isfinite().all():
+        raise MoESparseError(f"{name}: weights must be finite, got inf or NaN")
+    request = _Request(weight, pattern, stats, input, seed, damping, name)
+    choice = _RULES[rule].choose(request)
+    if rule in ("magnitude", "random"):
+        return choice
+    # all scores of such an expert are equal, which would prune by index order
+    unseen = (stats.tokens.cpu() == 0) | (stats.energy[input].cpu().sum(-1) == 0)
+    fallback = tuple(unseen.nonzero().flatten().tolist())
+    for expert in fallback:
+        choice.mask[expert] = mask_from_score(weight[expert].abs(), pattern, name=name)
+    return MaskChoice(choice.mask, fallback, choice.damping)
+
+
+def moments_needed(saliency: str, update: str) -> str:
+    """Second moments to calibrate for: "none", "plain", "gated" or "both".
+
+    "rescale" by itself asks for none: a driver measures the output energies, see `updates.rescale_factor`.
+
+    Raises:
+        UsageError: an unknown rule.
+    """
+    if saliency not in _RULES:
+        raise UsageError(f"saliency must be one of {', '.join(MASK_RULES)}, got {saliency!r}")
+    solver, _ = parse_update(update)
+    needed = {_RULES[saliency].moment}
+    if solver == "least-squares":
+        needed.add("gated")
+    elif solver == "obs":
+        needed.add(obs_gate(saliency))
+    needed.discard(None)
+    return "both" if len(needed) == 2 else next(iter(needed), None) or "none"
+
+
+def obs_gate(saliency: str) -> Gate:
+    """The moment of the obs update that goes with a mask rule: gated where the rule is, else published SparseGPT's."""
+    return "gated" if saliency == "moe-pruner" or saliency.startswith("gated-") else "plain"
+
+
+def _magnitude(request: _Request) -> MaskChoice:
+    return MaskChoice(mask_from_score(request.weight.abs(), request.pattern, name=request.name))
+
+
+def _random(request: _Request) -> MaskChoice:
+    # the name makes matrices of one model differ; the draw is on the CPU, so that devices agree
+    generator = torch.Generator().manual_seed(request.seed ^ zlib.crc32(request.name.encode()))
+    masks = [
+        mask_from_score(torch.rand(expert.shape, generator=generator), request.pattern, name=request.name)
+        for expert in request.weight
+    ]
+    return MaskChoice(torch.stack(masks).to(request.weight.device))
+
+
+def _column_energy(gate: Gate) -> Callable[[_Request], MaskChoice]:
+    def choose(request: _Request) -> MaskChoice:
+        weight = request.weight
+        energy = (request.stats.gated_energy if gate == "gated" else request.stats.energy)[request.input]
+        norm = energy.to(weight.device).sqrt().float()
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        for experts in solvers.expert_slices(weight):
+            score = weight[experts].abs().float() * norm[experts, None]
+            mask[experts] = mask_from_score(score, request.pattern, name=request.name)
+        return MaskChoice(mask)
+
+    return choose
+
+
+def _sparsegpt(gate: Gate) -> Callable[[_Request], MaskChoice]:
+    def choose(request: _Request) -> MaskChoice:
+        def solve(weight: Tensor, hessian: Tensor) -> tuple[Tensor, list[float]]:
+            factor, used = solvers.factorise(hessian, request.damping)
+            return solvers.obs(weight, factor, request.pattern)[0], used
+
+        return _by_moment(request, gate, solve)
+
+    return choose
+
+
+def _admm(gate: Gate) -> Callable[[_Request], MaskChoice]:
+    def choose(request: _Request) -> MaskChoice:
+        def solve(weight: Tensor, hessian: Tensor) -> tuple[Tensor, list[float]]:
+            mask = solvers.admm(
+                weight, hessian, request.pattern, iterations=ADMM_ITERATIONS, rho=ADMM_RHO, name=request.name
+            )
+            return mask, []
+
+        return _by_moment(request, gate, solve)
+
+    return choose
+
+
+def _by_moment(
+    request: _Request, gate: Gate, solve: Callable[[Tensor, Tensor], tuple[Tensor, list[float]]]
+) -> MaskChoice:
+    """Run `solve(weight, hessian) -> (mask, dampings)` over the experts, as many at once as memory allows."""
+    weight = request.weight
+    moments = moments_of(request.stats, request.input, gate, request.name)
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    damping: list[float] = []
+    for experts in solvers.expert_slices(weight):
+        moment = moments[experts].to(weight.device)
+        hessian = solvers.layer_hessian(moment, request.damping, name=request.name)
+        mask[experts], used = solve(weight[experts].float(), hessian)
+        damping += used
+    return MaskChoice(mask, damping=tuple(damping) or None)
+
+
+class _Rule(NamedTuple):
+    choose: Callable[[_Request], MaskChoice]
+    moment: Gate | None = None
+
+
+_RULES: dict[str, _Rule] = {
+    "magnitude": _Rule(_magnitude),
+    "wanda": _Rule(_column_energy("plain")),
+    "moe-pruner": _Rule(_column_energy("gated")),
+    "sparsegpt": _Rule(_sparsegpt("plain"), "plain"),
+    "gated-sparsegpt": _Rule(_sparsegpt("gated"), "gated"),
+    "admm": _Rule(_admm("plain"), "plain"),
+    "gated-admm": _Rule(_admm("gated"), "gated"),
+    "random": _Rule(_random),
+}
+MASK_RULES = tuple(_RULES)

@@ -1,0 +1,501 @@
+"""Text in, token windows out: calibration samples and evaluation windows from files or a `datasets` name.
+
+A source is one of
+    novel.txt                              one document (any other suffix is read as plain text too), UTF-8
+    pages.jsonl                            one JSON object a line, its "text" is a document
+    pages.parquet                          a "text" column, one document a row
+    wikitext:wikitext-2-raw-v1:train       a `datasets` name as NAME:SPLIT or NAME:CONFIG:SPLIT
+
+Packing convention: a document is encoded as the tokenizer encodes a text for its model, so BOS goes in front where the
+tokenizer puts one itself; EOS, where there is one, follows every document; then documents are laid end to end and cut
+into windows. A window has no BOS of its own: it is a stretch of the stream that models are pre-trained on.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from moesparse.errors import CalibrationError, MoESparseError, UsageError
+
+DEFAULT_SAMPLES = 128
+DEFAULT_LENGTH = 2048
+
+# Characters looked at for every token wanted from a file: text runs at 1 to 6 characters a token, so a source that is
+# larger than this is sampled before it is tokenized.
+_CHARS_PER_TOKEN = 16
+_MIN_PIECE_CHARS = 1 << 16
+# A dataset may be a web crawl: stop reading after this many times what is looked at.
+_DATASET_POOLS = 16
+_DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?:[\w.-]+")
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A source of text and the domain its figures are filed under.
+
+    Attributes:
+        path: a file, or a `datasets` name.
+        domain: a short name such as "novel".
+    """
+
+    path: str
+    domain: str
+
+
+class _Chunk(NamedTuple):
+    """A document, or a part of one: `starts` and `ends` tell whether its first and last character are in here."""
+
+    text: str
+    starts: bool
+    ends: bool
+
+
+def parse_source(argument: str) -> TextSource:
+    """Read a command-line source, `FILE` or `FILE=DOMAIN`; without a domain it is the file's stem.
+
+    A file whose own name holds "=" is taken whole when it exists.
+
+    Raises:
+        UsageError: the file or the domain is empty.
+    """
+    path, mark, domain = argument.rpartition("=")
+    if not mark or Path(argument).is_file():
+        path = argument
+        name = argument.split(":")[0] if _is_dataset(argument) else argument
+        domain = Path(name).stem
+    if not path or not domain:
+        raise UsageError(f"a text source must be FILE or FILE=DOMAIN, got {argument!r}")
+    return TextSource(path, domain)
+
+
+def windows(
+    source: PathLike | Sequence[PathLike],
+    tokenizer: Any,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> torch.Tensor:
+    """Sample token windows for calibration.
+
+    Every source gives the same number of windows; what a short one lacks, the others give. Within a source the windows
+    are spread: it is divided into as many equal stretches as it gives windows, and one is drawn from each. A source is
+    read once, in pieces; of a large one a seeded sample of pieces is kept and tokenized, never the whole. No window is
+    drawn twice and none crosses from one source, or one piece, into the next.
+
+    Args:
+        source: a file, a `datasets` name, or a list of them; see the module's docstring.
+        tokenizer: a transformers tokenizer.
+        samples: windows wanted.
+        length: tokens a window; lowered to the model's context where that is shorter.
+        seed: another seed draws other windows; the same seed the same ones, on any platform.
+        max_length: the model's context in tokens; `tokenizer.model_max_length` when None.
+
+    Returns:
+        [samples, min(length, context)] int64, in seeded random order, so that any prefix is a sample too.
+
+    Raises:
+        UsageError: samples or length is below 1, or there is no source.
+        CalibrationError: the text holds fewer windows than asked; says how much there is and what would fit.
+        MoESparseError: a source cannot be read as text; names the file, and the line in a .jsonl.
+    """
+    sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if not sources:
+        raise UsageError("source must be a file or a list of files, got an empty list")
+    if samples < 1:
+        raise UsageError(f"samples must be at least 1, got {samples}")
+    length = _bounded_length(length, tokenizer, max_length)
+    rng = random.Random(seed)
+
+    piece_chars = max(_MIN_PIECE_CHARS, _CHARS_PER_TOKEN * length)
+    pieces = -(-_CHARS_PER_TOKEN * samples * length // piece_chars)
+    streams: list[list[torch.Tensor]] = []
+    for one in sources:
+        limit = _DATASET_POOLS * pieces * piece_chars
+        stretches = _sample_stretches(_read(one, piece_chars, limit), piece_chars, pieces, rng)
+        streams.append([_encode_stretch(stretch, tokenizer) for stretch in stretches])
+
+    pools = [[w for ids in stream for w in _cut(ids, length)] for stream in streams]
+    if sum(map(len, pools)) < samples:
+        raise CalibrationError(_too_little(sources, streams, samples, length))
+    chosen = []
+    for pool, share in zip(pools, _shares([len(pool) for pool in pools], samples), strict=True):
+        bounds = [i * len(pool) // share for i in range(share + 1)] if share else []
+        chosen += [pool[rng.randrange(low, high)] for low, high in pairwise(bounds)]
+    rng.shuffle(chosen)
+    return torch.stack(chosen)
+
+
+def evaluation_windows(
+    source: PathLike,
+    tokenizer: Any,
+    length: int = DEFAULT_LENGTH,
+    stride: int | None = None,
+    *,
+    join: str | None = None,
+    max_length: int | None = None,
+) -> tuple[torch.Tensor, int | None]:
+    """Cut a whole source into consecutive windows for perplexity, and count the bytes that are scored.
+
+    Documents are encoded whole, with BOS in front where the tokenizer puts one and EOS between two of them; the last
+    partial window is dropped, as published WikiText figures drop it. The first token of a window has no context and is
+    never scored; with a stride below the length, neither are the `length - stride` tokens that the window before has
+    scored already.
+
+    A token stands for the characters from the end of the token before it to its own end, as UTF-8 bytes: the counts
+    of all tokens add up to the text exactly. A character that is split over tokens counts with the first of them; BOS
+    and EOS are scored like any token and stand for no bytes.
+
+    Args:
+        source: a file or a `datasets` name; see the module's docstring.
+        tokenizer: a transformers tokenizer.
+        length: tokens a window; lowered to the model's context where that is shorter.
+        stride: tokens from the start of a window to the start of the next; `length` when None.
+        join: lay all documents into one with this string between them; "\\n\\n" is the WikiText-2 protocol.
+        max_length: the model's context in tokens; `tokenizer.model_max_length` when None.
+
+    Returns:
+        windows: [n, min(length, context)] int64.
+        byte_count: UTF-8 bytes that the scored tokens stand for; None when the tokenizer does not tell where in the
+            text its tokens lie.
+
+    Raises:
+        UsageError: length is below 2, or stride is not in 1..length.
+        MoESparseError: the source cannot be read as text, or is shorter than one window.
+    """
+    length = _bounded_length(length, tokenizer, max_length, at_least=2)
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise UsageError(f"stride must lie in 1..{length} (the window), got {stride}")
+    documents = _whole_documents(_read(source, _MIN_PIECE_CHARS, None))
+    texts = [chunk.text for chunk in documents]
+    if join is not None:
+        texts = [join.join(texts)]
+
+    bos, eos = _special_ids(tokenizer)
+    ids: list[int] = []
+    ends: list[np.ndarray] | None = [] if getattr(tokenizer, "is_fast", False) else None
+    total_bytes = 0
+    for number, text in enumerate(texts):
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=ends is not None, verbose=False)
+        separators = (eos if number else []) + bos
+        ids += separators + encoding["input_ids"]
+        if ends is not None:
+            ends.append(np.full(len(separators), total_bytes))
+            ends.append(total_bytes + _token_ends(text, encoding["offset_mapping"]))
+        total_bytes += len(text.encode())
+    count = (len(ids) - length) // stride + 1
+    if count < 1:
+        raise MoESparseError(
+            f"{os.fspath(source)} must hold a window of {length} tokens, got {len(ids)}; "
+            f"give a longer text or a window of at most {len(ids)} tokens"
+        )
+    cut = torch.tensor(ids).unfold(0, length, stride).clone()
+    if ends is None:
+        return cut, None
+    edges = np.concatenate(ends)
+    starts = np.arange(count) * stride
+    skipped = np.where(starts > 0, max(1, length - stride), 1)
+    return cut, int((edges[starts + length - 1] - edges[starts + skipped - 1]).sum())
+
+
+def text_hash(token_windows: torch.Tensor) -> str:
+    """Name a set of windows: sha256 over their shape and ids, the same on every platform and integer dtype."""
+    shape = "x".join(map(str, token_windows.shape))
+    data = token_windows.detach().cpu().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(f"{shape}:".encode() + data).hexdigest()
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its BOS in front of a text."""
+    return bool(_special_ids(tokenizer)[0])
+
+
+def encode_document(tokenizer: Any, text: str, *, starts: bool = True, ends: bool = True) -> list[int]:
+    """Encode one document by the packing convention: [BOS] text [EOS].
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: a document or a part of one.
+        starts: the text begins its document, so BOS belongs in front.
+        ends: the text ends its document, so EOS follows.
+    """
+    bos, eos = _special_ids(tokenizer)
+    body = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*(bos if starts else []), *body, *(eos if ends else [])]
+
+
+def _special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """([BOS] if the tokenizer adds it by itself, [EOS] if there is one)."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    leads = bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+    return [bos] if leads else [], [] if eos is None else [eos]
+
+
+def _bounded_length(length: int, tokenizer: Any, max_length: int | None, at_least: int = 1) -> int:
+    if length < at_least:
+        raise UsageError(f"length must be at least {at_least}, got {length}")
+    context = tokenizer.model_max_length if max_length is None else max_length
+    if context < at_least:
+        raise UsageError(f"max_length must be at least {at_least}, got {context}")
+    return min(length, int(context))
+
+
+def _token_ends(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """UTF-8 byte position in `text` where each token ends, never decreasing."""
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    positions = np.concatenate(([0], np.cumsum(widths)))
+    ends = np.array([end for _, end in offsets], dtype=np.int64)
+    return positions[np.maximum.accumulate(ends)] if len(ends) else ends
+
+
+# Sampling
+
+
+def _pieces(chunks: Iterable[_Chunk], piece_chars: int) -> Iterator[list[_Chunk]]:
+    """Group neighbouring chunks until they hold `piece_chars` characters."""
+    piece: list[_Chunk] = []
+    held = 0
+    for chunk in chunks:
+        piece.append(chunk)
+        held += len(chunk.text)
+        if held >= piece_chars:
+            yield piece
+            piece, held = [], 0
+    if piece:
+        yield piece
+
+
+def _sample_stretches(chunks: Iterable[_Chunk], piece_chars: int, limit: int, rng: random.Random) -> list[list[_Chunk]]:
+    """Keep `limit` pieces of a stream, each as likely as the next (reservoir sampling); neighbours stay one stretch."""
+    kept: list[tuple[int, list[_Chunk]]] = []
+    for index, piece in enumerate(_pieces(chunks, piece_chars)):
+        if len(kept) < limit:
+            kept.append((index, piece))
+        elif (slot := rng.randrange(index + 1)) < limit:
+            kept[slot] = (index, piece)
+    kept.sort(key=lambda item: item[0])
+    stretches: list[list[_Chunk]] = []
+    expected = -1
+    for index, piece in kept:
+        if index != expected:
+            stretches.append([])
+        stretches[-1] += piece
+        expected = index + 1
+    return stretches
+
+
+def _whole_documents(chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
+    """Put neighbouring parts of a document together again, so that a cut made while reading changes no token."""
+    parts: list[str] = []
+    starts = True
+    for chunk in chunks:
+        if not parts:
+            starts = chunk.starts
+        parts.append(chunk.text)
+        if chunk.ends:
+            yield _Chunk("".join(parts), starts, True)
+            parts = []
+    if parts:
+        yield _Chunk("".join(parts), starts, False)
+
+
+def _encode_stretch(stretch: list[_Chunk], tokenizer: Any) -> torch.Tensor:
+    ids: list[int] = []
+    for document in _whole_documents(stretch):
+        ids += encode_document(tokenizer, document.text, starts=document.starts, ends=document.ends)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _cut(ids: torch.Tensor, length: int) -> tuple[torch.Tensor, ...]:
+    """Consecutive windows of `ids`; what is left at the end is dropped."""
+    count = len(ids) // length
+    return ids[: count * length].view(count, length).unbind()
+
+
+def _shares(available: list[int], samples: int) -> list[int]:
+    """Split `samples` evenly over sources that hold `available` windows; the smallest first, so others make it up."""
+    shares = [0] * len(available)
+    left = samples
+    order = sorted(range(len(available)), key=lambda i: available[i])
+    for rank, i in enumerate(order):
+        shares[i] = min(available[i], left // (len(order) - rank))
+        left -= shares[i]
+    return shares
+
+
+def _too_little(sources: Sequence[PathLike], streams: list[list[torch.Tensor]], samples: int, length: int) -> str:
+    sizes = [len(ids) for stream in streams for ids in stream]
+    names = ", ".join(os.fspath(source) for source in sources)
+    held = sum(size // length for size in sizes)
+    message = (
+        f"{names} must hold {samples} windows of {length} tokens ({samples * length} tokens), "
+        f"got {held} ({sum(sizes)} tokens); give more text"
+    )
+    cures = [f"samples={held}"] if held else []
+    shorter = length
+    while shorter and sum(size // shorter for size in sizes) < samples:
+        shorter -= 1
+    if shorter:
+        cures.append(f"length={shorter}")
+    return f"{message}, or {' or '.join(cures)}" if cures else message
+
+
+# Reading
+
+
+def _is_dataset(source: PathLike) -> bool:
+    return isinstance(source, str) and _DATASET_NAME.fullmatch(source) is not None and not os.path.exists(source)
+
+
+def _read(source: PathLike, block: int, limit: int | None) -> Iterator[_Chunk]:
+    """The documents of one source as chunks; `limit` characters at most from a dataset.
+
+    Raises:
+        MoESparseError: the source is missing, is no text, or holds no text.
+    """
+    name = os.fspath(source)
+    if _is_dataset(source):
+        chunks = _whole(_limited(_read_dataset(name), limit))
+    else:
+        path = Path(name)
+        if path.is_dir():
+            raise MoESparseError(f"text source {name} must be a file, got a folder; name the files in it")
+        if not path.exists():
+            raise MoESparseError(f"text source {name} must be a file or a datasets name (NAME:SPLIT), got neither")
+        match path.suffix.lower():
+            case ".jsonl" | ".ndjson":
+                chunks = _whole(_read_jsonl(path))
+            case ".parquet":
+                chunks = _whole(_read_parquet(path))
+            case ".json":
+                raise MoESparseError(
+                    f"text source {name} must be .txt, .jsonl or .parquet, got .json; "
+                    "rename it to .jsonl if every line is one object"
+                )
+            case _:
+                chunks = _read_plain(path, block)
+    empty = True
+    try:
+        for chunk in chunks:
+            empty = empty and not chunk.text.strip()
+            yield chunk
+    except UnicodeDecodeError as error:
+        raise MoESparseError(
+            f"text source {name} must be UTF-8 text, got byte 0x{error.object[error.start]:02x}; convert it to UTF-8"
+        ) from error
+    except OSError as error:
+        raise MoESparseError(f"text source {name} could not be read: {error.strerror or error}") from error
+    if empty:
+        raise MoESparseError(f"text source {name} must hold text, got none")
+
+
+def _whole(texts: Iterable[str]) -> Iterator[_Chunk]:
+    for text in texts:
+        if text:
+            yield _Chunk(text, True, True)
+
+
+def _limited(texts: Iterable[str], limit: int | None) -> Iterator[str]:
+    read = 0
+    for text in texts:
+        yield text
+        read += len(text)
+        if limit is not None and read >= limit:
+            return
+
+
+def _read_plain(path: Path, block: int) -> Iterator[_Chunk]:
+    """One document, in chunks of about `block` bytes cut after a line end or before a space."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    carry, starts = "", True
+    with path.open("rb") as file:
+        while data := file.read(block):
+            if b"\0" in data:
+                raise MoESparseError(f"text source {path} must be text, got binary data (it holds zero bytes)")
+            carry += decoder.decode(data)
+            cut = carry.rfind("\n") + 1 or max(carry.rfind(" "), 0)
+            if cut:
+                yield _Chunk(carry[:cut], starts, False)
+                carry, starts = carry[cut:], False
+    yield _Chunk(carry + decoder.decode(b"", final=True), starts, True)
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if not text:
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise MoESparseError(f"{path} line {number} must be a JSON object, got {_shown(text)}") from error
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise MoESparseError(f'{path} line {number} must have a string "text", got {_shown(text)}')
+            if any("\ud800" <= character <= "\udfff" for character in record["text"]):
+                raise MoESparseError(f"{path} line {number} must be Unicode text, got half of a surrogate pair")
+            yield record["text"]
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MoESparseError(f"reading {path} needs pyarrow; pip install 'moesparse[text]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if "text" not in names:
+                raise MoESparseError(f'{path} must have a column "text", got {", ".join(names)}')
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                for value in batch.column(0).to_pylist():
+                    if value is not None and not isinstance(value, str):
+                        raise MoESparseError(f'column "text" of {path} must hold strings, got {type(value).__name__}')
+                    yield value or ""
+    except pyarrow.ArrowInvalid as error:
+        raise MoESparseError(f"{path} must be a parquet file, got something else or a cut one") from error
+
+
+def _read_dataset(spec: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MoESparseError(f"reading dataset {spec} needs datasets; pip install 'moesparse[text]'") from error
+    name, *config, split = spec.split(":")
+    try:
+        rows = datasets.load_dataset(name, *config, split=split, streaming=True)
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise MoESparseError(f'dataset {spec} must have a string column "text", got {", ".join(row)}')
+            yield row["text"]
+    except MoESparseError:
+        raise
+    # datasets raises its own, the hub's, the file system's and the network's errors: all mean that it cannot be had
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MoESparseError(
+            f"dataset {spec} could not be read: {reason}; without network give a .txt, .jsonl or .parquet file"
+        ) from error

@@ -1,0 +1,105 @@
+"""Layer by layer is the same model: the stream's hidden states are the ones inside an ordinary forward."""
+
+import pytest
+import torch
+from torch import nn
+
+from moesparse.blocks import decoder_layers, find_moe_blocks
+from moesparse.errors import UnsupportedModelError
+from moesparse.layerwise import LayerStream
+from moesparse.testing import tiny_model
+
+# plain; shared experts with dense first layers; masks by layer type; state-space layers between; rotary per layer type
+FAMILIES = ["mixtral", "deepseek_v3", "gpt_oss", "jamba", "nemotron_h", "qwen3_next", "minimax"]
+
+
+def outputs_inside(model, layers, ids, mask=None):
+    seen = []
+    handles = [
+        layer.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def stream_of(model, ids, mask=None, batch_size=2):
+    layers, _ = decoder_layers(model, find_moe_blocks(model))
+    return LayerStream(model, layers, ids, mask, batch_size), layers
+
+
+def tokens(n, length, seed=0):
+    return torch.randint(3, 60, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_gives_what_the_model_gives(family):
+    model = tiny_model(family)
+    ids = tokens(5, 12)  # 5 windows in batches of 2: the last batch is smaller
+    stream, layers = stream_of(model, ids)
+    for position in range(len(layers)):
+        counted = sum(stream.run(position, keep=True))
+        assert counted == ids.numel()
+        for number in range(len(stream)):
+            want = outputs_inside(model, layers, ids[2 * number : 2 * number + 2])[position]
+            assert torch.equal(stream.hidden[number], want)
+
+
+def test_padding_reaches_the_attention_and_the_token_masks():
+    model = tiny_model("mixtral")
+    ids, mask = tokens(4, 10), torch.ones(4, 10, dtype=torch.int64)
+    mask[1, 6:] = 0
+    mask[3, :4] = 0
+    stream, layers = stream_of(model, ids, mask)
+    assert torch.equal(torch.cat(stream.token_masks), mask.bool().flatten())
+    for position in range(len(layers)):
+        list(stream.run(position, keep=True))
+    want = torch.cat([outputs_inside(model, layers, ids[i : i + 2], mask[i : i + 2])[-1] for i in (0, 2)])
+    assert torch.equal(torch.cat(stream.hidden)[mask.bool()], want[mask.bool()])
+
+
+def test_running_without_keeping_changes_nothing():
+    model = tiny_model("mixtral")
+    stream, _ = stream_of(model, tokens(3, 8))
+    before = [hidden.clone() for hidden in stream.hidden]
+    order = []
+    list(stream.run(0, keep=False, before=order.append))
+    assert order == [0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(before, stream.hidden, strict=True))
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("mixtral")
+    ids = tokens(2, 8)
+    before = model(ids).logits
+    stream, layers = stream_of(model, ids)
+    list(stream.run(0, keep=True))
+    assert all("forward" not in layer.__dict__ for layer in layers)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_model_whose_layers_talk_behind_the_scenes_is_refused():
+    model = tiny_model("mixtral")
+    layers, _ = decoder_layers(model, find_moe_blocks(model))
+    memory = {}
+
+    class Whispering(nn.Module):
+        """Passes a state to the next layer outside of the hidden states, as value residuals do."""
+
+        def __init__(self, inner, first):
+            super().__init__()
+            self.inner, self.first = inner, first
+
+        def forward(self, hidden, *args, **kwargs):
+            out = self.inner(hidden, *args, **kwargs)
+            if self.first:
+                memory["count"] = memory.get("count", 0) + 1
+            return out + memory["count"]
+
+    for position in range(len(layers)):
+        layers[position] = Whispering(layers[position], position == 0)
+    with pytest.raises(UnsupportedModelError, match="cannot be run layer by layer: layer 0"):
+        LayerStream(model, layers, tokens(2, 8))
