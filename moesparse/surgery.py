@@ -245,7 +245,8 @@ def remove_experts(model: nn.Module, kept: Sequence[Tensor | Sequence[int]]) -> 
         kept: for each block in forward order the ids that stay, unique, [K] integers; K is the same in every block.
 
     Returns:
-        What was done, with the bytes of the model before and after. config.moesparse["kept_experts"] maps new ids to old.
+        What was done, with the bytes of the model before and after. config.moesparse["kept_experts"] maps new ids to
+        old.
 
     Raises:
         UsageError: a count or an id that cannot be; fewer than top_k; unequal counts in a router's groups.
@@ -388,7 +389,7 @@ def _mapped(value: Any, new: dict[int, int]) -> Any:
 def _compare_twins(
     model: nn.Module, blocks: Sequence[MoEBlock], kept: Sequence[Tensor], config: Sequence[_Setting]
 ) -> tuple[list[list[_Cut]], list[list[_Setting]], list[_Setting]]:
-    """What depends on the number of experts: per block its tensors and attributes, and the attributes outside blocks."""
+    """What depends on the number of experts: tensors and attributes of each block, and attributes outside blocks."""
     family = _family(model)
     cuts: list[list[_Cut]] = [[] for _ in blocks]
     attributes: list[list[_Setting]] = [[] for _ in blocks]
@@ -419,9 +420,10 @@ def _compare_twins(
             after_value = vars(twins[path]).get(key)
             if not _is_count(before_value) or before_value == after_value:
                 continue
-            if vars(modules[path]).get(key) != before_value:
+            actual = vars(modules[path]).get(key)
+            if actual != before_value:
                 raise UnsupportedModelError(
-                    f"{family}: {path}.{key} must be {before_value} as its config says, got {vars(modules[path]).get(key)}"
+                    f"{family}: {path}.{key} must be {before_value} as its config says, got {actual}"
                 )
             setting = _Setting(modules[path], f"{path}.{key}".lstrip("."), before_value, after_value)
             inside = [n for n, block in enumerate(blocks) if _inside(path, block.moe_name)]
@@ -541,8 +543,8 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
-    tensor = module._parameters.get(name)
-    tensor = module._buffers[name] if tensor is None else tensor
+    parameter = module._parameters.get(name)
+    tensor = module._buffers[name] if parameter is None else parameter
     assert tensor is not None
     return tensor
 
