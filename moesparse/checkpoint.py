@@ -135,9 +135,10 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield work
         for file in work.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors and mkdtemp make theirs private
                 _flush(file)
         _flush(work)
-        work.chmod(0o755)  # mkdtemp made it private
+        work.chmod(0o755)
         os.replace(work, path)
         _flush(path.absolute().parent)
     except (OSError, SafetensorError) as error:

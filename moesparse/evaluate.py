@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesparse.errors import MoESparseError, UsageError
+from moesparse.progress import Progress, ProgressEvent
 from moesparse.text import DEFAULT_LENGTH, PathLike, adds_bos, encode_document, evaluation_windows
 
 # fp32 logits held at a time (256 MiB), and logits that a model may return at a time (512 MiB in bf16)
@@ -113,7 +115,8 @@ def perplexity(
     batch_size: int = 8,
     byte_count: int | None = None,
     context: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    name: str = "",
 ) -> Perplexity:
     """Score token windows.
 
@@ -126,7 +129,8 @@ def perplexity(
         byte_count: UTF-8 bytes that the scored tokens stand for; gives bits per byte.
         context: leading tokens of every window but the first that are not scored again: length - stride when windows
             overlap, see `moesparse.text.evaluation_windows`.
-        progress: called as progress(windows done, windows in all) after every batch.
+        progress: called with a ProgressEvent before the first and after every batch.
+        name: what the windows are, for progress.
 
     Returns:
         The summed figures; nll accumulates in fp64.
@@ -147,6 +151,16 @@ def perplexity(
         raise UsageError("windows must leave a token to score, got none: attention_mask or context covers them all")
 
     nll = 0.0
+    stage = f"score {os.path.basename(name)}".rstrip()
+    began = time.perf_counter()
+
+    def report(done: int) -> None:
+        if progress is not None:
+            seconds = time.perf_counter() - began
+            tokens_done = done * ids.shape[1]
+            progress(ProgressEvent(stage, done, len(ids), "window", tokens_done, seconds, name))
+
+    report(0)
     with _evaluation_mode(model):
         device = _input_device(model)
         scorer = _Scorer(model, device)
@@ -166,8 +180,7 @@ def perplexity(
                     f"at token {place} of window {start + worst}"
                 )
             nll += float(per_window.sum())
-            if progress is not None:
-                progress(min(start + step, len(ids)), len(ids))
+            report(min(start + step, len(ids)))
     return Perplexity(nll, tokens, byte_count)
 
 
@@ -180,7 +193,7 @@ def perplexity_of_files(
     *,
     join: str | None = None,
     batch_size: int = 8,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> FilesPerplexity:
     """Score whole files, each on its own.
 
@@ -192,7 +205,7 @@ def perplexity_of_files(
         stride: tokens from the start of a window to the start of the next; `length` when None.
         join: see `moesparse.text.evaluation_windows`.
         batch_size: windows a forward pass.
-        progress: called as progress(file, windows done, windows in all).
+        progress: called with ProgressEvents that carry the file's name.
 
     Raises:
         UsageError: there is no file, or a number is out of range.
@@ -209,11 +222,6 @@ def perplexity_of_files(
     }
     results = {}
     for name, (windows, byte_count) in cut.items():
-
-        def report(done: int, total: int, name: str = name) -> None:
-            if progress is not None:
-                progress(name, done, total)
-
         try:
             results[name] = perplexity(
                 model,
@@ -221,7 +229,8 @@ def perplexity_of_files(
                 batch_size=batch_size,
                 byte_count=byte_count,
                 context=length - stride,
-                progress=report,
+                progress=progress,
+                name=name,
             )
         except UsageError:
             raise

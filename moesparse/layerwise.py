@@ -96,12 +96,21 @@ class LayerStream:
                 layer.to(home)
 
     @torch.no_grad()
-    def run(self, position: int, *, keep: bool, before: Callable[[int], None] | None = None) -> Iterator[int]:
+    def run(
+        self,
+        position: int,
+        *,
+        keep: bool = False,
+        outputs: list[torch.Tensor] | None = None,
+        before: Callable[[int], None] | None = None,
+    ) -> Iterator[int]:
         """Run one layer over all batches; yields the number of tokens of each batch once it is done.
 
         Args:
             position: which layer.
-            keep: True replaces the waiting hidden states by the layer's output, False only runs it.
+            keep: True replaces the waiting hidden states by the layer's output, batch by batch.
+            outputs: where to put the layer's outputs while the hidden states stay for another run of the layer; the
+                caller assigns them to `hidden` in the end.
             before: called with the number of each batch before it runs.
         """
         layer = self.layers[position]
@@ -113,6 +122,8 @@ class LayerStream:
             out = layer(hidden.to(device), *call.args, **call.kwargs)
             if keep:
                 self.hidden[number] = _hidden_of(out).to(hidden.device)
+            elif outputs is not None:
+                outputs.append(_hidden_of(out).to(hidden.device))
             yield hidden.shape[0] * hidden.shape[1]
 
     @torch.no_grad()

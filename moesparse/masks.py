@@ -240,7 +240,7 @@ def detect_patterns(weight: Tensor) -> tuple[Pattern, ...]:
     found = []
     for m in GROUP_SIZES:
         if weight.numel() and weight.shape[-1] % m == 0:
-            n = max(1, *(int(_counts(matrix, m).max()) for (matrix,) in _matrices(weight)), 1)
+            n = max(1, max(int(_counts(matrix, m).max()) for (matrix,) in _matrices(weight)))
             if n < m:
                 found.append(Pattern(n=n, m=m))
     return tuple(sorted(found, key=lambda pattern: (pattern.density, pattern.m)))

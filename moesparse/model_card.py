@@ -14,8 +14,8 @@ base_model: {base}
 ---
 # {base}, experts pruned to {weights}
 
-The expert matrices of `{base}` were pruned one-shot with [moesparse]({project}) {version}; router, attention, norms,
-embeddings and shared experts are unchanged. The weights are stored dense with zeros: plain transformers loads them.
+The expert matrices of `{base}` were pruned one-shot with moesparse {version}. Router, attention, norms, embeddings and
+shared experts are unchanged. The weights are stored dense with zeros: plain transformers loads them.
 
 | | |
 |---|---|
@@ -26,7 +26,6 @@ embeddings and shared experts are unchanged. The weights are stored dense with z
 | zeros in expert matrices | {sparsity:.2%} |
 | experts without calibration tokens | {fallbacks} |
 """
-_PROJECT = "https://pypi.org/project/moesparse"
 
 
 def model_card(base: str, report: Report) -> str:
@@ -40,7 +39,6 @@ def model_card(base: str, report: Report) -> str:
     return _TEMPLATE.format(
         tag="2-4-sparsity" if recipe["weights"] == "2:4" else "sparse",
         base=base.rstrip("/").rsplit("/", 2)[-1] if base.startswith(("/", ".")) else base,
-        project=_PROJECT,
         version=report.version,
         tokens=report.calibration["tokens"],
         sparsity=report.sparsity,

@@ -240,7 +240,7 @@ def _prune_layerwise(
     total, done, tokens = passes * len(stream), 0, 0
     reports: list[BlockReport] = []
 
-    def run(position: int, keep: bool, stage: str, recorders: Sequence[Recorder] = ()) -> None:
+    def run(position: int, stage: str, recorders: Sequence[Recorder] = (), **where: Any) -> None:
         nonlocal done, tokens
 
         def aim(number: int) -> None:
@@ -248,7 +248,7 @@ def _prune_layerwise(
                 recorder.token_mask = stream.token_masks[number]
                 recorder.first_window, recorder.window_length = stream.first_window[number], stream.length
 
-        for count in stream.run(position, keep=keep, before=aim):
+        for count in stream.run(position, before=aim, **where):
             done, tokens = done + 1, tokens + count
             progress(ProgressEvent(stage, done, total, tokens=tokens))
 
@@ -256,23 +256,27 @@ def _prune_layerwise(
         with stream.on_device(position):
             here = at.get(position)
             if here is None:
-                run(position, True, f"layer {position}")
+                run(position, f"layer {position}", keep=True)
                 continue
             started = time.perf_counter()
             reset_peak_memory()
             label = here[0].name
+            # the dense layer's outputs are there only now; its inputs are needed again for rescaling
+            dense_outputs: list[torch.Tensor] | None = None if recipe.propagate else []
             with record(here, moments) as recorders:
-                run(position, not recipe.propagate, f"calibrate {label}", recorders)
+                run(position, f"calibrate {label}", recorders, outputs=dense_outputs)
             dense = [recorder.statistics for recorder in recorders]
             measured = [_prune_block(block, sums, recipe, solver) for block, sums in zip(here, dense, strict=True)]
             if rescale:
                 with record(here) as recorders:
-                    run(position, False, f"rescale {label}", recorders)
+                    run(position, f"rescale {label}", recorders)
                 for block, report, before, recorder in zip(here, measured, dense, recorders, strict=True):
                     report.rescale = _rescale(block, before, recorder.statistics)
-            if recipe.propagate and position < last:
-                run(position, True, f"propagate {label}")
-            elif recipe.propagate:
+            if dense_outputs is not None:
+                stream.hidden = dense_outputs
+            elif position < last:
+                run(position, f"propagate {label}", keep=True)
+            else:
                 done += len(stream)  # nothing after the last block needs its output
             for report in measured:
                 report.seconds = (time.perf_counter() - started) / len(here)

@@ -177,8 +177,8 @@ def test_logits_that_are_scaled_after_the_head_are_respected(monkeypatch):
     # where the model makes all logits itself, fewer windows go in at a time
     monkeypatch.setattr(evaluate, "_BATCH_LOGITS", 2 * 16 * VOCABULARY)
     calls = []
-    evaluate.perplexity(model, windows, batch_size=5, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(2, 5), (4, 5), (5, 5)]
+    evaluate.perplexity(model, windows, batch_size=5, progress=lambda event: calls.append(event.done))
+    assert calls == [0, 2, 4, 5]
 
 
 def test_a_half_precision_model_is_scored_from_widened_logits(model):
@@ -210,9 +210,14 @@ def test_dropout_is_off(model):
 
 
 def test_progress_counts_windows(model):
-    calls = []
-    evaluate.perplexity(model, some_windows(), batch_size=2, progress=lambda *call: calls.append(call))
-    assert calls == [(2, 5), (4, 5), (5, 5)]
+    events = []
+    evaluate.perplexity(model, some_windows(), batch_size=2, progress=events.append)
+    assert [(e.done, e.total, e.unit, e.tokens) for e in events] == [
+        (0, 5, "window", 0),
+        (2, 5, "window", 2 * 16),
+        (4, 5, "window", 4 * 16),
+        (5, 5, "window", 5 * 16),
+    ]
 
 
 # Files
@@ -220,15 +225,15 @@ def test_progress_counts_windows(model):
 
 def test_files_are_scored_each_and_all_together(tmp_path, model, tokenizer):
     files = [write(tmp_path / "a.txt", prose(60)), write_jsonl(tmp_path / "b.jsonl", [prose(50), prose(30, seed=1)])]
-    calls = []
-    got = evaluate.perplexity_of_files(model, tokenizer, files, 16, progress=lambda *call: calls.append(call))
+    events = []
+    got = evaluate.perplexity_of_files(model, tokenizer, files, 16, progress=events.append)
     assert list(got.files) == files
     one, two = got.files.values()
     assert got.overall.nll == one.nll + two.nll
     assert got.overall.tokens == one.tokens + two.tokens
     assert got.overall.byte_count == one.byte_count + two.byte_count
     assert str(got.protocol) == "windows of 16 tokens, stride 16, scored independently, BOS once a document"
-    assert calls[-1] == (files[1], two.tokens // 15, two.tokens // 15)
+    assert {(event.stage, event.name) for event in events} == {("score a.txt", files[0]), ("score b.jsonl", files[1])}
     shown = got.as_dict()
     assert shown["perplexity"] == got.overall.perplexity
     assert shown["files"][1] == {"file": files[1], **two.as_dict()}

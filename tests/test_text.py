@@ -107,20 +107,26 @@ def test_files_give_equal_shares_and_a_short_one_is_made_up_for(tmp_path, tokeni
 
 def test_a_large_source_is_sampled_before_it_is_tokenized(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(text, "_MIN_PIECE_CHARS", 256)
-    seen = []
+    encode, seen = text.encode_document, []
     monkeypatch.setattr(
         text, "encode_document", lambda tok, part, **flags: seen.append(len(part)) or encode(tok, part, **flags)
     )
-    file = write(tmp_path / "a.txt", prose(20000))
-    got = text.windows(file, tokenizer, samples=4, length=16)
-    assert got.shape == (4, 16)
-    # 16 characters a token, and no more than a block of slack on each of the 4 pieces
-    assert sum(seen) <= 2 * 16 * 4 * 16
-    assert torch.equal(got, text.windows(file, tokenizer, samples=4, length=16))
-    assert not torch.equal(got, text.windows(file, tokenizer, samples=4, length=16, seed=1))
-
-
-encode = text.encode_document
+    # every line is numbered, so a place in the text can be told from a window
+    content = "".join(f"{i} {word}\n" for i, word in enumerate(prose(20000).encode("ascii", "ignore").decode().split()))
+    file = write(tmp_path / "a.txt", content)
+    places = []
+    for seed in range(8):
+        seen.clear()
+        got = text.windows(file, tokenizer, samples=4, length=16, seed=seed)
+        # 16 characters a token, and no more than a block of slack on each of the 4 pieces
+        assert sum(seen) <= 2 * 16 * 4 * 16
+        assert torch.equal(got, text.windows(file, tokenizer, samples=4, length=16, seed=seed))
+        # -1 would be a window over a seam: pieces from two places of the text must not meet in one
+        places += [content.find(tokenizer.decode(row.tolist())) for row in got]
+    assert min(places) >= 0, "a window is no stretch of the text, or holds a BOS from within it"
+    assert len(set(places)) > 28
+    assert min(places) < len(content) / 4
+    assert max(places) > len(content) * 3 / 4
 
 
 def test_length_is_bounded_by_the_context(tmp_path):

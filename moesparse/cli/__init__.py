@@ -21,6 +21,9 @@ from moesparse.cli.inspect import inspect
 from moesparse.cli.prune import prune
 from moesparse.errors import MoESparseError, UsageError
 
+_INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
 app = typer.Typer(
     name="moesparse",
     help="Prune Mixture-of-Experts language models and keep what they know.",
@@ -56,9 +59,11 @@ def main() -> None:
     except MoESparseError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        console.print("[bold red]interrupted:[/] nothing was written", soft_wrap=True)
-        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            console.print("[bold red]interrupted:[/] nothing was written", soft_wrap=True)
+            sys.exit(1)
+        raise
     except BrokenPipeError:
         # the reader of our output went away (| head): no message, and no second error while flushing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

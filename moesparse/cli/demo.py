@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -130,17 +131,22 @@ def _free_name(wanted: Path) -> Path:
 
 def _show_table(result: dict[str, Any]) -> None:
     domains = list(result["dense"]["domains"])
-    table = Table(title=f"held-out perplexity at {PATTERN}, lower is better")
-    table.add_column("mask rule")
-    table.add_column("weight rule")
-    for name in ("mean", *domains, "seconds"):
-        table.add_column(name, justify="right")
-    table.add_row("dense", "", *_cells(result["dense"], domains), "", style="bold")
+    # 80 columns wide, so that no terminal folds the numbers
+    table = Table(
+        title=f"held-out perplexity at {PATTERN}, lower is better",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("mask rule\n  weight rule", no_wrap=True)
+    for name in ("mean", *domains, "s"):
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    table.add_row("dense", *_cells(result["dense"], domains), "", style="bold")
     lowest = min(method["perplexity"] for method in result["methods"])
     for method in result["methods"]:
         style = "green" if method["perplexity"] == lowest else None
-        cells = _cells(method, domains)
-        table.add_row(method["saliency"], method["update"], *cells, f"{method['seconds']:.1f}", style=style)
+        name = f"{method['saliency']}\n  {method['update']}"
+        table.add_row(name, *_cells(method, domains), f"{method['seconds']:.0f}", style=style)
     Console().print(table)
 
 

@@ -18,7 +18,6 @@ from moesparse.cli.common import (
     resolve_device,
 )
 from moesparse.errors import CheckpointError, UsageError
-from moesparse.progress import Progress, ProgressEvent
 
 EMBEDDED_LENGTH = 256
 """Window of the embedded model's own figures; it was trained on it."""
@@ -87,7 +86,7 @@ def evaluate(
             length=length or 2048,
             stride=stride,
             batch_size=batch_size,
-            progress=_show_progress(progress),
+            progress=progress,
         )
     values = result.as_dict()
     for one, row in zip(sources, values["files"], strict=True):
@@ -103,13 +102,6 @@ def evaluate(
         table.add_row(row["name"], *_cells(row))
     table.add_row("all", *_cells(values), style="bold")
     Console().print(table)
-
-
-def _show_progress(progress: Progress) -> Any:
-    def show(file: str, done: int, total: int) -> None:
-        progress(ProgressEvent(f"score {Path(file).name}", done, total))
-
-    return show
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

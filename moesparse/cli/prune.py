@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from moesparse.cli.common import (
@@ -121,23 +122,25 @@ def prune(
 
 
 def _show(result: Any, out: Path) -> None:
-    table = Table(title=f"{result.recipe['saliency']} + {result.recipe['update']} at {result.recipe['weights']}")
-    for column in ("block", "tensor", "shape", "zeros", "pattern", "output error", "fell back", "seconds", "peak"):
-        table.add_column(column, justify="left" if column in ("block", "tensor", "pattern") else "right")
+    table = Table(
+        title=f"{result.recipe['saliency']} + {result.recipe['update']} at {result.recipe['weights']}",
+        box=SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("block\n  tensor", no_wrap=True)
+    for column in ("shape", "zeros", "output error", "seconds", "peak"):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     for block in result.blocks:
-        for number, tensor in enumerate(block.tensors):
-            error = _mean_percent(tensor.error_before) + " > " + _mean_percent(tensor.error_after)
-            table.add_row(
-                block.name if number == 0 else "",
-                tensor.name,
-                " x ".join(map(str, tensor.shape)),
-                f"{100 * tensor.sparsity:.1f}%",
-                tensor.pattern,
-                error if tensor.error_after is not None else "",
-                str(len(tensor.fallbacks) or ""),
-                f"{block.seconds:.1f}" if number == 0 else "",
-                f"{block.peak_bytes / 2**30:.2f} GiB" if number == 0 else "",
+        table.add_row(block.name, "", "", "", f"{block.seconds:.1f}", f"{block.peak_bytes / 2**30:.2f} GiB")
+        for tensor in block.tensors:
+            error = (
+                ""
+                if tensor.error_after is None
+                else _percent(tensor.error_before) + " > " + _percent(tensor.error_after)
             )
+            shape = "x".join(map(str, tensor.shape))
+            table.add_row(f"  {tensor.name}", shape, f"{100 * tensor.sparsity:.1f}%", error, "", "")
     console.print(table)
     for block, tensor, expert in result.fallbacks[:10]:
         console.print(f"[yellow]no calibration tokens:[/] {block} expert {expert}: {tensor} was masked by magnitude")
@@ -145,5 +148,5 @@ def _show(result: Any, out: Path) -> None:
     console.print(f"next: moesparse eval {out} --text FILE   |   moesparse inspect {out}", highlight=False)
 
 
-def _mean_percent(values: list[float] | None) -> str:
-    return "" if values is None else f"{100 * sum(values) / len(values):.1f}%"
+def _percent(values: list[float]) -> str:
+    return f"{100 * sum(values) / len(values):.1f}%"

@@ -24,6 +24,7 @@ from moesparse.masks import Pattern, keep_in_groups, keep_in_rows, mask_from_sco
 DAMPING = 0.01
 _MAX_DAMPING = 1.0
 _OBS_BLOCK = 128
+_ADMM_RHO = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 # buffers beside the moments; large matrices are worked off in slices of rows
 _CPU_BYTES = 1 << 30
@@ -138,37 +139,41 @@ def _pruning_cost(dense: Tensor, push: Tensor, factor: Tensor) -> Tensor:
     return (value * factor.diagonal(dim1=-2, dim2=-1)[..., None]).square_()
 
 
-def admm(weight: Tensor, hessian: Tensor, pattern: Pattern, *, iterations: int, rho: float, name: str) -> Tensor:
-    """A mask by ADMM on the layer error: W free, D of the pattern, W = D enforced step by step.
+def admm(weight: Tensor, hessian: Tensor, pattern: Pattern, *, iterations: int = 7, name: str = "weight") -> Tensor:
+    """A mask by ADMM on the layer error: W free, D of the pattern, and W = D enforced ever harder.
 
     Source: ALPS (Meng et al., 2024, arXiv 2406.07831) and Boža (2024, arXiv 2401.02938). The inputs are scaled to a
-    unit diagonal of H first; rho is constant there, so one inverse serves all iterations, each of them one product.
+    unit diagonal of H first. The penalty rho doubles from stage to stage, which finds better masks than any one rho;
+    a stage inverts H + rho once, and each of its iterations is one product with that inverse.
+
+    Args:
+        weight: [E, out, in].
+        hessian: [E, in, in], positive definite.
+        pattern: of the mask.
+        iterations: in each of the six stages.
+        name: of the tensor, for errors.
 
     Returns:
         bool [E, out, in]: the pattern's mask of the last W + U.
     """
     scale = hessian.diagonal(dim1=-2, dim2=-1).sqrt()
     scaled = hessian / scale[:, :, None] / scale[:, None, :]
-    scaled.diagonal(dim1=-2, dim2=-1).add_(rho)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled)).float()
-    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    for rows in row_slices(weight):
-        target = weight[:, rows] * scale[:, None].float()
-        mask[:, rows] = _admm_rows(target, inverse, pattern, iterations=iterations, rho=rho, name=name)
-    return mask
-
-
-def _admm_rows(target: Tensor, inverse: Tensor, pattern: Pattern, *, iterations: int, rho: float, name: str) -> Tensor:
-    free = target
-    dual = torch.zeros_like(target)
-    # (target H + rho (D - U)) (H + rho)^-1 = target + rho (D - U - target) (H + rho)^-1: no product with H
-    for _ in range(iterations):
-        free = free + dual
-        mask = mask_from_score(free.abs(), pattern, name=name)
-        held = free * mask
-        dual = free - held
-        free = torch.baddbmm(target, held - dual - target, inverse, alpha=rho)
-    return mask_from_score((free + dual).abs(), pattern, name=name)
+    target = weight * scale[:, None].float()
+    # what ADMM carries between iterations: W + U, U the scaled dual
+    point = target.clone()
+    previous = 0.0
+    for rho in _ADMM_RHO:
+        scaled.diagonal(dim1=-2, dim2=-1).add_(rho - previous)
+        previous = rho
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled)).float()
+        for rows in row_slices(weight):
+            part, goal = point[:, rows], target[:, rows]
+            for _ in range(iterations):
+                held = part * mask_from_score(part.abs(), pattern, name=name)
+                dual = part - held
+                # (goal H + rho (D - U)) (H + rho)^-1 = goal + rho (D - U - goal) (H + rho)^-1: no product with H
+                part.copy_(torch.baddbmm(goal + dual, held - dual - goal, inverse, alpha=rho))
+    return mask_from_score(point.abs(), pattern, name=name)
 
 
 def least_squares(
@@ -184,7 +189,7 @@ def least_squares(
         mask: bool [E, out, in].
         hessian: [E, in, in].
         iterations: at most.
-        tolerance: stop when the preconditioned gradient of every expert has shrunk by this factor.
+        tolerance: a row is done when its preconditioned gradient has shrunk by this factor.
 
     Returns:
         [E, out, in] float32, zero where pruned.
@@ -202,16 +207,17 @@ def _least_squares_rows(weight: Tensor, mask: Tensor, matrix: Tensor, iterations
     residual = ((weight - solution) @ matrix) * mask
     direction = residual * inverse_diagonal
     norm = (residual * direction).sum(-1, keepdim=True)
-    goal = norm.sum((-2, -1)) * tolerance**2
+    goal = norm * tolerance**2
     for _ in range(iterations):
         image = (direction @ matrix) * mask
         curvature = (direction * image).sum(-1, keepdim=True)
-        step = torch.where(curvature > 0, norm / curvature, 0.0)
+        step = torch.where((norm > goal) & (curvature > 0), norm / curvature, 0.0)
         solution.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
         preconditioned = residual * inverse_diagonal
         previous, norm = norm, (residual * preconditioned).sum(-1, keepdim=True)
-        if (norm.sum((-2, -1)) <= goal).all():
+        # a row that is done stands still, so that it does not matter which rows share a slice
+        if (norm <= goal).all():
             break
         direction = preconditioned.addcmul_(torch.where(previous > 0, norm / previous, 0.0), direction)
     return solution

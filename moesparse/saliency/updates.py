@@ -139,7 +139,9 @@ def update_weights(
         for result, error in zip((before, after), errors, strict=True):
             result[experts] = torch.where(total > 0, error.sum(-1) / total, 0.0).sqrt().cpu()
         if rescale:
-            factor_of = rescale_factor(total, row_error(solved, undamped).sum(-1))
+            # an expert without tokens is left alone: its moment of zeros says nothing about its outputs
+            seen = moment.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+            factor_of = rescale_factor(total * seen, row_error(solved, undamped).sum(-1))
             scales.append(factor_of.cpu())
             solved = solved * factor_of[:, None, None].float()
         updated[experts] = solved.to(weight.dtype)

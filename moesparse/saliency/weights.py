@@ -28,9 +28,6 @@ from moesparse.masks import Pattern, mask_from_score
 from moesparse.saliency import solvers
 from moesparse.saliency.updates import Gate, Input, Statistics, moments_of, parse_update
 
-ADMM_ITERATIONS = 40
-ADMM_RHO = 0.1
-
 
 @dataclass(frozen=True, eq=False)
 class MaskChoice:
@@ -174,10 +171,10 @@ def _sparsegpt(gate: Gate) -> Callable[[_Request], MaskChoice]:
 def _admm(gate: Gate) -> Callable[[_Request], MaskChoice]:
     def choose(request: _Request) -> MaskChoice:
         def solve(weight: Tensor, hessian: Tensor) -> tuple[Tensor, list[float]]:
-            mask = solvers.admm(
-                weight, hessian, request.pattern, iterations=ADMM_ITERATIONS, rho=ADMM_RHO, name=request.name
-            )
-            return mask, []
+            _, used = solvers.factorise(hessian, request.damping)
+            more = torch.tensor(used, dtype=hessian.dtype, device=hessian.device) - request.damping
+            hessian.diagonal(dim1=-2, dim2=-1).add_(more[:, None])
+            return solvers.admm(weight, hessian, request.pattern, name=request.name), used
 
         return _by_moment(request, gate, solve)
 

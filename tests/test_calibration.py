@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from moesparse.blocks import MoEBlock, find_moe_blocks
-from moesparse.calibrate import (
+from moesparse.calibration import (
     ExpertStatistics,
     ModelStatistics,
     Recorder,
@@ -744,7 +744,7 @@ def test_progress_counts_windows_and_tokens(mixtral):
 
 
 def test_importing_needs_no_transformers():
-    code = "import sys, moesparse.calibrate; sys.exit(any(m in sys.modules for m in ('transformers', 'triton')))"
+    code = "import sys, moesparse.calibration; sys.exit(any(m in sys.modules for m in ('transformers', 'triton')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

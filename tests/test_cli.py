@@ -1,0 +1,170 @@
+"""The command line as a user meets it: results, exit codes, and one clear line for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from moesparse import demo
+from moesparse.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def moesparse(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "moesparse", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        timeout=600,
+        **options,
+    )
+
+
+def in_process(monkeypatch, capsys, *arguments):
+    """The same entry point without a new interpreter: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["moesparse", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """The embedded model pruned once for all tests, and what the command printed."""
+    folder = tmp_path_factory.mktemp("pruned") / "out"
+    arguments = ("--weights", "2:4", "--samples", "24", "--length", "256", "--json")
+    return folder, moesparse("prune", "demo", folder, *arguments)
+
+
+def test_prune_prints_one_json_object(pruned):
+    folder, run = pruned
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["output"] == str(folder)
+    assert len(report["blocks"]) == 4
+    assert report["sparsity"] == 0.5
+    assert report["calibration"]["tokens"] == 24 * 256
+    assert (folder / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+
+
+def test_inspect_shows_the_pattern_in_every_expert_matrix_and_nothing_else_changed(pruned, monkeypatch, capsys):
+    folder, _ = pruned
+    code, out, err = in_process(monkeypatch, capsys, "inspect", folder, "--json")
+    assert code in (0, None), err
+    result = json.loads(out)
+    tensors = [tensor for block in result["blocks"] for tensor in block["tensors"]]
+    assert [tensor["pattern"] for tensor in tensors] == ["2:4"] * 8
+    assert all(tensor["sparsity"] == 0.5 for tensor in tensors)
+    assert result["recipe"]["weights"] == "2:4"
+    dense, _ = demo.load()
+    sizes = [p.numel() for name, p in dense.named_parameters() if ".experts." in name]
+    assert result["expert_parameters"] == sum(sizes)
+    assert result["other_parameters"] == sum(p.numel() for p in dense.parameters()) - sum(sizes)
+
+    from safetensors.torch import load_file
+
+    before, after = (load_file(path / "model.safetensors") for path in (demo.model_path(), folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert changed == {name for name in before if ".experts." in name}
+
+
+def test_inspect_fails_when_the_config_claims_too_much(pruned, tmp_path, monkeypatch, capsys):
+    folder, _ = pruned
+    liar = tmp_path / "liar"
+    liar.mkdir()
+    for file in folder.iterdir():
+        (liar / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    config["moesparse"]["recipe"]["weights"] = "1:4"
+    (liar / "config.json").unlink()
+    (liar / "config.json").write_text(json.dumps(config))
+    code, _, err = in_process(monkeypatch, capsys, "inspect", liar)
+    assert code == 1
+    assert "model.layers.0.mlp.experts.gate_up_proj does not hold 1:4" in err
+
+
+def test_eval_tells_dense_from_pruned(pruned, monkeypatch, capsys):
+    folder, _ = pruned
+    text = demo.text_path("heldout", "scripture")
+    results = {}
+    for model in ("demo", folder):
+        words = ("eval", model, "--text", f"{text}=psalms", "--length", "256", "--json")
+        code, out, err = in_process(monkeypatch, capsys, *words)
+        assert code in (0, None), err
+        results[model] = json.loads(out)
+    dense, sparse = results["demo"], results[folder]
+    assert dense["perplexity"] < sparse["perplexity"] < 1.5 * dense["perplexity"]
+    assert dense["tokens"] == sparse["tokens"] > 10_000
+    assert [row["name"] for row in dense["files"]] == ["psalms"]
+    assert dense["files"][0]["bits_per_byte"] == dense["bits_per_byte"]
+    assert dense["protocol"] == {"window": 256, "stride": 256, "bos": False}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["prune", "demo", "OUT", "--weights", "2:5"], 2, "m in 4, 8, 16, 32, got 2:5"),
+        (["prune", "demo", "OUT", "--weights", "1.2"], 2, "between 0 and 1 (the share removed), got 1.2"),
+        (["prune", "demo", "OUT", "--saliency", "mystery"], 2, "saliency must be one of magnitude"),
+        (["prune", "demo", "OUT", "--device", "tpu9"], 2, "--device must be auto, cpu, cuda or cuda:N, got 'tpu9'"),
+        (["prune", "demo", "OUT", "--samples", "0"], 2, "Invalid value for '--samples'"),
+        (["prune", "demo"], 2, "Missing argument"),
+        (["prune", "NOWHERE", "OUT"], 1, "MODEL must be a local folder or a hub id"),
+        (["prune", "demo", "FULL"], 1, "OUT must be a new or empty folder"),
+        (["prune", "demo", "OUT", "--calibration", "BINARY"], 1, "must be text, got binary data"),
+        (["prune", "demo", "OUT", "--samples", "100000"], 1, "give more text, or samples="),
+        (["eval", "demo", "--text", "missing.txt"], 2, "--text must be a file or a datasets name"),
+        (["inspect", "FULL"], 1, "MODEL must be a folder with a config.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_an_exit_code(arguments, code, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "binary").write_bytes(bytes(range(256)) * 50)
+    places = {"OUT": "out", "FULL": "full", "BINARY": "binary", "NOWHERE": "nowhere"}
+    words = [tmp_path / places[word] if word in places else word for word in arguments]
+    found, out, err = in_process(monkeypatch, capsys, *words)
+    assert found == code
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_leaves_no_output(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moesparse", "prune", "demo", tmp_path / "out", "--length", "256", "--samples", "200"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    time.sleep(9)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["demo", "prune", "eval", "inspect"])
+def test_help_teaches(command, monkeypatch, capsys):
+    code, out, _ = in_process(monkeypatch, capsys, command, "--help")
+    assert code == 0
+    assert f"moesparse {command}" in out
+    assert "--json" in out
+
+
+def test_importing_the_package_is_light():
+    code = "import moesparse, sys; sys.exit(any(name in sys.modules for name in ('transformers', 'triton', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
