@@ -7,8 +7,9 @@ problem with the dense block's output Y as the target,
 
     min over W of sum_t |Y_t - y_t|^2 + ridge * mean diagonal * |W - W_dense|^2,
 
-solved by conjugate gradients on the change of W with the diagonal as preconditioner. The (E * I)^2 Gram is never
-formed: an iteration applies the features and their transpose, expert by expert.
+solved for the change of W. Where the (E * I)^2 Gram matrix is small it is formed, block by block from the tokens that
+two experts share, and factorised; else it is never formed, and conjugate gradients with the diagonal as preconditioner
+apply the features and their transpose, expert by expert.
 
 This needs no training and no gradient. Ours; the ridge keeps experts with few tokens near what they were.
 """
@@ -39,6 +40,8 @@ MAX_TOKENS = 65536
 
 _TOLERANCE = 1e-4
 _MAX_ITERATIONS = 100
+# E * I up to which the Gram matrix is formed: 128 MiB in float64, and a factorisation of a second
+_MAX_GRAM = 4096
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class RefitReport:
             tokens.
         after: the same with the new down projections, as stored in the model's dtype.
         tokens: fitted on.
-        iterations: of conjugate gradients.
+        iterations: of conjugate gradients; 0 where the Gram matrix was factorised.
     """
 
     name: str
@@ -76,7 +79,8 @@ class _Calls:
 
 
 def memory_for_refit(block: MoEBlock, kept: int, tokens: int) -> int:
-    """Bytes a refit holds at its peak: float32 features and outputs of the tokens, and five kept down projections.
+    """Bytes a refit holds at its peak: float32 features and outputs of the tokens, five kept down projections, and the
+    Gram matrix with its factor where they are small.
 
     Args:
         block: the block, whole.
@@ -85,9 +89,9 @@ def memory_for_refit(block: MoEBlock, kept: int, tokens: int) -> int:
     """
     tokens = min(tokens, MAX_TOKENS)
     rows = tokens * (block.top_k or 1)
-    return 4 * (rows * block.intermediate_size + 4 * tokens * block.hidden_size) + 4 * 5 * kept * (
-        block.hidden_size * block.intermediate_size
-    )
+    width = kept * block.intermediate_size
+    features = 4 * (rows * block.intermediate_size + 4 * tokens * block.hidden_size)
+    return features + 4 * 5 * width * block.hidden_size + (2 * 8 * width**2 if width <= _MAX_GRAM else 0)
 
 
 def check_refit(blocks: Sequence[MoEBlock], ridge: float) -> None:
@@ -235,9 +239,36 @@ class _Features:
         """
         diagonal = torch.stack([rows.square().sum(0) for rows in self.rows])
         damping = ridge * float(diagonal.mean())
-        solution = torch.zeros(self.experts, self.shape[1], diagonal.shape[1], device=residual.device)
         if damping == 0:
-            return solution, 0
+            return torch.zeros(self.experts, self.shape[1], diagonal.shape[1], device=residual.device), 0
+        if diagonal.numel() <= _MAX_GRAM:
+            return self._factorise(residual, damping), 0
+        return self._iterate(residual, diagonal, damping)
+
+    def _factorise(self, residual: Tensor, damping: float) -> Tensor:
+        """By a Cholesky factorisation of Phi^T Phi + damping, float64 [E * I, E * I]."""
+        T, H = self.shape
+        E, I = self.experts, self.rows[0].shape[1]
+        gram = torch.zeros(E, I, E, I, dtype=torch.float64, device=residual.device)
+        place = torch.full((E, T), -1, device=residual.device)
+        for expert, token in enumerate(self.tokens):
+            place[expert, token] = torch.arange(len(token), device=residual.device)
+        for one in range(E):
+            for other in range(one, E):
+                row = place[other, self.tokens[one]]
+                shared = row >= 0
+                block = (self.rows[one][shared].T @ self.rows[other][row[shared]]).double()
+                gram[one, :, other] = block
+                gram[other, :, one] = block.T
+        matrix = gram.view(E * I, E * I)
+        matrix.diagonal().add_(damping)
+        right = self.transpose(residual).transpose(1, 2).reshape(E * I, H).double()
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+        return solution.view(E, I, H).transpose(1, 2).float()
+
+    def _iterate(self, residual: Tensor, diagonal: Tensor, damping: float) -> tuple[Tensor, int]:
+        """By conjugate gradients, from no change; each row of D until its residual is _TOLERANCE of the first."""
+        solution = torch.zeros(self.experts, self.shape[1], diagonal.shape[1], device=residual.device)
         inverse = 1 / (diagonal + damping)[:, None, :]
         left = self.transpose(residual)
         scaled = inverse * left

@@ -21,8 +21,11 @@ def hidden_of(model, windows):
 
 
 # with expert biases and transposed weights: gpt_oss
+@pytest.mark.parametrize("solver", ["factorisation", "conjugate gradients"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_the_solver_finds_the_ridge_solution(family):
+def test_the_solvers_find_the_ridge_solution(family, solver, monkeypatch):
+    if solver == "conjugate gradients":
+        monkeypatch.setattr("moesparse.refit._MAX_GRAM", 0)
     torch.manual_seed(0)
     model = tiny_model(family)
     remove_experts(model, [[0, 3, 5]] * 2)
@@ -59,6 +62,7 @@ def test_the_solver_finds_the_ridge_solution(family):
         float((target.double() - base).square().sum() / target.double().square().sum()), rel=1e-4
     )
     assert report.tokens == T
+    assert (report.iterations > 0) == (solver == "conjugate gradients")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe"])
@@ -114,4 +118,5 @@ def test_memory_is_stated_for_a_mixtral_sized_block():
     model = tiny_model("mixtral")
     block = find_moe_blocks(model)[0]
     # 100 tokens, top 2, I = 96, H = 32, 6 kept
-    assert memory_for_refit(block, 6, 100) == 4 * (200 * 96 + 4 * 100 * 32) + 20 * 6 * 32 * 96
+    gram = 16 * (6 * 96) ** 2
+    assert memory_for_refit(block, 6, 100) == 4 * (200 * 96 + 4 * 100 * 32) + 20 * 6 * 32 * 96 + gram

@@ -25,6 +25,7 @@ __all__ = [
     "FAMILY",
     "Stability",
     "bootstrap_stability",
+    "check_criterion",
     "dead_experts",
     "expert_scores",
     "jaccard",
@@ -84,7 +85,7 @@ def expert_scores(statistics: ModelStatistics, criterion: Criterion, *, seed: in
         UsageError: an unknown criterion, or an (a, B) that no sum holds.
         CalibrationError: the statistics lack the sum of easy-ep, or their blocks differ in the number of experts.
     """
-    _check_criterion(criterion)
+    check_criterion(criterion)
     return _score(_stacked(statistics, _needed(criterion)), criterion, seed)
 
 
@@ -185,7 +186,7 @@ def bootstrap_stability(
     """
     if len(demonstrations) < 2:
         raise UsageError(f"demonstrations must be at least 2 to be drawn again, got {len(demonstrations)}")
-    _check_criterion(criterion)
+    check_criterion(criterion)
     names = _needed(criterion)
     parts = [_stacked(one, names) for one in demonstrations]
     sums = {name: torch.stack([part[name] for part in parts]) for name in names}
@@ -202,7 +203,8 @@ def bootstrap_stability(
     return Stability(len(parts), overlap.mean(0), kept)
 
 
-def _check_criterion(criterion: Criterion) -> None:
+def check_criterion(criterion: Criterion) -> None:
+    """Raise UsageError, listing what there is, unless `expert_scores` knows the criterion."""
     if isinstance(criterion, str):
         if criterion not in EXPERT_CRITERIA:
             raise UsageError(f"criterion must be one of {', '.join(EXPERT_CRITERIA)}, got {criterion!r}")
