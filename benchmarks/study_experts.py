@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    result = run(Study(1, 8, 6) if arguments.quick else Study(3, 24, 32))
+    result = run(Study(1, 8, 6) if arguments.quick else Study(3, 24, 20))
     if not arguments.quick:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

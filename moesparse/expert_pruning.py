@@ -19,6 +19,7 @@ from moesparse.calibration import record
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.layerwise import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.refine import RefineReport, refine_choice
 from moesparse.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit
 from moesparse.residual import measure_angles
 from moesparse.saliency.experts import ANGLED_NORM_SUM, Criterion, check_criterion, dead_experts, expert_scores
@@ -38,12 +39,14 @@ class ExpertReport:
         surgery: kept and removed experts per block, config keys, bytes.
         dead: per block the experts without calibration tokens; they went first.
         refit: per block, when the kept experts were refitted.
+        refine: per block, when the choice was refined.
     """
 
     criterion: Criterion
     surgery: SurgeryReport
     dead: list[list[int]]
     refit: list[RefitReport]
+    refine: list[RefineReport]
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -52,6 +55,7 @@ class ExpertReport:
             **self.surgery.to_dict(),
             "dead": self.dead,
             "refit": [report.to_dict() for report in self.refit],
+            "refine": [report.to_dict() for report in self.refine],
         }
 
 
@@ -63,6 +67,7 @@ def prune_experts(
     keep: int | None = None,
     remove: float | None = None,
     refit: bool = True,
+    refine: bool = False,
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
     batch_size: int = 8,
@@ -78,6 +83,7 @@ def prune_experts(
         keep: experts that stay in every block; or
         remove: the share that goes, in (0, 1).
         refit: re-solve the kept down projections; needs windows.
+        refine: swap experts after the first choice while the block's error falls; needs windows without padding.
         ridge: of the refit.
         seed: of the "random" criterion.
         batch_size: windows in one forward.
@@ -95,10 +101,11 @@ def prune_experts(
     if refit:
         check_refit(blocks, ridge)
     if isinstance(calibration, ModelStatistics):
-        if refit:
+        if refit or refine:
+            what = "refit the experts that stay" if refit else "refine the choice"
             raise CalibrationError(
-                "calibration must be windows to refit the experts that stay, got statistics: they are sums, and the "
-                "refit needs the tokens; pass the windows, or remove without refit (update='none')"
+                f"calibration must be windows to {what}, got statistics: they are sums, and it needs the tokens; pass "
+                "the windows, or remove without it (update='none')"
             )
         calibration.check_model(model)
         statistics = calibration
@@ -108,12 +115,17 @@ def prune_experts(
         statistics = layerwise_statistics(model, stream, ids, mask, progress)
     kept = choose_from_statistics(blocks, statistics, criterion, keep=keep, remove=remove, seed=seed)
     dead = dead_experts(statistics)
+    refined: list[RefineReport] = []
+    if refine and not isinstance(calibration, ModelStatistics):
+        if mask is not None:
+            raise UsageError("windows must be without padding to refine the choice, got an attention mask")
+        kept, refined = refine_choice(model, kept, ids, progress=progress)
     if isinstance(calibration, ModelStatistics) or not refit:
-        return ExpertReport(criterion, remove_experts(model, kept), dead, [])
+        return ExpertReport(criterion, remove_experts(model, kept), dead, [], refined)
     surgery, fits = remove_and_refit(
         model, kept, calibration, ridge=ridge, batch_size=batch_size, device=device, progress=progress
     )
-    return ExpertReport(criterion, surgery, dead, fits)
+    return ExpertReport(criterion, surgery, dead, fits, refined)
 
 
 def choose_from_statistics(

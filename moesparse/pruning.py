@@ -53,6 +53,7 @@ class Recipe:
         experts: share of the experts removed from every block before the weights are pruned, in (0, 1), or
         keep_experts: how many stay. With a weight rule that holds "least-squares" the kept ones are refitted.
         expert_saliency: the criterion, one of moesparse.saliency.experts.EXPERT_CRITERIA.
+        refine_experts: swap experts after the first choice while the block's output error falls.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
@@ -66,6 +67,7 @@ class Recipe:
     experts: float | None = None
     keep_experts: int | None = None
     expert_saliency: str = DEFAULT_EXPERT_SALIENCY
+    refine_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.weights is not None:
@@ -78,6 +80,8 @@ class Recipe:
             )
         moments_needed(self.saliency, self.update)  # refuses an unknown rule
         check_criterion(self.expert_saliency)
+        if self.refine_experts and not self.removes_experts:
+            raise UsageError("refine_experts must come with experts or keep_experts, got neither")
 
     @property
     def pattern(self) -> Pattern:
@@ -270,6 +274,7 @@ def _remove_experts(
         keep=recipe.keep_experts,
         remove=recipe.experts,
         refit=recipe.refits_experts,
+        refine=recipe.refine_experts,
         seed=recipe.seed,
         batch_size=batch_size,
         device=torch.device(device) if device is not None else _default_device(),

@@ -48,6 +48,9 @@ def prune(
     ] = None,
     keep_experts: Annotated[int | None, typer.Option(help="Or: how many experts of every block stay.")] = None,
     expert_saliency: Annotated[str, typer.Option(help=EXPERT_SALIENCY_HELP)] = "",
+    refine_experts: Annotated[
+        bool, typer.Option("--refine-experts", help="Swap experts while the block's output error falls; slower.")
+    ] = False,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,6 +102,7 @@ def prune(
         experts=experts,
         keep_experts=keep_experts,
         expert_saliency=expert_saliency or DEFAULT_EXPERT_SALIENCY,
+        refine_experts=refine_experts,
     )
     target = resolve_device(device)
     check_output_folder(out)
