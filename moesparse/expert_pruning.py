@@ -24,7 +24,7 @@ from moesparse.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_
 from moesparse.residual import measure_angles
 from moesparse.saliency.experts import ANGLED_NORM_SUM, Criterion, check_criterion, dead_experts, expert_scores
 from moesparse.selection import choose_experts
-from moesparse.statistics import ModelStatistics, model_fingerprint, windows_hash
+from moesparse.statistics import ExpertStatistics, ModelStatistics, model_fingerprint, windows_hash
 from moesparse.surgery import SurgeryReport, remove_experts, router_groups
 
 __all__ = ["ExpertReport", "choose_from_statistics", "layerwise_statistics", "prune_experts"]
@@ -156,7 +156,7 @@ def layerwise_statistics(
     blocks = find_moe_blocks(model)
     positions = {id(layer): position for position, layer in enumerate(stream.layers)}
     at = [positions[id(model.get_submodule(block.layer))] for block in blocks]
-    found = {}
+    found: dict[str, ExpertStatistics] = {}
     for position in range(max(at) + 1):
         progress(ProgressEvent("score experts", position, max(at) + 1, "layer"))
         here = [block for block, where in zip(blocks, at, strict=True) if where == position]

@@ -218,7 +218,8 @@ def prune(
         removed = _remove_experts(model, blocks, calibration, recipe, batch_size, device, progress, allow_pruned)
         blocks = find_moe_blocks(model)
     if recipe.weights is None:
-        reports, source = [], _describe(calibration)
+        reports: list[BlockReport] = []
+        source = _describe(calibration)
     elif isinstance(calibration, ModelStatistics):
         reports, source = _prune_from_statistics(model, blocks, calibration, recipe, progress)
     elif calibration is None:
