@@ -397,12 +397,8 @@ def _prune_matrix(
     name = f"{block.name}.{matrix.name}"
     weight = matrix.weight
     sums: Any = statistics  # None only for rules that look at the weights alone, see _prune_from_weights
-    choice = choose_masks(
-        weight, recipe.saliency, recipe.pattern, sums, matrix.input, seed=recipe.seed, name=name
-    )
-    result = update_weights(
-        weight, choice.mask, update, sums, matrix.input, gate=obs_gate(recipe.saliency), name=name
-    )
+    choice = choose_masks(weight, recipe.saliency, recipe.pattern, sums, matrix.input, seed=recipe.seed, name=name)
+    result = update_weights(weight, choice.mask, update, sums, matrix.input, gate=obs_gate(recipe.saliency), name=name)
     weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed
     verdict = check_mask(weight, recipe.pattern)
