@@ -176,6 +176,7 @@ def _show_weights(result: Any) -> None:
         title=f"{result.recipe['saliency']} + {result.recipe['update']} at {result.recipe['weights']}",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        show_edge=False,
         pad_edge=False,
     )
     table.add_column("block\n  tensor", no_wrap=True)
