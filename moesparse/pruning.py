@@ -34,8 +34,8 @@ from moesparse.saliency.updates import parse_update, rescale_factor, update_weig
 from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
 from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed
 
-DEFAULT_SALIENCY = "moe-pruner"
-DEFAULT_UPDATE = "least-squares"
+DEFAULT_SALIENCY = "gated-admm"
+DEFAULT_UPDATE = "least-squares+rescale"
 DEFAULT_EXPERT_SALIENCY = "reap"
 
 
