@@ -21,14 +21,17 @@ from moesparse.cli.common import (
 )
 
 SALIENCY_HELP = (
-    "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm."
+    "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm (the "
+    "default)."
 )
 UPDATE_HELP = (
     "Weight rule: none (the paper's), rescale (one scalar per expert), obs (SparseGPT's update), least-squares (kept "
-    "weights re-solved; kept experts too, after others were removed), or two joined by +."
+    "weights re-solved; kept experts too, after others were removed), or two joined by +. least-squares+rescale when "
+    "left out."
 )
 EXPERT_SALIENCY_HELP = (
-    "Expert criterion: frequency, gate-sum, ean, reap, man, msan, gated-norm, gated-energy, easy-ep or random."
+    "Expert criterion: frequency, gate-sum, ean, reap (the default), man, msan, gated-norm, gated-energy, easy-ep or "
+    "random."
 )
 
 
