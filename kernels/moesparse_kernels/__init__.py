@@ -2,5 +2,6 @@
 
 from moesparse_kernels.layout import NMWeight
 from moesparse_kernels.moe import moe_dense, moe_nm
+from moesparse_kernels.ops import column_energy, column_energy_sorted, nm_prune, row_topk
 
-__all__ = ["NMWeight", "moe_dense", "moe_nm"]
+__all__ = ["NMWeight", "column_energy", "column_energy_sorted", "moe_dense", "moe_nm", "nm_prune", "row_topk"]

@@ -270,7 +270,7 @@ class NMWeight:
                 else:
                     keep = mask[e, rows]
                     _check_groups(keep, n, m, e, rows.start, "mask")
-                values[e, rows] = torch.masked_select(block, keep).view(-1, K // m * n)
+                values[e, rows] = torch.masked_select(block, keep).view(block.shape[0], K // m * n)
                 index[e, rows] = _pack_bits(keep)
         return cls(values, index, (E, N, K), n, m, "row", weight.dtype)
 

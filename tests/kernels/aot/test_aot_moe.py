@@ -67,7 +67,7 @@ def test_packed_nvidia(target, block_m, swap, gated, each, machine_code_rows):
         assert loop.count(r"HGMMA") == 16
     else:
         assert loop.count(r"HMMA") == 2 * block_m
-    # copies of 16 bytes: 8 for the values, block_m / 8 for x, 1 for the index (or 2 of 8 bytes, from two half tiles)
+    # 16-byte copies: 8 for values, block_m / 8 for x, 1 for the index (or 2 of 8 bytes, of two half tiles)
     assert loop.count(r"LDGSTS\..*128") == 8 + block_m // 8 + (0 if gated else 1)
     assert loop.count(r"LDGSTS\..*64") == (2 if gated else 0)
     assert loop.count(r"LDG\.") == 0
@@ -82,7 +82,7 @@ def test_packed_amd(machine_code_rows):
     assert code.count(r"(global|buffer)_load_dwordx4") >= 4
 
 
-# target, block_m, block_n, block_k, warps, stages, instructions per step when this was written, tensor-core instructions
+# target, block_m, block_n, block_k, warps, stages, instructions per step when this was written, tensor-core ones
 DENSE = [
     ("sm_80", 16, 128, 128, 4, 3, 171, 32),
     ("sm_90", 16, 128, 128, 4, 3, 166, 32),
