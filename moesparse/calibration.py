@@ -177,22 +177,16 @@ class Recorder:
             start, split = bounds[2 * expert : 2 * expert + 2]
             x = hidden_states[tokens[start:split]]
             activation, f = self._expert(expert, x)
-            for what, rows in (
-                ("input", x),
-                ("gate", gates[start:split, None]),
-                ("activation", activation),
-                ("output", f),
-            ):
-                # the sums are what has to be finite: a value whose square overflows is as useless as an infinite one
-                bad = ~rows.to(_sum_dtype(rows)).square().sum(1).isfinite()
-                if bad.any():
-                    row = int(bad.nonzero()[0])
-                    value = rows[row].abs().max().item()
-                    where = self._where(int(tokens[start + row]))
+            rows = {"input": x, "gate": gates[start:split, None], "activation": activation, "output": f}
+            for what, values in rows.items():
+                # a value whose square overflows is as useless to the sums as an infinite one
+                bad = (~values.to(_sum_dtype(values)).square().sum(1).isfinite()).nonzero()
+                if len(bad):
+                    row = int(bad[0])
                     return CalibrationError(
-                        f"activations must be finite, got {value} in the {what} of {self.block.name}, expert {expert}, "
-                        f"{where}: look for non-finite weights here and in the layers before, or load the model in "
-                        "bfloat16 or float32"
+                        f"activations and their squares must be finite, got {values[row].abs().max().item()} in the "
+                        f"{what} of {self.block.name}, expert {expert}, {self._where(int(tokens[start + row]))}: look "
+                        "for non-finite weights here and in the layers before, or load the model in bfloat16 or float32"
                     )
         return CalibrationError(
             f"activations must be small enough to square and add up in float32, got an overflow in {self.block.name}: "

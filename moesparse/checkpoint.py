@@ -51,7 +51,7 @@ def load_pretrained(
         raise CheckpointError(f"MODEL must be a folder or a hub id, got the file {folder}")
     try:
         config = AutoConfig.from_pretrained(source)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
@@ -61,6 +61,7 @@ def load_pretrained(
             f"MODEL must be a local folder or a hub id with a causal language model, got {os.fspath(source)!r}: "
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
+    model, loading = loaded
     for what, keys in (
         ("lacks", loading["missing_keys"]),
         ("holds with another shape", loading["mismatched_keys"]),

@@ -30,7 +30,7 @@ from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.saliency.updates import parse_update, rescale_factor, update_weights
 from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
-from moesparse.statistics import ExpertStatistics, ModelStatistics
+from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed
 
 DEFAULT_SALIENCY = "moe-pruner"
 DEFAULT_UPDATE = "least-squares"
@@ -239,6 +239,8 @@ def _prune_layerwise(
     passes = sum(1 + rescale + recipe.propagate if position in at else 1 for position in range(last + 1))
     total, done, tokens = passes * len(stream), 0, 0
     reports: list[BlockReport] = []
+    memory = max(memory_needed(here, moments) for here in at.values())
+    progress(ProgressEvent(f"calibrate {blocks[0].name}", 0, total, memory=memory))
 
     def run(position: int, stage: str, recorders: Sequence[Recorder] = (), **where: Any) -> None:
         nonlocal done, tokens
@@ -305,11 +307,12 @@ def _prune_matrix(
 ) -> TensorReport:
     name = f"{block.name}.{matrix.name}"
     weight = matrix.weight
+    sums: Any = statistics  # None only for rules that look at the weights alone, see _prune_from_weights
     choice = choose_masks(
-        weight, recipe.saliency, recipe.pattern, statistics, matrix.input, seed=recipe.seed, name=name
+        weight, recipe.saliency, recipe.pattern, sums, matrix.input, seed=recipe.seed, name=name
     )
     result = update_weights(
-        weight, choice.mask, update, statistics, matrix.input, gate=obs_gate(recipe.saliency), name=name
+        weight, choice.mask, update, sums, matrix.input, gate=obs_gate(recipe.saliency), name=name
     )
     weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed

@@ -12,6 +12,7 @@ from rich.table import Table
 from moesparse.cli.common import (
     calibration_windows,
     console,
+    format_bytes,
     model_source,
     print_json,
     progress_bar,
@@ -125,19 +126,19 @@ def _show(result: Any, out: Path) -> None:
     table = Table(
         title=f"{result.recipe['saliency']} + {result.recipe['update']} at {result.recipe['weights']}",
         box=SIMPLE_HEAD,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     table.add_column("block\n  tensor", no_wrap=True)
-    for column in ("shape", "zeros", "output error", "seconds", "peak"):
+    for column in ("shape", "zeros", "error", "s", "peak"):
         table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     for block in result.blocks:
-        table.add_row(block.name, "", "", "", f"{block.seconds:.1f}", f"{block.peak_bytes / 2**30:.2f} GiB")
+        table.add_row(block.name, "", "", "", f"{block.seconds:.1f}", format_bytes(block.peak_bytes))
         for tensor in block.tensors:
             error = (
                 ""
                 if tensor.error_after is None
-                else _percent(tensor.error_before) + " > " + _percent(tensor.error_after)
+                else f"{_percent(tensor.error_before)} > {_percent(tensor.error_after)}"
             )
             shape = "x".join(map(str, tensor.shape))
             table.add_row(f"  {tensor.name}", shape, f"{100 * tensor.sparsity:.1f}%", error, "", "")
@@ -149,4 +150,4 @@ def _show(result: Any, out: Path) -> None:
 
 
 def _percent(values: list[float]) -> str:
-    return f"{100 * sum(values) / len(values):.1f}%"
+    return f"{100 * sum(values) / len(values):.0f}%"

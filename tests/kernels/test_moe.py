@@ -281,11 +281,9 @@ def pretend_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_multiprocessors", lambda _: 132)
     monkeypatch.setattr(tuning, "_has_wgmma", lambda _: True)
     monkeypatch.setenv("MOESPARSE_CONFIGS", str(tmp_path))
-    tuning._load_table.cache_clear()
-    tuning._warn_once.cache_clear()
+    tuning._table.cache_clear()
     yield tmp_path / "Some_GPU.json"
-    tuning._load_table.cache_clear()
-    tuning._warn_once.cache_clear()
+    tuning._table.cache_clear()
 
 
 def test_measured_table_is_used_for_its_shape_only(pretend_gpu):
