@@ -39,7 +39,6 @@ def _caption(figure: Any, rows: list[dict[str, Any]]) -> None:
 
 def _speedup(rows: list[dict[str, Any]], title: str, xlabel: str) -> Any:
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     laws = list(dict.fromkeys(row["routing"] for row in rows))
     figure, panels = plt.subplots(1, len(laws), figsize=(5.2 * len(laws), 4.2), sharey=True, squeeze=False)
@@ -57,14 +56,12 @@ def _speedup(rows: list[dict[str, Any]], title: str, xlabel: str) -> Any:
         panel.axhline(1.0, color="#444444", linewidth=1, linestyle="--")
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.set_yscale("log", base=2)
-        panel.yaxis.set_major_formatter(ScalarFormatter())
-        panel.yaxis.set_minor_locator(NullLocator())
         panel.set_xlabel(xlabel)
         panel.set_title(f"{law} routing", fontsize=10)
         panel.grid(alpha=0.25)
+    panels[0][0].set_ylim(0, 1.08 * max(1.0, *(row["speedup"] for row in ours)))
     panels[0][0].set_ylabel("speed-up over the best dense layer")
-    panels[0][-1].legend(fontsize=8, frameon=False)
+    panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(title, fontsize=11)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     _caption(figure, rows)

@@ -14,9 +14,9 @@
     dispatch   the backend by load, from decode and prefill, into the same table
     figures    roofline and speed-ups, from the result files
 
-Every part is a process of its own: one that fails, or loses the device, does not take the others along. Nothing needs a
-network or an installation beyond torch, triton, transformers and pytest (matplotlib for the figures). The last lines say
-which parts held. A run without git at hand takes the commit from $MOESPARSE_COMMIT.
+Every part is a process of its own: one that fails, or loses the device, does not take the others along. Nothing needs
+a network or an installation beyond torch, triton, transformers and pytest (matplotlib for the figures). The last lines
+say which parts held. A run without git at hand takes the commit from $MOESPARSE_COMMIT.
 """
 
 from __future__ import annotations

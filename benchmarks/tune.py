@@ -1,13 +1,15 @@
-"""Fill the launch table of a device, configs/<device>.json, from measurements; its form is in moesparse_kernels/tuning.py.
+"""Fill the launch table of a device, configs/<device>.json, from measurements.
+
+Its form is described in moesparse_kernels/tuning.py.
 
     python -m benchmarks.tune launch                # launch sizes of the grouped GEMMs, every shape
-    python -m benchmarks.tune dispatch              # the backend of packed weights, from decode.json and prefill.json
+    python -m benchmarks.tune dispatch              # the backend by load, from decode.json and prefill.json
     python -m benchmarks.tune launch --dry --results out/dry
 
-launch: for each number of rows, coordinate descent from what is launched today: one field at a time, the best value kept. Both
-GEMMs of a layer take the block_m whose sum is least, so that one routing serves both. A configuration that does not
-compile, or whose result is off, is left out. Entries of other shapes stay in the table; entries at hand are skipped
-unless --again.
+launch: for each number of rows, coordinate descent from what is launched today: one field at a time, the best value
+kept. Both GEMMs of a layer take the block_m whose sum is least, so that one routing serves both. A configuration that
+does not compile, or whose result is off, is left out. Entries of other shapes stay in the table; entries at hand are
+skipped unless --again.
 
 dispatch: at each load measured, the fastest of the packed backends at uniform routing; between two loads the switch
 lies at their geometric mean.
@@ -15,6 +17,7 @@ lies at their geometric mean.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -230,7 +233,7 @@ def _words(config: GroupedConfig) -> str:
 def backend_bounds(fastest: Sequence[tuple[float, str]]) -> dict[str, str]:
     """(rows per expert, fastest backend) in rising order -> the bounds of the table, the last one "inf"."""
     bounds = {}
-    for (load, name), (after, other) in zip(fastest, fastest[1:], strict=False):
+    for (load, name), (after, other) in itertools.pairwise(fastest):
         if name != other:
             bounds[f"{math.sqrt(load * after):.6g}"] = name
     return {**bounds, "inf": fastest[-1][1]}

@@ -377,8 +377,9 @@ def bench_layer(
     """Verify, then time, every contender on one call of a layer.
 
     Returns:
-        One row for each contender: sizes, status ("ok", "skipped", "wrong" or "failed", with the reason), errors against
-        fp64, times in microseconds, rates, shares of the ceilings, and `speedup`, the best dense time over its own.
+        One row for each contender: sizes, status ("ok", "skipped", "wrong" or "failed", with the reason), errors
+        against fp64, times in microseconds, rates, shares of the ceilings, and `speedup`, the best dense time over its
+        own.
         A contender that is wrong is not timed.
     """
     call = RoutedCall.make(layer, tokens, law, seed)

@@ -1,8 +1,9 @@
 """What a timing needs: a clock that waits for the device, the device's two ceilings, and the record of the machine.
 
-On a GPU a call is captured in a CUDA graph where it can be, so that host time stays out; the L2 cache is flushed before
-every run by reading four times its size (reading leaves no dirty lines behind, whose writing back would be timed too);
-events stand around the run; warm-up and compilation happen before. On a CPU the clock is the host's and caches are warm.
+On a GPU a call is captured in a CUDA graph where it can be, so that host time stays out. The L2 cache is flushed before
+every run by reading four times its size: reading leaves no dirty lines behind, whose writing back would be timed too.
+Events stand around the run; warm-up and compilation happen before. On a CPU the clock is the host's and the caches are
+warm.
 """
 
 from __future__ import annotations

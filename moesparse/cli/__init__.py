@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from moesparse._version import __version__
+from moesparse.cli.bench import bench
 from moesparse.cli.common import console
 from moesparse.cli.demo import demo
 from moesparse.cli.evaluate import evaluate
@@ -37,6 +38,7 @@ app.command()(demo)
 app.command()(prune)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
+app.command()(bench)
 
 
 def _version(value: bool) -> None:
