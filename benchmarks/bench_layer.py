@@ -35,7 +35,7 @@ def run(session: Session, part: str, tokens: list[int] | None = None, dtypes: tu
         for dtype in dtypes:
             layer = None
             for law in ROUTINGS:
-                for count in tokens or (DRY_TOKENS if session.dry else TOKENS[part]):
+                for count in tokens or (DRY_TOKENS if session.dry else TOKENS)[part]:
                     key = {"part": part, "shape": shape.name, "dtype": dtype, "tokens": count, "routing": law}
                     if results.has(contenders=names, **key) and not session.again:
                         measured += [row for row in results.rows if all(row.get(k) == v for k, v in key.items())]

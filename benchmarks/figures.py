@@ -40,15 +40,14 @@ def _caption(figure: Any, rows: list[dict[str, Any]]) -> None:
 def _speedup(rows: list[dict[str, Any]], title: str, xlabel: str) -> Any:
     import matplotlib.pyplot as plt
 
+    ours = [row for row in rows if row["contender"] in _PACKED and "speedup" in row]
     laws = list(dict.fromkeys(row["routing"] for row in rows))
     figure, panels = plt.subplots(1, len(laws), figsize=(5.2 * len(laws), 4.2), sharey=True, squeeze=False)
     for panel, law in zip(panels[0], laws, strict=True):
         ticks = sorted({row["tokens"] for row in rows})
         for number, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
             points = sorted(
-                (row["tokens"], row["speedup"])
-                for row in rows
-                if row["shape"] == shape and row["routing"] == law and row["contender"] in _PACKED and "speedup" in row
+                (row["tokens"], row["speedup"]) for row in ours if row["shape"] == shape and row["routing"] == law
             )
             if points:
                 style = {"color": _COLOURS[number % 7], "marker": _MARKERS[number % 7]}
@@ -59,7 +58,7 @@ def _speedup(rows: list[dict[str, Any]], title: str, xlabel: str) -> Any:
         panel.set_xlabel(xlabel)
         panel.set_title(f"{law} routing", fontsize=10)
         panel.grid(alpha=0.25)
-    panels[0][0].set_ylim(0, 1.08 * max(1.0, *(row["speedup"] for row in ours)))
+    panels[0][0].set_ylim(0, 1.08 * max([1.0, *(row["speedup"] for row in ours)]))
     panels[0][0].set_ylabel("speed-up over the best dense layer")
     panels[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(title, fontsize=11)

@@ -10,7 +10,7 @@ DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PREFILL_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 # every second batch: the dispatcher takes the nearest that was tuned
 TUNE_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-DRY_TOKENS = (1, 5)
+DRY_TOKENS = {"tune": (5,), "decode": (1, 5), "prefill": (40,)}
 
 # 128: the tile of a packed weight; 160: no multiple of it, so that padding is seen; two experts stay empty at one token
 DRY_SHAPES = {

@@ -23,7 +23,7 @@ def layer_of(shape):
 
 
 # one token; a decode batch; prefill
-@pytest.mark.parametrize("tokens", [1, 5] if DRY else [1, 64, 2048])
+@pytest.mark.parametrize("tokens", [5] if DRY else [1, 64, 2048])
 @pytest.mark.parametrize("contender", [c for c in CONTENDERS if DEVICE in c.devices], ids=lambda c: c.name)
 @torch.no_grad()
 def test_layer(contender, tokens, shape, timed):

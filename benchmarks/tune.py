@@ -200,7 +200,7 @@ def run_launch(session: Session, tokens: Sequence[int] | None = None, dtype: str
     for shape in session.shapes:
         layer: ExpertLayer | None = None
         for kind in _OPTIONS:
-            for count in tokens or (DRY_TOKENS if session.dry else TUNE_TOKENS):
+            for count in tokens or (DRY_TOKENS["tune"] if session.dry else TUNE_TOKENS):
                 table = _load(path)
                 rows = str(count * shape.top_k)
                 sizes = {"up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}

@@ -125,8 +125,8 @@ def make_layer(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
         return torch.empty(sizes, dtype=dtype, device=device).normal_(generator=random).mul_(scale)
 
     def packed(weight: torch.Tensor) -> NMWeight:
-        weight = nm_prune(weight, torch.ones(weight.shape[-1], device=device), packed=True)
-        return weight.to_order("fragment") if device.type == "cuda" and dtype.itemsize == 2 else weight
+        made = nm_prune(weight, torch.ones(weight.shape[-1], device=device), packed=True)
+        return made.to_order("fragment") if device.type == "cuda" and dtype.itemsize == 2 else made
 
     E, H, I = shape.num_experts, shape.hidden, shape.intermediate
     ones = torch.ones(max(H, I), device=device)
