@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from moesparse.checkpoint import load_pretrained, save_pretrained
     from moesparse.errors import MoESparseError
     from moesparse.pruning import Recipe, Report, prune
+    from moesparse.saliency.experts import expert_scores
+    from moesparse.selection import choose_experts
     from moesparse.statistics import ModelStatistics
+    from moesparse.surgery import remove_experts
 
 _HOMES = {
     "MoEBlock": "blocks",
@@ -34,7 +37,10 @@ _HOMES = {
     "Recipe": "pruning",
     "Report": "pruning",
     "prune": "pruning",
+    "expert_scores": "saliency.experts",
+    "choose_experts": "selection",
     "ModelStatistics": "statistics",
+    "remove_experts": "surgery",
 }
 _MODULES = ("demo", "evaluate", "text")
 
@@ -46,11 +52,14 @@ __all__ = [
     "Report",
     "__version__",
     "calibrate",
+    "choose_experts",
     "demo",
     "evaluate",
+    "expert_scores",
     "find_moe_blocks",
     "load_pretrained",
     "prune",
+    "remove_experts",
     "save_pretrained",
     "text",
 ]

@@ -66,7 +66,7 @@ class ExpertMatrix:
     """
 
     name: str
-    input: str
+    input: Literal["hidden", "activation"]
     experts: nn.Module = field(repr=False)
     transposed: bool
 

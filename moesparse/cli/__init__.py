@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from moesparse._version import __version__
 from moesparse.cli.bench import bench
+from moesparse.cli.calibrate import calibrate
 from moesparse.cli.common import console
 from moesparse.cli.demo import demo
 from moesparse.cli.evaluate import evaluate
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(prune)
+app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
 app.command()(bench)
