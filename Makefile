@@ -26,6 +26,12 @@ demo: $(STAMP) ## prune the embedded model six ways and compare
 test: $(STAMP) ## all tests that need no GPU
 	$(BIN)/python -m pytest tests
 
+# what is installed is used as it is: a GPU machine may have no network
+gpu: ## GPU tests, benchmarks, figures: PART="tests decode ..." SHAPES=... AGAIN=1; DRY=1 without a GPU
+	PYTHONPATH=.:kernels:$(PYTHONPATH) $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu \
+		$(if $(PART),--parts $(PART)) $(if $(SHAPES),--shapes $(SHAPES)) $(if $(AGAIN),--again) \
+		$(if $(DRY),--dry --results $(or $(RESULTS),out/gpu-dry-run),$(if $(RESULTS),--results $(RESULTS)))
+
 lint: $(STAMP) ## ruff, mypy, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +45,4 @@ format: $(STAMP) ## ruff's fixes and layout
 clean: ## remove what the targets made
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test gpu lint format clean

@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from moesparse._version import __version__
+from moesparse.cli.bench import bench
 from moesparse.cli.calibrate import calibrate
 from moesparse.cli.common import console
 from moesparse.cli.demo import demo
@@ -39,6 +40,7 @@ app.command()(prune)
 app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
+app.command()(bench)
 
 
 def _version(value: bool) -> None:
