@@ -6,7 +6,7 @@ from aot_harness import assert_at_most, assert_no_local_memory, compile_kernel, 
 from moesparse_kernels.epilogue import _activate_kernel, _combine_kernel
 from moesparse_kernels.grouped_dense import _grouped_dense_kernel
 from moesparse_kernels.grouped_nm import _grouped_nm_kernel
-from moesparse_kernels.route import _sort_kernel
+from moesparse_kernels.routing import _sort_kernel
 from moesparse_kernels.unpack_fragment import _unpack_kernel
 
 ARGUMENTS = {
