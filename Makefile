@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT ?= out/demo
+# the oldest and the newest Triton the kernels support; the one of $(VENV) lies between
+TRITON_OLDEST := 3.6.0
+TRITON_NEWEST := 3.9.0
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -23,6 +26,21 @@ demo: $(STAMP) ## prune the embedded model five ways and compare
 test: $(STAMP) ## all tests that need no GPU
 	$(BIN)/python -m pytest tests
 
+.venv-triton-3.6/.installed: TRITON = $(TRITON_OLDEST)
+.venv-triton-newest/.installed: TRITON = $(TRITON_NEWEST)
+# --no-deps, because torch names the one Triton it was built with
+.venv-triton-%/.installed: Makefile .ci/constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint .ci/constraints.txt torch numpy pytest setuptools
+	$(@D)/bin/python -m pip install --quiet --no-deps triton==$(TRITON)
+	touch $@
+
+test-triton: .venv-triton-3.6/.installed .venv-triton-newest/.installed ## kernel tests on the oldest and newest Triton, not part of `make test`
+	for version in 3.6 newest; do \
+		PYTHONPATH=.:kernels .venv-triton-$$version/bin/python -m pytest -s -p no:cacheprovider \
+			tests/kernels/test_interpreter.py tests/kernels/test_aot.py || exit; \
+	done
+
 lint: $(STAMP) ## ruff, mypy, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,6 +52,6 @@ format: $(STAMP) ## ruff's fixes and layout
 	$(BIN)/ruff format .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-triton lint format clean
