@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from moesparse.calibration import calibrate
     from moesparse.checkpoint import load_pretrained, save_pretrained
     from moesparse.errors import MoESparseError
+    from moesparse.modules import SparseExperts
+    from moesparse.packing import PackReport, pack, unpack
     from moesparse.pruning import Recipe, Report, prune
     from moesparse.statistics import ModelStatistics
 
@@ -31,6 +33,10 @@ _HOMES = {
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
     "MoESparseError": "errors",
+    "SparseExperts": "modules",
+    "PackReport": "packing",
+    "pack": "packing",
+    "unpack": "packing",
     "Recipe": "pruning",
     "Report": "pruning",
     "prune": "pruning",
@@ -42,17 +48,21 @@ __all__ = [
     "MoEBlock",
     "MoESparseError",
     "ModelStatistics",
+    "PackReport",
     "Recipe",
     "Report",
+    "SparseExperts",
     "__version__",
     "calibrate",
     "demo",
     "evaluate",
     "find_moe_blocks",
     "load_pretrained",
+    "pack",
     "prune",
     "save_pretrained",
     "text",
+    "unpack",
 ]
 
 
