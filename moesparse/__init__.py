@@ -5,7 +5,8 @@
     report = moesparse.prune(model, windows, moesparse.Recipe(weights="2:4"))
     moesparse.save_pretrained(model, "out", tokenizer=tokenizer)
 
-Names are loaded when they are first used; importing the package imports neither transformers nor triton.
+Names are loaded when they are first used; importing the package imports neither transformers nor triton. It does see to
+it that transformers, once it is in use, can load packed checkpoints (_register.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moesparse._register import register_with_transformers
 from moesparse._version import __version__
 
 if TYPE_CHECKING:
@@ -76,3 +78,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_with_transformers()

@@ -251,17 +251,28 @@ class SparseExperts(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._dtype = self.get_parameter(next(iter(self.layouts))).dtype  # assign=True brings the file's
-        error_msgs += [f"{prefix}{error}" for error in self.check_index()]
+        error_msgs += [f"{prefix}{error}" for error in self.check()]
         self.use_device_order()
 
-    def check_index(self) -> list[str]:
-        """What is wrong with the bitmasks: one sentence for each matrix in which a group does not hold n bits."""
+    def finish_loading(self) -> list[str]:
+        """Take over tensors that a loader put into the parameters: check them, and hold them in the device's order.
+
+        Returns:
+            What is wrong, one sentence for each damaged matrix.
+        """
+        errors = self.check()
+        if not errors:
+            self.use_device_order()
+        return errors
+
+    def check(self) -> list[str]:
+        """What is wrong with the packed tensors: shapes, or a group that does not hold n bits; reads every index."""
         errors = []
         for name in self.layouts:
             try:
                 self.weight(name).validate()
             except ValueError as error:
-                errors.append(f"{name}{META_SUFFIX}: {error}")
+                errors.append(f"{name}: {error}")
         return errors
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from moesparse.masks import Pattern, detect_patterns
 from moesparse.modules import PACKED_DTYPES, SparseExperts
 from moesparse_kernels import NMWeight
 
-__all__ = ["PackReport", "choose_pattern", "pack", "packed_blocks", "unpack"]
+__all__ = ["PackReport", "choose_pattern", "pack", "pack_block", "packed_blocks", "state_in_form", "unpack"]
 
 
 @dataclass
@@ -38,7 +38,8 @@ class PackReport:
 def pack(model: nn.Module) -> PackReport:
     """Replace the experts of every block whose weights hold an n:m pattern by packed ones, in place.
 
-    Patterns are read from the weights; the two matrices of a block may differ. Peak memory: the model and one packed
+    Patterns are read from the weights; the two matrices of a block may differ. Afterwards `model.save_pretrained`
+    writes a packed checkpoint, where the family's checkpoints allow it. Peak memory: the model and one packed
     block, since a block's dense weights are freed when it is swapped.
 
     Args:
@@ -51,6 +52,8 @@ def pack(model: nn.Module) -> PackReport:
         UnsupportedModelError: the model has no experts, or some that do not fit, or is packed already.
         MoESparseError: no block holds a pattern worth packing; the model is unchanged.
     """
+    from moesparse.integrations.transformers import attach
+
     report = PackReport()
     # taken off the list one by one: a block that stays on it would keep its dense weights alive
     blocks = find_moe_blocks(model)[::-1]
@@ -58,17 +61,17 @@ def pack(model: nn.Module) -> PackReport:
         block = blocks.pop()
         dense_bytes = sum(matrix.weight.nbytes for matrix in block.matrices)
         report.bytes_before += dense_bytes
-        packed = _pack_block(block)
+        packed = pack_block(block)
         if isinstance(packed, SparseExperts):
             model.set_submodule(block.name, packed)
-            report.packed[block.name] = {name: layout.pattern for name, layout in packed.layouts.items()}
+            report.packed[block.name] = _patterns(packed)
             report.bytes_after += packed.nbytes
         else:
             report.dense[block.name] = packed
             report.bytes_after += dense_bytes
     if not report.packed:
-        name, reason = next(iter(report.dense.items()))
-        raise MoESparseError(f"model must hold n:m sparse experts to be packed: {name}: {reason}; prune it first")
+        raise _nothing_to_pack(report.dense)
+    attach(model, report.packed)
     return report
 
 
@@ -81,6 +84,8 @@ def unpack(model: nn.Module) -> PackReport:
     Raises:
         MoESparseError: the model holds no packed experts.
     """
+    from moesparse.integrations.transformers import detach
+
     report = PackReport()
     # as in pack: what stays on the list stays in memory
     blocks = list(packed_blocks(model))[::-1]
@@ -88,11 +93,62 @@ def unpack(model: nn.Module) -> PackReport:
         name, packed = blocks.pop()
         report.bytes_before += packed.nbytes
         report.bytes_after += packed.dense_nbytes
-        report.packed[name] = {matrix: layout.pattern for matrix, layout in packed.layouts.items()}
+        report.packed[name] = _patterns(packed)
         model.set_submodule(name, packed.to_dense())
     if not report.packed:
         raise MoESparseError(f"model must hold packed experts, got {type(model).__name__} without any")
+    detach(model)
     return report
+
+
+@torch.no_grad()
+def state_in_form(model: nn.Module, packed: bool) -> tuple[dict[str, Tensor], dict[str, dict[str, str]] | None]:
+    """The model's state dict with its experts packed, or all dense, whatever they are in memory.
+
+    Blocks of a model that is packed in part stay as they are when packed. Memory: the tensors that differ from the
+    model's own.
+
+    Returns:
+        The state dict, and block name -> parameter name -> "n:m" of the packed blocks; None when all are dense.
+
+    Raises:
+        MoESparseError: packed, and no block holds a pattern worth packing.
+    """
+    state = dict(model.state_dict())
+    in_memory = dict(packed_blocks(model))
+    if packed and in_memory:
+        return state, {name: _patterns(module) for name, module in in_memory.items()}
+    if not packed:
+        for name, module in in_memory.items():
+            _replace(state, name, module.to_dense())
+        return state, None
+    patterns, reasons = {}, {}
+    for block in find_moe_blocks(model):
+        experts = pack_block(block)
+        if isinstance(experts, SparseExperts):
+            _replace(state, block.name, experts)
+            patterns[block.name] = _patterns(experts)
+        else:
+            reasons[block.name] = experts
+    if not patterns:
+        raise _nothing_to_pack(reasons)
+    return state, patterns
+
+
+def _replace(state: dict[str, Tensor], name: str, module: nn.Module) -> None:
+    """Put a module's tensors in the place of those that the state dict holds for it."""
+    for key in [key for key in state if key.startswith(f"{name}.")]:
+        del state[key]
+    state.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
+
+
+def _patterns(module: SparseExperts) -> dict[str, str]:
+    return {name: layout.pattern for name, layout in module.layouts.items()}
+
+
+def _nothing_to_pack(reasons: dict[str, str]) -> MoESparseError:
+    name, reason = next(iter(reasons.items()))
+    return MoESparseError(f"model must hold n:m sparse experts to be packed: {name}: {reason}; prune it first")
 
 
 def packed_blocks(model: nn.Module) -> Iterator[tuple[str, SparseExperts]]:
@@ -115,7 +171,7 @@ def choose_pattern(weight: Tensor) -> Pattern | str:
     return f"holds {patterns[0]}, which takes no less memory packed" if patterns else "holds no n:m pattern"
 
 
-def _pack_block(block: MoEBlock) -> SparseExperts | str:
+def pack_block(block: MoEBlock) -> SparseExperts | str:
     """The packed experts, or why they stay dense."""
     weights: dict[str, NMWeight] = {}
     choices = {matrix.name: choose_pattern(matrix.weight) for matrix in block.matrices}

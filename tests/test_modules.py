@@ -192,7 +192,7 @@ def test_a_bitmask_that_does_not_fit_is_refused():
     sparse = packed(block_of("mixtral"))
     state = {name: value.clone() for name, value in sparse.state_dict().items()}
     state["down_proj_meta"][3, 2, 1] = 0x37
-    message = "down_proj_meta: index must keep exactly 2 of every 4 columns, got 3 in expert 3, row 2, group 2"
+    message = "down_proj: index must keep exactly 2 of every 4 columns, got 3 in expert 3, row 2, group 2"
     with pytest.raises(RuntimeError, match=message):
         sparse.load_state_dict(state)
 
