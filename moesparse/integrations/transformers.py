@@ -147,15 +147,15 @@ class MoESparseQuantizer(HfQuantizer):
             plan = model._get_dtype_plan(torch.get_default_dtype())
             kept = build_glob_alternation(list(plan))[0] if plan else None
             self._dtypes = {
-                name: tensor.dtype
+                name: torch.float32 if kept and kept.search(name) else tensor.dtype
                 for name, tensor in _tensors(model)
-                if tensor.is_floating_point() and not (kept and kept.search(name))
+                if tensor.is_floating_point()
             }
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel | None = None
     ) -> list[WeightTransform]:
-        # releases before 5.20 do not hand in the model, and need no more than the names
+        # older releases do not hand in the model; the names are enough
         return packed_conversions(weight_conversions, self.quantization_config.blocks)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
