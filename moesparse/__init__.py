@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from moesparse.modules import SparseExperts
     from moesparse.packing import PackReport, pack, unpack
     from moesparse.pruning import Recipe, Report, prune
+    from moesparse.saliency.experts import expert_scores
+    from moesparse.selection import choose_experts
     from moesparse.statistics import ModelStatistics
+    from moesparse.surgery import remove_experts
 
 _HOMES = {
     "MoEBlock": "blocks",
@@ -42,7 +45,10 @@ _HOMES = {
     "Recipe": "pruning",
     "Report": "pruning",
     "prune": "pruning",
+    "expert_scores": "saliency.experts",
+    "choose_experts": "selection",
     "ModelStatistics": "statistics",
+    "remove_experts": "surgery",
 }
 _MODULES = ("demo", "evaluate", "text")
 
@@ -56,12 +62,15 @@ __all__ = [
     "SparseExperts",
     "__version__",
     "calibrate",
+    "choose_experts",
     "demo",
     "evaluate",
+    "expert_scores",
     "find_moe_blocks",
     "load_pretrained",
     "pack",
     "prune",
+    "remove_experts",
     "save_pretrained",
     "text",
     "unpack",

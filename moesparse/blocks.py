@@ -11,9 +11,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +66,8 @@ class ExpertMatrix:
     """
 
     name: str
-    input: str
-    experts: nn.Module
+    input: Literal["hidden", "activation"]
+    experts: nn.Module = field(repr=False)
     transposed: bool
 
     @property
@@ -84,8 +84,7 @@ class ExpertMatrix:
     @property
     def bias(self) -> Tensor | None:
         """[E, out], a detached view like `weight`; None in families without expert biases."""
-        bias = getattr(self.experts, f"{self.name}_bias", None)
-        return None if bias is None else bias.detach()
+        return getattr(self.experts, f"{self.name}_bias").detach() if self.experts.has_bias else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +115,10 @@ class MoEBlock:
     name: str
     layer: str
     index: int
-    experts: nn.Module
-    moe: nn.Module
+    experts: nn.Module = field(repr=False)
+    moe: nn.Module = field(repr=False)
     moe_name: str
-    router: nn.Module | None
+    router: nn.Module | None = field(repr=False)
     router_name: str | None
     num_experts: int
     hidden_size: int
@@ -214,11 +213,8 @@ def check_coverage(model: nn.Module, blocks: list[MoEBlock]) -> None:
     owners: dict[int, str] = {}
     for block in blocks:
         for matrix in block.matrices:
-            for suffix in ("", "_bias"):
-                parameter = block.experts._parameters.get(matrix.name + suffix)
-                if parameter is None:
-                    continue
-                name = f"{block.name}.{matrix.name}{suffix}"
+            for key in (matrix.name, f"{matrix.name}_bias") if block.has_bias else (matrix.name,):
+                parameter, name = block.experts.get_parameter(key), f"{block.name}.{key}"
                 if id(parameter) in owners:
                     raise UnsupportedModelError(
                         f"{_family(model)}: {name} is the same tensor as {owners[id(parameter)]}; "
@@ -238,7 +234,7 @@ def decoder_layers(model: nn.Module, blocks: list[MoEBlock]) -> tuple[nn.ModuleL
         blocks: at least one.
 
     Returns:
-        The list and its qualified name, (…, "model.layers").
+        The list and its qualified name, such as "model.layers".
 
     Raises:
         UnsupportedModelError: the blocks lie in several lists (an encoder and a decoder, say); names them.

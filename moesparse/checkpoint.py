@@ -53,7 +53,7 @@ def load_pretrained(
         raise CheckpointError(f"MODEL must be a folder or a hub id, got the file {folder}")
     try:
         config = AutoConfig.from_pretrained(source)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
@@ -63,6 +63,7 @@ def load_pretrained(
             f"MODEL must be a local folder or a hub id with a causal language model, got {os.fspath(source)!r}: "
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
+    model, loading = loaded
     for what, keys in (
         ("lacks", loading["missing_keys"]),
         ("holds with another shape", loading["mismatched_keys"]),
@@ -190,7 +191,9 @@ def save_pretrained(
     from moesparse.packing import state_in_form
 
     if recipe is not None:
-        setattr(model.config, CONFIG_KEY, {"version": __version__, "recipe": recipe})
+        # removing experts noted there which ones are left
+        noted = getattr(model.config, CONFIG_KEY, None) or {}
+        setattr(model.config, CONFIG_KEY, {**noted, "version": __version__, "recipe": recipe})
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
         with packed_metadata(model, blocks):  # type: ignore[arg-type]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from moesparse.blocks import MoEBlock
 from moesparse.errors import MoESparseError, UnsupportedModelError
 from moesparse_kernels import NMWeight, moe_nm
-from moesparse_kernels.unpack import unpack_expert
 
 __all__ = ["META_SUFFIX", "PACKED_DTYPES", "MatrixLayout", "SparseExperts"]
 
@@ -193,9 +192,9 @@ class SparseExperts(nn.Module):
         dense = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         for expert in range(E):
             if self.is_transposed:
-                dense[expert] = unpack_expert(weight, expert).t()
+                dense[expert] = weight.unpack_expert(expert).t()
             else:
-                unpack_expert(weight, expert, out=dense[expert])
+                weight.unpack_expert(expert, out=dense[expert])
         return dense
 
     def use_device_order(self) -> None:

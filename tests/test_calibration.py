@@ -676,6 +676,13 @@ def test_an_activation_too_large_to_square_is_named(mixtral):
         Recorder(block)(hidden, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
 
 
+def test_a_gate_that_is_not_finite_is_named(mixtral):
+    block = find_moe_blocks(mixtral)[0]
+    gates = torch.tensor([[1.0], [float("nan")]])
+    with pytest.raises(CalibrationError, match=r"got nan in the gate of .*expert 0, token 1 of the batch"):
+        Recorder(block)(torch.ones(2, 32), torch.zeros(2, 1, dtype=torch.int64), gates)
+
+
 IDS = torch.zeros(2, 3, dtype=torch.int64)
 
 

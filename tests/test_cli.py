@@ -157,7 +157,7 @@ def test_ctrl_c_leaves_no_output(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["demo", "prune", "eval", "inspect"])
+@pytest.mark.parametrize("command", ["demo", "prune", "eval", "inspect", "bench"])
 def test_help_teaches(command, monkeypatch, capsys):
     code, out, _ = in_process(monkeypatch, capsys, command, "--help")
     assert code == 0

@@ -39,15 +39,14 @@ def _on_gpu_or_interpreted(device: torch.device) -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _check_triton(weight: NMWeight | torch.Tensor) -> None:
-    device = weight.device if isinstance(weight, torch.Tensor) else weight.values.device
+def _check_triton(device: torch.device, dtype: torch.dtype, order: str = "fragment") -> None:
     if not _on_gpu_or_interpreted(device):
         raise ValueError(f'backend must be "auto" or "reference" on {device.type} tensors, got "triton"')
-    if weight.dtype.itemsize != 2:
-        raise ValueError(f'backend "triton" must have bf16 or fp16 weights, got {weight.dtype}; use "reference"')
-    if isinstance(weight, NMWeight) and weight.order != "fragment":
+    if dtype.itemsize != 2:
+        raise ValueError(f'backend "triton" must have bf16 or fp16 weights, got {dtype}; use "reference"')
+    if order != "fragment":
         raise ValueError(
-            f'backend "triton" must have packed weights in "fragment" order, got {weight.order!r}; '
+            f'backend "triton" must have packed weights in "fragment" order, got {order!r}; '
             f'repack once with weight.to_order("fragment")'
         )
 
@@ -67,7 +66,7 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
     """
     device, E = weight.values.device, weight.shape[0]
     if backend == "triton":
-        _check_triton(weight)
+        _check_triton(device, weight.dtype, weight.order)
         return backend
     if backend == "semi_structured":
         reason = reason_unavailable(weight)
@@ -94,7 +93,7 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
 def choose_dense_backend(backend: str, weight: torch.Tensor, rows: int) -> str:
     """The backend that will run a dense weight (E, N, K): `backend` itself, checked, unless it is "auto"."""
     if backend == "triton":
-        _check_triton(weight)
+        _check_triton(weight.device, weight.dtype)
     has_grouped_mm = hasattr(torch.nn.functional, "grouped_mm") and weight.dtype == torch.bfloat16
     if backend == "grouped_mm" and not (has_grouped_mm and _on_gpu_or_interpreted(weight.device)):
         raise ValueError(

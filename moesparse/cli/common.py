@@ -54,8 +54,13 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
     with Bars(*columns, console=console, transient=True, disable=quiet) as bars:
         task = bars.add_task("starting", total=None, speed="")
         started = time.perf_counter()
+        told = False
 
         def show(event: ProgressEvent) -> None:
+            nonlocal told
+            if event.memory and not told:
+                bars.console.print(f"second moments of the experts take {format_bytes(event.memory)} at a time")
+                told = True
             rate = event.tokens / max(time.perf_counter() - started, 1e-9)
             bars.update(
                 task,
@@ -108,6 +113,16 @@ def calibration_windows(
             )
     paths = [text.parse_source(argument).path for argument in sources]
     return text.windows(paths, tokenizer, samples=samples, length=length, seed=seed, max_length=context)
+
+
+def format_bytes(count: int) -> str:
+    """12.3 GiB, 4.0 MiB: three digits and a binary unit."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
 
 
 def embedded_texts(split: str, source: str) -> list[str]:

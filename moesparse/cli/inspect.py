@@ -31,13 +31,14 @@ def inspect(
     claim = getattr(network.config, CONFIG_KEY, None)
     result = describe(network)
     result["recipe"] = None if claim is None else claim["recipe"]
-    broken = [] if claim is None else broken_tensors(network, claim["recipe"]["weights"])
+    claimed = None if claim is None else claim["recipe"]["weights"]
+    broken = [] if claimed is None else broken_tensors(network, claimed)
     if as_json:
         print_json(result)
     else:
         _show(result)
     for name in broken:
-        typer.echo(f"error: {name} does not hold {claim['recipe']['weights']} as config.json says", err=True)
+        typer.echo(f"error: {name} does not hold {claimed} as config.json says", err=True)
     if broken:
         raise typer.Exit(1)
 

@@ -99,7 +99,7 @@ def windows(split: str, domain: str | None = None, length: int = 256) -> torch.T
 def _tokenizer() -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_path(), local_files_only=True)
+    return AutoTokenizer.from_pretrained(model_path(), local_files_only=True)  # type: ignore[return-value]
 
 
 @cache

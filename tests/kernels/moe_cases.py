@@ -21,7 +21,8 @@ def prune_2_4(weight: torch.Tensor) -> torch.Tensor:
     """Zero the two smallest of every four neighbours."""
     groups = weight.unflatten(-1, (-1, 4))
     keep = groups.abs().float().topk(2, dim=-1).indices
-    return (groups * torch.zeros_like(groups).scatter_(-1, keep, 1)).flatten(-2).contiguous()
+    # where, not times: a product would leave -0.0, which a packed weight does not bring back
+    return groups.where(torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, keep, True), 0).flatten(-2).contiguous()
 
 
 @dataclass
