@@ -104,7 +104,7 @@ def test_real_shapes(model, dtype, tokens):
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 8, 128), (200, 8, 128), (16384, 8, 128), (500, 4, 512)])
 def test_route(tokens, top_k, experts):
-    from moesparse_kernels.route import route
+    from moesparse_kernels.routing import route
 
     top_k_index = torch.rand(tokens, experts, device="cuda").topk(top_k, dim=-1).indices
     top_k_index[::7] = experts
