@@ -43,6 +43,7 @@ __all__ = [
     "check_windows",
     "memory_needed",
     "model_fingerprint",
+    "placed",
     "record",
     "window_sums",
 ]
@@ -395,7 +396,7 @@ def calibrate(
             progress(ProgressEvent("calibrate", done, n, "window", tokens, seconds, memory=needed))
 
     with (
-        _placed(model, device) as place,
+        placed(model, device) as place,
         _evaluating(model),
         torch.inference_mode(),
         record(blocks, moments, moments_device=_moments_device(place, needed)) as recorders,
@@ -600,7 +601,7 @@ def _moments_device(place: torch.device, needed: int) -> torch.device | None:
 
 
 @contextmanager
-def _placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
     """Have the model on `device` for the body; yields where its inputs belong."""
     home = next(model.parameters()).device
     if device is None or torch.device(device) == home:

@@ -261,7 +261,10 @@ def prune(
 def _describe(calibration: Any) -> dict[str, Any]:
     """What the report says of the calibration data."""
     if isinstance(calibration, Mapping):
-        return {"statistics": {name: part.text_hash for name, part in calibration.items()}}
+        return {
+            "statistics": {name: part.text_hash for name, part in calibration.items()},
+            "tokens": sum(part.tokens for part in calibration.values()),
+        }
     if isinstance(calibration, ModelStatistics):
         return {"statistics": calibration.text_hash, "tokens": calibration.tokens}
     windows = calibration[0] if isinstance(calibration, tuple) else calibration

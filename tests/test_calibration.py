@@ -482,6 +482,21 @@ def test_further_sums_are_saved_merged_and_reduced(mixtral, tmp_path):
         assert any(tensor is block.extra["gated_norm_angle_sum"] for tensor in block.tensors())
 
 
+def test_maxima_are_saved_and_merged_by_the_larger_one(mixtral, tmp_path):
+    first, second = calibrate(mixtral, windows()[:1]), calibrate(mixtral, windows()[1:])
+    both = first + second
+    both.save(tmp_path / "file")
+    loaded = ModelStatistics.load(tmp_path / "file")
+    whole = calibrate(mixtral, windows())
+    for name, block in loaded.blocks.items():
+        largest = block.maxima["output"]
+        parts = [part.blocks[name].maxima["output"] for part in (first, second)]
+        assert torch.equal(largest, torch.maximum(*parts))
+        # the outputs are float32, and a batch of other rows rounds them differently
+        torch.testing.assert_close(largest, whole.blocks[name].maxima["output"], rtol=1e-5, atol=1e-6)
+        assert not any(tensor is largest for tensor in block.tensors())
+
+
 def _rewritten(path: Any, change: Callable[[dict, dict], None]) -> None:
     from safetensors import safe_open
 
