@@ -1,6 +1,6 @@
 """Which expert criterion keeps the most: every one of them on the embedded model, agnostic and per domain.
 
-    python benchmarks/study_experts.py [--quick] [--json]
+    python benchmarks/study_experts.py [--quick] [--json] [--windows 16] [--heldout 12]
 
 Experts are really removed and the smaller model is scored on held-out text; a seed is a choice of calibration windows.
 "agnostic" calibrates on all domains and reports the geometric mean of the domains' perplexities; "own" calibrates on
@@ -231,11 +231,13 @@ def _say(line: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, fewer windows; a few minutes; writes no file")
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows of each domain")
+    parser.add_argument("--heldout", type=int, default=12, help="held-out windows of each domain")
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    result = run(Study(1, 8, 6) if arguments.quick else Study(3, 16, 12))
+    result = run(Study(1, 8, 6) if arguments.quick else Study(3, arguments.windows, arguments.heldout))
     if not arguments.quick:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -34,6 +34,7 @@ from moesparse.statistics import (
 
 __all__ = [
     "MOMENTS",
+    "ROW_SUMS",
     "ExpertStatistics",
     "ModelStatistics",
     "Recorder",
@@ -42,7 +43,9 @@ __all__ = [
     "check_windows",
     "memory_needed",
     "model_fingerprint",
+    "placed",
     "record",
+    "window_sums",
 ]
 
 Windows = Tensor | tuple[Tensor, Tensor | None]
@@ -50,6 +53,9 @@ Windows = Tensor | tuple[Tensor, Tensor | None]
 Observer = Callable[[Tensor, list[int], Tensor, Tensor], None]
 """Called after a block has run with the rows recorded, sorted by expert: token of each row [R], rows per expert, g|f|
 of each row [R] float64, and the block's output [T, H]."""
+
+ROW_SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum")
+"""Sums over routed rows that a batch adds to ExpertStatistics, in the order of their columns."""
 
 _IMPLEMENTATION = "moesparse_record"
 
@@ -75,6 +81,8 @@ class Recorder:
         first_window, window_length: where the batch lies in the text, to name the window in an error.
         calls: how often the block has run.
         observer: called after every run with what was recorded, for sums that need more than the block sees.
+        window_sums: None, or an empty dict to fill: name of a sum -> [windows, E] float64, every window by itself, of
+            "tokens", ROW_SUMS and what observers add. Needs first_window and window_length.
     """
 
     def __init__(
@@ -99,6 +107,7 @@ class Recorder:
         self.window_length: int | None = None
         self.calls = 0
         self.observer: Observer | None = None
+        self.window_sums: dict[str, Tensor] | None = None
         self._config: Any = None
         device = device or block.matrices[0].parameter.device
         # a recorder made inside inference mode must stay usable outside of it
@@ -149,10 +158,39 @@ class Recorder:
             batch.add(expert, {"hidden": x[:n], "activation": activation[:n]}, f[:n], gates[start:split])
         if not batch.commit():
             raise self._non_finite(hidden_states, tokens, gates, bounds)
-        if self.observer is not None:
+        if self.observer is not None or self.window_sums is not None:
             rows = torch.cat([tokens[bounds[2 * e] : bounds[2 * e + 1]] for e in range(E)])
-            self.observer(rows, batch.counts, batch.gated_norms(), out)
+            if self.window_sums is not None:
+                columns = batch.columns()
+                self.add_by_window("tokens", rows, batch.counts, torch.ones_like(columns[:, 0]))
+                for name, column in zip(ROW_SUMS, columns.unbind(1), strict=True):
+                    self.add_by_window(name, rows, batch.counts, column)
+            if self.observer is not None:
+                self.observer(rows, batch.counts, batch.gated_norms(), out)
         return out
+
+    def add_by_window(self, name: str, tokens: Tensor, counts: list[int], values: Tensor) -> None:
+        """Add a value per recorded row to `window_sums`.
+
+        Args:
+            name: of the sum.
+            tokens: [R], token of the batch of each row, rows sorted by expert.
+            counts: rows of each expert.
+            values: [R] float64.
+        """
+        assert self.window_sums is not None
+        assert self.window_length is not None
+        E = self.block.num_experts
+        expert = torch.repeat_interleave(
+            torch.arange(E, device=tokens.device), torch.tensor(counts, device=tokens.device)
+        )
+        window = self.first_window + tokens // self.window_length
+        held = self.window_sums.get(name, values.new_zeros(0, E, device="cpu"))
+        missing = int(window.max()) + 1 - len(held) if len(window) else 0
+        if missing > 0:
+            held = torch.cat((held, held.new_zeros(missing, E)))
+        held.index_put_((window.cpu(), expert.cpu()), values.cpu(), accumulate=True)
+        self.window_sums[name] = held
 
     def _sorted_rows(self, T: int, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Token and gate of every (slot, token) pair, sorted by expert, the rows to record before the padding.
@@ -221,6 +259,7 @@ class _BatchSums:
         self.energy = {name: torch.zeros(E, size, dtype=dtype, device=device) for name, size in sizes.items()}
         self.gated_energy = {name: torch.zeros(E, size, dtype=dtype, device=device) for name, size in sizes.items()}
         self.counts = [0] * E
+        self.largest = torch.zeros(E, dtype=dtype, device=device)
         self.norms = [torch.zeros(0, dtype=dtype, device=device)]
         self.gates = [torch.zeros(0, dtype=dtype, device=device)]
 
@@ -240,6 +279,7 @@ class _BatchSums:
         gates = gates.to(dtype)
         self.gates.append(gates)
         self.norms.append(torch.linalg.vector_norm(f, dim=1, dtype=dtype))
+        self.largest[expert] = f.abs().amax()
         for name, rows in inputs.items():
             X = rows.to(dtype)
             squares = X.square()
@@ -254,27 +294,26 @@ class _BatchSums:
         """[R] float64, g|f| of every row added, in the order of adding."""
         return torch.cat(self.gates).double() * torch.cat(self.norms).double()
 
-    def commit(self) -> bool:
-        """Add everything to the statistics; False, and nothing added but second moments, when a sum is not finite."""
+    def columns(self) -> Tensor:
+        """[R, 5] float64, one column per sum over rows (ROW_SUMS); a further criterion is one more column."""
         g, norm = torch.cat(self.gates).double(), torch.cat(self.norms).double()
         gated = g * norm
-        # one column per sum over rows: a further criterion is one more column
-        columns = torch.stack((g, norm, norm.square(), gated, gated.square()), dim=1)
+        return torch.stack((g, norm, norm.square(), gated, gated.square()), dim=1)
+
+    def commit(self) -> bool:
+        """Add everything to the statistics; False, and nothing added but second moments, when a sum is not finite."""
+        columns = self.columns()
         per_expert = torch.stack([rows.sum(0) for rows in columns.split(self.counts)])
         sums = [per_expert, *self.energy.values(), *self.gated_energy.values()]
         if not torch.stack([each.isfinite().all() for each in sums]).all():
             return False
         total = self.total
         total.tokens += torch.tensor(self.counts, device=total.tokens.device)
-        vectors = (
-            total.gate_sum,
-            total.norm_sum,
-            total.norm_sq_sum,
-            total.gated_norm_sum,
-            total.gated_norm_sq_sum,
-        )
-        for vector, column in zip(vectors, per_expert.unbind(1), strict=True):
+        for name, column in zip(ROW_SUMS, per_expert.unbind(1), strict=True):
+            vector = getattr(total, name)
             vector += column.to(vector.device)
+        largest = total.maxima["output"]
+        torch.maximum(largest, self.largest.to(largest), out=largest)
         for name in self.energy:
             total.energy[name] += self.energy[name].to(total.energy[name].device)
             total.gated_energy[name] += self.gated_energy[name].to(total.gated_energy[name].device)
@@ -310,6 +349,7 @@ def calibrate(
     progress: Progress | None = None,
     allow_pruned: bool = False,
     seed: int = 0,
+    by_window: dict[str, Tensor] | None = None,
 ) -> ModelStatistics:
     """Statistics of every MoE block from one dense pass over `windows`.
 
@@ -325,6 +365,7 @@ def calibrate(
         progress: called with a ProgressEvent before the first and after every batch.
         allow_pruned: calibrate a model that already carries zeroed or masked experts, which is refused otherwise.
         seed: the seed the windows were drawn with, kept in the result; the pass itself draws nothing.
+        by_window: a dict to fill with `window_sums`: the expert sums of every window by itself.
 
     Returns:
         ModelStatistics on the CPU. The same windows, batch size and machine give the same bits.
@@ -355,12 +396,15 @@ def calibrate(
             progress(ProgressEvent("calibrate", done, n, "window", tokens, seconds, memory=needed))
 
     with (
-        _placed(model, device) as place,
+        placed(model, device) as place,
         _evaluating(model),
         torch.inference_mode(),
         record(blocks, moments, moments_device=_moments_device(place, needed)) as recorders,
         measure_angles(model, recorders),
     ):
+        if by_window is not None:
+            for recorder in recorders:
+                recorder.window_sums = {}
         tell(0)
         for first in range(0, n, batch_size):
             batch = ids[first : first + batch_size].to(place)
@@ -378,6 +422,8 @@ def calibrate(
                 f"the model must run its experts through ExpertsInterface, {recorder.block.name} was never called: its "
                 "forward was replaced (a compiled or kernelized model?)"
             )
+    if by_window is not None:
+        by_window |= window_sums(recorders, n)
     return ModelStatistics(
         blocks={recorder.block.name: recorder.statistics.to("cpu") for recorder in recorders},
         fingerprint=fingerprint,
@@ -385,6 +431,24 @@ def calibrate(
         seed=seed,
         tokens=tokens,
     )
+
+
+def window_sums(recorders: Sequence[Recorder], windows: int) -> dict[str, Tensor]:
+    """What the recorders hold by window: name of a sum -> [windows, blocks, E] float64, of sums that all blocks have.
+
+    Raises:
+        CalibrationError: the blocks differ in the number of experts.
+    """
+    counts = sorted({recorder.block.num_experts for recorder in recorders})
+    if len(counts) != 1:
+        raise CalibrationError(f"every block must have the same number of experts, got {counts}")
+    held = [recorder.window_sums or {} for recorder in recorders]
+    everywhere = [name for name in held[0] if all(name in sums for sums in held)]
+
+    def padded(tensor: Tensor) -> Tensor:
+        return torch.cat((tensor, tensor.new_zeros(windows - len(tensor), counts[0])))
+
+    return {name: torch.stack([padded(sums[name]) for sums in held], dim=1) for name in everywhere}
 
 
 def check_windows(windows: Windows, vocabulary: int | None = None) -> tuple[Tensor, Tensor | None]:
@@ -537,7 +601,7 @@ def _moments_device(place: torch.device, needed: int) -> torch.device | None:
 
 
 @contextmanager
-def _placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
     """Have the model on `device` for the body; yields where its inputs belong."""
     home = next(model.parameters()).device
     if device is None or torch.device(device) == home:

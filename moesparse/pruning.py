@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from moesparse._version import __version__
 from moesparse.blocks import ExpertMatrix, MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.calibration import Recorder, check_dense, check_windows, record
+from moesparse.domains import DEFAULT_MIX, check_mix
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 from moesparse.expert_pruning import prune_experts
 from moesparse.layerwise import LayerStream
@@ -32,6 +33,7 @@ from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.saliency.experts import check_criterion
 from moesparse.saliency.updates import parse_update, rescale_factor, update_weights
 from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
+from moesparse.selection import BUDGETS
 from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed
 
 DEFAULT_SALIENCY = "gated-admm"
@@ -54,6 +56,10 @@ class Recipe:
         keep_experts: how many stay. With a weight rule that holds "least-squares" the kept ones are refitted.
         expert_saliency: the criterion, one of moesparse.saliency.experts.EXPERT_CRITERIA.
         refine_experts: swap experts after the first choice while the block's output error falls.
+        expert_mix: how the domains of the calibration text become one choice, one of moesparse.domains.MIXES.
+        expert_budget: "per-layer", or "global", which `prune` refuses for every format that states one count for all.
+        expert_floor: fewest experts of a block under the global budget.
+        protect_experts: super-experts, of extreme activations, stay whatever their score.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
@@ -68,6 +74,10 @@ class Recipe:
     keep_experts: int | None = None
     expert_saliency: str = DEFAULT_EXPERT_SALIENCY
     refine_experts: bool = False
+    expert_mix: str = DEFAULT_MIX
+    expert_budget: str = "per-layer"
+    expert_floor: int | None = None
+    protect_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.weights is not None:
@@ -80,6 +90,9 @@ class Recipe:
             )
         moments_needed(self.saliency, self.update)  # refuses an unknown rule
         check_criterion(self.expert_saliency)
+        check_mix(self.expert_mix)
+        if self.expert_budget not in BUDGETS:
+            raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
         if self.refine_experts and not self.removes_experts:
             raise UsageError("refine_experts must come with experts or keep_experts, got neither")
 
@@ -173,9 +186,14 @@ class Report:
 
 def prune(
     model: nn.Module,
-    calibration: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | ModelStatistics | None,
+    calibration: torch.Tensor
+    | tuple[torch.Tensor, torch.Tensor | None]
+    | ModelStatistics
+    | Mapping[str, ModelStatistics]
+    | None,
     recipe: Recipe | None = None,
     *,
+    domains: Sequence[str] | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
     progress: Progress = silent,
@@ -189,8 +207,10 @@ def prune(
     Args:
         model: a transformers causal language model, on the CPU or a GPU.
         calibration: (n, t) int64 windows, or (windows, attention mask), or saved statistics of this very model, or
-            None where the recipe looks at weights alone (magnitude, no update).
+            None where the recipe looks at weights alone (magnitude, no update). To remove experts alone, also saved
+            statistics by domain.
         recipe: what to do; the default is 2:4 by the rules measured best.
+        domains: of each window, for the choice of experts; None is one domain.
         batch_size: windows in one forward.
         device: where the layer at work goes; None takes the GPU when there is one.
         progress: called with every step.
@@ -215,7 +235,9 @@ def prune(
     started = time.perf_counter()
     removed = None
     if recipe.removes_experts:
-        removed = _remove_experts(model, blocks, calibration, recipe, batch_size, device, progress, allow_pruned)
+        removed = _remove_experts(
+            model, blocks, calibration, recipe, domains, batch_size, device, progress, allow_pruned
+        )
         blocks = find_moe_blocks(model)
     if recipe.weights is None:
         reports: list[BlockReport] = []
@@ -238,6 +260,11 @@ def prune(
 
 def _describe(calibration: Any) -> dict[str, Any]:
     """What the report says of the calibration data."""
+    if isinstance(calibration, Mapping):
+        return {
+            "statistics": {name: part.text_hash for name, part in calibration.items()},
+            "tokens": sum(part.tokens for part in calibration.values()),
+        }
     if isinstance(calibration, ModelStatistics):
         return {"statistics": calibration.text_hash, "tokens": calibration.tokens}
     windows = calibration[0] if isinstance(calibration, tuple) else calibration
@@ -249,6 +276,7 @@ def _remove_experts(
     blocks: Sequence[MoEBlock],
     calibration: Any,
     recipe: Recipe,
+    domains: Sequence[str] | None,
     batch_size: int,
     device: torch.device | str | None,
     progress: Progress,
@@ -257,7 +285,7 @@ def _remove_experts(
     """Experts first, on the dense model: the weights are then scored on what is left."""
     if calibration is None:
         raise CalibrationError("calibration must be windows or statistics to choose experts, got None")
-    if isinstance(calibration, ModelStatistics):
+    if isinstance(calibration, ModelStatistics | Mapping):
         if recipe.weights is not None:
             raise CalibrationError(
                 "calibration must be windows to remove experts and then prune weights, got statistics: the weights "
@@ -273,6 +301,11 @@ def _remove_experts(
         calibration,
         recipe.expert_saliency,
         keep=recipe.keep_experts,
+        domains=domains,
+        mix=recipe.expert_mix,
+        budget=recipe.expert_budget,
+        floor=recipe.expert_floor,
+        protect_super=recipe.protect_experts,
         remove=recipe.experts,
         refit=recipe.refits_experts,
         refine=recipe.refine_experts,

@@ -38,6 +38,10 @@ def measure_angles(model: nn.Module, recorders: Sequence[Recorder]) -> Iterator[
     if all(angle.holds for angle in angles):
         for angle in angles:
             angle.recorder.statistics.extra[ANGLED_NORM_SUM] = angle.total
+    else:
+        for angle in angles:
+            if angle.recorder.window_sums is not None:
+                angle.recorder.window_sums.pop(ANGLED_NORM_SUM, None)
 
 
 class _Angle:
@@ -108,6 +112,8 @@ class _Angle:
         cosine = F.cosine_similarity(h.to(dtype), h.to(dtype) + routed.to(dtype), dim=-1)
         weighted = gated_norms * (1 - cosine).clamp_min(0).double()[tokens]
         self.total += torch.stack([part.sum() for part in weighted.split(counts)]).to(self.total.device)
+        if self.recorder.window_sums is not None:
+            self.recorder.add_by_window(ANGLED_NORM_SUM, tokens, counts, weighted)
 
 
 def _adds_up(h: Tensor, added: Tensor, output: Any) -> bool:

@@ -24,7 +24,7 @@ from moesparse.errors import CalibrationError, UsageError
 if TYPE_CHECKING:
     from moesparse.blocks import MoEBlock
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FORMAT = "moesparse-statistics"
 MOMENTS = ("none", "plain", "gated", "both")
 
@@ -32,6 +32,7 @@ _VECTORS = ("tokens", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "
 _ENERGIES = ("energy", "gated_energy")
 _MOMENTS = ("moment", "gated_moment")
 _NAMED = (*_ENERGIES, *_MOMENTS, "extra")
+_MAXIMA = "maxima"
 
 # Elements hashed per tensor: 16 per expert with 256 experts, so one changed expert is seen.
 _SAMPLES = 4096
@@ -83,6 +84,8 @@ class ExpertStatistics:
         moment: {"hidden": [E, H, H], "activation": [E, I, I]}, X^T X; empty unless asked for.
         gated_moment: same, (gX)^T (gX); empty unless asked for.
         extra: further sums by name, [E] each, for criteria that need one more; saved, merged and reduced like the rest.
+        maxima: {"output": [E]}, the largest |f| of a single output over tokens and columns: an expert that is extreme
+            for a few tokens is lost in every sum. Merged by the larger one, so no part of `tensors`.
     """
 
     tokens: Tensor
@@ -96,6 +99,7 @@ class ExpertStatistics:
     moment: dict[str, Tensor] = field(default_factory=dict)
     gated_moment: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
+    maxima: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def zeros(
@@ -137,6 +141,7 @@ class ExpertStatistics:
             gated_energy={name: per_expert(size) for name, size in sizes.items()},
             moment=second_moments("plain", "both"),
             gated_moment=second_moments("gated", "both"),
+            maxima={"output": per_expert()},
         )
 
     @property
@@ -162,11 +167,16 @@ class ExpertStatistics:
         """Every sum, not copied, in the order of `named_tensors`: an all-reduce in place changes this object."""
         return list(self.named_tensors().values())
 
+    def named_maxima(self) -> dict[str, Tensor]:
+        """Every maximum by name ("maxima.output"): to be reduced by the larger one, never added."""
+        return {f"{_MAXIMA}.{key}": self.maxima[key] for key in sorted(self.maxima)}
+
     @classmethod
     def from_named(cls, named: Mapping[str, Tensor]) -> ExpertStatistics:
-        """The inverse of `named_tensors`; a missing, unknown or misshapen sum is a CalibrationError."""
+        """The inverse of `named_tensors` and `named_maxima` together; a missing, unknown or misshapen one is a
+        CalibrationError."""
         vectors: dict[str, Any] = {}
-        groups: dict[str, Any] = {name: {} for name in _NAMED}
+        groups: dict[str, Any] = {name: {} for name in (*_NAMED, _MAXIMA)}
         for name, tensor in named.items():
             group, _, key = name.partition(".")
             if name in _VECTORS:
@@ -190,13 +200,18 @@ class ExpertStatistics:
 
     def to(self, device: torch.device | str) -> ExpertStatistics:
         """The same sums on `device`, second moments included; tensors already there are shared, not copied."""
-        return self.from_named({name: tensor.to(device) for name, tensor in self.named_tensors().items()})
+        everything = self.named_tensors() | self.named_maxima()
+        return self.from_named({name: tensor.to(device) for name, tensor in everything.items()})
 
     def __add__(self, other: ExpertStatistics) -> ExpertStatistics:
-        """The statistics of both texts together: every sum added. Both must hold the same sums of the same shapes."""
+        """The statistics of both texts together: every sum added, of every maximum the larger one.
+
+        Both must hold the same of the same shapes.
+        """
         if not isinstance(other, ExpertStatistics):
             return NotImplemented
-        mine, others = self.named_tensors(), other.named_tensors()
+        maxima = self.named_maxima()
+        mine, others = self.named_tensors() | maxima, other.named_tensors() | other.named_maxima()
         if differing := sorted(mine.keys() ^ others.keys()):
             raise CalibrationError(f"statistics to merge must hold the same sums, only one has {', '.join(differing)}")
         for name, tensor in mine.items():
@@ -205,7 +220,12 @@ class ExpertStatistics:
                     f"statistics to merge must have the same shapes, got {tuple(tensor.shape)} and "
                     f"{tuple(others[name].shape)} for {name}"
                 )
-        return self.from_named({name: tensor + others[name].to(tensor.device) for name, tensor in mine.items()})
+        return self.from_named(
+            {
+                name: (torch.maximum if name in maxima else torch.add)(tensor, others[name].to(tensor.device))
+                for name, tensor in mine.items()
+            }
+        )
 
 
 @dataclass(eq=False)
@@ -287,7 +307,7 @@ class ModelStatistics:
         tensors = {
             f"{name}/{block}": tensor.cpu().contiguous()
             for block, statistics in self.blocks.items()
-            for name, tensor in statistics.named_tensors().items()
+            for name, tensor in (statistics.named_tensors() | statistics.named_maxima()).items()
         }
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:

@@ -116,6 +116,45 @@ def windows(
         MoESparseError: a source cannot be read as text; names the file, and the line in a .jsonl.
     """
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+    ids, _ = _sample_windows(sources, tokenizer, samples, length, seed, max_length)
+    return ids
+
+
+def domain_windows(
+    sources: Sequence[TextSource],
+    tokenizer: Any,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> tuple[torch.Tensor, list[str]]:
+    """The windows that `windows` samples from the same files, and the domain of each.
+
+    Args:
+        sources: files with their domains; several files may share one. The rest is as for `windows`.
+
+    Returns:
+        ([samples, min(length, context)] int64, domain of each window).
+
+    Raises:
+        CalibrationError: a domain whose text fills no window. And all errors of `windows`.
+    """
+    ids, origin = _sample_windows([one.path for one in sources], tokenizer, samples, length, seed, max_length)
+    domains = [sources[number].domain for number in origin]
+    for one in sources:
+        if one.domain not in domains:
+            raise CalibrationError(
+                f"domain {one.domain!r} must give at least one window of {ids.shape[1]} tokens, got none from "
+                f"{one.path}: give it more text, shorter windows, or raise samples={samples}"
+            )
+    return ids, domains
+
+
+def _sample_windows(
+    sources: Sequence[PathLike], tokenizer: Any, samples: int, length: int, seed: int, max_length: int | None
+) -> tuple[torch.Tensor, list[int]]:
+    """The windows of `windows`, and the number of the source each comes from."""
     if not sources:
         raise UsageError("source must be a file or a list of files, got an empty list")
     if samples < 1:
@@ -134,12 +173,13 @@ def windows(
     pools = [[w for ids in stream for w in _cut(ids, length)] for stream in streams]
     if sum(map(len, pools)) < samples:
         raise CalibrationError(_too_little(sources, streams, samples, length))
-    chosen = []
-    for pool, share in zip(pools, _shares([len(pool) for pool in pools], samples), strict=True):
+    chosen: list[tuple[torch.Tensor, int]] = []
+    shares = _shares([len(pool) for pool in pools], samples)
+    for number, (pool, share) in enumerate(zip(pools, shares, strict=True)):
         bounds = [i * len(pool) // share for i in range(share + 1)] if share else []
-        chosen += [pool[rng.randrange(low, high)] for low, high in pairwise(bounds)]
+        chosen += [(pool[rng.randrange(low, high)], number) for low, high in pairwise(bounds)]
     rng.shuffle(chosen)
-    return torch.stack(chosen)
+    return torch.stack([window for window, _ in chosen]), [number for _, number in chosen]
 
 
 def evaluation_windows(

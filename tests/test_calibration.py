@@ -482,6 +482,21 @@ def test_further_sums_are_saved_merged_and_reduced(mixtral, tmp_path):
         assert any(tensor is block.extra["gated_norm_angle_sum"] for tensor in block.tensors())
 
 
+def test_maxima_are_saved_and_merged_by_the_larger_one(mixtral, tmp_path):
+    first, second = calibrate(mixtral, windows()[:1]), calibrate(mixtral, windows()[1:])
+    both = first + second
+    both.save(tmp_path / "file")
+    loaded = ModelStatistics.load(tmp_path / "file")
+    whole = calibrate(mixtral, windows())
+    for name, block in loaded.blocks.items():
+        largest = block.maxima["output"]
+        parts = [part.blocks[name].maxima["output"] for part in (first, second)]
+        assert torch.equal(largest, torch.maximum(*parts))
+        # the outputs are float32, and a batch of other rows rounds them differently
+        torch.testing.assert_close(largest, whole.blocks[name].maxima["output"], rtol=1e-5, atol=1e-6)
+        assert not any(tensor is largest for tensor in block.tensors())
+
+
 def _rewritten(path: Any, change: Callable[[dict, dict], None]) -> None:
     from safetensors import safe_open
 
@@ -495,7 +510,7 @@ def _rewritten(path: Any, change: Callable[[dict, dict], None]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(lambda t, m: m.update(schema_version="0"), "schema version 1, got 0", id="another schema"),
+        pytest.param(lambda t, m: m.update(schema_version="0"), "schema version 2, got 0", id="another schema"),
         pytest.param(lambda t, m: m.pop("format"), "another kind of safetensors file", id="no statistics"),
         pytest.param(lambda t, m: m.pop("blocks"), "damaged.*'blocks'", id="no list of blocks"),
         pytest.param(
@@ -554,7 +569,7 @@ def test_format_name_is_part_of_the_file(statistics, tmp_path):
     with safe_open(tmp_path / "file", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == FORMAT == "moesparse-statistics"
-    assert metadata["schema_version"] == "1"
+    assert metadata["schema_version"] == "2"
     assert metadata["seed"] == "7"
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from moesparse.calibration import calibrate
 from moesparse.cli import main
 from moesparse.saliency.experts import expert_scores
 from moesparse.statistics import ModelStatistics
@@ -28,14 +29,23 @@ def folder(tmp_path_factory):
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path / "dense")
-    ids = torch.randint(3, 60, (600,), generator=torch.Generator().manual_seed(0)).tolist()
-    (path / "text.txt").write_text(" ".join(f"w{number}" for number in ids))
+    for name, low, high in (("text", 3, 60), ("law", 3, 20), ("code", 40, 60)):
+        ids = torch.randint(low, high, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+        (path / f"{name}.txt").write_text(" ".join(f"w{number}" for number in ids))
+    (path / "short.txt").write_text("w3 w4 w5")
+    (path / "empty.txt").write_text("\n")
     return path
 
 
-def run(monkeypatch, capsys, folder, command, *arguments):
-    """(exit code, standard output, standard error) of a command with the folder's text."""
-    text = ["--calibration", str(folder / "text.txt"), "--samples", "8", "--length", "32"]
+def domains(folder, *names):
+    """--calibration for files of the folder, each its own domain."""
+    return [word for name in names for word in ("--calibration", f"{folder / name}.txt={name}")]
+
+
+def run(monkeypatch, capsys, folder, command, *arguments, text=None):
+    """(exit code, standard output, standard error) of a command with the folder's text, or another."""
+    text = ["--calibration", str(folder / "text.txt")] if text is None else text
+    text = [*text, "--samples", "8", "--length", "32"]
     monkeypatch.setattr(sys, "argv", ["moesparse", command, str(folder / "dense"), *map(str, arguments), *text])
     monkeypatch.setenv("COLUMNS", "120")
     try:
@@ -85,6 +95,13 @@ def test_calibrate_writes_statistics_that_score(folder, tmp_path, monkeypatch, c
         (("--experts", 0.5, "--expert-saliency", "reep"), "criterion must be one of frequency, gate-sum"),
         (("--experts", 0.5, "--keep-experts", 4), "only one of experts and keep_experts"),
         (("--weights", "none"), "must prune weights or remove experts"),
+        (("--experts", 0.5, "--mix", "loud"), "mix must be one of pooled, equal, got 'loud'"),
+        (("--experts", 0.5, "--budget", "equal"), "expert_budget must be one of per-layer, global, got 'equal'"),
+        (("--experts", 0.5, "--budget", "global"), "got 'global': it keeps another number of experts in every block"),
+        (("--experts", 0.5, "--expert-floor", 3), "floor must be left out with budget='per-layer', got 3"),
+        (("--experts", 0.5, "--demonstrations-from-model", 32), "give 1 to 31 of its 32 tokens to the model, got 32"),
+        (("--experts", 0.5, "--demonstrations-from-model", 8, "--temperature", -1), "temperature must be 0"),
+        (("--experts", 0.5, "--statistics", "s.stats"), "only one of --statistics and calibration text"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(folder, tmp_path, monkeypatch, capsys, options, message):
@@ -92,3 +109,89 @@ def test_mistakes_are_one_line_and_exit_2(folder, tmp_path, monkeypatch, capsys,
     assert code == 2
     assert message in err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+def test_named_domains_are_compared_and_mixed(folder, tmp_path, monkeypatch, capsys):
+    arguments = (tmp_path / "out", "--experts", 0.5, "--mix", "equal", "--expert-saliency", "gated-norm")
+    text = domains(folder, "law", "code")
+    code, out, err = run(monkeypatch, capsys, folder, "prune", *arguments, "--json", text=text)
+    assert code == 0, err
+    report = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert report["recipe"]["expert_mix"] == "equal"
+    found = report["experts"]["domains"]
+    assert found["windows"] == {"code": 4, "law": 4}
+    assert set(found["kept"]) == set(found["scores"]) == {"code", "law"}
+    for number, overlap in enumerate(found["overlap"][0]["blocks"]):
+        a, b = (set(found["kept"][name][number]) for name in ("code", "law"))
+        assert overlap == len(a & b) / len(a | b)
+    assert found["stability"]["demonstrations"] == 8
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "table", *arguments[1:], text=text)
+    assert code == 0, err
+    assert "domains by gated-norm" in err
+    assert "overlap with law" in err
+    assert "resampling the 8 demonstrations keeps" in err
+
+
+def test_calibrate_shows_the_choice_of_any_budget(folder, tmp_path, monkeypatch, capsys):
+    arguments = ("--experts", 0.5, "--budget", "global", "--expert-floor", 3)
+    text = domains(folder, "law", "code")
+    code, out, err = run(monkeypatch, capsys, folder, "calibrate", tmp_path / "s", *arguments, "--json", text=text)
+    assert code == 0, err
+    choice = json.loads(out)["choice"]
+    counts = [len(ids) for ids in choice["kept"].values()]
+    assert sum(counts) == 8
+    assert min(counts) >= 3
+    assert set(choice["domains"]["kept"]) == {"law", "code"}
+
+
+def test_statistics_by_domain_choose_as_their_text_does(folder, tmp_path, monkeypatch, capsys):
+    saved = []
+    for name in ("law", "code"):
+        path = tmp_path / f"{name}.stats"
+        code, _, err = run(monkeypatch, capsys, folder, "calibrate", path, text=domains(folder, name))
+        assert code == 0, err
+        saved += ["--statistics", f"{path}={name}"]
+    arguments = ("--experts", 0.5, "--update", "none", "--mix", "equal", "--json")
+    code, out, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "a", *arguments, text=saved)
+    assert code == 0, err
+    found = json.loads(out)["experts"]["domains"]
+    assert set(found["kept"]) == {"law", "code"}
+    assert found["stability"] is None
+
+
+def test_statistics_of_another_model_are_refused(folder, tmp_path, monkeypatch, capsys):
+    windows = torch.randint(3, 60, (2, 16))
+    calibrate(tiny_model("mixtral", seed=1), windows).save(tmp_path / "other.stats")
+    text = ["--statistics", str(tmp_path / "other.stats")]
+    arguments = ("--experts", 0.5, "--update", "none")
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", *arguments, text=text)
+    assert code == 1
+    assert "statistics must come from this model" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short", "domain 'short' must give at least one window of 32 tokens, got none from"),
+        ("empty", "empty.txt must hold text, got none"),
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "calibrate"])
+def test_a_domain_without_text_is_refused(folder, tmp_path, monkeypatch, capsys, command, name, message):
+    text = domains(folder, "law", name)
+    options = ("--experts", 0.5)
+    code, _, err = run(monkeypatch, capsys, folder, command, tmp_path / "out", *options, text=text)
+    assert code == 1
+    assert message in err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_writes_its_own_demonstrations(folder, tmp_path, monkeypatch, capsys):
+    arguments = (tmp_path / "out", "--experts", 0.25, "--demonstrations-from-model", 8, "--protect-super-experts")
+    code, out, err = run(monkeypatch, capsys, folder, "prune", *arguments, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["calibration"]["tokens from the model"] == 8
+    assert report["calibration"]["length"] == 32
+    assert report["recipe"]["protect_experts"] is True

@@ -14,7 +14,7 @@ from moesparse.errors import CalibrationError, UsageError
 from moesparse.expert_pruning import choose_from_statistics, prune_experts
 from moesparse.model_card import model_card
 from moesparse.pruning import Recipe, prune
-from moesparse.saliency.experts import FAMILY
+from moesparse.saliency.experts import FAMILY, super_experts
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (6, 20), generator=torch.Generator().manual_seed(3))
@@ -119,3 +119,41 @@ def test_statistics_must_be_this_models_and_suffice():
         prune(model, own, Recipe(weights="2:4", experts=0.25, update="none"))
     with pytest.raises(CalibrationError, match="windows or statistics to choose experts, got None"):
         prune(model, None, Recipe(weights=None, experts=0.25))
+
+
+def test_super_experts_stay_whatever_their_score():
+    model = tiny_model("mixtral")
+    choice = choose_from_statistics(find_moe_blocks(model), calibrate(model, WINDOWS), "frequency", keep=4)
+    loud = next(expert for expert in range(8) if expert not in choice[1].tolist())
+    with torch.no_grad():
+        find_moe_blocks(model)[1].matrices[-1].weight[loud] *= 1000
+    statistics = calibrate(model, WINDOWS)
+    assert super_experts(statistics) == [(1, loud)]
+    assert loud not in choose_from_statistics(find_moe_blocks(model), statistics, "frequency", keep=4)[1]
+    recipe = Recipe(weights=None, keep_experts=4, expert_saliency="frequency", update="none", protect_experts=True)
+    report = prune(model, WINDOWS, recipe)
+    assert report.experts is not None
+    assert report.experts["protected"] == [[1, loud]]
+    assert loud in report.experts["blocks"][1]["kept"]
+
+
+def test_a_model_without_outliers_has_no_super_experts():
+    statistics = calibrate(tiny_model("mixtral"), WINDOWS)
+    assert super_experts(statistics) == []
+    for block in statistics.blocks.values():
+        block.maxima.clear()
+    with pytest.raises(CalibrationError, match="must hold the largest outputs"):
+        super_experts(statistics)
+
+
+def test_a_global_budget_is_shown_but_not_written():
+    model = tiny_model("mixtral")
+    before = parameters(model)
+    recipe = Recipe(weights=None, experts=0.5, expert_budget="global", expert_floor=3)
+    with pytest.raises(UsageError, match="MixtralConfig states one for all"):
+        prune(model, WINDOWS, recipe)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), parameters(model).values(), strict=True))
+    blocks, statistics = find_moe_blocks(model), calibrate(model, WINDOWS)
+    kept = choose_from_statistics(blocks, statistics, "reap", remove=0.5, budget="global", floor=3)
+    assert sum(map(len, kept)) == 8
+    assert min(map(len, kept)) >= 3

@@ -6,16 +6,19 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.progress import Progress, ProgressEvent
+from moesparse.progress import Progress, ProgressEvent, silent
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +92,103 @@ def quiet_libraries() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
+CALIBRATION_HELP = (
+    "Text: FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=DOMAIN names its domain. Repeat."
+)
+FROM_MODEL_HELP = (
+    "Give the last N tokens of each window to the model: it continues the text before them itself, and is calibrated "
+    "on both (EASY-EP)."
+)
+TEMPERATURE_HELP = "Of what the model writes: 0 takes the likeliest token, above 0 tokens are drawn by --seed."
+MIX_HELP = (
+    "Several domains become one choice of experts by the sums of all text (pooled), or by the mean of their scores, "
+    "each normalised to sum 1 in every block (equal)."
+)
+PROTECT_HELP = "Keep super-experts, those with extreme outputs (arXiv 2507.23279), whatever their score."
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows to calibrate on, [n, t] ids and a mask or None, and the domain of each."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    domains: list[str]
+
+    @property
+    def windows(self) -> Any:
+        """What everything that takes windows takes."""
+        return self.ids if self.mask is None else (self.ids, self.mask)
+
+
+def calibration_text(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str,
+    network: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    from_model: int | None = None,
+    temperature: float = 0.0,
+    batch_size: int = 8,
+    device: Any = None,
+    progress: Progress = silent,
+) -> CalibrationText:
+    """The calibration windows of a run; with `from_model` the model writes that many tokens of each itself."""
+    from moesparse.demonstrations import check_new_tokens, continue_prompts
+    from moesparse.evaluate import context_length
+
+    context = context_length(network)
+    if from_model is None:
+        ids, domains = calibration_windows(
+            sources, tokenizer, source, samples=samples, length=length, seed=seed, context=context
+        )
+        return CalibrationText(ids, None, domains)
+    length = min(length, context or length)
+    check_new_tokens(from_model, length, temperature)
+    prompts, domains = calibration_windows(
+        sources, tokenizer, source, samples=samples, length=length - from_model, seed=seed, context=context
+    )
+    ids, mask = continue_prompts(
+        network,
+        prompts,
+        from_model,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
+    return CalibrationText(ids, mask, domains)
+
+
+def show_domains(found: Mapping[str, Any], criterion: Any) -> None:
+    """What each domain would keep, how far they agree, and how firm the choice is."""
+    table = Table(title=f"domains by {criterion}", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("domain")
+    table.add_column("windows", justify="right")
+    names = list(found["kept"])
+    if len(names) > 1:
+        for name in names:
+            table.add_column(f"overlap with {name}", justify="right")
+        pairs = {frozenset(each["domains"]): each["blocks"] for each in found["overlap"]}
+        for name in names:
+            cells = ["" if name == other else _span(pairs[frozenset((name, other))]) for other in names]
+            windows = found["windows"][name]
+            table.add_row(name, "" if windows is None else str(windows), *cells)
+        console.print(table)
+        console.print("overlap: Jaccard of the kept experts, mean over blocks (lowest)", highlight=False)
+    if found["stability"] is not None:
+        colour = "green" if found["stability"]["stable"] else "yellow"
+        console.print(f"[{colour}]{found['stability']['summary']}[/]", highlight=False, soft_wrap=True)
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.2f} ({min(values):.2f})"
+
+
 def calibration_windows(
     sources: Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -98,8 +198,8 @@ def calibration_windows(
     length: int,
     seed: int,
     context: int | None,
-) -> torch.Tensor:
-    """The calibration windows of a prune run: the given texts, or the embedded text for the embedded model."""
+) -> tuple[torch.Tensor, list[str]]:
+    """Calibration windows and their domains: the given texts, or the embedded text for the embedded model."""
     from moesparse import text
 
     if tokenizer is None:
@@ -111,8 +211,8 @@ def calibration_windows(
                 "--calibration must name text for this model (.txt, .jsonl, .parquet or a datasets name), got none; "
                 "only the embedded model brings its own. Example: --calibration c4.jsonl --samples 128 --length 2048"
             )
-    paths = [text.parse_source(argument).path for argument in sources]
-    return text.windows(paths, tokenizer, samples=samples, length=length, seed=seed, max_length=context)
+    named = [text.parse_source(argument) for argument in sources]
+    return text.domain_windows(named, tokenizer, samples=samples, length=length, seed=seed, max_length=context)
 
 
 def format_bytes(count: int) -> str:

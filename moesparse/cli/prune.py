@@ -10,7 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from moesparse.cli.common import (
-    calibration_windows,
+    CALIBRATION_HELP,
+    FROM_MODEL_HELP,
+    MIX_HELP,
+    PROTECT_HELP,
+    TEMPERATURE_HELP,
+    calibration_text,
     console,
     format_bytes,
     model_source,
@@ -18,6 +23,7 @@ from moesparse.cli.common import (
     progress_bar,
     quiet_libraries,
     resolve_device,
+    show_domains,
 )
 
 SALIENCY_HELP = (
@@ -55,12 +61,25 @@ def prune(
     refine_experts: Annotated[
         bool, typer.Option("--refine-experts", help="Swap experts while the block's output error falls; slower.")
     ] = False,
-    calibration: Annotated[
+    mix: Annotated[str, typer.Option(help=MIX_HELP)] = "pooled",
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="per-layer: as many experts in every block. global, over all blocks together, is refused: no "
+            "checkpoint format can say it; see moesparse calibrate --budget."
+        ),
+    ] = "per-layer",
+    expert_floor: Annotated[int | None, typer.Option(help="Fewest experts of a block under the global budget.")] = None,
+    protect_super_experts: Annotated[bool, typer.Option("--protect-super-experts", help=PROTECT_HELP)] = False,
+    calibration: Annotated[list[str] | None, typer.Option(help=CALIBRATION_HELP)] = None,
+    statistics: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text: FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=DOMAIN names it. Repeat."
+            help="Instead of text, to remove experts alone: FILE or FILE=DOMAIN that moesparse calibrate wrote. Repeat."
         ),
     ] = None,
+    demonstrations_from_model: Annotated[int | None, typer.Option(metavar="N", help=FROM_MODEL_HELP)] = None,
+    temperature: Annotated[float, typer.Option(help=TEMPERATURE_HELP)] = 0.0,
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a window; bounded by the model's context.", min=2)] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
@@ -90,7 +109,7 @@ def prune(
       moesparse prune demo out/twelve-experts --keep-experts 12
     """
     from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
-    from moesparse.evaluate import context_length
+    from moesparse.errors import UsageError
     from moesparse.model_card import model_card
     from moesparse.pruning import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
     from moesparse.pruning import prune as run
@@ -107,36 +126,48 @@ def prune(
         keep_experts=keep_experts,
         expert_saliency=expert_saliency or DEFAULT_EXPERT_SALIENCY,
         refine_experts=refine_experts,
+        expert_mix=mix,
+        expert_budget=budget,
+        expert_floor=expert_floor,
+        protect_experts=protect_super_experts,
     )
+    if statistics and (calibration or demonstrations_from_model is not None):
+        raise UsageError("only one of --statistics and calibration text may be given, got both")
     target = resolve_device(device)
     check_output_folder(out)
     source = model_source(model)
     with quiet_libraries():
         network, tokenizer = load_pretrained(source)
         needs_data = recipe.saliency != "magnitude" or recipe.update != "none" or recipe.removes_experts
-        windows = (
-            calibration_windows(
-                calibration or [],
-                tokenizer,
-                source,
-                samples=samples,
-                length=length,
-                seed=seed,
-                context=context_length(network),
-            )
-            if needs_data
-            else None
-        )
         with progress_bar() as progress:
+            text = None
+            if needs_data and not statistics:
+                text = calibration_text(
+                    calibration or [],
+                    tokenizer,
+                    source,
+                    network,
+                    samples=samples,
+                    length=length,
+                    seed=seed,
+                    from_model=demonstrations_from_model,
+                    temperature=temperature,
+                    batch_size=batch_size,
+                    device=target,
+                    progress=progress,
+                )
             result = run(
                 network,
-                windows,
+                _load_statistics(statistics) if statistics else None if text is None else text.windows,
                 recipe,
+                domains=None if text is None else text.domains,
                 batch_size=batch_size,
                 device=target,
                 progress=progress,
                 allow_pruned=allow_pruned,
             )
+        if demonstrations_from_model is not None:
+            result.calibration |= {"tokens from the model": demonstrations_from_model, "temperature": temperature}
         card = model_card(model, result)
         save_pretrained(network, out, tokenizer=tokenizer, source=source, recipe=recipe.to_dict(), card=card)
     if report is not None:
@@ -145,6 +176,20 @@ def prune(
         print_json(result.to_dict() | {"output": str(out)})
         return
     _show(result, out)
+
+
+def _load_statistics(sources: list[str]) -> Any:
+    """Statistics by domain, or those of the one file without a name of its own."""
+    from moesparse.errors import UsageError
+    from moesparse.statistics import ModelStatistics
+    from moesparse.text import parse_source
+
+    named = [parse_source(source) for source in sources]
+    domains = [one.domain for one in named]
+    if len(set(domains)) != len(domains):
+        raise UsageError(f"--statistics must name each domain once, got {', '.join(domains)}: give FILE=DOMAIN")
+    found = {one.domain: ModelStatistics.load(one.path) for one in named}
+    return found if len(found) > 1 else next(iter(found.values()))
 
 
 def _show(result: Any, out: Path) -> None:
@@ -170,6 +215,9 @@ def _show_experts(result: Any) -> None:
         ids = " ".join(map(str, block["removed"])) + (f" (no tokens: {' '.join(map(str, dead))})" if dead else "")
         table.add_row(block["name"], f"{len(block['kept'])} of {block['before']}", ids, fits.get(block["name"], ""))
     console.print(table)
+    for block, expert in removed["protected"]:
+        console.print(f"super-expert kept: {removed['blocks'][block]['name']} {expert}", highlight=False)
+    show_domains(removed["domains"], removed["criterion"])
     before, after = removed["bytes_before"], removed["bytes_after"]
     console.print(f"model: {before / 2**20:.1f} > {after / 2**20:.1f} MiB", highlight=False)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ __all__ = [
     "ANGLED_NORM_SUM",
     "EXPERT_CRITERIA",
     "FAMILY",
+    "STABLE_OVERLAP",
     "Stability",
+    "Sums",
     "bootstrap_stability",
     "check_criterion",
     "dead_experts",
@@ -31,6 +34,11 @@ __all__ = [
     "jaccard",
     "mix",
     "recommend",
+    "resample",
+    "score_sums",
+    "stack_sums",
+    "sums_needed",
+    "super_experts",
 ]
 
 FAMILY: dict[str, tuple[float, float, float]] = {
@@ -64,9 +72,15 @@ _SUMS = {
     (2.0, 2.0): "gated_norm_sq_sum",
 }
 
+STABLE_OVERLAP = 0.8
+"""Mean overlap under resampling, in the least stable block, below which a choice is called unstable: with 8 kept
+experts, one of them differs in every draw (7 / 9)."""
+
 _RECOMMENDED = {"task-agnostic": "man", "task-specific": "gated-norm"}
 
 Criterion = str | tuple[float, float, float]
+Sums = Mapping[str, Tensor]
+"""Name of a sum -> [blocks, E] float64 (or [windows, blocks, E]); see `sums_needed`."""
 
 
 def expert_scores(statistics: ModelStatistics, criterion: Criterion, *, seed: int = 0) -> Tensor:
@@ -86,7 +100,7 @@ def expert_scores(statistics: ModelStatistics, criterion: Criterion, *, seed: in
         CalibrationError: the statistics lack the sum of easy-ep, or their blocks differ in the number of experts.
     """
     check_criterion(criterion)
-    return _score(_stacked(statistics, _needed(criterion)), criterion, seed)
+    return score_sums(stack_sums(statistics, criterion), criterion, seed=seed)
 
 
 def recommend(objective: str = "task-agnostic") -> str:
@@ -107,6 +121,36 @@ def recommend(objective: str = "task-agnostic") -> str:
 def dead_experts(statistics: ModelStatistics) -> list[list[int]]:
     """For each block the experts that saw no token of the calibration text."""
     return [(block.tokens == 0).nonzero().flatten().tolist() for block in statistics.blocks.values()]
+
+
+def super_experts(statistics: ModelStatistics) -> list[tuple[int, int]]:
+    """Experts with extreme outputs, (block, expert), which carry the massive activations of a model.
+
+    After Su et al. (arXiv 2507.23279): the largest output over all calibration tokens lies above the 99.5% quantile of
+    all experts and above a tenth of the largest. Here it must also be ten times the median of all experts, so that a
+    model without outliers has none; and any block may hold one.
+
+    Raises:
+        CalibrationError: the statistics hold no maxima.
+    """
+    maxima = [block.maxima.get("output") for block in statistics.blocks.values()]
+    if any(each is None for each in maxima):
+        raise CalibrationError(
+            "statistics must hold the largest outputs to find super-experts, got none: calibrate again"
+        )
+    largest = [each.double().cpu() for each in maxima if each is not None]
+    together = torch.cat(largest)
+    least = max(float(together.quantile(0.995)), 0.1 * float(together.max()), 10 * float(together.median()))
+    # >=, because among fewer than 200 experts the quantile is next to the largest itself
+    return (
+        [
+            (block, expert)
+            for block, values in enumerate(largest)
+            for expert in (values >= least).nonzero().flatten().tolist()
+        ]
+        if least > 0
+        else []
+    )
 
 
 def jaccard(kept_a: Sequence[Tensor], kept_b: Sequence[Tensor]) -> Tensor:
@@ -159,12 +203,29 @@ class Stability:
     overlap: Tensor
     kept: Tensor
 
+    @property
+    def stable(self) -> bool:
+        """Whether every block keeps at least STABLE_OVERLAP of its choice on average."""
+        return bool(self.overlap.min() >= STABLE_OVERLAP)
+
     def describe(self) -> str:
         """One sentence for a report."""
+        verdict = "" if self.stable else "the choice is unstable, give more text: "
         return (
-            f"resampling the {self.demonstrations} demonstrations keeps {100 * float(self.overlap.mean()):.0f}% of the "
-            f"choice on average, {100 * float(self.overlap.min()):.0f}% in the least stable block"
+            f"{verdict}resampling the {self.demonstrations} demonstrations keeps "
+            f"{100 * float(self.overlap.mean()):.0f}% of the choice on average, "
+            f"{100 * float(self.overlap.min()):.0f}% in the least stable block"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "demonstrations": self.demonstrations,
+            "overlap": self.overlap.tolist(),
+            "kept": self.kept.tolist(),
+            "stable": self.stable,
+            "summary": self.describe(),
+        }
 
 
 def bootstrap_stability(
@@ -187,20 +248,48 @@ def bootstrap_stability(
     if len(demonstrations) < 2:
         raise UsageError(f"demonstrations must be at least 2 to be drawn again, got {len(demonstrations)}")
     check_criterion(criterion)
-    names = _needed(criterion)
-    parts = [_stacked(one, names) for one in demonstrations]
-    sums = {name: torch.stack([part[name] for part in parts]) for name in names}
-    everything = choose(_score({name: value.sum(0) for name, value in sums.items()}, criterion, seed))
+    parts = [stack_sums(one, criterion) for one in demonstrations]
+    sums = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return resample(
+        {"all": sums},
+        lambda drawn: choose(score_sums(drawn["all"], criterion, seed=seed)),
+        samples=samples,
+        seed=seed,
+    )
+
+
+def resample(
+    groups: Mapping[str, Sums],
+    choose: Callable[[Mapping[str, Sums]], Sequence[Tensor]],
+    *,
+    samples: int = 100,
+    seed: int = 0,
+) -> Stability:
+    """Draw the demonstrations of every group again with replacement, as many as it has.
+
+    Args:
+        groups: group -> name of a sum -> [demonstrations, blocks, E].
+        choose: the groups' sums, [blocks, E] each -> kept ids per block.
+        samples: resamples.
+        seed: of the draws.
+    """
+
+    def total(rows: Mapping[str, Tensor | slice]) -> dict[str, Sums]:
+        return {
+            group: {name: value[rows[group]].sum(0) for name, value in sums.items()} for group, sums in groups.items()
+        }
+
+    counts = {group: len(sums["tokens"]) for group, sums in groups.items()}
+    everything = choose(total(dict.fromkeys(groups, slice(None))))
     generator = torch.Generator().manual_seed(seed)
     overlap = torch.zeros(samples, len(everything), dtype=torch.float64)
-    kept = torch.zeros_like(next(iter(sums.values()))[0], dtype=torch.float64)
+    kept = torch.zeros(next(iter(groups.values()))["tokens"].shape[1:], dtype=torch.float64)
     for sample in range(samples):
-        drawn = torch.randint(len(parts), (len(parts),), generator=generator)
-        choice = choose(_score({name: value[drawn].sum(0) for name, value in sums.items()}, criterion, seed))
+        choice = choose(total({g: torch.randint(n, (n,), generator=generator) for g, n in counts.items()}))
         overlap[sample] = jaccard(everything, choice)
         for block, ids in enumerate(choice):
             kept[block, ids] += 1 / samples
-    return Stability(len(parts), overlap.mean(0), kept)
+    return Stability(sum(counts.values()), overlap.mean(0), kept)
 
 
 def check_criterion(criterion: Criterion) -> None:
@@ -214,32 +303,32 @@ def check_criterion(criterion: Criterion) -> None:
         raise UsageError(f"criterion (b, a, B) must have (a, B) among {held}, got {criterion}")
 
 
-def _needed(criterion: Criterion) -> tuple[str, ...]:
+def sums_needed(criterion: Criterion) -> tuple[str, ...]:
     """Names of the sums a criterion reads; the token counts always, they say who is dead."""
     if criterion == "random":
         return ("tokens",)
     if criterion == "easy-ep":
-        return ("tokens", f"extra.{ANGLED_NORM_SUM}")
+        return ("tokens", ANGLED_NORM_SUM)
     _, a, B = FAMILY[criterion] if isinstance(criterion, str) else criterion
     return tuple(dict.fromkeys(("tokens", _SUMS[float(a), float(B)])))
 
 
-def _stacked(statistics: ModelStatistics, names: Sequence[str]) -> dict[str, Tensor]:
-    """The sums by name, [blocks, E] float64 each."""
+def stack_sums(statistics: ModelStatistics, criterion: Criterion) -> dict[str, Tensor]:
+    """The sums a criterion needs by name, [blocks, E] float64 each."""
     blocks = statistics.blocks
     counts = sorted({block.num_experts for block in blocks.values()})
     if len(counts) != 1:
         raise CalibrationError(f"every block must have the same number of experts, got {counts}")
     return {
         name: torch.stack([_sum_of(block, name, where).double().cpu() for where, block in blocks.items()])
-        for name in names
+        for name in sums_needed(criterion)
     }
 
 
 def _sum_of(block: ExpertStatistics, name: str, where: str) -> Tensor:
-    if not name.startswith("extra."):
+    if name != ANGLED_NORM_SUM:
         return getattr(block, name)
-    found = block.extra.get(name.removeprefix("extra."))
+    found = block.extra.get(name)
     if found is None:
         raise CalibrationError(
             f"easy-ep needs the angle by which the experts turn the residual, which the statistics of {where} lack: in "
@@ -249,13 +338,14 @@ def _sum_of(block: ExpertStatistics, name: str, where: str) -> Tensor:
     return found
 
 
-def _score(sums: Mapping[str, Tensor], criterion: Criterion, seed: int) -> Tensor:
+def score_sums(sums: Sums, criterion: Criterion, *, seed: int = 0) -> Tensor:
+    """`expert_scores` from the sums of `stack_sums`."""
     tokens = sums["tokens"]
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         score = torch.rand(tokens.shape, generator=generator, dtype=torch.float64)
     elif criterion == "easy-ep":
-        score = sums[f"extra.{ANGLED_NORM_SUM}"]
+        score = sums[ANGLED_NORM_SUM]
     else:
         b, a, B = FAMILY[criterion] if isinstance(criterion, str) else criterion
         score = sums[_SUMS[float(a), float(B)]] * tokens.clamp_min(1).pow(-float(b))
