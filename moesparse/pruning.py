@@ -225,6 +225,10 @@ def prune(
         CalibrationError: the windows or statistics do not fit this model.
     """
     recipe = recipe or Recipe()
+    if isinstance(calibration, Mapping) and recipe.weights is not None:
+        raise CalibrationError(
+            "calibration must be windows, or statistics of one text, to prune weights, got statistics by domain"
+        )
     blocks = find_moe_blocks(model)
     for block in blocks:
         for matrix in block.matrices:
@@ -250,6 +254,7 @@ def prune(
         if not allow_pruned:
             check_dense(blocks)
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        assert not isinstance(calibration, Mapping)  # refused above
         windows, mask = check_windows(calibration, vocabulary)
         home = torch.device(device) if device is not None else _default_device()
         stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, home)

@@ -86,7 +86,7 @@ class MoESparseConfig(QuantizationConfigMixin):
         recipe: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.blocks = blocks or {}
         self.recipe = recipe
@@ -120,6 +120,7 @@ class MoESparseQuantizer(HfQuantizer):
 
     # it never quantizes on the fly: what it loads is packed
     requires_calibration = True
+    quantization_config: MoESparseConfig
 
     def __init__(self, quantization_config: MoESparseConfig, serializable: bool = True, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -264,20 +265,22 @@ def attach(model: nn.Module, blocks: Patterns) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     config = _config(model, blocks)
+    target: Any = model  # what transformers' loader sets on a model, its class does not declare
     try:
-        model._weight_conversions = packed_conversions(conversions_of(model), blocks) or None
+        target._weight_conversions = packed_conversions(conversions_of(model), blocks) or None
         serializable = True
     except UnsupportedModelError:
         serializable = False
-    model.config.quantization_config = config
-    model.hf_quantizer = MoESparseQuantizer(config, serializable)
-    model.quantization_method = METHOD
+    target.config.quantization_config = config
+    target.hf_quantizer = MoESparseQuantizer(config, serializable)
+    target.quantization_method = METHOD
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`, or what loading a packed checkpoint leaves on a model. The converters serve dense models too."""
     if isinstance(model, PreTrainedModel) and isinstance(getattr(model, "hf_quantizer", None), MoESparseQuantizer):
-        model.hf_quantizer.remove_quantization_config(model)
+        quantizer: Any = model.hf_quantizer
+        quantizer.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
@@ -298,9 +301,9 @@ def packed_metadata(model: PreTrainedModel, blocks: Patterns | None) -> Iterator
         for name in names:
             vars(model).pop(name, None)
         if "_weight_conversions" in before:
-            model._weight_conversions = before["_weight_conversions"]
+            vars(model)["_weight_conversions"] = before["_weight_conversions"]
         if blocks is not None:
-            model._weight_conversions = packed_conversions(conversions_of(model), blocks) or None
+            vars(model)["_weight_conversions"] = packed_conversions(conversions_of(model), blocks) or None
             model.config.quantization_config = _config(model, blocks)
         yield
     finally:
