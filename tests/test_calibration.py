@@ -82,6 +82,7 @@ def slow_sums(
             activation, f = EXPERTS[family](block.experts, e, x)
             norm = f.square().sum().sqrt()
             sums.tokens[e] += 1
+            sums.maxima["output"][e] = max(sums.maxima["output"][e], f.abs().max())
             sums.gate_sum[e] += g
             sums.norm_sum[e] += norm
             sums.norm_sq_sum[e] += norm**2
@@ -92,12 +93,13 @@ def slow_sums(
                 sums.gated_energy[name][e] += (g * X) ** 2
                 sums.moment[name][e] += torch.outer(X, X)
                 sums.gated_moment[name][e] += torch.outer(g * X, g * X)
-    return sums.named_tensors()
+    return sums.named_tensors() | sums.named_maxima()
 
 
 def assert_same_sums(actual: ExpertStatistics, expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Relative to the largest value of each sum; token counts exactly."""
-    named = actual.named_tensors()
+    """Relative to the largest value of each sum; token counts exactly. `extra` sums have tests of their own."""
+    named = actual.named_tensors() | actual.named_maxima()
+    named = {name: tensor for name, tensor in named.items() if not name.startswith("extra.")}
     assert named.keys() == expected.keys()
     assert torch.equal(named["tokens"], expected["tokens"])
     for name, tensor in named.items():
@@ -109,7 +111,8 @@ def assert_same_sums(actual: ExpertStatistics, expected: dict[str, torch.Tensor]
 def assert_same_bits(actual: ModelStatistics, expected: ModelStatistics) -> None:
     assert list(actual.blocks) == list(expected.blocks)
     for name, block in actual.blocks.items():
-        mine, theirs = block.named_tensors(), expected.blocks[name].named_tensors()
+        other = expected.blocks[name]
+        mine, theirs = block.named_tensors() | block.named_maxima(), other.named_tensors() | other.named_maxima()
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
