@@ -96,10 +96,15 @@ def slow_sums(
     return sums.named_tensors() | sums.named_maxima()
 
 
+def sums_of(statistics: ExpertStatistics) -> dict[str, torch.Tensor]:
+    """Sums and maxima by name; the `extra` ones have tests of their own."""
+    named = statistics.named_tensors() | statistics.named_maxima()
+    return {name: tensor for name, tensor in named.items() if not name.startswith("extra.")}
+
+
 def assert_same_sums(actual: ExpertStatistics, expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Relative to the largest value of each sum; token counts exactly. `extra` sums have tests of their own."""
-    named = actual.named_tensors() | actual.named_maxima()
-    named = {name: tensor for name, tensor in named.items() if not name.startswith("extra.")}
+    """Relative to the largest value of each sum; token counts exactly."""
+    named = sums_of(actual)
     assert named.keys() == expected.keys()
     assert torch.equal(named["tokens"], expected["tokens"])
     for name, tensor in named.items():
@@ -230,7 +235,7 @@ def test_neither_the_order_of_tokens_nor_of_slots_matters():
     plain(hidden, index, gates)
     shuffled(hidden[order], index[order], gates[order])
     flipped(hidden, index.flip(1), gates.flip(1))
-    expected = plain.statistics.named_tensors()
+    expected = sums_of(plain.statistics)
     assert_same_sums(shuffled.statistics, expected, 1e-13)
     assert_same_sums(flipped.statistics, expected, 1e-13)
 
@@ -272,7 +277,7 @@ def test_padding_is_not_in_the_sums(family, side):
     assert statistics.text_hash == plain.text_hash
     for name, block in statistics.blocks.items():
         # rotary angles are float32 in a float64 model, and left padding shifts them
-        assert_same_sums(block, plain.blocks[name].named_tensors(), 1e-12 if side == "right" else 1e-4)
+        assert_same_sums(block, sums_of(plain.blocks[name]), 1e-12 if side == "right" else 1e-4)
 
 
 def test_padded_rows_are_computed_but_not_recorded_whatever_they_hold():
@@ -420,7 +425,7 @@ def test_merged_halves_equal_the_whole(mixtral):
     assert (merged.tokens, merged.text_hash, merged.seed) == (whole.tokens, whole.text_hash, 7)
     assert merged.fingerprint == whole.fingerprint
     for name, block in merged.blocks.items():
-        assert_same_sums(block, whole.blocks[name].named_tensors(), 1e-15)
+        assert_same_sums(block, sums_of(whole.blocks[name]), 1e-15)
     backwards = second + first
     assert_same_bits(backwards, merged)
 
@@ -430,7 +435,7 @@ def test_parts_cut_inside_a_batch_merge_to_float32_rounding(mixtral):
     whole = calibrate(mixtral, ids, moments="both", batch_size=5)
     merged = calibrate(mixtral, ids[:2], moments="both") + calibrate(mixtral, ids[2:], moments="both")
     for name, block in merged.blocks.items():
-        assert_same_sums(block, whole.blocks[name].named_tensors(), 1e-5)
+        assert_same_sums(block, sums_of(whole.blocks[name]), 1e-5)
 
 
 def test_merging_forgets_a_seed_that_differs(mixtral):
@@ -783,4 +788,4 @@ def test_a_gpu_gives_the_same_sums_and_the_model_comes_back(family):
     assert next(model.parameters()).device.type == "cpu"
     for name, block in found.blocks.items():
         assert block.gate_sum.device.type == "cpu"
-        assert_same_sums(block, expected.blocks[name].named_tensors(), 1e-3)
+        assert_same_sums(block, sums_of(expected.blocks[name]), 1e-3)
