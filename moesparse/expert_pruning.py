@@ -169,7 +169,7 @@ def prune_experts(
     if refine and not isinstance(calibration, Mapping):
         if mask is not None:
             raise UsageError("windows must be without padding to refine the choice, got an attention mask")
-        kept, refined = refine_choice(model, kept, ids, progress=progress)
+        kept, refined = refine_choice(model, kept, ids, protect=protected, progress=progress)
     if isinstance(calibration, Mapping) or not refit:
         return ExpertReport(criterion, remove_experts(model, kept), dead, [], refined, found, protected)
     surgery, fits = remove_and_refit(
@@ -181,8 +181,8 @@ def prune_experts(
 def check_budget(model: nn.Module, budget: str, floor: int | None) -> None:
     """Refuse a budget over all blocks together: the smaller model could not be saved.
 
-    No config of transformers can state another number of experts for every layer (HunYuanConfig mentions a list and
-    refuses it). `choose_from_statistics` shows what a global budget would keep.
+    No config of transformers states another number of experts for every layer (HunYuan's code would read a list, its
+    config takes an int). `choose_from_statistics` shows what a global budget would keep.
     """
     if budget not in BUDGETS:
         raise UsageError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")

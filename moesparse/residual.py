@@ -52,7 +52,9 @@ class _Angle:
         block = recorder.block
         self.layer = model.get_submodule(block.layer)
         self.moe = block.moe
-        self.total = torch.zeros_like(recorder.statistics.gate_sum)
+        # made under inference mode it could not be changed in place outside of it, as the other sums can
+        with torch.inference_mode(False):
+            self.total = torch.zeros_like(recorder.statistics.gate_sum)
         # gemma4's layer is its own MoE module, and a latent MoE adds another vector than its experts give
         self.holds = self.moe is not self.layer
         self._made_from: dict[int, tuple[Tensor, Tensor]] = {}

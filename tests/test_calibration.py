@@ -82,6 +82,7 @@ def slow_sums(
             activation, f = EXPERTS[family](block.experts, e, x)
             norm = f.square().sum().sqrt()
             sums.tokens[e] += 1
+            sums.maxima["output"][e] = max(sums.maxima["output"][e], f.abs().max())
             sums.gate_sum[e] += g
             sums.norm_sum[e] += norm
             sums.norm_sq_sum[e] += norm**2
@@ -92,12 +93,18 @@ def slow_sums(
                 sums.gated_energy[name][e] += (g * X) ** 2
                 sums.moment[name][e] += torch.outer(X, X)
                 sums.gated_moment[name][e] += torch.outer(g * X, g * X)
-    return sums.named_tensors()
+    return sums.named_tensors() | sums.named_maxima()
+
+
+def sums_of(statistics: ExpertStatistics) -> dict[str, torch.Tensor]:
+    """Sums and maxima by name; the `extra` ones have tests of their own."""
+    named = statistics.named_tensors() | statistics.named_maxima()
+    return {name: tensor for name, tensor in named.items() if not name.startswith("extra.")}
 
 
 def assert_same_sums(actual: ExpertStatistics, expected: dict[str, torch.Tensor], tolerance: float) -> None:
     """Relative to the largest value of each sum; token counts exactly."""
-    named = actual.named_tensors()
+    named = sums_of(actual)
     assert named.keys() == expected.keys()
     assert torch.equal(named["tokens"], expected["tokens"])
     for name, tensor in named.items():
@@ -109,7 +116,8 @@ def assert_same_sums(actual: ExpertStatistics, expected: dict[str, torch.Tensor]
 def assert_same_bits(actual: ModelStatistics, expected: ModelStatistics) -> None:
     assert list(actual.blocks) == list(expected.blocks)
     for name, block in actual.blocks.items():
-        mine, theirs = block.named_tensors(), expected.blocks[name].named_tensors()
+        other = expected.blocks[name]
+        mine, theirs = block.named_tensors() | block.named_maxima(), other.named_tensors() | other.named_maxima()
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
@@ -227,7 +235,7 @@ def test_neither_the_order_of_tokens_nor_of_slots_matters():
     plain(hidden, index, gates)
     shuffled(hidden[order], index[order], gates[order])
     flipped(hidden, index.flip(1), gates.flip(1))
-    expected = plain.statistics.named_tensors()
+    expected = sums_of(plain.statistics)
     assert_same_sums(shuffled.statistics, expected, 1e-13)
     assert_same_sums(flipped.statistics, expected, 1e-13)
 
@@ -269,7 +277,7 @@ def test_padding_is_not_in_the_sums(family, side):
     assert statistics.text_hash == plain.text_hash
     for name, block in statistics.blocks.items():
         # rotary angles are float32 in a float64 model, and left padding shifts them
-        assert_same_sums(block, plain.blocks[name].named_tensors(), 1e-12 if side == "right" else 1e-4)
+        assert_same_sums(block, sums_of(plain.blocks[name]), 1e-12 if side == "right" else 1e-4)
 
 
 def test_padded_rows_are_computed_but_not_recorded_whatever_they_hold():
@@ -417,7 +425,7 @@ def test_merged_halves_equal_the_whole(mixtral):
     assert (merged.tokens, merged.text_hash, merged.seed) == (whole.tokens, whole.text_hash, 7)
     assert merged.fingerprint == whole.fingerprint
     for name, block in merged.blocks.items():
-        assert_same_sums(block, whole.blocks[name].named_tensors(), 1e-15)
+        assert_same_sums(block, sums_of(whole.blocks[name]), 1e-15)
     backwards = second + first
     assert_same_bits(backwards, merged)
 
@@ -427,7 +435,7 @@ def test_parts_cut_inside_a_batch_merge_to_float32_rounding(mixtral):
     whole = calibrate(mixtral, ids, moments="both", batch_size=5)
     merged = calibrate(mixtral, ids[:2], moments="both") + calibrate(mixtral, ids[2:], moments="both")
     for name, block in merged.blocks.items():
-        assert_same_sums(block, whole.blocks[name].named_tensors(), 1e-5)
+        assert_same_sums(block, sums_of(whole.blocks[name]), 1e-5)
 
 
 def test_merging_forgets_a_seed_that_differs(mixtral):
@@ -780,4 +788,4 @@ def test_a_gpu_gives_the_same_sums_and_the_model_comes_back(family):
     assert next(model.parameters()).device.type == "cpu"
     for name, block in found.blocks.items():
         assert block.gate_sum.device.type == "cpu"
-        assert_same_sums(block, expected.blocks[name].named_tensors(), 1e-3)
+        assert_same_sums(block, sums_of(expected.blocks[name]), 1e-3)
