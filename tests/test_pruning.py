@@ -189,6 +189,10 @@ def test_the_report_is_json_with_the_recipe():
         "experts": None,
         "keep_experts": None,
         "expert_saliency": "reap",
+        "expert_mix": "pooled",
+        "expert_budget": "per-layer",
+        "expert_floor": None,
+        "protect_experts": False,
         "refine_experts": False,
         "seed": 3,
     }
