@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -67,7 +67,7 @@ class ExpertMatrix:
 
     name: str
     input: str
-    experts: nn.Module
+    experts: nn.Module = field(repr=False)
     transposed: bool
 
     @property
@@ -116,10 +116,10 @@ class MoEBlock:
     name: str
     layer: str
     index: int
-    experts: nn.Module
-    moe: nn.Module
+    experts: nn.Module = field(repr=False)
+    moe: nn.Module = field(repr=False)
     moe_name: str
-    router: nn.Module | None
+    router: nn.Module | None = field(repr=False)
     router_name: str | None
     num_experts: int
     hidden_size: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moesparse.blocks import ExpertMatrix, MoEBlock, find_moe_blocks
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.progress import Progress, ProgressEvent
+from moesparse.residual import measure_angles
 from moesparse.statistics import (
     MOMENTS,
     ExpertStatistics,
@@ -46,6 +47,10 @@ __all__ = [
 
 Windows = Tensor | tuple[Tensor, Tensor | None]
 
+Observer = Callable[[Tensor, list[int], Tensor, Tensor], None]
+"""Called after a block has run with the rows recorded, sorted by expert: token of each row [R], rows per expert, g|f|
+of each row [R] float64, and the block's output [T, H]."""
+
 _IMPLEMENTATION = "moesparse_record"
 
 # Exact zeros in a trained weight are rare (bf16 underflow); a pruned expert has a quarter of them or more.
@@ -69,6 +74,7 @@ class Recorder:
             every call of the model, or leave None when there is no padding.
         first_window, window_length: where the batch lies in the text, to name the window in an error.
         calls: how often the block has run.
+        observer: called after every run with what was recorded, for sums that need more than the block sees.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class Recorder:
         self.first_window = 0
         self.window_length: int | None = None
         self.calls = 0
+        self.observer: Observer | None = None
         self._config: Any = None
         device = device or block.matrices[0].parameter.device
         # a recorder made inside inference mode must stay usable outside of it
@@ -142,6 +149,9 @@ class Recorder:
             batch.add(expert, {"hidden": x[:n], "activation": activation[:n]}, f[:n], gates[start:split])
         if not batch.commit():
             raise self._non_finite(hidden_states, tokens, gates, bounds)
+        if self.observer is not None:
+            rows = torch.cat([tokens[bounds[2 * e] : bounds[2 * e + 1]] for e in range(E)])
+            self.observer(rows, batch.counts, batch.gated_norms(), out)
         return out
 
     def _sorted_rows(self, T: int, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -239,6 +249,10 @@ class _BatchSums:
                 _add_gram(self.total.moment[name][expert], X)
             if self.total.gated_moment:
                 _add_gram(self.total.gated_moment[name][expert], X * gates[:, None])
+
+    def gated_norms(self) -> Tensor:
+        """[R] float64, g|f| of every row added, in the order of adding."""
+        return torch.cat(self.gates).double() * torch.cat(self.norms).double()
 
     def commit(self) -> bool:
         """Add everything to the statistics; False, and nothing added but second moments, when a sum is not finite."""
@@ -345,6 +359,7 @@ def calibrate(
         _evaluating(model),
         torch.inference_mode(),
         record(blocks, moments, moments_device=_moments_device(place, needed)) as recorders,
+        measure_angles(model, recorders),
     ):
         tell(0)
         for first in range(0, n, batch_size):

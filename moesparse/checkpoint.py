@@ -181,7 +181,9 @@ def save_pretrained(
         CheckpointError: the folder holds files or cannot be written.
     """
     if recipe is not None:
-        setattr(model.config, CONFIG_KEY, {"version": __version__, "recipe": recipe})
+        # removing experts noted there which ones are left
+        noted = getattr(model.config, CONFIG_KEY, None) or {}
+        setattr(model.config, CONFIG_KEY, {**noted, "version": __version__, "recipe": recipe})
     with atomic_folder(folder) as work:
         model.save_pretrained(work, max_shard_size=max_shard_size)  # type: ignore[operator]
         if tokenizer is not None:

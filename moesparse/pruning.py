@@ -23,17 +23,20 @@ from torch import nn
 from moesparse._version import __version__
 from moesparse.blocks import ExpertMatrix, MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.calibration import Recorder, check_dense, check_windows, record
-from moesparse.errors import CalibrationError, MoESparseError
+from moesparse.errors import CalibrationError, MoESparseError, UsageError
+from moesparse.expert_pruning import prune_experts
 from moesparse.layerwise import LayerStream
 from moesparse.masks import Pattern, check_mask
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.saliency.experts import check_criterion
 from moesparse.saliency.updates import parse_update, rescale_factor, update_weights
 from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
 from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed
 
 DEFAULT_SALIENCY = "moe-pruner"
 DEFAULT_UPDATE = "least-squares"
+DEFAULT_EXPERT_SALIENCY = "reap"
 
 
 @dataclass(frozen=True)
@@ -42,29 +45,52 @@ class Recipe:
 
     Attributes:
         weights: "n:m" (n of every m consecutive inputs of an output row stay), or the share removed from every output
-            row, in (0, 1).
+            row, in (0, 1); None leaves the weights of the experts that stay as they are.
         saliency: the mask rule, one of moesparse.saliency.weights.MASK_RULES.
         update: the weight rule, one of moesparse.saliency.updates.UPDATE_RULES; "none" is the papers' own.
         propagate: the next block is calibrated on what the pruned blocks before it give (False: on the dense model).
-        seed: of the "random" mask rule; every other rule is deterministic.
+        seed: of the "random" mask rule and expert criterion; every other rule is deterministic.
+        experts: share of the experts removed from every block before the weights are pruned, in (0, 1), or
+        keep_experts: how many stay. With a weight rule that holds "least-squares" the kept ones are refitted.
+        expert_saliency: the criterion, one of moesparse.saliency.experts.EXPERT_CRITERIA.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
     """
 
-    weights: str | float = "2:4"
+    weights: str | float | None = "2:4"
     saliency: str = DEFAULT_SALIENCY
     update: str = DEFAULT_UPDATE
     propagate: bool = True
     seed: int = 0
+    experts: float | None = None
+    keep_experts: int | None = None
+    expert_saliency: str = DEFAULT_EXPERT_SALIENCY
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))
+        elif not self.removes_experts:
+            raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
+        if self.experts is not None and self.keep_experts is not None:
+            raise UsageError(
+                f"only one of experts and keep_experts may be given, got {self.experts} and {self.keep_experts}"
+            )
         moments_needed(self.saliency, self.update)  # refuses an unknown rule
+        check_criterion(self.expert_saliency)
 
     @property
     def pattern(self) -> Pattern:
+        assert self.weights is not None
         return Pattern.parse(self.weights)
+
+    @property
+    def removes_experts(self) -> bool:
+        return self.experts is not None or self.keep_experts is not None
+
+    @property
+    def refits_experts(self) -> bool:
+        return self.removes_experts and parse_update(self.update)[0] == "least-squares"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -118,11 +144,14 @@ class Report:
     blocks: list[BlockReport]
     calibration: dict[str, Any]
     seconds: float
+    experts: dict[str, Any] | None = None
 
     @property
     def sparsity(self) -> float:
-        """Share of exact zeros over all expert matrices."""
+        """Share of exact zeros over all expert matrices that are left; 0 when only experts were removed."""
         tensors = [tensor for block in self.blocks for tensor in block.tensors]
+        if not tensors:
+            return 0.0
         sizes = [torch.Size(tensor.shape).numel() for tensor in tensors]
         return sum(t.sparsity * size for t, size in zip(tensors, sizes, strict=True)) / sum(sizes)
 
@@ -175,11 +204,18 @@ def prune(
     blocks = find_moe_blocks(model)
     for block in blocks:
         for matrix in block.matrices:
-            recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
+            if recipe.weights is not None:
+                recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
             if not matrix.parameter.isfinite().all():
                 raise MoESparseError(f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity")
     started = time.perf_counter()
-    if isinstance(calibration, ModelStatistics):
+    removed = None
+    if recipe.removes_experts:
+        removed = _remove_experts(model, blocks, calibration, recipe, batch_size, device, progress, allow_pruned)
+        blocks = find_moe_blocks(model)
+    if recipe.weights is None:
+        reports, source = [], _describe(calibration)
+    elif isinstance(calibration, ModelStatistics):
         reports, source = _prune_from_statistics(model, blocks, calibration, recipe, progress)
     elif calibration is None:
         reports, source = _prune_from_weights(blocks, recipe, progress)
@@ -191,8 +227,55 @@ def prune(
         home = torch.device(device) if device is not None else _default_device()
         stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, home)
         reports = _prune_layerwise(stream, model, blocks, recipe, progress)
-        source = {"windows": len(windows), "length": windows.shape[1], "tokens": int(windows.numel())}
-    return Report(recipe.to_dict(), __version__, reports, source, time.perf_counter() - started)
+        source = _describe(windows)
+    return Report(recipe.to_dict(), __version__, reports, source, time.perf_counter() - started, removed)
+
+
+def _describe(calibration: Any) -> dict[str, Any]:
+    """What the report says of the calibration data."""
+    if isinstance(calibration, ModelStatistics):
+        return {"statistics": calibration.text_hash, "tokens": calibration.tokens}
+    windows = calibration[0] if isinstance(calibration, tuple) else calibration
+    return {"windows": len(windows), "length": windows.shape[1], "tokens": int(windows.numel())}
+
+
+def _remove_experts(
+    model: nn.Module,
+    blocks: Sequence[MoEBlock],
+    calibration: Any,
+    recipe: Recipe,
+    batch_size: int,
+    device: torch.device | str | None,
+    progress: Progress,
+    allow_pruned: bool,
+) -> dict[str, Any]:
+    """Experts first, on the dense model: the weights are then scored on what is left."""
+    if calibration is None:
+        raise CalibrationError("calibration must be windows or statistics to choose experts, got None")
+    if isinstance(calibration, ModelStatistics):
+        if recipe.weights is not None:
+            raise CalibrationError(
+                "calibration must be windows to remove experts and then prune weights, got statistics: the weights "
+                "are scored on what the smaller model computes; pass the windows, or remove experts alone "
+                "(weights=None)"
+            )
+    else:
+        if not allow_pruned:
+            check_dense(blocks)
+        calibration = check_windows(calibration, model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    report = prune_experts(
+        model,
+        calibration,
+        recipe.expert_saliency,
+        keep=recipe.keep_experts,
+        remove=recipe.experts,
+        refit=recipe.refits_experts,
+        seed=recipe.seed,
+        batch_size=batch_size,
+        device=torch.device(device) if device is not None else _default_device(),
+        progress=progress,
+    )
+    return report.to_dict()
 
 
 def _default_device() -> torch.device | None:
@@ -222,7 +305,7 @@ def _prune_from_statistics(
     for done, block in enumerate(blocks):
         progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
         reports.append(_prune_block(block, statistics.blocks[block.name], recipe, recipe.update))
-    return reports, {"statistics": statistics.text_hash, "tokens": statistics.tokens}
+    return reports, _describe(statistics)
 
 
 def _prune_layerwise(

@@ -240,6 +240,10 @@ def test_flags_of_the_unusual_layouts():
     assert (dense_first.index, dense_first.layer) == (0, "model.layers.1")
 
 
+def test_repr_fits_on_a_screen():
+    assert len(repr(find_moe_blocks(model_of("mixtral"))[0])) < 800
+
+
 def test_latent_experts_are_narrower_than_the_model():
     model = tiny_model("nemotron_h", moe_latent_size=16)
     block = find_moe_blocks(model)[0]
@@ -283,7 +287,7 @@ def test_router_and_top_k_without_the_usual_names():
     del moe.top_k
     model.config.top_k = 5  # of sampling
     assert find_moe_blocks(model)[0].top_k == 2  # from the config
-    del model.config.num_experts_per_tok
+    model.config.num_experts_per_tok = 9  # more than there are
     assert find_moe_blocks(model)[0].top_k is None
     moe.second = nn.Linear(32, 8)
     block = find_moe_blocks(model)[0]

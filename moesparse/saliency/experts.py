@@ -1,0 +1,262 @@
+"""How much each expert matters: every published criterion from one set of saved sums.
+
+Most criteria are members of one family (arXiv 2606.15716):
+
+    S_j(b, a, B) = N_j^-b * sum over the tokens t routed to expert j of g_jt^a * |f_jt|^B
+
+with g the weight the model combines the expert with, f its output before that weight, |f| the Euclidean norm over H and
+N_j the number of its tokens. Changing the criterion never runs the model again. Larger means keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import CalibrationError, UsageError
+from moesparse.statistics import ExpertStatistics, ModelStatistics
+
+__all__ = [
+    "ANGLED_NORM_SUM",
+    "EXPERT_CRITERIA",
+    "FAMILY",
+    "Stability",
+    "bootstrap_stability",
+    "check_criterion",
+    "dead_experts",
+    "expert_scores",
+    "jaccard",
+    "mix",
+    "recommend",
+]
+
+FAMILY: dict[str, tuple[float, float, float]] = {
+    "frequency": (0, 0, 0),
+    "gate-sum": (0, 1, 0),
+    "ean": (0, 0, 1),
+    "reap": (1, 1, 1),
+    "man": (1, 0, 1),
+    "msan": (1, 0, 2),
+    "gated-norm": (0, 1, 1),
+    "gated-energy": (0, 2, 2),
+}
+"""Name -> (b, a, B). frequency: tokens routed; gate-sum: soft count (SEER-MoE, arXiv 2404.05089); ean: summed norm of
+the output; reap: mean gated norm (arXiv 2510.13999); man and msan: mean (squared) norm, gated-norm, gated-energy: arXiv
+2606.15716."""
+
+EXPERT_CRITERIA = (*FAMILY, "easy-ep", "random")
+"""Every criterion with a name. easy-ep (arXiv 2504.06792): sum of g * |f| * max(0, 1 - cos(h, h + r)), h the residual
+before the experts and r what they add to it together; random: the floor every other must beat."""
+
+ANGLED_NORM_SUM = "angled_norm_sum"
+"""Name in ExpertStatistics.extra of the sum that easy-ep needs."""
+
+# (a, B) -> the sum that holds it.
+_SUMS = {
+    (0.0, 0.0): "tokens",
+    (1.0, 0.0): "gate_sum",
+    (0.0, 1.0): "norm_sum",
+    (0.0, 2.0): "norm_sq_sum",
+    (1.0, 1.0): "gated_norm_sum",
+    (2.0, 2.0): "gated_norm_sq_sum",
+}
+
+_RECOMMENDED = {"task-agnostic": "man", "task-specific": "gated-norm"}
+
+Criterion = str | tuple[float, float, float]
+
+
+def expert_scores(statistics: ModelStatistics, criterion: Criterion, *, seed: int = 0) -> Tensor:
+    """Score every expert of a model.
+
+    Args:
+        statistics: of the dense model, live or loaded from a file.
+        criterion: one of EXPERT_CRITERIA, or (b, a, B) with any b and an (a, B) whose sum the statistics hold.
+        seed: of "random".
+
+    Returns:
+        [blocks, E] float64 on the CPU, blocks in forward order; larger means keep. Experts that saw no token have -inf:
+        they go first under every criterion.
+
+    Raises:
+        UsageError: an unknown criterion, or an (a, B) that no sum holds.
+        CalibrationError: the statistics lack the sum of easy-ep, or their blocks differ in the number of experts.
+    """
+    check_criterion(criterion)
+    return _score(_stacked(statistics, _needed(criterion)), criterion, seed)
+
+
+def recommend(objective: str = "task-agnostic") -> str:
+    """The criterion arXiv 2606.15716 derives for an objective.
+
+    To keep a model general, judge an expert by its mean output, however rarely it is used and whatever its gate (b = 1,
+    a = 0: man, msan). To keep what one task needs, judge it by its summed gated output there (b = 0, gate kept:
+    gated-norm, gated-energy).
+
+    Args:
+        objective: "task-agnostic" or "task-specific".
+    """
+    if objective not in _RECOMMENDED:
+        raise UsageError(f"objective must be one of {', '.join(_RECOMMENDED)}, got {objective!r}")
+    return _RECOMMENDED[objective]
+
+
+def dead_experts(statistics: ModelStatistics) -> list[list[int]]:
+    """For each block the experts that saw no token of the calibration text."""
+    return [(block.tokens == 0).nonzero().flatten().tolist() for block in statistics.blocks.values()]
+
+
+def jaccard(kept_a: Sequence[Tensor], kept_b: Sequence[Tensor]) -> Tensor:
+    """Overlap of two choices in each block: experts in both over experts in either, [blocks] float64."""
+    if len(kept_a) != len(kept_b):
+        raise UsageError(f"choices to compare must cover the same blocks, got {len(kept_a)} and {len(kept_b)}")
+    pairs = [(set(a.tolist()), set(b.tolist())) for a, b in zip(kept_a, kept_b, strict=True)]
+    return torch.tensor([len(a & b) / len(a | b) for a, b in pairs], dtype=torch.float64)
+
+
+def mix(scores: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
+    """One score from the scores of several domains, each domain normalised to sum 1 in every block.
+
+    Args:
+        scores: domain -> [blocks, E], all by one criterion. An expert that is dead in a domain adds nothing there.
+        weights: domain -> its share, any positive scale; None weighs all alike.
+
+    Returns:
+        [blocks, E] float64; -inf for experts that are dead in every domain.
+    """
+    if not scores:
+        raise UsageError("scores must hold at least one domain, got none")
+    if weights is not None and (weights.keys() != scores.keys() or min(weights.values()) <= 0):
+        raise UsageError(f"weights must be positive, one for each of {', '.join(scores)}, got {dict(weights)}")
+    shares = dict.fromkeys(scores, 1.0) if weights is None else weights
+    first = next(iter(scores.values()))
+    total = torch.zeros_like(first, dtype=torch.float64)
+    alive = torch.zeros_like(first, dtype=torch.bool)
+    for name, score in scores.items():
+        if score.shape != first.shape:
+            raise UsageError(f"scores must have one shape, got {list(first.shape)} and {list(score.shape)} ({name})")
+        here = score > -torch.inf
+        amount = score.double().masked_fill(~here, 0)
+        total += shares[name] * amount / amount.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        alive |= here
+    return (total / sum(shares.values())).masked_fill(~alive, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How much a choice depends on which demonstrations were drawn.
+
+    Attributes:
+        demonstrations: how many there are.
+        overlap: [blocks], Jaccard overlap of the choice from all demonstrations with that from a resample, mean.
+        kept: [blocks, E], share of resamples in which the expert stays.
+    """
+
+    demonstrations: int
+    overlap: Tensor
+    kept: Tensor
+
+    def describe(self) -> str:
+        """One sentence for a report."""
+        return (
+            f"resampling the {self.demonstrations} demonstrations keeps {100 * float(self.overlap.mean()):.0f}% of the "
+            f"choice on average, {100 * float(self.overlap.min()):.0f}% in the least stable block"
+        )
+
+
+def bootstrap_stability(
+    demonstrations: Sequence[ModelStatistics],
+    criterion: Criterion,
+    choose: Callable[[Tensor], Sequence[Tensor]],
+    *,
+    samples: int = 100,
+    seed: int = 0,
+) -> Stability:
+    """Draw the demonstrations again with replacement, and see how much of the choice stays (Efron 1979).
+
+    Args:
+        demonstrations: statistics of one demonstration each, all of one model.
+        criterion: as in `expert_scores`.
+        choose: scores [blocks, E] -> kept ids per block, as `choose_experts` with its other arguments fixed.
+        samples: resamples.
+        seed: of the draws.
+    """
+    if len(demonstrations) < 2:
+        raise UsageError(f"demonstrations must be at least 2 to be drawn again, got {len(demonstrations)}")
+    check_criterion(criterion)
+    names = _needed(criterion)
+    parts = [_stacked(one, names) for one in demonstrations]
+    sums = {name: torch.stack([part[name] for part in parts]) for name in names}
+    everything = choose(_score({name: value.sum(0) for name, value in sums.items()}, criterion, seed))
+    generator = torch.Generator().manual_seed(seed)
+    overlap = torch.zeros(samples, len(everything), dtype=torch.float64)
+    kept = torch.zeros_like(next(iter(sums.values()))[0], dtype=torch.float64)
+    for sample in range(samples):
+        drawn = torch.randint(len(parts), (len(parts),), generator=generator)
+        choice = choose(_score({name: value[drawn].sum(0) for name, value in sums.items()}, criterion, seed))
+        overlap[sample] = jaccard(everything, choice)
+        for block, ids in enumerate(choice):
+            kept[block, ids] += 1 / samples
+    return Stability(len(parts), overlap.mean(0), kept)
+
+
+def check_criterion(criterion: Criterion) -> None:
+    """Raise UsageError, listing what there is, unless `expert_scores` knows the criterion."""
+    if isinstance(criterion, str):
+        if criterion not in EXPERT_CRITERIA:
+            raise UsageError(f"criterion must be one of {', '.join(EXPERT_CRITERIA)}, got {criterion!r}")
+        return
+    if len(criterion) != 3 or tuple(map(float, criterion[1:])) not in _SUMS:
+        held = ", ".join(f"({a:g}, {B:g})" for a, B in _SUMS)
+        raise UsageError(f"criterion (b, a, B) must have (a, B) among {held}, got {criterion}")
+
+
+def _needed(criterion: Criterion) -> tuple[str, ...]:
+    """Names of the sums a criterion reads; the token counts always, they say who is dead."""
+    if criterion == "random":
+        return ("tokens",)
+    if criterion == "easy-ep":
+        return ("tokens", f"extra.{ANGLED_NORM_SUM}")
+    _, a, B = FAMILY[criterion] if isinstance(criterion, str) else criterion
+    return tuple(dict.fromkeys(("tokens", _SUMS[float(a), float(B)])))
+
+
+def _stacked(statistics: ModelStatistics, names: Sequence[str]) -> dict[str, Tensor]:
+    """The sums by name, [blocks, E] float64 each."""
+    blocks = statistics.blocks
+    counts = sorted({block.num_experts for block in blocks.values()})
+    if len(counts) != 1:
+        raise CalibrationError(f"every block must have the same number of experts, got {counts}")
+    return {
+        name: torch.stack([_sum_of(block, name, where).double().cpu() for where, block in blocks.items()])
+        for name in names
+    }
+
+
+def _sum_of(block: ExpertStatistics, name: str, where: str) -> Tensor:
+    if not name.startswith("extra."):
+        return getattr(block, name)
+    found = block.extra.get(name.removeprefix("extra."))
+    if found is None:
+        raise CalibrationError(
+            f"easy-ep needs the angle by which the experts turn the residual, which the statistics of {where} lack: in "
+            "this model the layer's output is not its residual plus the MoE module's output, or angles were not "
+            "recorded; choose gated-norm, which differs by that factor only"
+        )
+    return found
+
+
+def _score(sums: Mapping[str, Tensor], criterion: Criterion, seed: int) -> Tensor:
+    tokens = sums["tokens"]
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        score = torch.rand(tokens.shape, generator=generator, dtype=torch.float64)
+    elif criterion == "easy-ep":
+        score = sums[f"extra.{ANGLED_NORM_SUM}"]
+    else:
+        b, a, B = FAMILY[criterion] if isinstance(criterion, str) else criterion
+        score = sums[_SUMS[float(a), float(B)]] * tokens.clamp_min(1).pow(-float(b))
+    return score.masked_fill(tokens == 0, -torch.inf)
