@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,7 @@ class ExpertMatrix:
     @property
     def bias(self) -> Tensor | None:
         """[E, out], a detached view like `weight`; None in families without expert biases."""
-        bias = getattr(self.experts, f"{self.name}_bias", None)
-        return None if bias is None else bias.detach()
+        return getattr(self.experts, f"{self.name}_bias").detach() if self.experts.has_bias else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,11 +208,8 @@ def check_coverage(model: nn.Module, blocks: list[MoEBlock]) -> None:
     owners: dict[int, str] = {}
     for block in blocks:
         for matrix in block.matrices:
-            for suffix in ("", "_bias"):
-                parameter = block.experts._parameters.get(matrix.name + suffix)
-                if parameter is None:
-                    continue
-                name = f"{block.name}.{matrix.name}{suffix}"
+            for key in (matrix.name, f"{matrix.name}_bias") if block.has_bias else (matrix.name,):
+                parameter, name = block.experts.get_parameter(key), f"{block.name}.{key}"
                 if id(parameter) in owners:
                     raise UnsupportedModelError(
                         f"{_family(model)}: {name} is the same tensor as {owners[id(parameter)]}; "
@@ -233,7 +229,7 @@ def decoder_layers(model: nn.Module, blocks: list[MoEBlock]) -> tuple[nn.ModuleL
         blocks: at least one.
 
     Returns:
-        The list and its qualified name, (…, "model.layers").
+        The list and its qualified name, such as "model.layers".
 
     Raises:
         UnsupportedModelError: the blocks lie in several lists (an encoder and a decoder, say); names them.

@@ -390,11 +390,12 @@ def _prune_matrix(
 ) -> TensorReport:
     name = f"{block.name}.{matrix.name}"
     weight = matrix.weight
+    sums: Any = statistics  # None only for rules that look at the weights alone, see _prune_from_weights
     choice = choose_masks(
-        weight, recipe.saliency, recipe.pattern, statistics, matrix.input, seed=recipe.seed, name=name
+        weight, recipe.saliency, recipe.pattern, sums, matrix.input, seed=recipe.seed, name=name
     )
     result = update_weights(
-        weight, choice.mask, update, statistics, matrix.input, gate=obs_gate(recipe.saliency), name=name
+        weight, choice.mask, update, sums, matrix.input, gate=obs_gate(recipe.saliency), name=name
     )
     weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -44,11 +43,6 @@ CLAMPED = {"deepseek_v4", "hy_v4"}
 SWIGLU_OAI = {"gpt_oss", "minimax_m3_vl_text", "openai_privacy_filter"}
 
 _models: dict[str, nn.Module] = {}
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.ERROR)
 
 
 def model_of(family: str) -> nn.Module:
@@ -221,9 +215,19 @@ def test_a_clamp_out_of_reach_of_small_values_is_still_seen():
     torch.testing.assert_close(block.activation(small), F.silu(gate) * up)
 
 
+class LearnedSilu(nn.SiLU):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale)
+
+
 def test_an_activation_with_weights_is_not_named():
+    """At its first value it is silu, and training will change that."""
     model = tiny_model("mixtral", num_hidden_layers=1)
-    model.model.layers[0].mlp.experts.act_fn = nn.PReLU()
+    model.model.layers[0].mlp.experts.act_fn = LearnedSilu()
     assert find_moe_blocks(model)[0].activation_name is None
 
 
@@ -444,6 +448,7 @@ def test_one_module_in_two_layers_is_refused():
             r"experts\.extra \[8, 4, 4\] .* none of the weights .* reads from \S+\.mlp\.experts",
         ),
         ("experts.extra", (4, 4), r"experts\.extra \[4, 4\] .* none of the weights"),
+        ("experts.down_proj_bias", (8, 32), r"experts\.down_proj_bias \[8, 32\] .* none of the weights"),
         ("stray", (8, 4, 4), r"mlp\.stray \[8, 4, 4\] belongs to experts"),
         ("gate.stray", (8, 4, 4), r"mlp\.gate\.stray \[8, 4, 4\] belongs to experts"),
         ("local_experts.stray", (4, 4), r"mlp\.local_experts\.stray \[4, 4\] belongs to experts"),
@@ -481,7 +486,19 @@ def test_convolutions_and_attention_are_left_alone():
     moe.conv = nn.Conv1d(8, 8, 3)
     model.model.layers[0].self_attn.per_head = nn.Parameter(torch.zeros(8, 4, 4))
     model.vision_tower = nn.Conv3d(3, 8, 2)
+    # As long as the experts are many, but not equal.
+    moe.num_experts = 2
+    moe.steps = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4)])
     assert len(find_moe_blocks(model)) == 2
+
+
+def test_attention_below_the_parent_of_the_experts_is_left_alone():
+    """gemma4's experts hang in the layer itself, beside its attention."""
+    model = tiny_model("gemma4_text")
+    model.model.layers[0].self_attn.per_head = nn.Parameter(torch.zeros(8, 4, 4))
+    assert len(find_moe_blocks(model)) == 2
+    model.model.layers[0].stray = nn.Parameter(torch.zeros(8, 4, 4))
+    refused(model, r"^gemma4_text: model\.layers\.0\.stray \[8, 4, 4\] belongs to experts")
 
 
 class OldStyleMoE(nn.Module):

@@ -107,6 +107,9 @@ def test_least_squares_never_leaves_a_row_worse_than_its_mask(seed, iterations):
 
 def test_fifteen_iterations_are_enough():
     data, weight = routed(256, experts=1, tokens=600, top_k=1), random_weight(1, 64, 256)
+    # inputs of very unequal size: what the preconditioner is for
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    data.x *= torch.logspace(-1, 1, 256, dtype=torch.float64)[order]
     mask = choose_masks(weight, "moe-pruner", TWO_FOUR, data.sums(), "hidden").mask
     few, many = (
         update_weights(weight, mask, "least-squares", data.sums(), "hidden", iterations=n).error_after
@@ -188,8 +191,8 @@ def test_slices_of_experts_and_rows_do_not_show(update, monkeypatch):
     whole = update_weights(weight, mask, update, sums, "activation")
     monkeypatch.setattr(solvers, "_CPU_BYTES", 3 * 40 * 136)
     parts = update_weights(weight, mask, update, sums, "activation")
-    # not bit for bit: products of other shapes add up in another order
-    torch.testing.assert_close(parts.weight, whole.weight, rtol=2e-3, atol=2e-3)
+    # not bit for bit: products of other shapes add up in another order, and a row may be done an iteration earlier
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(parts.error_after, whole.error_after, rtol=1e-4, atol=1e-6)
 
 

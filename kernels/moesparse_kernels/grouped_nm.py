@@ -1,0 +1,331 @@
+"""Grouped GEMM on 2:4 weights in fragment order (layout.py): every expert's rows times that expert's packed weight.
+
+    out[r, n] = act(sum_k x[r, k] * W[e(r), n, k] + bias[e(r), n])          not gated
+    out[r, i] = act(gate) * up, W = [gate; up] along n, i < N / 2           gated
+
+M rows, N columns of the output, K the reduction dimension.
+
+A weight never passes through shared memory as bf16: a thread copies its own 16 bytes of packed values, turns them
+into the dense operand of its tensor-core instruction in registers (`_expand`), and multiplies. Two things make that
+possible. The fragment order was laid out for it; and the reduction dimension is reordered inside each 32 columns,
+for the weight by the storage and for x by naming its registers in that order (`_reorder_columns`), which costs
+nothing: a thread's eight columns are neighbours in memory, one 16-byte read.
+
+Gate and up rows of one output column sit in different tiles of the weight. A program therefore takes half of a gate
+tile and the same half of the up tile, chosen so that both results of a column are registers of one thread.
+
+Two forms of the product: x @ W.T (mma.sync, any GPU) and, with SWAP, W @ x.T (wgmma on sm_90, where the long side
+must be the rows). They differ only in which register is which.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .epilogue import activate, activate_rows
+from .moe_reference import Routing
+from .tuning import GroupedConfig
+
+__all__ = ["can_fuse_gate", "grouped_nm"]
+
+_TILE = 128
+
+
+@triton.jit
+def _expand(first, second, nibbles):
+    """The four dense columns of two groups, from their kept weights and bitmasks.
+
+    Every int32 holds group a in its low half and group b in its high half: `first` and `second` the kept weights in
+    column order, `nibbles` the bitmasks (bit j and bit 16 + j say that column j is kept). Exactly two bits are set
+    per group, so column 0 can only be the first kept weight and column 3 only the second; column 1 is the second if
+    column 0 is kept, column 2 the first if column 3 is.
+    """
+    kept_0 = (nibbles & 0x00010001) * 0xFFFF
+    kept_1 = ((nibbles >> 1) & 0x00010001) * 0xFFFF
+    kept_2 = ((nibbles >> 2) & 0x00010001) * 0xFFFF
+    kept_3 = ((nibbles >> 3) & 0x00010001) * 0xFFFF
+    column_0 = first & kept_0
+    column_1 = ((kept_0 & second) | (~kept_0 & first)) & kept_1
+    column_2 = ((kept_3 & first) | (~kept_3 & second)) & kept_2
+    column_3 = second & kept_3
+    return column_0, column_1, column_2, column_3
+
+
+@triton.jit
+def _halves(words, dtype: tl.constexpr):
+    """int32 (...) -> 16-bit floats (..., 2), low half first."""
+    low = (words & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    high = ((words >> 16) & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _weight_tile(words, index, dtype: tl.constexpr, SWAP: tl.constexpr):
+    """A dense tile of 128 rows by 128 columns from its packed words; only names of registers move.
+
+    words: int32 (1024, 4), rows (kt 2, r 4, w 4, lane 32), columns (p2 2, v 2); index: int32 (128, 4), rows (w,
+    lane), columns r. Returns (N, K) when SWAP, else (K, N), with N and K in the order of `_row_order` and
+    `_reorder_columns`.
+    """
+    first, second = tl.split(tl.reshape(words, (1024, 2, 2)))
+    shifts = tl.arange(0, 4) * 4
+    nibbles = index[:, :, None] >> shifts[None, None, :]  # (w lane, r, kt p2)
+    nibbles = tl.reshape(tl.trans(tl.reshape(nibbles, (128, 4, 2, 2)), (2, 1, 0, 3)), (1024, 2))
+    column_0, column_1, column_2, column_3 = _expand(first, second, nibbles)
+    # j = 2 * jh + jl is the column inside the group; axes (..., p2, jl, jh) from the joins below, then b
+    columns = tl.join(tl.join(column_0, column_2), tl.join(column_1, column_3))
+    tile = tl.reshape(_halves(columns, dtype), (2, 4, 4, 8, 4, 2, 2, 2, 2))  # kt r w g q p2 jh jl b
+    if SWAP:
+        tile = tl.reshape(tile, (2, 2, 2, 4, 8, 4, 2, 2, 2, 2))  # kt r1 r0 w g q p2 jh jl b
+        tile = tl.trans(tile, (1, 3, 2, 4, 0, 6, 7, 8, 5, 9))  # r1 w r0 g | kt p2 jh jl q b
+    else:
+        tile = tl.trans(tile, (0, 5, 6, 4, 7, 8, 1, 2, 3))  # kt p2 jh q jl b | r w g
+    return tl.reshape(tile, (128, 128))
+
+
+@triton.jit
+def _reorder_columns(x, BLOCK_M: tl.constexpr, SWAP: tl.constexpr):
+    """x (BLOCK_M, 128) with its columns in the order of `_weight_tile`'s reduction dimension."""
+    x = tl.reshape(x, (BLOCK_M, 4, 4, 2, 2, 2))  # m (kt p2) q b jh jl
+    if SWAP:
+        x = tl.trans(x, (0, 1, 4, 5, 2, 3))
+    else:
+        x = tl.trans(x, (0, 1, 4, 2, 5, 3))
+    return tl.reshape(x, (BLOCK_M, 128))
+
+
+@triton.jit
+def _row_order(SWAP: tl.constexpr):
+    """Row of the weight tile, 32 * w + 8 * r + g, behind each position along N of the product."""
+    i = tl.arange(0, 128)
+    if SWAP:  # positions (r1, w, r0, g)
+        order = ((i // 16) % 4) * 32 + (i // 64) * 16 + ((i // 8) % 2) * 8 + i % 8
+    else:  # positions (r, w, g)
+        order = (i // 32) * 8 + ((i // 8) % 4) * 32 + i % 8
+    return order
+
+
+@triton.jit
+def _grouped_nm_kernel(
+    x_ptr,  # (T, K) when GATHER, else (R, K)
+    values_ptr,  # (E, tiles, K_PAD / 64, 4, 4, 32, 4) int32
+    index_ptr,  # (E, tiles, K_PAD / 128, 4, 32, 4) int32
+    bias_ptr,  # (E, N), read when HAS_BIAS
+    out_ptr,  # (SPLIT_K, R, N_OUT)
+    slot_of_ptr,  # (R,) int32, read when GATHER
+    offsets_ptr,  # (E + 1,) int32
+    block_expert_ptr,  # (num_blocks,) int32
+    block_row_ptr,  # (num_blocks,) int32
+    R,
+    N,
+    K,
+    N_OUT,  # N / 2 when GATED, else N
+    tiles,  # cdiv(N, 128)
+    k_steps,  # cdiv(K, 128)
+    num_blocks,
+    stride_xm,
+    TOP_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SWAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (num_blocks * tiles, SPLIT_K): one program makes a block of rows by a tile of 128 weight rows."""
+    # GROUP_M blocks walk the weight together, so that a tile read by one is in L2 for the others
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * tiles)
+    blocks_here = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
+    block = group * GROUP_M + (pid % (GROUP_M * tiles)) % blocks_here
+    tile = (pid % (GROUP_M * tiles)) // blocks_here
+    expert = tl.load(block_expert_ptr + block).to(tl.int64)
+    if expert < 0:
+        return
+
+    offs_m = tl.load(block_row_ptr + block) + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < tl.load(offsets_ptr + expert + 1)
+    if GATHER:
+        source = tl.load(slot_of_ptr + offs_m, mask=mask_m, other=0) // TOP_K
+    else:
+        source = tl.where(mask_m, offs_m, 0)
+
+    # packed words of a tile: 32 int32 of values and 4 of index for each column of the padded weight
+    k_pad = k_steps * 128
+    word = tl.arange(0, 1024)
+    quad = tl.arange(0, 4)
+    thread = tl.arange(0, 128)
+    if GATED:
+        # r = 2 * s + rr: s picks the gate tile or the up tile, rr the row pair inside this half of it
+        half = tile % 2
+        first_tile = expert * tiles + tile // 2
+        up_tile = tl.cast(tiles // 2, tl.int64)
+        s, rr = (word // 256) % 2, (word // 128) % 2
+        words = s * up_tile * (k_pad * 32) + (word // 512) * 2048 + (half * 2 + rr) * 512 + (word % 128) * 4
+        lanes = (quad // 2) * up_tile * (k_pad * 4) + half * 2 + quad % 2
+    else:
+        first_tile = expert * tiles + tile
+        words = word * 4
+        lanes = quad
+    values_ptrs = values_ptr + first_tile * (k_pad * 32) + words[:, None] + quad[None, :]
+    index_ptrs = index_ptr + first_tile * (k_pad * 4) + thread[:, None] * 4 + lanes[None, :]
+
+    split = tl.program_id(1)
+    steps = tl.cdiv(k_steps, SPLIT_K)
+    first_step = split * steps
+    last_step = tl.minimum(first_step + steps, k_steps)
+    offs_k = first_step * 128 + tl.arange(0, 128)
+    values_ptrs += first_step * 4096
+    index_ptrs += first_step * 512
+    x_ptrs = x_ptr + source[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
+
+    if SWAP:
+        acc = tl.zeros((128, BLOCK_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, 128), dtype=tl.float32)
+    for step in tl.range(first_step, last_step, num_stages=STAGES):
+        packed = tl.load(values_ptrs)
+        index = tl.load(index_ptrs)
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
+        else:
+            columns = step * 128 + tl.arange(0, 128)
+            x = tl.load(x_ptrs, mask=mask_m[:, None] & (columns < K)[None, :], other=0.0)
+        weight = _weight_tile(packed, index, x_ptr.dtype.element_ty, SWAP)
+        x = _reorder_columns(x, BLOCK_M, SWAP)
+        if SWAP:
+            acc = tl.dot(weight, x.T, acc)
+        else:
+            acc = tl.dot(x, weight, acc)
+        values_ptrs += 4096
+        index_ptrs += 512
+        x_ptrs += 128
+
+    if GATED:
+        # split the product along s, a register index of every thread; what is left of N is (rr, w, g) in some order
+        if SWAP:
+            parts = tl.trans(tl.reshape(acc, (2, 4, 2, 8, BLOCK_M)), (1, 2, 3, 4, 0))
+            gate, up = tl.split(parts)
+            gate = tl.reshape(gate, (64, BLOCK_M)).T
+            up = tl.reshape(up, (64, BLOCK_M)).T
+            i = tl.arange(0, 64)
+            offs_n = (i // 16) * 32 + ((i // 8) % 2) * 8 + i % 8
+        else:
+            parts = tl.trans(tl.reshape(acc, (BLOCK_M, 2, 2, 4, 8)), (0, 2, 3, 4, 1))
+            gate, up = tl.split(parts)
+            gate = tl.reshape(gate, (BLOCK_M, 64))
+            up = tl.reshape(up, (BLOCK_M, 64))
+            i = tl.arange(0, 64)
+            offs_n = ((i // 8) % 4) * 32 + (i // 32) * 8 + i % 8
+        offs_n += (tile // 2) * 128 + half * 16
+        mask_n = offs_n < N_OUT
+        if HAS_BIAS:
+            bias_ptrs = bias_ptr + expert * N + offs_n
+            gate += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias_ptrs + N_OUT, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        result = activate(gate, ACTIVATION) * up
+    else:
+        if SWAP:
+            result = acc.T
+        else:
+            result = acc
+        offs_n = tile * 128 + _row_order(SWAP)
+        mask_n = offs_n < N_OUT
+        if HAS_BIAS:
+            result += tl.load(bias_ptr + expert * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        result = activate(result, ACTIVATION)
+    out_rows = (split * R + offs_m).to(tl.int64)
+    out_ptrs = out_ptr + out_rows[:, None] * N_OUT + offs_n[None, :]
+    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def can_fuse_gate(n: int) -> bool:
+    """Whether gate and up rows start on tile borders; if not, the activation runs as a launch of its own."""
+    return n % (2 * _TILE) == 0
+
+
+def grouped_nm(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    index: torch.Tensor,
+    n: int,
+    routing: Routing,
+    top_k_index: torch.Tensor,
+    config: GroupedConfig,
+    *,
+    gather: bool,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    gated: bool = False,
+    keep_splits: bool = False,
+) -> torch.Tensor:
+    """Multiply expert-sorted rows by their expert's 2:4 weight; optionally bias and activation.
+
+    Args:
+        x: (T, K) when `gather`, else (R, K) in the order of `routing`; bf16 or fp16, last dim contiguous.
+        values, index: the tensors of an `NMWeight` (E, n, K) in fragment order, of the dtype of x.
+        n: rows of the weight, 2 * I when gated.
+        routing: from `route` with config.block_m.
+        top_k_index: (T, top_k), what was routed.
+        config: launch sizes; num_warps must be 4, the layout is made for four warps.
+        gather: take the token of each row from x, instead of row r from row r.
+        bias: (E, n), added in fp32, or None.
+        activation: one of moe_reference.ACTIVATIONS, applied in fp32.
+        gated: multiply the activated first half of n by the second half.
+        keep_splits: return the fp32 partial sums of a split reduction, without bias, for `combine`.
+
+    Returns:
+        (R, n), or (R, n / 2) when gated; (config.split_k, R, n) when keep_splits. fp32 accumulation, rounded once to
+        the dtype of x; fp32 for keep_splits with split_k > 1. Rows of dropped slots are not written.
+    """
+    R, K = routing.slot_of.numel(), x.shape[1]
+    num_blocks = routing.block_expert.numel()
+    split_k = config.split_k
+    separate = (gated and not can_fuse_gate(n)) or (split_k > 1 and not keep_splits)
+    fused = not separate and not (keep_splits and split_k > 1)
+    n_out = n // 2 if gated and fused else n
+    out = torch.empty(split_k, R, n_out, dtype=x.dtype if fused else torch.float32, device=x.device)
+    if out.numel():
+        tiles, k_steps = triton.cdiv(n, _TILE), triton.cdiv(K, _TILE)
+        _grouped_nm_kernel[(num_blocks * tiles, split_k)](
+            x,
+            values,
+            index,
+            bias if fused and bias is not None else values,
+            out,
+            routing.slot_of,
+            routing.offsets,
+            routing.block_expert,
+            routing.block_row,
+            R,
+            n,
+            K,
+            n_out,
+            tiles,
+            k_steps,
+            num_blocks,
+            x.stride(0),
+            TOP_K=top_k_index.shape[1],
+            GATHER=gather,
+            GATED=gated and fused,
+            ACTIVATION=activation if fused else "none",
+            HAS_BIAS=fused and bias is not None,
+            EVEN_K=K % _TILE == 0,
+            SPLIT_K=split_k,
+            BLOCK_M=config.block_m,
+            GROUP_M=config.group_m,
+            SWAP=config.swap,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+    if separate:
+        return activate_rows(
+            out, bias, top_k_index, routing.slot_of, routing.offsets, activation, gated=gated, dtype=x.dtype
+        )
+    return out if keep_splits else out[0]

@@ -1,0 +1,435 @@
+"""Packed n:m expert weights: the kept values and one bit per weight that says where they were.
+
+Symbols: E experts, N rows (output features), K columns (input features); a group is m neighbouring columns of one row,
+of which n are kept. Two orders of the same content:
+
+"row" (on disk, any n:m)
+    values  [E, N, K * n / m], the weight's dtype: the kept weights of a row, left to right.
+    index   [E, N, K / 8] uint8: bit k % 8 of byte k // 8 is set when column k is kept (least significant bit first, so
+            for m = 4 the low nibble is the even group).
+    Bytes: n / m of the dense weight plus one bit per weight; no padding.
+
+"fragment" (on the GPU, 2:4 and 16-bit dtypes)
+    The order in which the threads of a tensor-core instruction want their operand: a 16-byte load is one thread's
+    words. N and K are padded to multiples of 128 with groups of two explicit zeros. A tile is 128 rows by 128 columns;
+    its row is 32 * w + 8 * r + g, its group 16 * kt + 8 * p2 + 2 * q + b, and lane = 4 * g + q.
+    values  int32 [E, N/128, K/64, r 4, w 4, lane 32, 4]; the K/64 axis is (tile, kt), the last axis (p2, v): v = 0, 1
+            is the group's first and second kept weight; the low half of a word is group b = 0, the high half b = 1.
+    index   int32 [E, N/128, K/128, w 4, lane 32, r 4]; bit 16 * b + 4 * p + j is set when column j of group (p, b) is
+            kept, p = 2 * kt + p2.
+    Bytes: those of "row" at the padded N and K.
+
+Every group holds exactly n bits in both orders: a group with fewer non-zeros is filled with explicit zeros. A value is
+a bit pattern here: -0.0, subnormals and NaN come back as they went in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+__all__ = ["FRAGMENT_TILE", "GROUP_SIZES", "NMWeight"]
+
+FRAGMENT_TILE = 128
+GROUP_SIZES = (4, 8, 16, 32)
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# weights handled at a time when packing and unpacking: what bounds the temporaries
+_BLOCK = 2**22
+
+
+def _check_pattern(n: int, m: int) -> None:
+    if m not in GROUP_SIZES:
+        raise ValueError(f"m must be one of {GROUP_SIZES}, got {m}")
+    if not 0 < n <= m:
+        raise ValueError(f"n must lie in 1..m={m}, got {n}")
+
+
+def _check_columns(K: int, m: int) -> None:
+    step = math.lcm(m, 8)
+    if K % step:
+        raise ValueError(f"K must be a multiple of {step} (whole groups of {m} and whole index bytes), got {K}")
+
+
+def _ceil_to(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _row_blocks(N: int, K: int) -> Iterator[slice]:
+    rows = max(1, _BLOCK // max(K, 1))
+    for start in range(0, N, rows):
+        yield slice(start, min(start + rows, N))
+
+
+def _bits(weight: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers: comparing these is exact for -0.0, NaN and under flush-to-zero."""
+    return weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
+
+
+def _pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """bool (..., K) -> uint8 (..., K / 8), least significant bit first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask.unflatten(-1, (-1, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_bits(index: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., K / 8) -> bool (..., K)."""
+    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=index.device)
+    return (index.unsqueeze(-1) & bits).ne(0).flatten(-2)
+
+
+def _first_group(wrong: torch.Tensor) -> tuple[int, int]:
+    """Row and group of the first True of a (rows, groups) tensor."""
+    row, group = wrong.nonzero()[0].tolist()
+    return row, group
+
+
+def _fill_groups(block: torch.Tensor, n: int, m: int, expert: int, first_row: int) -> torch.Tensor:
+    """Mask of exactly n per group that holds every non-zero of `block` (rows, K), then -0.0, then +0.0."""
+    groups = _bits(block).unflatten(-1, (-1, m))
+    # the shift drops the sign bit: what is left is zero for -0.0 too
+    keep = (groups << 1) != 0
+    count = keep.sum(-1, dtype=torch.int32)
+    if bool((count > n).any()):
+        row, group = _first_group(count > n)
+        raise ValueError(
+            f"weight must hold at most {n} non-zeros in every group of {m}, got {int(count[row, group])} "
+            f"in expert {expert}, row {first_row + row}, group {group}; prune it to {n}:{m} first or pass a mask"
+        )
+    for candidate in (groups != 0, torch.ones_like(keep)):
+        free = n - keep.sum(-1, keepdim=True, dtype=torch.int32)
+        if not bool(free.any()):
+            break
+        spare = candidate & ~keep
+        keep |= spare & (spare.cumsum(-1, dtype=torch.int32) <= free)
+    return keep.flatten(-2)
+
+
+def _check_groups(mask: torch.Tensor, n: int, m: int, expert: int, first_row: int, name: str) -> None:
+    count = mask.unflatten(-1, (-1, m)).sum(-1, dtype=torch.int32)
+    if bool((count != n).any()):
+        row, group = _first_group(count != n)
+        raise ValueError(
+            f"{name} must keep exactly {n} of every {m} columns, got {int(count[row, group])} "
+            f"in expert {expert}, row {first_row + row}, group {group}"
+        )
+
+
+def _row_to_fragment(values: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One 2:4 expert, values (N, K / 2) and index (N, K / 8) -> its int32 fragment tensors, padded."""
+    N, K = values.shape[0], values.shape[1] * 2
+    rows, columns = _ceil_to(N, FRAGMENT_TILE), _ceil_to(K, FRAGMENT_TILE)
+    if (rows, columns) != (N, K):
+        padded_values = values.new_zeros(rows, columns // 2)
+        padded_values[:N, : K // 2] = values
+        # 0b0011 twice: a padding group keeps its first two (zero) columns
+        padded_index = index.new_full((rows, columns // 8), 0x33)
+        padded_index[:N, : K // 8] = index
+        values, index = padded_values, padded_index
+
+    halves = _bits(values).view(rows // 128, 4, 4, 8, columns // 64, 2, 4, 2, 2)  # tile w r g kt p2 q b v
+    words = halves.permute(0, 4, 2, 1, 3, 6, 5, 8, 7).contiguous().view(torch.int32)  # tile kt r w g q p2 v (b)
+    nibbles = torch.stack([index & 15, index >> 4], dim=-1)
+    nibbles = nibbles.view(rows // 128, 4, 4, 8, columns // 128, 2, 2, 4, 2)  # tile w r g kb kt p2 q b
+    nibbles = nibbles.permute(0, 4, 1, 3, 7, 2, 8, 5, 6)  # tile kb w g q r b kt p2
+    lanes = (nibbles[..., 0] | (nibbles[..., 1] << 4)).flatten(-2).contiguous().view(torch.int32)
+    return (
+        words.view(rows // 128, columns // 64, 4, 4, 32, 4),
+        lanes.view(rows // 128, columns // 128, 4, 32, 4),
+    )
+
+
+def _fragment_to_row(
+    values: torch.Tensor, index: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `_row_to_fragment`, padding included."""
+    rows, columns = values.shape[0] * 128, values.shape[1] * 64
+    halves = values.view(torch.int16).view(rows // 128, columns // 64, 4, 4, 8, 4, 2, 2, 2)
+    halves = halves.permute(0, 3, 2, 4, 1, 6, 5, 8, 7)  # tile w r g kt p2 q b v
+    pairs = index.view(torch.uint8).view(rows // 128, columns // 128, 4, 8, 4, 4, 2, 2)  # tile kb w g q r b kt
+    nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1)
+    nibbles = nibbles.permute(0, 2, 5, 3, 1, 7, 8, 4, 6)  # tile w r g kb kt p2 q b
+    row_index = nibbles[..., 0] | (nibbles[..., 1] << 4)
+    return (
+        halves.reshape(rows, columns // 2).view(dtype),
+        row_index.reshape(rows, columns // 8),
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NMWeight:
+    """An n:m weight of E experts, packed. Immutable; the tensors are contiguous and on one device.
+
+    Make one with `NMWeight.pack`, or from stored tensors with the constructor, which checks shapes and dtypes without
+    reading data; `validate` reads the data.
+
+    Attributes:
+        values: the kept weights; layout in the module's docstring.
+        index: which columns they are; layout in the module's docstring.
+        shape: (E, N, K) of the dense weight, N output and K input features, without padding.
+        n: weights kept in each group.
+        m: columns in a group.
+        order: "row" or "fragment".
+        dtype: dtype of the dense weight, torch.bfloat16, torch.float16 or torch.float32.
+    """
+
+    values: torch.Tensor
+    index: torch.Tensor
+    shape: tuple[int, int, int]
+    n: int
+    m: int
+    order: str
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3:
+            raise ValueError(f"shape must be (E, N, K), got {tuple(self.shape)}")
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        _check_pattern(self.n, self.m)
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype}")
+        _check_columns(self.shape[2], self.m)
+        E, N, K = self.shape
+        if self.order == "row":
+            wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+                "values": (self.dtype, (E, N, K // self.m * self.n)),
+                "index": (torch.uint8, (E, N, K // 8)),
+            }
+        elif self.order == "fragment":
+            self._check_fragment_kind()
+            rows, columns = _ceil_to(N, FRAGMENT_TILE), _ceil_to(K, FRAGMENT_TILE)
+            wanted = {
+                "values": (torch.int32, (E, rows // 128, columns // 64, 4, 4, 32, 4)),
+                "index": (torch.int32, (E, rows // 128, columns // 128, 4, 32, 4)),
+            }
+        else:
+            raise ValueError(f'order must be "row" or "fragment", got {self.order!r}')
+        for name, (dtype, shape) in wanted.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} must be {dtype} of shape {shape} for a {self.n}:{self.m} weight {self.shape} in "
+                    f"{self.order!r} order, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        if self.values.device != self.index.device:
+            raise ValueError(f"index must be on the device of values, {self.values.device}, got {self.index.device}")
+
+    def _check_fragment_kind(self) -> None:
+        if (self.n, self.m) != (2, 4):
+            raise ValueError(f'order "fragment" must be a 2:4 weight, got {self.n}:{self.m}')
+        if self.dtype.itemsize != 2:
+            raise ValueError(f'order "fragment" must have a 16-bit dtype, got {self.dtype}')
+
+    def __repr__(self) -> str:
+        return (
+            f"NMWeight({self.n}:{self.m}, shape={self.shape}, dtype={self.dtype}, order={self.order!r}, "
+            f"device={self.device}, nbytes={self.nbytes})"
+        )
+
+    @classmethod
+    def pack(cls, weight: torch.Tensor, mask: torch.Tensor | None = None, n: int = 2, m: int = 4) -> NMWeight:
+        """Pack a dense weight in "row" order.
+
+        Memory: the packed tensors plus temporaries for about four million weights at a time.
+
+        Args:
+            weight: (E, N, K) bf16, fp16 or fp32, any strides, K a multiple of lcm(m, 8).
+            mask: (E, N, K) bool, True where a weight is kept, exactly n in every group. None: the non-zeros of
+                `weight` are kept; a group with fewer than n is filled with its -0.0 (a value, until the group is full)
+                and then with its zeros, lower columns first.
+            n: weights kept in each group.
+            m: columns in a group: 4, 8, 16 or 32.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit, or a group has more than n non-zeros or not exactly n mask bits;
+                the message names the first such expert, row and group.
+        """
+        _check_pattern(n, m)
+        if weight.dim() != 3:
+            raise ValueError(f"weight must be (E, N, K), got shape {tuple(weight.shape)}")
+        if weight.dtype not in _DTYPES:
+            raise ValueError(f"weight must be one of {_DTYPES}, got {weight.dtype}")
+        E, N, K = weight.shape
+        _check_columns(K, m)
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
+            raise ValueError(
+                f"mask must be torch.bool of shape {tuple(weight.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        values = weight.new_empty(E, N, K // m * n)
+        index = torch.empty(E, N, K // 8, dtype=torch.uint8, device=weight.device)
+        for e in range(E):
+            for rows in _row_blocks(N, K):
+                block = weight.detach()[e, rows]
+                if mask is None:
+                    keep = _fill_groups(block, n, m, e, rows.start)
+                else:
+                    keep = mask[e, rows]
+                    _check_groups(keep, n, m, e, rows.start, "mask")
+                values[e, rows] = torch.masked_select(block, keep).view(block.shape[0], K // m * n)
+                index[e, rows] = _pack_bits(keep)
+        return cls(values, index, (E, N, K), n, m, "row", weight.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and index, padding included."""
+        return self.values.nbytes + self.index.nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the dense weight."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def _expert_rows(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One expert's values and index in "row" order, padding cut off."""
+        if self.order == "row":
+            return self.values[expert], self.index[expert]
+        _, N, K = self.shape
+        values, index = _fragment_to_row(self.values[expert], self.index[expert], self.dtype)
+        return values[:N, : K // 2], index[:N, : K // 8]
+
+    def unpack_expert(self, expert: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense weight (N, K) of one expert: the masked weight bit for bit, pruned positions +0.0.
+
+        Memory: the result plus temporaries for about four million weights ("fragment": plus one packed expert).
+
+        Args:
+            expert: 0 <= expert < E.
+            out: written and returned when given: contiguous (N, K) of this weight's dtype and device.
+        """
+        E, N, K = self.shape
+        if not 0 <= expert < E:
+            raise ValueError(f"expert must lie in 0..{E - 1}, got {expert}")
+        if out is None:
+            out = torch.empty(N, K, dtype=self.dtype, device=self.device)
+        elif tuple(out.shape) != (N, K) or out.dtype != self.dtype or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous {self.dtype} of shape {(N, K)}, got {out.dtype} of strides {out.stride()} "
+                f"and shape {tuple(out.shape)}"
+            )
+        values, index = self._expert_rows(expert)
+        for rows in _row_blocks(N, K):
+            out[rows].zero_().masked_scatter_(_unpack_bits(index[rows]), values[rows])
+        return out
+
+    def unpack(self) -> torch.Tensor:
+        """The dense weight (E, N, K): the masked weight bit for bit, pruned positions +0.0."""
+        dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for e in range(self.shape[0]):
+            self.unpack_expert(e, out=dense[e])
+        return dense
+
+    def mask(self) -> torch.Tensor:
+        """bool (E, N, K), True where a weight is stored."""
+        return torch.stack([_unpack_bits(self._expert_rows(e)[1]) for e in range(self.shape[0])])
+
+    def validate(self) -> NMWeight:
+        """Read the index and check that every group, padding included, holds exactly n bits; return self.
+
+        Raises:
+            ValueError: names the first expert, row and group that does not.
+        """
+        for e in range(self.shape[0]):
+            if self.order == "row":
+                index = self.index[e]
+            else:
+                _, index = _fragment_to_row(self.values[e], self.index[e], self.dtype)
+            for rows in _row_blocks(index.shape[0], index.shape[1] * 8):
+                _check_groups(_unpack_bits(index[rows]), self.n, self.m, e, rows.start, "index")
+        return self
+
+    def to_order(self, order: str) -> NMWeight:
+        """The same weight in "row" or "fragment" order, bit for bit; self when it is in that order already.
+
+        Memory: the result plus two packed experts. "fragment" pads N and K to multiples of 128.
+        """
+        if order == self.order:
+            return self
+        E, N, K = self.shape
+        if order == "fragment":
+            self._check_fragment_kind()
+            rows, columns = _ceil_to(N, FRAGMENT_TILE), _ceil_to(K, FRAGMENT_TILE)
+            values = self.index.new_empty(E, rows // 128, columns // 64, 4, 4, 32, 4, dtype=torch.int32)
+            index = self.index.new_empty(E, rows // 128, columns // 128, 4, 32, 4, dtype=torch.int32)
+            for e in range(E):
+                values[e], index[e] = _row_to_fragment(self.values[e], self.index[e])
+        elif order == "row":
+            values = torch.empty(E, N, K // 2, dtype=self.dtype, device=self.device)
+            index = torch.empty(E, N, K // 8, dtype=torch.uint8, device=self.device)
+            for e in range(E):
+                values[e], index[e] = self._expert_rows(e)
+        else:
+            raise ValueError(f'order must be "row" or "fragment", got {order!r}')
+        return replace(self, values=values, index=index, order=order)
+
+    def to(self, device: torch.device | str | None = None, *, order: str | None = None) -> NMWeight:
+        """The same weight on another device, in another order, or both (reordered where the result lives)."""
+        moved = self
+        if device is not None:
+            moved = replace(self, values=self.values.to(device), index=self.index.to(device))
+        return moved if order is None else moved.to_order(order)
+
+    def rows(self, start: int, stop: int) -> NMWeight:
+        """Rows start..stop of every expert: what one rank of a column-parallel layer holds.
+
+        In "fragment" order both ends must be multiples of 128, or stop = N. May share memory with self.
+        """
+        return self._slice(1, start, stop, step=1)
+
+    def columns(self, start: int, stop: int) -> NMWeight:
+        """Columns start..stop, both multiples of lcm(m, 8): what one rank of a row-parallel layer holds.
+
+        In "fragment" order both ends must be multiples of 128, or stop = K. May share memory with self.
+        """
+        return self._slice(2, start, stop, step=math.lcm(self.m, 8))
+
+    def _slice(self, axis: int, start: int, stop: int, step: int) -> NMWeight:
+        size, name = self.shape[axis], ("experts", "rows", "columns")[axis]
+        if not 0 <= start < stop <= size:
+            raise ValueError(f"{name} must satisfy 0 <= start < stop <= {size}, got {start}..{stop}")
+        E, N, K = self.shape
+        shape = (E, stop - start, K) if axis == 1 else (E, N, stop - start)
+        # rows or columns of the dense weight to one entry (or, in "row" order, n entries) of the sliced axis
+        values_times = self.n if self.order == "row" and axis == 2 else 1
+        if self.order == "row":
+            if start % step or stop % step:
+                raise ValueError(f"{name} must start and stop at multiples of {step}, got {start}..{stop}")
+            values_per, index_per = (1, 1) if axis == 1 else (self.m, 8)
+        else:
+            if start % FRAGMENT_TILE or (stop % FRAGMENT_TILE and stop != size):
+                raise ValueError(
+                    f'{name} must start and stop at multiples of {FRAGMENT_TILE} in "fragment" order, '
+                    f'got {start}..{stop}; slice to_order("row") instead'
+                )
+            stop = _ceil_to(stop, FRAGMENT_TILE)
+            values_per, index_per = (128, 128) if axis == 1 else (64, 128)
+        size = stop - start
+        values = self.values.narrow(axis, start // values_per * values_times, size // values_per * values_times)
+        index = self.index.narrow(axis, start // index_per, size // index_per)
+        return replace(self, values=values.contiguous(), index=index.contiguous(), shape=shape)
+
+    def experts(self, index: int | slice | list[int] | torch.Tensor) -> NMWeight:
+        """Some of the experts, in the order asked for; an int gives E = 1. May share memory with self."""
+        if isinstance(index, int):
+            if not 0 <= index < self.shape[0]:
+                raise ValueError(f"expert must lie in 0..{self.shape[0] - 1}, got {index}")
+            index = slice(index, index + 1)
+        values, bits = self.values[index].contiguous(), self.index[index].contiguous()
+        return replace(self, values=values, index=bits, shape=(values.shape[0], *self.shape[1:]))
+
+    def equal(self, other: NMWeight) -> bool:
+        """Same pattern, shape, order, dtype and stored bits (so NaN equals itself and -0.0 differs from 0.0)."""
+        same = ("shape", "n", "m", "order", "dtype")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in same)
+            and torch.equal(_bits(self.values), _bits(other.values))
+            and torch.equal(self.index, other.index)
+        )

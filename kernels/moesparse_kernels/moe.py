@@ -1,0 +1,386 @@
+"""The expert layer of a mixture of experts, on packed n:m weights and on dense ones.
+
+    h[r] = act(gate) * up,   [gate | up] = x[token(r)] @ gate_up[e(r)].T + gate_up_bias[e(r)]
+    y[t] = sum_k top_k_weights[t, k] * (h[row(t, k)] @ down[e].T + down_bias[e])
+
+Numerics of every backend but "reference" and "semi_structured": products accumulate in fp32; bias and activation are
+fp32; h is rounded once to the dtype of x; gates are applied and summed in fp32; y is rounded once. A row of the down
+projection is rounded to the dtype of x before the gate, unless its reduction was split, when it stays fp32.
+"reference", "semi_structured" and "grouped_mm" also round [gate | up], as torch's matrix products return it. No
+atomics anywhere: the same input gives the same bits.
+
+The functions check arguments and call a torch op each (`torch.ops.moesparse.*`), so that
+torch.compile(fullgraph=True), torch.export and fake tensors see one node; ops take the tensors of an `NMWeight`
+apart and put them together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .dispatch import DENSE_BACKENDS, NM_BACKENDS, choose_dense_backend, choose_nm_backend
+from .layout import NMWeight
+from .moe_reference import ACTIVATIONS, Routings, down_reference, up_reference
+from .unpack import unpack
+
+__all__ = ["moe_dense", "moe_nm"]
+
+Activation = str | Callable[[torch.Tensor], torch.Tensor]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def moe_nm(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: NMWeight,
+    down: NMWeight,
+    *,
+    activation: Activation = "silu",
+    gated: bool = True,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Run the experts of one layer on packed n:m weights.
+
+    Args:
+        x: (T, H) tokens; bf16 or fp16, fp32 with the "reference" backend.
+        top_k_index: (T, top_k) int32 or int64, the experts of each token. Ids outside 0..E-1 are dropped.
+        top_k_weights: (T, top_k), any float dtype: the gates, used as they are.
+        gate_up: (E, 2 * I, H), gate rows then up rows; (E, I, H) when not gated. Dtype of x.
+        down: (E, H, I), dtype of x.
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" or "none", fused into the first GEMM; or a function
+            from the (R, 2 * I) first projection to (R, I), for gates of another form. Rows of dropped slots hold
+            anything.
+        gated: multiply the activated gate by up. Not looked at when `activation` is a function.
+        gate_up_bias: (E, 2 * I) or (E, I), or None.
+        down_bias: (E, H) or None.
+        backend: "auto" chooses by rows per expert, shape, dtype and device (dispatch.py). "triton" wants 2:4 weights
+            in fragment order; "semi_structured" 2:4 on an NVIDIA GPU, and waits for the device; "unpack" and
+            "reference" run any pattern. "reference" waits for the device on a GPU.
+
+    Returns:
+        (T, H), dtype of x. No gradient: call under torch.no_grad().
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, x requires grad, or a forced backend cannot run.
+    """
+    _check_choice("backend", backend, NM_BACKENDS)
+    x, top_k_index, top_k_weights = _check_layer(
+        x, top_k_index, top_k_weights, gate_up, down, activation, gated, gate_up_bias, down_bias
+    )
+    gate_up_parts = (gate_up.values, gate_up.index, [*gate_up.shape, gate_up.n, gate_up.m], gate_up.order)
+    down_parts = (down.values, down.index, [*down.shape, down.n, down.m], down.order)
+    ops = torch.ops.moesparse
+    if isinstance(activation, str):
+        return ops.moe_nm(
+            x,
+            top_k_index,
+            top_k_weights,
+            *gate_up_parts,
+            *down_parts,
+            gate_up_bias,
+            down_bias,
+            activation,
+            gated,
+            backend,
+        )
+    rows = ops.moe_nm_up(x, top_k_index, *gate_up_parts, gate_up_bias, backend)
+    return ops.moe_nm_down(
+        _apply(activation, rows, down.shape[2]), top_k_index, top_k_weights, *down_parts, down_bias, backend
+    )
+
+
+def moe_dense(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    activation: Activation = "silu",
+    gated: bool = True,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Run the experts of one layer on dense weights: `moe_nm` with tensors in place of packed weights.
+
+    Args:
+        gate_up: (E, 2 * I, H), gate rows then up rows; (E, I, H) when not gated. Last dim contiguous.
+        down: (E, H, I), last dim contiguous.
+        backend: "auto", "triton", "grouped_mm" (bf16, torch's grouped GEMM) or "reference".
+
+    The other arguments, the result and the errors are those of `moe_nm`.
+    """
+    _check_choice("backend", backend, DENSE_BACKENDS)
+    x, top_k_index, top_k_weights = _check_layer(
+        x, top_k_index, top_k_weights, gate_up, down, activation, gated, gate_up_bias, down_bias
+    )
+    ops = torch.ops.moesparse
+    if isinstance(activation, str):
+        return ops.moe_dense(
+            x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend
+        )
+    rows = ops.moe_dense_up(x, top_k_index, gate_up, gate_up_bias, backend)
+    return ops.moe_dense_down(
+        _apply(activation, rows, down.shape[2]), top_k_index, top_k_weights, down, down_bias, backend
+    )
+
+
+def _apply(activation: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, intermediate: int) -> torch.Tensor:
+    hidden = activation(rows)
+    if hidden.shape != (rows.shape[0], intermediate) or hidden.dtype != rows.dtype:
+        raise ValueError(
+            f"activation must return {rows.dtype} of shape {(rows.shape[0], intermediate)}, "
+            f"got {hidden.dtype} of shape {tuple(hidden.shape)}"
+        )
+    return hidden.contiguous()
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_layer(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: NMWeight | torch.Tensor,
+    down: NMWeight | torch.Tensor,
+    activation: Activation,
+    gated: bool,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check the arguments of a layer; return x, top_k_index and top_k_weights contiguous."""
+    if x.dim() != 2:
+        raise ValueError(f"x must be 2-D (tokens, hidden), got shape {tuple(x.shape)}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x must be one of {_DTYPES}, got {x.dtype}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("x must not require grad, these experts have no backward; call under torch.no_grad()")
+    if top_k_index.dim() != 2 or top_k_index.shape[0] != x.shape[0]:
+        raise ValueError(f"top_k_index must be (tokens={x.shape[0]}, top_k), got shape {tuple(top_k_index.shape)}")
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"top_k_index must be int32 or int64, got {top_k_index.dtype}")
+    if top_k_weights.shape != top_k_index.shape:
+        raise ValueError(
+            f"top_k_weights must have the shape of top_k_index, {tuple(top_k_index.shape)}, "
+            f"got {tuple(top_k_weights.shape)}"
+        )
+    if not top_k_weights.dtype.is_floating_point:
+        raise ValueError(f"top_k_weights must be floating point, got {top_k_weights.dtype}")
+    if isinstance(activation, str):
+        _check_choice("activation", activation, ACTIVATIONS)
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if len(weight.shape) != 3:
+            raise ValueError(f"{name} must be 3-D (experts, rows, columns), got shape {tuple(weight.shape)}")
+        if weight.dtype != x.dtype:
+            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {weight.dtype}")
+        if isinstance(weight, torch.Tensor) and weight.stride(-1) != 1 and weight.shape[-1] > 1:
+            raise ValueError(f"{name} must have a contiguous last dim, got strides {weight.stride()}")
+    E, N, H = gate_up.shape
+    if x.shape[1] != H:
+        raise ValueError(f"gate_up must have hidden={x.shape[1]} columns like x, got {H}")
+    halves = 2 if gated and isinstance(activation, str) else 1
+    if N % halves:
+        raise ValueError(f"gate_up must have an even number of rows when gated, got {N}")
+    wanted = (E, H, N // halves if isinstance(activation, str) else down.shape[2])
+    if tuple(down.shape) != wanted:
+        raise ValueError(f"down must be (experts, hidden, intermediate) = {wanted}, got {tuple(down.shape)}")
+    for name, bias, size in (("gate_up_bias", gate_up_bias, N), ("down_bias", down_bias, H)):
+        if bias is not None and (tuple(bias.shape) != (E, size) or not bias.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous of shape {(E, size)}, got {tuple(bias.shape)}")
+        if bias is not None and bias.dtype != x.dtype:
+            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {bias.dtype}")
+    tensors = {"top_k_index": top_k_index, "top_k_weights": top_k_weights, "gate_up": gate_up, "down": down}
+    for name, tensor in tensors.items():
+        device = tensor.values.device if isinstance(tensor, NMWeight) else tensor.device
+        if device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {device}")
+    return x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
+
+
+def _rebuild(
+    values: torch.Tensor, index: torch.Tensor, layout: Sequence[int], order: str, dtype: torch.dtype
+) -> NMWeight:
+    E, N, K, n, m = layout
+    return NMWeight(values=values, index=index, shape=(E, N, K), n=n, m=m, order=order, dtype=dtype)
+
+
+def _choose(
+    backend: str, weight: NMWeight | torch.Tensor, rows: int, hidden: int, intermediate: int
+) -> tuple[str, NMWeight | torch.Tensor]:
+    """The backend that will run, and the weight it runs on: dense where the choice is to unpack."""
+    if isinstance(weight, NMWeight):
+        backend = choose_nm_backend(backend, weight, rows, hidden, intermediate)
+        if backend != "unpack":
+            return backend, weight
+        weight, backend = unpack(weight), "auto"
+    return choose_dense_backend(backend, weight, rows), weight
+
+
+def _up(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    weight: NMWeight | torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    backend: str,
+    routings: Routings,
+) -> torch.Tensor:
+    """(T, H) -> (R, I) when gated, else (R, N), expert-sorted."""
+    _, N, H = weight.shape
+    backend, weight = _choose(backend, weight, top_k_index.numel(), H, N // 2 if gated else N)
+    if backend == "reference":
+        return up_reference(x, routings.rows(), weight, bias, activation, gated)
+    # here, because a machine that only ever takes the reference needs no triton
+    from .moe_gpu import up_gpu
+
+    return up_gpu(x, top_k_index, weight, bias, activation, gated, backend, routings)
+
+
+def _down(
+    rows: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weight: NMWeight | torch.Tensor,
+    bias: torch.Tensor | None,
+    backend: str,
+    routings: Routings,
+) -> torch.Tensor:
+    """(R, I), expert-sorted -> (T, H)."""
+    _, H, K = weight.shape
+    backend, weight = _choose(backend, weight, top_k_index.numel(), H, K)
+    if backend == "reference":
+        return down_reference(rows, routings.rows(), top_k_weights, weight, bias)
+    from .moe_gpu import down_gpu
+
+    return down_gpu(rows, top_k_index, top_k_weights, weight, bias, backend, routings)
+
+
+_PACKED = "Tensor {0}values, Tensor {0}index, int[] {0}layout, str {0}order"
+_ROUTED = "Tensor top_k_index, Tensor top_k_weights"
+
+torch.library.define(
+    "moesparse::moe_nm",
+    f"(Tensor x, {_ROUTED}, {_PACKED.format('gate_up_')}, {_PACKED.format('down_')}, Tensor? gate_up_bias, "
+    "Tensor? down_bias, str activation, bool gated, str backend) -> Tensor",
+)
+torch.library.define(
+    "moesparse::moe_nm_up",
+    f"(Tensor x, Tensor top_k_index, {_PACKED.format('')}, Tensor? bias, str backend) -> Tensor",
+)
+torch.library.define(
+    "moesparse::moe_nm_down", f"(Tensor rows, {_ROUTED}, {_PACKED.format('')}, Tensor? bias, str backend) -> Tensor"
+)
+torch.library.define(
+    "moesparse::moe_dense",
+    f"(Tensor x, {_ROUTED}, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str activation, "
+    "bool gated, str backend) -> Tensor",
+)
+torch.library.define(
+    "moesparse::moe_dense_up", "(Tensor x, Tensor top_k_index, Tensor weight, Tensor? bias, str backend) -> Tensor"
+)
+torch.library.define(
+    "moesparse::moe_dense_down", f"(Tensor rows, {_ROUTED}, Tensor weight, Tensor? bias, str backend) -> Tensor"
+)
+
+
+def _run_layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend):
+    with torch.cuda.device_of(x):
+        routings = Routings(top_k_index, gate_up.shape[0])
+        hidden = _up(x, top_k_index, gate_up, gate_up_bias, activation, gated, backend, routings)
+        return _down(hidden, top_k_index, top_k_weights, down, down_bias, backend, routings)
+
+
+@torch.library.impl("moesparse::moe_nm", "default")
+def _moe_nm(
+    x,
+    top_k_index,
+    top_k_weights,
+    gate_up_values,
+    gate_up_index,
+    gate_up_layout,
+    gate_up_order,
+    down_values,
+    down_index,
+    down_layout,
+    down_order,
+    gate_up_bias,
+    down_bias,
+    activation,
+    gated,
+    backend,
+):
+    gate_up = _rebuild(gate_up_values, gate_up_index, gate_up_layout, gate_up_order, x.dtype)
+    down = _rebuild(down_values, down_index, down_layout, down_order, x.dtype)
+    return _run_layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend)
+
+
+@torch.library.register_fake("moesparse::moe_nm")
+def _moe_nm_fake(x, top_k_index, *_):
+    return torch.empty_like(x)
+
+
+@torch.library.impl("moesparse::moe_nm_up", "default")
+def _moe_nm_up(x, top_k_index, values, index, layout, order, bias, backend):
+    with torch.cuda.device_of(x):
+        weight = _rebuild(values, index, layout, order, x.dtype)
+        return _up(x, top_k_index, weight, bias, "none", False, backend, Routings(top_k_index, layout[0]))
+
+
+@torch.library.register_fake("moesparse::moe_nm_up")
+def _moe_nm_up_fake(x, top_k_index, values, index, layout, *_):
+    return x.new_empty(top_k_index.numel(), layout[1])
+
+
+@torch.library.impl("moesparse::moe_nm_down", "default")
+def _moe_nm_down(rows, top_k_index, top_k_weights, values, index, layout, order, bias, backend):
+    with torch.cuda.device_of(rows):
+        weight = _rebuild(values, index, layout, order, rows.dtype)
+        return _down(rows, top_k_index, top_k_weights, weight, bias, backend, Routings(top_k_index, layout[0]))
+
+
+@torch.library.register_fake("moesparse::moe_nm_down")
+def _moe_nm_down_fake(rows, top_k_index, top_k_weights, values, index, layout, *_):
+    return rows.new_empty(top_k_index.shape[0], layout[1])
+
+
+@torch.library.impl("moesparse::moe_dense", "default")
+def _moe_dense(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend):
+    return _run_layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend)
+
+
+@torch.library.register_fake("moesparse::moe_dense")
+def _moe_dense_fake(x, top_k_index, *_):
+    return torch.empty_like(x)
+
+
+@torch.library.impl("moesparse::moe_dense_up", "default")
+def _moe_dense_up(x, top_k_index, weight, bias, backend):
+    with torch.cuda.device_of(x):
+        return _up(x, top_k_index, weight, bias, "none", False, backend, Routings(top_k_index, weight.shape[0]))
+
+
+@torch.library.register_fake("moesparse::moe_dense_up")
+def _moe_dense_up_fake(x, top_k_index, weight, *_):
+    return x.new_empty(top_k_index.numel(), weight.shape[1])
+
+
+@torch.library.impl("moesparse::moe_dense_down", "default")
+def _moe_dense_down(rows, top_k_index, top_k_weights, weight, bias, backend):
+    with torch.cuda.device_of(rows):
+        return _down(rows, top_k_index, top_k_weights, weight, bias, backend, Routings(top_k_index, weight.shape[0]))
+
+
+@torch.library.register_fake("moesparse::moe_dense_down")
+def _moe_dense_down_fake(rows, top_k_index, top_k_weights, weight, *_):
+    return rows.new_empty(top_k_index.shape[0], weight.shape[1])

@@ -1,0 +1,98 @@
+"""The two halves of the expert layer on a GPU, for every backend but the reference.
+
+up: rows of the first projection, activated. down: second projection, gates, and the sum over a token's experts.
+Nothing here waits for the device except "semi_structured".
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .epilogue import activate_rows, combine
+from .grouped_dense import grouped_dense
+from .grouped_nm import grouped_nm
+from .layout import NMWeight
+from .moe_reference import Routing, Routings
+from .semi_structured import down_semi_structured, up_semi_structured
+from .tuning import GroupedConfig, grouped_config
+
+__all__ = ["down_gpu", "up_gpu"]
+
+
+def _config(op: str, weight: NMWeight | torch.Tensor, rows: int, device: torch.device) -> GroupedConfig:
+    E, N, K = weight.shape
+    kind = "nm" if isinstance(weight, NMWeight) else "dense"
+    return grouped_config(f"{op}_{kind}", rows, E, N, K, weight.dtype, device)
+
+
+def _grouped(
+    x: torch.Tensor,
+    weight: NMWeight | torch.Tensor,
+    routing: Routing,
+    top_k_index: torch.Tensor,
+    config: GroupedConfig,
+    **how,
+) -> torch.Tensor:
+    if isinstance(weight, NMWeight):
+        return grouped_nm(x, weight.values, weight.index, weight.shape[1], routing, top_k_index, config, **how)
+    return grouped_dense(x, weight, routing, top_k_index, config, **how)
+
+
+def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Rows behind the last expert, those of dropped slots, are left alone."""
+    return F.grouped_mm(x, weight.transpose(-2, -1), offs=routing.offsets[1:])
+
+
+def up_gpu(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    weight: NMWeight | torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    backend: str,
+    routings: Routings,
+) -> torch.Tensor:
+    """`moe_reference.up_reference` by "triton", "grouped_mm" (dense) or "semi_structured" (packed)."""
+    if backend == "semi_structured":
+        assert isinstance(weight, NMWeight)
+        return up_semi_structured(x, routings.rows(), weight, bias, activation, gated)
+    if backend == "grouped_mm":
+        assert isinstance(weight, torch.Tensor)
+        routing = routings.rows()
+        token = torch.div(routing.slot_of, top_k_index.shape[1], rounding_mode="floor")
+        projected = _grouped_mm(x.index_select(0, token), weight, routing)[None]
+        return activate_rows(
+            projected, bias, top_k_index, routing.slot_of, routing.offsets, activation, gated, dtype=x.dtype
+        )
+    config = _config("up", weight, top_k_index.numel(), x.device)
+    routing = routings.blocks(config.block_m)
+    return _grouped(x, weight, routing, top_k_index, config, gather=True, bias=bias, activation=activation, gated=gated)
+
+
+def down_gpu(
+    rows: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weight: NMWeight | torch.Tensor,
+    bias: torch.Tensor | None,
+    backend: str,
+    routings: Routings,
+) -> torch.Tensor:
+    """`moe_reference.down_reference` by "triton", "grouped_mm" (dense) or "semi_structured" (packed)."""
+    if backend == "semi_structured":
+        assert isinstance(weight, NMWeight)
+        routing = routings.rows()
+        projected, bias = down_semi_structured(rows, routing, weight, bias)[None], None
+    elif backend == "grouped_mm":
+        assert isinstance(weight, torch.Tensor)
+        routing = routings.rows()
+        projected = _grouped_mm(rows, weight, routing)[None]
+    else:
+        config = _config("down", weight, top_k_index.numel(), rows.device)
+        routing = routings.blocks(config.block_m)
+        projected = _grouped(rows, weight, routing, top_k_index, config, gather=False, bias=bias, keep_splits=True)
+        # partial sums carry no bias yet
+        bias = bias if config.split_k > 1 else None
+    return combine(projected, bias, top_k_index, top_k_weights, routing.row_of, rows.dtype)

@@ -1,0 +1,152 @@
+"""Machine code of the kernels that run the experts: no spills, packed weights stay in registers, copies are wide."""
+
+import pytest
+from aot_harness import assert_at_most, assert_no_local_memory, compile_kernel, row
+
+from moesparse_kernels.epilogue import _activate_kernel, _combine_kernel
+from moesparse_kernels.grouped_dense import _grouped_dense_kernel
+from moesparse_kernels.grouped_nm import _grouped_nm_kernel
+from moesparse_kernels.route import _sort_kernel
+from moesparse_kernels.unpack_fragment import _unpack_kernel
+
+ARGUMENTS = {
+    **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*bf16:16"),
+    **dict.fromkeys(("values_ptr", "index_ptr", "slot_of_ptr", "offsets_ptr"), "*i32:16"),
+    # these start anywhere inside the buffer of `route`
+    **dict.fromkeys(("block_expert_ptr", "block_row_ptr"), "*i32"),
+    **dict.fromkeys(("N", "K", "N_OUT", "stride_xm", "stride_wn"), "i32:16"),
+    "stride_we": "i64:16",
+    **dict.fromkeys(("R", "tiles", "k_steps", "num_blocks"), "i32"),
+}
+
+
+def constants(block_m, gated, stages, **more):
+    return {
+        "TOP_K": 8,
+        "GATHER": gated,
+        "GATED": gated,
+        "ACTIVATION": "silu" if gated else "none",
+        "HAS_BIAS": False,
+        "EVEN_K": True,
+        "SPLIT_K": 1,
+        "BLOCK_M": block_m,
+        "GROUP_M": 1,
+        "STAGES": stages,
+        **more,
+    }
+
+
+def case(gated, block_m, swap=False):
+    return f"{'gate/up' if gated else 'down'} {block_m} rows{' swapped' if swap else ''}"
+
+
+# target, block_m, swap, gated, instructions per group of four weights when this was written (Triton 3.9.0)
+PACKED = [
+    ("sm_80", 16, False, True, 13.9),
+    ("sm_90", 16, False, True, 13.8),
+    ("sm_90", 16, False, False, 13.4),
+    ("sm_90", 32, True, True, 13.6),
+    ("sm_90", 64, True, True, 15.0),
+]
+
+
+@pytest.mark.parametrize(("target", "block_m", "swap", "gated", "each"), PACKED)
+def test_packed_nvidia(target, block_m, swap, gated, each, machine_code_rows):
+    stages = 3 if block_m < 64 else 2
+    code = compile_kernel(
+        _grouped_nm_kernel, ARGUMENTS, constants(block_m, gated, stages, SWAP=swap), target, num_warps=4
+    )
+    loop = code.loop()
+    # a thread decodes 128 x 128 / 4 / 128 groups in a step
+    machine_code_rows.append({**row(code, case(gated, block_m, swap), 32), "each": loop.total / 32})
+    assert_no_local_memory(code)
+    assert code.count(r"SHFL") == 0
+    # x is the only thing that swapped products write to shared memory, 8 rows of 128 columns in a store of the warp
+    assert loop.count(r"STS") == (block_m // 8 if swap else 0), "the weight went through shared memory"
+    if swap:
+        assert loop.count(r"HGMMA") == 16
+    else:
+        assert loop.count(r"HMMA") == 2 * block_m
+    # 16-byte copies: 8 for values, block_m / 8 for x, 1 for the index (or 2 of 8 bytes, of two half tiles)
+    assert loop.count(r"LDGSTS\..*128") == 8 + block_m // 8 + (0 if gated else 1)
+    assert loop.count(r"LDGSTS\..*64") == (2 if gated else 0)
+    assert loop.count(r"LDG\.") == 0
+    assert_at_most(loop.total / 32, each, f"{case(gated, block_m, swap)} on {target}: instructions per group")
+
+
+def test_packed_amd(machine_code_rows):
+    code = compile_kernel(_grouped_nm_kernel, ARGUMENTS, constants(16, True, 2, SWAP=False), "gfx942", num_warps=4)
+    machine_code_rows.append({**row(code, case(True, 16), 16), "each": code.loop().total / 16})
+    assert_no_local_memory(code)
+    assert code.count(r"v_mfma") >= 16
+    assert code.count(r"(global|buffer)_load_dwordx4") >= 4
+
+
+# target, block_m, block_n, block_k, warps, stages, instructions per step when this was written, tensor-core ones
+DENSE = [
+    ("sm_80", 16, 128, 128, 4, 3, 171, 32),
+    ("sm_90", 16, 128, 128, 4, 3, 166, 32),
+    ("sm_90", 128, 128, 64, 8, 3, 128, 8),
+]
+
+
+@pytest.mark.parametrize(("target", "block_m", "block_n", "block_k", "warps", "stages", "each", "mma"), DENSE)
+def test_dense_nvidia(target, block_m, block_n, block_k, warps, stages, each, mma, machine_code_rows):
+    sizes = constants(block_m, True, stages, SWAP=False, BLOCK_N=block_n, BLOCK_K=block_k)
+    code = compile_kernel(_grouped_dense_kernel, ARGUMENTS, sizes, target, num_warps=warps)
+    loop = code.loop()
+    groups = block_n * block_k // 4 // (32 * warps)
+    machine_code_rows.append({**row(code, case(True, block_m), groups), "each": loop.total / groups})
+    assert_no_local_memory(code)
+    assert loop.count(r"HG?MMA") == mma
+    assert loop.count(r"STS|LDG\.") == 0
+    assert loop.count(r"LDGSTS\..*128") == (block_n + block_m) * block_k // 8 // (32 * warps)
+    assert_at_most(loop.total, each, f"dense {case(True, block_m)} on {target}: instructions per step")
+
+
+def test_dense_amd(machine_code_rows):
+    sizes = constants(16, True, 2, SWAP=False, BLOCK_N=128, BLOCK_K=64)
+    code = compile_kernel(_grouped_dense_kernel, ARGUMENTS, sizes, "gfx942", num_warps=4)
+    machine_code_rows.append({**row(code, case(True, 16), 8), "each": code.loop().total / 8})
+    assert_no_local_memory(code)
+    assert code.count(r"v_mfma") >= 8 and code.count(r"(global|buffer)_load_dwordx4") >= 4
+
+
+@pytest.mark.parametrize(("experts", "sub"), [(128, 64), (512, 16)])
+def test_route_spills_nothing(experts, sub, machine_code_rows):
+    arguments = {
+        "top_k_index_ptr": "*i64:16",
+        **dict.fromkeys(("counts_ptr", "slot_of_ptr"), "*i32:16"),
+        **dict.fromkeys(("row_of_ptr", "offsets_ptr", "block_expert_ptr", "block_row_ptr"), "*i32"),
+        **dict.fromkeys(("R", "E", "num_blocks", "chunks"), "i32"),
+    }
+    sizes = {"BLOCK_M": 16, "CHUNK": 1024, "SUB": sub, "BLOCK_E": experts, "ONE_CHUNK": False}
+    code = compile_kernel(_sort_kernel, arguments, sizes, "sm_90", num_warps=8)
+    machine_code_rows.append(row(code, f"{experts} experts", 1, unit="kernel"))
+    assert_no_local_memory(code)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_epilogues_and_unpack(target, machine_code_rows):
+    wide = {"sm_90": r"LDG\.E(\.\w+)*\.128", "gfx942": r"(global|buffer)_load_dwordx4"}[target]
+    pointers = {
+        **dict.fromkeys(("rows_ptr", "partial_ptr"), "*fp32:16"),
+        **dict.fromkeys(("bias_ptr", "out_ptr"), "*bf16:16"),
+        "top_k_index_ptr": "*i64:16",
+        "top_k_weights_ptr": "*fp32:16",
+        **dict.fromkeys(("row_of_ptr", "slot_of_ptr", "num_rows_ptr"), "*i32"),
+        **dict.fromkeys(("values_ptr", "index_ptr"), "*i32:16"),
+        **dict.fromkeys(("H", "N", "N_OUT", "K"), "i32:16"),
+        **dict.fromkeys(("R", "tiles", "k_steps"), "i32"),
+    }
+    kernels = {
+        _combine_kernel: {"TOP_K": 8, "SPLIT_K": 2, "HAS_BIAS": True, "BLOCK_H": 1024},
+        _activate_kernel: {"SPLIT_K": 2, "ACTIVATION": "silu", "GATED": True, "HAS_BIAS": True, "BLOCK_N": 1024},
+        _unpack_kernel: {},
+    }
+    for kernel, sizes in kernels.items():
+        arguments = {name: pointers[name] for name in kernel.arg_names if name not in sizes}
+        code = compile_kernel(kernel, arguments, sizes, target, num_warps=4)
+        machine_code_rows.append(row(code, "", 1, unit="kernel"))
+        assert_no_local_memory(code)
+        assert code.count(wide) >= 2

@@ -1,0 +1,188 @@
+"""Routing, grouped GEMMs, epilogues and the whole layer, kernel by kernel, against plain torch and fp64."""
+
+import pytest
+import torch
+from moe_cases import ACTIVATE, SHAPES, assert_layer, assert_within_budget, make_layer, oracle, prune_2_4
+
+from moesparse_kernels import moe_gpu
+from moesparse_kernels import route as route_module
+from moesparse_kernels.epilogue import activate_rows, combine
+from moesparse_kernels.grouped_dense import grouped_dense
+from moesparse_kernels.grouped_nm import grouped_nm
+from moesparse_kernels.layout import NMWeight
+from moesparse_kernels.moe import moe_dense, moe_nm
+from moesparse_kernels.moe_reference import route_torch
+from moesparse_kernels.route import route
+from moesparse_kernels.tuning import GroupedConfig
+from moesparse_kernels.unpack_fragment import unpack_fragment
+
+
+@pytest.fixture(autouse=True)
+def _outputs_start_as_nan():
+    # torch.empty is filled with NaN (integers: the largest) under deterministic algorithms
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pack(weight):
+    return NMWeight.pack(weight, n=2, m=4).to_order("fragment")
+
+
+def force(monkeypatch, **config):
+    """Give every grouped GEMM these launch sizes."""
+    monkeypatch.setattr(moe_gpu, "grouped_config", lambda *_: GroupedConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("T", "top_k", "E", "block_m", "dtype"),
+    [
+        (1, 2, 8, 16, torch.int64),  # one token
+        (0, 2, 4, 16, torch.int64),  # no tokens
+        (40, 1, 7, 16, torch.int32),  # no power of two; int32 ids
+        (37, 4, 4, 4, torch.int64),  # top_k = E, blocks smaller than an expert's rows
+        (300, 8, 128, 16, torch.int64),  # several chunks
+        (30, 8, 512, 32, torch.int64),  # experts that do not fit one table
+    ],
+)
+@pytest.mark.parametrize("ids", ["spread", "one expert", "sentinels", "only sentinels"])
+def test_route(T, top_k, E, block_m, dtype, ids, monkeypatch):
+    monkeypatch.setattr(route_module, "_CHUNK", 256)
+    top_k_index = torch.rand(T, E, generator=torch.Generator().manual_seed(T)).topk(min(top_k, E)).indices.to(dtype)
+    if ids == "one expert":
+        top_k_index.fill_(E - 1)
+    if ids == "sentinels":
+        top_k_index = top_k_index + (top_k_index % 3 == 0) * E - (top_k_index % 5 == 0) * 2 * E
+    if ids == "only sentinels":
+        top_k_index.fill_(E)
+    actual, wanted = route(top_k_index, E, block_m), route_torch(top_k_index, E, block_m)
+    for name in ("slot_of", "row_of", "offsets", "block_expert", "block_row"):
+        torch.testing.assert_close(getattr(actual, name), getattr(wanted, name), rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_layer(shape, dtype, monkeypatch):
+    *sizes, options = shape
+    layer = make_layer(*sizes, dtype=dtype, **options)
+    force(monkeypatch, block_m=16, block_n=64, block_k=64)
+    sparse = moe_nm(*layer.routed, pack(layer.gate_up), pack(layer.down), **layer.options, backend="triton")
+    dense = moe_dense(*layer.routed, layer.gate_up, layer.down, **layer.options, backend="triton")
+    assert_layer(sparse, layer, "packed")
+    assert_layer(dense, layer, "dense")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"block_m": 16, "split_k": 2},
+        {"block_m": 32, "swap": True},
+        {"block_m": 64, "swap": True, "split_k": 2, "group_m": 4},
+        {"block_m": 16, "group_m": 3},
+    ],
+    ids=str,
+)
+def test_launch_sizes_change_nothing_but_rounding(config, monkeypatch):
+    # 40 rows on one expert are several blocks of 16; I = 256 gives both halves of two tiles; H = 136 leaves a K tail
+    layer = make_layer(40, 1, 2, 136, 256, routing="one", bias=True)
+    force(monkeypatch, block_n=64, block_k=32, **config)
+    sparse = moe_nm(*layer.routed, pack(layer.gate_up), pack(layer.down), **layer.options, backend="triton")
+    dense = moe_dense(*layer.routed, layer.gate_up, layer.down, **layer.options, backend="triton")
+    assert_layer(sparse, layer, "packed")
+    assert_layer(dense, layer, "dense")
+    again = moe_nm(*layer.routed, pack(layer.gate_up), pack(layer.down), **layer.options, backend="triton")
+    assert torch.equal(sparse, again)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+def test_products_accumulate_in_fp32(packed, swap):
+    # partial sums leave in fp32: a product that was rounded to 16 bits on the way is far outside this budget
+    layer = make_layer(6, 2, 3, 256, 128)
+    routing = route(layer.top_k_index, 3, 16)
+    config = GroupedConfig(16, block_n=64, block_k=64, split_k=2, swap=swap)
+    how = {"gather": True, "keep_splits": True}
+    if packed:
+        weight = pack(layer.gate_up)
+        partial = grouped_nm(layer.x, weight.values, weight.index, 256, routing, layer.top_k_index, config, **how)
+    else:
+        partial = grouped_dense(layer.x, layer.gate_up, routing, layer.top_k_index, config, **how)
+    assert partial.dtype == torch.float32 and partial.shape == (2, 12, 256)
+    slot = routing.slot_of.long()
+    weight, x = layer.gate_up[layer.top_k_index.reshape(-1)[slot]], layer.x[slot // 2]
+    fp64 = torch.einsum("rnk,rk->rn", weight.double(), x.double())
+    assert_within_budget(partial.sum(0), torch.einsum("rnk,rk->rn", weight.float(), x.float()), fp64, "partial sums")
+
+
+@pytest.mark.parametrize("activation", ACTIVATE)
+@pytest.mark.parametrize("gated", [True, False])
+def test_activation_fp32(activation, gated):
+    partial = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(1)) * 2
+    bias = torch.randn(2, 24)
+    top_k_index = torch.tensor([[0], [1], [1], [2], [0]])
+    routing = route(top_k_index, 2, 16)
+    out = activate_rows(
+        partial, bias, top_k_index, routing.slot_of, routing.offsets, activation, gated, dtype=torch.float32
+    )
+
+    def plain(dtype):
+        value = partial.to(dtype).sum(0)[:4] + bias.to(dtype)[[0, 0, 1, 1]]
+        gate, up = value.chunk(2, dim=-1)
+        return ACTIVATE[activation](gate) * up if gated else ACTIVATE[activation](value)
+
+    assert_within_budget(out[:4], plain(torch.float32), plain(torch.float64), activation)
+    assert out[4].isnan().all(), "the row of the dropped slot was written"
+
+
+def test_combine_fp32():
+    random = torch.Generator().manual_seed(2)
+    rows, gates = torch.randn(2, 6, 40, generator=random), torch.rand(3, 2, generator=random)
+    top_k_index = torch.tensor([[1, 0], [5, 1], [-1, 9]])
+    # a sentinel's gate must not matter
+    gates[2] = torch.nan
+    bias = torch.randn(2, 40)
+    row_of = route(top_k_index, 2, 16).row_of
+    out = combine(rows, bias, top_k_index, gates, row_of, torch.float32)
+
+    def plain(dtype):
+        row = rows.to(dtype).sum(0)
+        first = gates[0, 0].to(dtype) * (row[1] + bias[1]) + gates[0, 1].to(dtype) * (row[0] + bias[0])
+        return torch.stack([first, gates[1, 1].to(dtype) * (row[2] + bias[1]), torch.zeros(40, dtype=dtype)])
+
+    assert_within_budget(out, plain(torch.float32), plain(torch.float64), "combine")
+    assert torch.equal(out[2], torch.zeros(40))
+
+
+def test_callable_activation_and_forced_backends(monkeypatch):
+    layer = make_layer(5, 2, 3, 128, 128, bias=True)
+    force(monkeypatch, block_m=16, block_n=64, block_k=64)
+
+    def gate(projected):
+        gate, up = projected.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    bias = {"gate_up_bias": layer.gate_up_bias, "down_bias": layer.down_bias}
+    packed = pack(layer.gate_up), pack(layer.down)
+    fused = moe_nm(*layer.routed, *packed, **bias, backend="triton")
+    called = moe_nm(*layer.routed, *packed, **bias, activation=gate, backend="triton")
+    fp64 = oracle(layer, torch.float64, rounded=False)
+    # the function sees [gate | up] rounded: one more rounding than the fused epilogue
+    assert_within_budget(called, fused, fp64, "callable", slack=2.0)
+    assert torch.equal(
+        moe_dense(*layer.routed, layer.gate_up, layer.down, **bias, activation=gate, backend="triton"), called
+    )
+
+
+def test_torch_grouped_mm_backend():
+    layer = make_layer(9, 2, 4, 64, 32, routing="sentinels", bias=True)
+    out = moe_dense(*layer.routed, layer.gate_up, layer.down, **layer.options, backend="grouped_mm")
+    reference = moe_dense(*layer.routed, layer.gate_up, layer.down, **layer.options, backend="reference")
+    assert_within_budget(out, reference, oracle(layer, torch.float64, rounded=False), "grouped_mm")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_unpack_fragment_bit_for_bit(dtype):
+    # no multiples of 128: padding is cut off; -0.0 and subnormals are values like any other
+    weight = prune_2_4(torch.randn(2, 130, 136, generator=torch.Generator().manual_seed(3)).to(dtype))
+    weight[0, 0, :8] = torch.tensor([-0.0, 1e-7, 0, 0, 0, 0, 0, 0]).to(dtype)
+    assert torch.equal(unpack_fragment(pack(weight)).view(torch.int16), weight.view(torch.int16))
