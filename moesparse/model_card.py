@@ -12,19 +12,14 @@ library_name: transformers
 tags: [moesparse, mixture-of-experts, pruned, {tag}]
 base_model: {base}
 ---
-# {base}, experts pruned to {weights}
+# {base}, {what}
 
-The expert matrices of `{base}` were pruned one-shot with moesparse {version}. Router, attention, norms, embeddings and
-shared experts are unchanged. The weights are stored dense with zeros: plain transformers loads them.
+The experts of `{base}` were pruned one-shot with moesparse {version}. Attention, norms, embeddings and shared experts
+are unchanged{router}. Plain transformers loads the folder{zeros}.
 
 | | |
 |---|---|
-| pattern | {weights} |
-| mask rule | {saliency} |
-| weight rule | {update} |
-| calibration tokens | {tokens:,} |
-| zeros in expert matrices | {sparsity:.2%} |
-| experts without calibration tokens | {fallbacks} |
+{rows}
 """
 
 
@@ -36,14 +31,32 @@ def model_card(base: str, report: Report) -> str:
         report: what `prune` returned.
     """
     recipe = report.recipe
+    what, rows = [], {}
+    if report.experts is not None:
+        first = report.experts["blocks"][0]
+        what.append(f"{len(first['kept'])} of {first['before']} experts kept")
+        rows |= {
+            "experts per block": f"{len(first['kept'])} of {first['before']}",
+            "expert criterion": recipe["expert_saliency"],
+            "kept experts refitted": "yes" if report.experts["refit"] else "no",
+        }
+    if report.blocks:
+        what.append(f"experts pruned to {recipe['weights']}")
+        fallbacks = len({(block, expert) for block, _, expert in report.fallbacks})
+        rows |= {
+            "pattern": recipe["weights"],
+            "mask rule": recipe["saliency"],
+            "weight rule": recipe["update"],
+            "zeros in expert matrices": f"{report.sparsity:.2%}",
+            "experts without calibration tokens": fallbacks,
+        }
+    rows["calibration tokens"] = f"{report.calibration['tokens']:,}"
     return _TEMPLATE.format(
-        tag="2-4-sparsity" if recipe["weights"] == "2:4" else "sparse",
+        tag="2-4-sparsity" if recipe["weights"] == "2:4" else "sparse" if report.blocks else "expert-pruned",
         base=base.rstrip("/").rsplit("/", 2)[-1] if base.startswith(("/", ".")) else base,
         version=report.version,
-        tokens=report.calibration["tokens"],
-        sparsity=report.sparsity,
-        fallbacks=len({(block, expert) for block, _, expert in report.fallbacks}),
-        weights=recipe["weights"],
-        saliency=recipe["saliency"],
-        update=recipe["update"],
+        what=", ".join(what),
+        router="" if report.experts is not None else ", and so is the router",
+        zeros=": its weights are stored dense with zeros" if report.blocks else "",
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )

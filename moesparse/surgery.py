@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,6 +194,33 @@ class RemovalPlan:
         done = BlockSurgery(block.name, block.num_experts, tuple(kept.tolist()), tensors, rerouted)
         self.done[position] = done
         return done
+
+    @contextmanager
+    def routing(self, position: int, kept: Tensor) -> Iterator[None]:
+        """While the body runs, one block's router knows only `kept`, as many as planned; its experts are untouched.
+
+        Args:
+            position: of the block among `blocks`.
+            kept: [K] ids, ascending.
+        """
+        block = self.blocks[position]
+        cuts = [cut for cut in self.cuts[position] if not _inside(cut.path, block.name)]
+        settings = [s for s in self.attributes[position] if not _inside(s.path, block.name)]
+        old = [(cut, _tensor(self.model.get_submodule(cut.module), cut.name)) for cut in cuts]
+        try:
+            for cut, tensor in old:
+                new = tensor.detach()
+                for dim in cut.dims:
+                    new = new.index_select(dim, _rows(kept, block.num_experts, new.shape[dim]).to(new.device))
+                _replace(self.model.get_submodule(cut.module), cut.name, new)
+            for setting in settings:
+                _set(setting)
+            yield
+        finally:
+            for cut, tensor in old:
+                _restore(self.model.get_submodule(cut.module), cut.name, tensor)
+            for setting in settings:
+                setattr(setting.owner, setting.path.rpartition(".")[2], setting.before)
 
     def finish(self) -> SurgeryReport:
         """Set the config and the model's own attributes; every block must have been applied."""
@@ -555,6 +583,14 @@ def _replace(module: nn.Module, name: str, new: Tensor) -> None:
         module._buffers[name] = new
     else:
         module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def _restore(module: nn.Module, name: str, old: Tensor) -> None:
+    """Put the very tensor back."""
+    if isinstance(old, nn.Parameter):
+        module._parameters[name] = old
+    else:
+        module._buffers[name] = old
 
 
 def _set(setting: _Setting) -> None:

@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from moesparse._version import __version__
+from moesparse.cli.calibrate import calibrate
 from moesparse.cli.common import console
 from moesparse.cli.demo import demo
 from moesparse.cli.evaluate import evaluate
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(prune)
+app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
 

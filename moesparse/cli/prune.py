@@ -25,7 +25,10 @@ SALIENCY_HELP = (
 )
 UPDATE_HELP = (
     "Weight rule: none (the paper's), rescale (one scalar per expert), obs (SparseGPT's update), least-squares (kept "
-    "weights re-solved), or two joined by +."
+    "weights re-solved; kept experts too, after others were removed), or two joined by +."
+)
+EXPERT_SALIENCY_HELP = (
+    "Expert criterion: frequency, gate-sum, ean, reap, man, msan, gated-norm, gated-energy, easy-ep or random."
 )
 
 
@@ -34,10 +37,18 @@ def prune(
     out: Annotated[Path, typer.Argument(help="A new or empty folder for the pruned checkpoint.")],
     weights: Annotated[
         str,
-        typer.Option(help="n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run) or the ratio removed."),
-    ] = "2:4",
+        typer.Option(
+            help="n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run), the ratio removed, or none. "
+            "Default: 2:4, or none when experts are removed."
+        ),
+    ] = "",
     saliency: Annotated[str, typer.Option(help=SALIENCY_HELP)] = "",
     update: Annotated[str, typer.Option(help=UPDATE_HELP)] = "",
+    experts: Annotated[
+        float | None, typer.Option(help="Remove this share of the experts of every block, for example 0.25.")
+    ] = None,
+    keep_experts: Annotated[int | None, typer.Option(help="Or: how many experts of every block stay.")] = None,
+    expert_saliency: Annotated[str, typer.Option(help=EXPERT_SALIENCY_HELP)] = "",
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,26 +80,33 @@ def prune(
       moesparse prune allenai/OLMoE-1B-7B-0924 out/olmoe --weights 2:4 --calibration c4.jsonl
 
       moesparse prune mixtral/ out/paper --saliency moe-pruner --update none --calibration c4.jsonl
+
+      moesparse prune demo out/twelve-experts --keep-experts 12
     """
     from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
     from moesparse.evaluate import context_length
     from moesparse.model_card import model_card
-    from moesparse.pruning import DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
+    from moesparse.pruning import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
     from moesparse.pruning import prune as run
 
+    if not weights:
+        weights = "2:4" if experts is None and keep_experts is None else "none"
     recipe = Recipe(
-        weights=weights,
+        weights=None if weights == "none" else weights,
         saliency=saliency or DEFAULT_SALIENCY,
         update=update or DEFAULT_UPDATE,
         propagate=propagate,
         seed=seed,
+        experts=experts,
+        keep_experts=keep_experts,
+        expert_saliency=expert_saliency or DEFAULT_EXPERT_SALIENCY,
     )
     target = resolve_device(device)
     check_output_folder(out)
     source = model_source(model)
     with quiet_libraries():
         network, tokenizer = load_pretrained(source)
-        needs_data = recipe.saliency != "magnitude" or recipe.update != "none"
+        needs_data = recipe.saliency != "magnitude" or recipe.update != "none" or recipe.removes_experts
         windows = (
             calibration_windows(
                 calibration or [],
@@ -123,6 +141,33 @@ def prune(
 
 
 def _show(result: Any, out: Path) -> None:
+    if result.experts is not None:
+        _show_experts(result)
+    if result.blocks:
+        _show_weights(result)
+        console.print(f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero", highlight=False)
+    else:
+        console.print(f"wrote {out}", highlight=False)
+    console.print(f"next: moesparse eval {out} --text FILE   |   moesparse inspect {out}", highlight=False)
+
+
+def _show_experts(result: Any) -> None:
+    removed = result.experts
+    table = Table(title=f"experts by {removed['criterion']}", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("block", no_wrap=True)
+    table.add_column("kept", justify="right", no_wrap=True)
+    table.add_column("removed")
+    table.add_column("output error", justify="right", no_wrap=True)
+    fits = {fit["name"]: f"{fit['before']:.1%} > {fit['after']:.1%}" for fit in removed["refit"]}
+    for block, dead in zip(removed["blocks"], removed["dead"], strict=True):
+        ids = " ".join(map(str, block["removed"])) + (f" (no tokens: {' '.join(map(str, dead))})" if dead else "")
+        table.add_row(block["name"], f"{len(block['kept'])} of {block['before']}", ids, fits.get(block["name"], ""))
+    console.print(table)
+    before, after = removed["bytes_before"], removed["bytes_after"]
+    console.print(f"model: {before / 2**20:.1f} > {after / 2**20:.1f} MiB", highlight=False)
+
+
+def _show_weights(result: Any) -> None:
     table = Table(
         title=f"{result.recipe['saliency']} + {result.recipe['update']} at {result.recipe['weights']}",
         box=SIMPLE_HEAD,
@@ -145,8 +190,6 @@ def _show(result: Any, out: Path) -> None:
     console.print(table)
     for block, tensor, expert in result.fallbacks[:10]:
         console.print(f"[yellow]no calibration tokens:[/] {block} expert {expert}: {tensor} was masked by magnitude")
-    console.print(f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero", highlight=False)
-    console.print(f"next: moesparse eval {out} --text FILE   |   moesparse inspect {out}", highlight=False)
 
 
 def _percent(values: list[float]) -> str:

@@ -1,0 +1,108 @@
+"""The driver for whole experts: recipe, order, saved statistics, checkpoints and the command line's report."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from moesparse.blocks import find_moe_blocks
+from moesparse.calibration import calibrate
+from moesparse.checkpoint import load_pretrained, save_pretrained
+from moesparse.errors import CalibrationError, UsageError
+from moesparse.expert_pruning import choose_from_statistics, prune_experts
+from moesparse.model_card import model_card
+from moesparse.pruning import Recipe, prune
+from moesparse.saliency.experts import FAMILY
+from moesparse.testing import tiny_model
+
+WINDOWS = torch.randint(3, 60, (6, 20), generator=torch.Generator().manual_seed(3))
+
+
+def parameters(model):
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("criterion", [*FAMILY, "easy-ep"])
+def test_layer_by_layer_chooses_as_saved_statistics_do(criterion):
+    model = tiny_model("mixtral")
+    statistics = calibrate(model, WINDOWS)
+    want = choose_from_statistics(find_moe_blocks(model), statistics, criterion, keep=5)
+    report = prune_experts(copy.deepcopy(model), WINDOWS, criterion, keep=5, refit=False, batch_size=4)
+    assert [list(block.kept) for block in report.surgery.blocks] == [ids.tolist() for ids in want]
+    from_statistics = prune_experts(model, statistics, criterion, keep=5, refit=False)
+    assert from_statistics.surgery.to_dict() == report.surgery.to_dict()
+
+
+def test_experts_then_weights_equals_two_runs():
+    at_once, stepwise = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    report = prune(at_once, WINDOWS, Recipe(weights="2:4", experts=0.25))
+    assert [tensor.shape[0] for block in report.blocks for tensor in block.tensors] == [6] * 4
+    assert report.experts is not None
+    assert all(fit["after"] < fit["before"] for fit in report.experts["refit"])
+    prune(stepwise, WINDOWS, Recipe(weights=None, experts=0.25))
+    prune(stepwise, WINDOWS, Recipe(weights="2:4"))
+    for (name, a), b in zip(parameters(at_once).items(), parameters(stepwise).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_says_which_experts_are_left(tmp_path):
+    model = tiny_model("mixtral")
+    recipe = Recipe(weights=None, keep_experts=4, expert_saliency="gated-norm", update="none")
+    report = prune(model, WINDOWS, recipe)
+    card = model_card("tiny", report)
+    assert "# tiny, 4 of 8 experts kept" in card
+    assert "| expert criterion | gated-norm |" in card
+    assert report.sparsity == 0
+    save_pretrained(model, tmp_path / "out", recipe=recipe.to_dict(), card=card)
+    loaded, _ = load_pretrained(tmp_path / "out")
+    noted = loaded.config.moesparse
+    assert noted["recipe"]["keep_experts"] == 4
+    kept = {block["name"]: block["kept"] for block in report.experts["blocks"]}
+    assert noted["kept_experts"] == kept
+    for (name, a), b in zip(parameters(model).items(), parameters(loaded).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"weights": None}, "must prune weights or remove experts"),
+        ({"experts": 0.25, "keep_experts": 4}, "only one of experts and keep_experts"),
+        ({"experts": 0.25, "expert_saliency": "reep"}, "criterion must be one of frequency, .* got 'reep'"),
+    ],
+)
+def test_recipes_that_cannot_be(recipe, message):
+    with pytest.raises(UsageError, match=message):
+        Recipe(**recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"keep_experts": 0}, "keep must be between 1 and the 8 experts"),
+        ({"keep_experts": 9}, "keep must be between 1 and the 8 experts"),
+        ({"experts": 1.5}, "remove must be a share between 0 and 1"),
+    ],
+)
+def test_counts_that_cannot_be_change_nothing(recipe, message):
+    model = tiny_model("mixtral")
+    before = parameters(model)
+    with pytest.raises(UsageError, match=message):
+        prune(model, WINDOWS, Recipe(weights=None, **recipe))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), parameters(model).values(), strict=True))
+
+
+def test_statistics_must_be_this_models_and_suffice():
+    model = tiny_model("mixtral")
+    other = calibrate(tiny_model("mixtral", seed=1), WINDOWS)
+    with pytest.raises(CalibrationError, match="statistics must come from this model"):
+        prune(model, other, Recipe(weights=None, experts=0.25, update="none"))
+    own = calibrate(model, WINDOWS)
+    with pytest.raises(CalibrationError, match="must be windows to refit"):
+        prune(model, own, Recipe(weights=None, experts=0.25))
+    with pytest.raises(CalibrationError, match="windows to remove experts and then prune weights"):
+        prune(model, own, Recipe(weights="2:4", experts=0.25, update="none"))
+    with pytest.raises(CalibrationError, match="windows or statistics to choose experts, got None"):
+        prune(model, None, Recipe(weights=None, experts=0.25))
