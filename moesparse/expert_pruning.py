@@ -6,6 +6,7 @@ refitted block is fitted to the inputs it will really get.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,20 +39,26 @@ class ExpertReport:
         surgery: kept and removed experts per block, config keys, bytes.
         dead: per block the experts without calibration tokens; they went first.
         refit: per block, when the kept experts were refitted.
+        scores: [blocks, E], larger means keep; -inf for an expert without tokens.
+        tokens: [blocks, E], how many tokens the dense model sent to each.
     """
 
     criterion: Criterion
     surgery: SurgeryReport
     dead: list[list[int]]
     refit: list[RefitReport]
+    scores: Tensor
+    tokens: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Ready for JSON; a score of -inf becomes None."""
         return {
             "criterion": self.criterion,
             **self.surgery.to_dict(),
             "dead": self.dead,
             "refit": [report.to_dict() for report in self.refit],
+            "scores": [[score if math.isfinite(score) else None for score in row] for row in self.scores.tolist()],
+            "tokens": self.tokens.tolist(),
         }
 
 
@@ -106,14 +113,16 @@ def prune_experts(
         ids, mask = calibration if isinstance(calibration, tuple) else (calibration, None)
         stream = LayerStream(model, decoder_layers(model, blocks)[0], ids, mask, batch_size, device)
         statistics = layerwise_statistics(model, stream, ids, mask, progress)
-    kept = choose_from_statistics(blocks, statistics, criterion, keep=keep, remove=remove, seed=seed)
+    scores = expert_scores(statistics, criterion, seed=seed)
+    kept = _choose(blocks, scores, keep, remove)
     dead = dead_experts(statistics)
+    tokens = torch.stack([sums.tokens.cpu() for sums in statistics.blocks.values()])
     if isinstance(calibration, ModelStatistics) or not refit:
-        return ExpertReport(criterion, remove_experts(model, kept), dead, [])
+        return ExpertReport(criterion, remove_experts(model, kept), dead, [], scores.cpu(), tokens)
     surgery, fits = remove_and_refit(
         model, kept, calibration, ridge=ridge, batch_size=batch_size, device=device, progress=progress
     )
-    return ExpertReport(criterion, surgery, dead, fits)
+    return ExpertReport(criterion, surgery, dead, fits, scores.cpu(), tokens)
 
 
 def choose_from_statistics(

@@ -131,7 +131,15 @@ def prune(
                 allow_pruned=allow_pruned,
             )
         card = model_card(model, result)
-        save_pretrained(network, out, tokenizer=tokenizer, source=source, recipe=recipe.to_dict(), card=card)
+        save_pretrained(
+            network,
+            out,
+            tokenizer=tokenizer,
+            source=source,
+            recipe=recipe.to_dict(),
+            card=card,
+            report=result.to_dict(),
+        )
     if report is not None:
         report.write_text(result.to_json())
     if as_json:
@@ -148,7 +156,7 @@ def _show(result: Any, out: Path) -> None:
         console.print(f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero", highlight=False)
     else:
         console.print(f"wrote {out}", highlight=False)
-    console.print(f"next: moesparse eval {out} --text FILE   |   moesparse inspect {out}", highlight=False)
+    console.print(f"next: moesparse eval {out}   |   moesparse inspect {out}   |   moesparse report {out}", highlight=False)
 
 
 def _show_experts(result: Any) -> None:
