@@ -5,6 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT ?= out/demo
+# threads that wait without spinning: on a busy machine two spinning ones are five times slower than one
+export OMP_WAIT_POLICY ?= PASSIVE
+# the oldest and the newest Triton the kernels support; the one of $(VENV) lies between
+TRITON_OLDEST := 3.6.0
+TRITON_NEWEST := 3.9.0
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -17,11 +22,33 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## prune the embedded model five ways and compare
+demo: $(STAMP) ## prune the embedded model six ways and compare
+	rm -rf $(DEMO_OUT)
 	$(BIN)/moesparse demo --output $(DEMO_OUT)
 
 test: $(STAMP) ## all tests that need no GPU
 	$(BIN)/python -m pytest tests
+
+# what is installed is used as it is: a GPU machine may have no network
+gpu: ## GPU tests, benchmarks, figures: PART="tests decode ..." SHAPES=... AGAIN=1; DRY=1 without a GPU
+	PYTHONPATH=.:kernels:$(PYTHONPATH) $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu \
+		$(if $(PART),--parts $(PART)) $(if $(SHAPES),--shapes $(SHAPES)) $(if $(AGAIN),--again) \
+		$(if $(DRY),--dry --results $(or $(RESULTS),out/gpu-dry-run),$(if $(RESULTS),--results $(RESULTS)))
+
+.venv-triton-3.6/.installed: TRITON = $(TRITON_OLDEST)
+.venv-triton-newest/.installed: TRITON = $(TRITON_NEWEST)
+# --no-deps, because torch names the one Triton it was built with
+.venv-triton-%/.installed: Makefile .ci/constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint .ci/constraints.txt torch numpy pytest setuptools
+	$(@D)/bin/python -m pip install --quiet --no-deps triton==$(TRITON)
+	touch $@
+
+test-triton: .venv-triton-3.6/.installed .venv-triton-newest/.installed ## kernel tests on the oldest and newest Triton, not part of `make test`
+	for version in 3.6 newest; do \
+		PYTHONPATH=.:kernels .venv-triton-$$version/bin/python -m pytest -s -p no:cacheprovider \
+			tests/kernels/test_interpreter.py tests/kernels/test_aot.py || exit; \
+	done
 
 lint: $(STAMP) ## ruff, mypy, import rules
 	$(BIN)/ruff check .
@@ -34,6 +61,6 @@ format: $(STAMP) ## ruff's fixes and layout
 	$(BIN)/ruff format .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-triton gpu lint format clean

@@ -245,9 +245,13 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     ran_on = {**hardware(device), "repeats": args.repeats}
+    path = args.out / ran_on["device"].lower().replace(" ", "-") / "bench_prune.json"
     found = []
     for row in rows(args, device):
         found.append({**row, **ran_on})
+        if not args.quick:
+            # row by row: a long run that is stopped keeps what it measured
+            write(path, found)
         if not args.json:
             notes = f"  error {row['error']:.4f}" if row.get("error") is not None else ""
             notes += f"  {row['speedup_cpu']:.1f}x" if "speedup_cpu" in row else ""
@@ -258,11 +262,8 @@ def main(argv: list[str] | None = None) -> None:
             )
     if args.json:
         print(json.dumps({"benchmark": "bench_prune", "rows": found}))
-    if not args.quick:
-        path = args.out / ran_on["device"].lower().replace(" ", "-") / "bench_prune.json"
-        write(path, found)
-        if not args.json:
-            print(f"wrote {path}; {ran_on}")
+    elif not args.quick:
+        print(f"wrote {path}; {ran_on}")
 
 
 def write(path: Path, found: list[dict[str, Any]]) -> None:

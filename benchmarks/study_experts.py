@@ -40,7 +40,7 @@ from moesparse.surgery import remove_experts
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_experts.json"
 REMOVED = (0.25, 0.5)
-REFITTED = ("frequency", "reap", "man", "gated-norm")
+REFITTED = ("frequency", "reap", "gated-norm")
 SPECIALISTS = ("scripture", "code")
 
 
@@ -111,11 +111,12 @@ def run(study: Study) -> dict[str, Any]:
     """All tables."""
     started = time.perf_counter()
     rows = []
-    for criterion in EXPERT_CRITERIA:
+    # the refits are the slow part and come last
+    wanted = [(criterion, False) for criterion in EXPERT_CRITERIA] + [(criterion, True) for criterion in REFITTED]
+    for criterion, refit in wanted:
         for removed in REMOVED:
-            for refit in (False, True) if criterion in REFITTED else (False,):
-                rows.append(_row(study, criterion, removed, refit))
-                _say(f"{time.perf_counter() - started:6.0f} s  {_line(rows[-1])}")
+            rows.append(_row(study, criterion, removed, refit))
+            _say(f"{time.perf_counter() - started:6.0f} s  {_line(rows[-1])}")
     return {
         "model": {"parameters": sum(p.numel() for p in study.model.parameters()), "experts": 16, "layers": 4},
         "protocol": {
@@ -234,7 +235,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    result = run(Study(1, 8, 6) if arguments.quick else Study(3, 24, 32))
+    result = run(Study(1, 8, 6) if arguments.quick else Study(3, 16, 12))
     if not arguments.quick:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

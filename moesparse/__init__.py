@@ -5,7 +5,8 @@
     report = moesparse.prune(model, windows, moesparse.Recipe(weights="2:4"))
     moesparse.save_pretrained(model, "out", tokenizer=tokenizer)
 
-Names are loaded when they are first used; importing the package imports neither transformers nor triton.
+Names are loaded when they are first used; importing the package imports neither transformers nor triton. It does see to
+it that transformers, once it is in use, can load packed checkpoints (_register.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moesparse._register import register_with_transformers
 from moesparse._version import __version__
 
 if TYPE_CHECKING:
@@ -21,8 +23,13 @@ if TYPE_CHECKING:
     from moesparse.calibration import calibrate
     from moesparse.checkpoint import load_pretrained, save_pretrained
     from moesparse.errors import MoESparseError
+    from moesparse.modules import SparseExperts
+    from moesparse.packing import PackReport, pack, unpack
     from moesparse.pruning import Recipe, Report, prune
+    from moesparse.saliency.experts import expert_scores
+    from moesparse.selection import choose_experts
     from moesparse.statistics import ModelStatistics
+    from moesparse.surgery import remove_experts
 
 _HOMES = {
     "MoEBlock": "blocks",
@@ -31,10 +38,17 @@ _HOMES = {
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
     "MoESparseError": "errors",
+    "SparseExperts": "modules",
+    "PackReport": "packing",
+    "pack": "packing",
+    "unpack": "packing",
     "Recipe": "pruning",
     "Report": "pruning",
     "prune": "pruning",
+    "expert_scores": "saliency.experts",
+    "choose_experts": "selection",
     "ModelStatistics": "statistics",
+    "remove_experts": "surgery",
 }
 _MODULES = ("demo", "evaluate", "text")
 
@@ -42,17 +56,24 @@ __all__ = [
     "MoEBlock",
     "MoESparseError",
     "ModelStatistics",
+    "PackReport",
     "Recipe",
     "Report",
+    "SparseExperts",
     "__version__",
     "calibrate",
+    "choose_experts",
     "demo",
     "evaluate",
+    "expert_scores",
     "find_moe_blocks",
     "load_pretrained",
+    "pack",
     "prune",
+    "remove_experts",
     "save_pretrained",
     "text",
+    "unpack",
 ]
 
 
@@ -66,3 +87,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_with_transformers()

@@ -66,7 +66,7 @@ class ExpertMatrix:
     """
 
     name: str
-    input: str
+    input: Literal["hidden", "activation"]
     experts: nn.Module = field(repr=False)
     transposed: bool
 
@@ -172,11 +172,16 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
         One block for each experts module; every expert parameter of the model is in exactly one of them.
 
     Raises:
-        UnsupportedModelError: the model has no experts, or some that do not fit; names the parameter and what it lacks.
+        UnsupportedModelError: the model has no experts, or some that do not fit or are packed already; names the
+            parameter and what it lacks.
     """
     blocks: list[MoEBlock] = []
     names: dict[nn.Module, str] = {}
     for name, experts in model.named_modules(remove_duplicate=False):
+        if getattr(experts, "is_packed", False):
+            raise UnsupportedModelError(
+                f"{_family(model)}: {name} is already packed; moesparse.unpack(model) makes its experts dense again"
+            )
         if not _goes_through_interface(experts):
             continue
         if experts in names:

@@ -47,6 +47,8 @@ def load_pretrained(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    import moesparse.integrations.transformers  # noqa: F401, packed checkpoints too
+
     folder = Path(source)
     if folder.is_dir():
         _check_folder(folder)
@@ -163,6 +165,7 @@ def save_pretrained(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
+    packed: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     source: str | os.PathLike[str] | None = None,
     recipe: dict[str, Any] | None = None,
@@ -170,11 +173,13 @@ def save_pretrained(
     report: dict[str, Any] | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a model as an ordinary transformers checkpoint: dense with zeros, standard key names, sharded.
+    """Write a model as a transformers checkpoint, with standard key names and in shards.
 
     Args:
-        model: a transformers model, pruned or not.
+        model: a transformers model, pruned or not, packed or not; it is left as it is.
         folder: a new or empty folder; it appears whole or not at all.
+        packed: False: dense with zeros, which any program reads. True: n:m blocks packed (the others dense), which
+            transformers reads once moesparse is imported.
         tokenizer: saved beside the weights.
         source: the folder the model came from: its other small files (chat template, licence) are copied.
         recipe: how the model was pruned; written to config.json under "moesparse".
@@ -184,13 +189,20 @@ def save_pretrained(
 
     Raises:
         CheckpointError: the folder holds files or cannot be written.
+        UnsupportedModelError: the checkpoints of this family cannot hold packed experts.
+        MoESparseError: packed, and no block holds an n:m pattern.
     """
+    from moesparse.integrations.transformers import packed_metadata
+    from moesparse.packing import state_in_form
+
     if recipe is not None:
         # removing experts noted there which ones are left
         noted = getattr(model.config, CONFIG_KEY, None) or {}
         setattr(model.config, CONFIG_KEY, {**noted, "version": __version__, "recipe": recipe})
     with atomic_folder(folder) as work:
-        model.save_pretrained(work, max_shard_size=max_shard_size)  # type: ignore[operator]
+        state, blocks = state_in_form(model, packed)
+        with packed_metadata(model, blocks):  # type: ignore[arg-type]
+            model.save_pretrained(work, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         if source is not None and Path(source).is_dir():

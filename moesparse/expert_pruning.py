@@ -20,11 +20,12 @@ from moesparse.calibration import record
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.layerwise import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.refine import RefineReport, refine_choice
 from moesparse.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit
 from moesparse.residual import measure_angles
 from moesparse.saliency.experts import ANGLED_NORM_SUM, Criterion, check_criterion, dead_experts, expert_scores
 from moesparse.selection import choose_experts
-from moesparse.statistics import ModelStatistics, model_fingerprint, windows_hash
+from moesparse.statistics import ExpertStatistics, ModelStatistics, model_fingerprint, windows_hash
 from moesparse.surgery import SurgeryReport, remove_experts, router_groups
 
 __all__ = ["ExpertReport", "choose_from_statistics", "layerwise_statistics", "prune_experts"]
@@ -39,6 +40,7 @@ class ExpertReport:
         surgery: kept and removed experts per block, config keys, bytes.
         dead: per block the experts without calibration tokens; they went first.
         refit: per block, when the kept experts were refitted.
+        refine: per block, when the choice was refined.
         scores: [blocks, E], larger means keep; -inf for an expert without tokens.
         tokens: [blocks, E], how many tokens the dense model sent to each.
     """
@@ -47,6 +49,7 @@ class ExpertReport:
     surgery: SurgeryReport
     dead: list[list[int]]
     refit: list[RefitReport]
+    refine: list[RefineReport]
     scores: Tensor
     tokens: Tensor
 
@@ -57,6 +60,7 @@ class ExpertReport:
             **self.surgery.to_dict(),
             "dead": self.dead,
             "refit": [report.to_dict() for report in self.refit],
+            "refine": [report.to_dict() for report in self.refine],
             "scores": [[score if math.isfinite(score) else None for score in row] for row in self.scores.tolist()],
             "tokens": self.tokens.tolist(),
         }
@@ -70,6 +74,7 @@ def prune_experts(
     keep: int | None = None,
     remove: float | None = None,
     refit: bool = True,
+    refine: bool = False,
     ridge: float = DEFAULT_RIDGE,
     seed: int = 0,
     batch_size: int = 8,
@@ -85,6 +90,7 @@ def prune_experts(
         keep: experts that stay in every block; or
         remove: the share that goes, in (0, 1).
         refit: re-solve the kept down projections; needs windows.
+        refine: swap experts after the first choice while the block's error falls; needs windows without padding.
         ridge: of the refit.
         seed: of the "random" criterion.
         batch_size: windows in one forward.
@@ -102,10 +108,11 @@ def prune_experts(
     if refit:
         check_refit(blocks, ridge)
     if isinstance(calibration, ModelStatistics):
-        if refit:
+        if refit or refine:
+            what = "refit the experts that stay" if refit else "refine the choice"
             raise CalibrationError(
-                "calibration must be windows to refit the experts that stay, got statistics: they are sums, and the "
-                "refit needs the tokens; pass the windows, or remove without refit (update='none')"
+                f"calibration must be windows to {what}, got statistics: they are sums, and it needs the tokens; pass "
+                "the windows, or remove without it (update='none')"
             )
         calibration.check_model(model)
         statistics = calibration
@@ -117,12 +124,17 @@ def prune_experts(
     kept = _choose(blocks, scores, keep, remove)
     dead = dead_experts(statistics)
     tokens = torch.stack([sums.tokens.cpu() for sums in statistics.blocks.values()])
+    refined: list[RefineReport] = []
+    if refine and not isinstance(calibration, ModelStatistics):
+        if mask is not None:
+            raise UsageError("windows must be without padding to refine the choice, got an attention mask")
+        kept, refined = refine_choice(model, kept, ids, progress=progress)
     if isinstance(calibration, ModelStatistics) or not refit:
-        return ExpertReport(criterion, remove_experts(model, kept), dead, [], scores.cpu(), tokens)
+        return ExpertReport(criterion, remove_experts(model, kept), dead, [], refined, scores.cpu(), tokens)
     surgery, fits = remove_and_refit(
         model, kept, calibration, ridge=ridge, batch_size=batch_size, device=device, progress=progress
     )
-    return ExpertReport(criterion, surgery, dead, fits, scores.cpu(), tokens)
+    return ExpertReport(criterion, surgery, dead, fits, refined, scores.cpu(), tokens)
 
 
 def choose_from_statistics(
@@ -153,7 +165,7 @@ def layerwise_statistics(
     blocks = find_moe_blocks(model)
     positions = {id(layer): position for position, layer in enumerate(stream.layers)}
     at = [positions[id(model.get_submodule(block.layer))] for block in blocks]
-    found = {}
+    found: dict[str, ExpertStatistics] = {}
     for position in range(max(at) + 1):
         progress(ProgressEvent("score experts", position, max(at) + 1, "layer"))
         here = [block for block, where in zip(blocks, at, strict=True) if where == position]

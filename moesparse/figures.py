@@ -60,7 +60,7 @@ def heat_map(
         removed: per layer the experts that get a cross.
         top: value of the brightest colour; the largest value when None.
     """
-    layers, experts = values.shape
+    layers = len(values)
     figure = new_figure(min(1.6 + 0.34 * layers, 11))
     axes = figure.subplots()
     image = _draw_map(axes, values, rows, removed, top)

@@ -31,7 +31,8 @@ def model_card(base: str, report: Report) -> str:
         report: what `prune` returned.
     """
     recipe = report.recipe
-    what, rows = [], {}
+    what: list[str] = []
+    rows: dict[str, object] = {}
     if report.experts is not None:
         first = report.experts["blocks"][0]
         what.append(f"{len(first['kept'])} of {first['before']} experts kept")

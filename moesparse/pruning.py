@@ -34,8 +34,8 @@ from moesparse.saliency.updates import parse_update, rescale_factor, update_weig
 from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
 from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed, model_fingerprint
 
-DEFAULT_SALIENCY = "moe-pruner"
-DEFAULT_UPDATE = "least-squares"
+DEFAULT_SALIENCY = "gated-admm"
+DEFAULT_UPDATE = "least-squares+rescale"
 DEFAULT_EXPERT_SALIENCY = "reap"
 
 
@@ -53,6 +53,7 @@ class Recipe:
         experts: share of the experts removed from every block before the weights are pruned, in (0, 1), or
         keep_experts: how many stay. With a weight rule that holds "least-squares" the kept ones are refitted.
         expert_saliency: the criterion, one of moesparse.saliency.experts.EXPERT_CRITERIA.
+        refine_experts: swap experts after the first choice while the block's output error falls.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
@@ -66,6 +67,7 @@ class Recipe:
     experts: float | None = None
     keep_experts: int | None = None
     expert_saliency: str = DEFAULT_EXPERT_SALIENCY
+    refine_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.weights is not None:
@@ -78,6 +80,8 @@ class Recipe:
             )
         moments_needed(self.saliency, self.update)  # refuses an unknown rule
         check_criterion(self.expert_saliency)
+        if self.refine_experts and not self.removes_experts:
+            raise UsageError("refine_experts must come with experts or keep_experts, got neither")
 
     @property
     def pattern(self) -> Pattern:
@@ -228,7 +232,8 @@ def prune(
         removed = _remove_experts(model, blocks, calibration, recipe, batch_size, device, progress, allow_pruned)
         blocks = find_moe_blocks(model)
     if recipe.weights is None:
-        reports, source = [], _describe(calibration)
+        reports: list[BlockReport] = []
+        source = _describe(calibration)
     elif isinstance(calibration, ModelStatistics):
         reports, source = _prune_from_statistics(model, blocks, calibration, recipe, progress)
     elif calibration is None:
@@ -307,6 +312,7 @@ def _remove_experts(
         keep=recipe.keep_experts,
         remove=recipe.experts,
         refit=recipe.refits_experts,
+        refine=recipe.refine_experts,
         seed=recipe.seed,
         batch_size=batch_size,
         device=torch.device(device) if device is not None else _default_device(),
@@ -428,12 +434,8 @@ def _prune_matrix(
     name = f"{block.name}.{matrix.name}"
     weight = matrix.weight
     sums: Any = statistics  # None only for rules that look at the weights alone, see _prune_from_weights
-    choice = choose_masks(
-        weight, recipe.saliency, recipe.pattern, sums, matrix.input, seed=recipe.seed, name=name
-    )
-    result = update_weights(
-        weight, choice.mask, update, sums, matrix.input, gate=obs_gate(recipe.saliency), name=name
-    )
+    choice = choose_masks(weight, recipe.saliency, recipe.pattern, sums, matrix.input, seed=recipe.seed, name=name)
+    result = update_weights(weight, choice.mask, update, sums, matrix.input, gate=obs_gate(recipe.saliency), name=name)
     weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed
     verdict = check_mask(weight, recipe.pattern)

@@ -53,6 +53,11 @@ class Checkpoint:
         return (self.config.get(CONFIG_KEY) or {}).get("recipe")
 
     @property
+    def packed(self) -> bool:
+        """The weight files hold n:m weights packed."""
+        return (self.config.get("quantization_config") or {}).get("quant_method") == "moesparse"
+
+    @property
     def removal(self) -> dict[str, Any] | None:
         """`ExpertReport.to_dict` of the run, None when it removed no experts."""
         return None if self.run is None else self.run.get("experts")
@@ -109,6 +114,9 @@ class Findings:
             _check_same_model(self.checkpoint, self.routing)
         if self.before is not None and self.after is not None:
             _check_same_texts(self.before, self.after)
+
+
+_FORMS = {True: "packed", False: "dense with zeros, so that any program reads them"}
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -357,9 +365,7 @@ def _perplexity(findings: Findings) -> _Section | str:
             "Perplexity was neither measured nor read from a file. Add --evaluate for the embedded texts, or --text "
             "FILE, and --dense MODEL for the figures before pruning."
         )
-    sides = {
-        name: side for name, side in (("before", findings.before), ("after", findings.after)) if side is not None
-    }
+    sides = {name: side for name, side in (("before", findings.before), ("after", findings.after)) if side is not None}
     some = next(iter(sides.values()))
     groups = {
         _row_name(row): {name: side["files"][position]["perplexity"] for name, side in sides.items()}
@@ -368,15 +374,16 @@ def _perplexity(findings: Findings) -> _Section | str:
     if len(groups) > 1:
         groups["geometric mean"] = {name: geometric_mean(side) for name, side in sides.items()}
     section = _Section("Perplexity per text" if len(sides) == 1 else "Perplexity before and after")
-    if len(sides) == 1:
-        other = "before pruning is not known: name the dense model with --dense" if findings.before is None else (
-            "after pruning is not known"
-        )
-        section.say(f"Measured {next(iter(sides))} pruning; the figure {other}.")
+    if findings.before is None:
+        section.say("Of this model; the figures before pruning are not known: name the dense model with --dense.")
+    if findings.after is None:
+        section.say("Of the model before pruning; the figures after are not known.")
     words = "; ".join(
         f"{name} " + " to ".join(f"{value:.2f}" for value in group.values()) for name, group in groups.items()
     )
-    section.show("perplexity", f"Perplexity per text: {words}", figures.bars(groups, label="perplexity, lower is better"))
+    section.show(
+        "perplexity", f"Perplexity per text: {words}", figures.bars(groups, label="perplexity, lower is better")
+    )
     header = ["text", *(f"perplexity {name}" for name in sides), *(f"bits/byte {name}" for name in sides), "tokens"]
     rows = []
     for position, row in enumerate(some["files"]):
@@ -414,14 +421,15 @@ def _sizes(findings: Findings) -> _Section | str | None:
             "packed": rest + after["packed"],
         },
     }
-    alt = "; ".join(f"{what} {name} {format_size(value)}" for what, group in groups.items() for name, value in group.items())
+    alt = "; ".join(
+        f"{what} {name} {format_size(value)}" for what, group in groups.items() for name, value in group.items()
+    )
     mib = {what: {name: value / 2**20 for name, value in group.items()} for what, group in groups.items()}
     section.show("bytes", f"Bytes: {alt}", figures.bars(mib, label="MiB"))
     stored = format_size(checkpoint.stored_bytes)
     section.say(
-        f"The weight files of this folder hold {stored} (dense with zeros, so that plain transformers reads them). "
-        "Packed: the kept values and one bit for every weight, computed from the pattern. A pattern that is not n:m "
-        "has no packed form and counts as dense."
+        f"The weight files of this folder hold {stored}, {_FORMS[checkpoint.packed]}. Packed: the kept values and one bit "
+        "for every weight, computed from the pattern; without an n:m pattern there is no packed form and it counts as dense."
     )
     return section
 
@@ -448,9 +456,11 @@ def _removal(findings: Findings) -> _Section | str | None:
     blocks = removal["blocks"]
     names = [_layer(block["name"]) for block in blocks]
     scores = removal.get("scores")
+    refined = {done["name"]: done for done in removal.get("refine") or ()}
     section.say(
         f"Every expert was scored by {removal['criterion']} on the calibration text (larger means keep); the lowest of "
-        "each block went. Position in the list of kept ids is the id in this checkpoint."
+        f"each block went{', then experts were swapped while the block came out closer' if refined else ''}. Position "
+        "in the list of kept ids is the id in this checkpoint."
     )
     if scores is not None:
         values = torch.tensor([[math.nan if v is None else float(v) for v in row] for row in scores])
@@ -462,7 +472,9 @@ def _removal(findings: Findings) -> _Section | str | None:
     else:
         section.say("The scores were not kept with this folder.")
     fits = {fit["name"]: fit for fit in removal.get("refit") or ()}
-    header = ["layer", "kept (old ids)", "removed (score)", *(["output error before → after refit"] if fits else [])]
+    header = ["layer", "kept (old ids)", "removed (score)"]
+    header += ["swapped (gone → kept instead)"] if refined else []
+    header += ["output error before → after refit"] if fits else []
     rows = []
     for number, block in enumerate(blocks):
         why = []
@@ -473,14 +485,19 @@ def _removal(findings: Findings) -> _Section | str | None:
                 why.append(f"{expert} ({scores[number][expert]:.3g})")
             else:
                 why.append(str(expert))
-        fit = fits.get(block["name"])
-        error = [] if not fits else ["" if fit is None else f"{fit['before']:.1%} → {fit['after']:.1%}"]
-        rows.append([names[number], _ranges(block["kept"]), ", ".join(why), *error])
+        row = [names[number], _ranges(block["kept"]), ", ".join(why)]
+        if refined:
+            swaps = refined.get(block["name"], {}).get("swaps", ())
+            row.append(", ".join(f"{gone} → {stays}" for gone, stays in swaps) or "none")
+        if fits:
+            fit = fits.get(block["name"])
+            row.append("" if fit is None else f"{fit['before']:.1%} → {fit['after']:.1%}")
+        rows.append(row)
     section.parts.append(_table(header, rows, numeric=False))
     if fits:
         section.say(
-            "Output error: how far the block's output lies from the dense block's on the calibration tokens, before and "
-            "after the kept down projections were solved again."
+            "Output error: how far the block's output lies from the dense block's on the calibration tokens, before "
+            "and after the kept down projections were solved again."
         )
     return section
 
@@ -537,8 +554,8 @@ def _specialisation(findings: Findings) -> _Section | str:
     routing = findings.routing
     if routing is None or len(routing.domains) < 2:
         return (
-            "Specialisation needs statistics of two domains or more, one file each: moesparse calibrate MODEL law.stats "
-            "--calibration law.jsonl, and so on."
+            "Specialisation needs statistics of two domains or more, one file each: moesparse calibrate MODEL "
+            "law.stats --calibration law.jsonl, and so on."
         )
     names, rows = list(routing.domains), [_layer(name) for name in routing.blocks]
     shares = {name: even_shares(tokens) for name, tokens in routing.domains.items()}
@@ -552,8 +569,8 @@ def _specialisation(findings: Findings) -> _Section | str:
         for a, b in zip(first.tolist(), second.tolist(), strict=True)
     )
     section.say(
-        "Jensen-Shannon divergence between the routing of every two domains, in bits: 0 is the same routing, 1 no expert "
-        f"in common. Samples of this size show about {floor:.4f} bits by chance alone."
+        "Jensen-Shannon divergence between the routing of every two domains, in bits: 0 is the same routing, 1 no "
+        f"expert in common. Samples of this size show about {floor:.4f} bits by chance alone."
     )
     mean = between.mean(1)
     words = ", ".join(f"layer {row} {float(value):.3f}" for row, value in zip(rows, mean, strict=True))
@@ -564,7 +581,8 @@ def _specialisation(findings: Findings) -> _Section | str:
     for number, row in enumerate(rows):
         least, most = int(between[number].argmin()), int(between[number].argmax())
         told = [
-            f"{float(between[number, at]):.3f} ({names[int(first[at])]}, {names[int(second[at])]})" for at in (least, most)
+            f"{float(between[number, at]):.3f} ({names[int(first[at])]}, {names[int(second[at])]})"
+            for at in (least, most)
         ]
         table.append([row, f"{float(mean[number]):.3f}", *told])
     section.parts.append(_table(["layer", "mean", "least", "most"], table))

@@ -1,4 +1,4 @@
-"""Tiny random models of every MoE family: what the tests of all rooms, and benchmarks, run on.
+"""Tiny random models of every MoE family, and the error budget: what the tests of all rooms, and benchmarks, share.
 
 A family is a transformers `model_type`. Its entry in `MOE_FAMILIES` holds only what its config needs beyond the common
 small sizes, and every model runs one forward in a few milliseconds on a CPU.
@@ -10,9 +10,16 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["MOE_FAMILIES", "UNSUPPORTED_FAMILIES", "has_family", "tiny_model"]
+__all__ = [
+    "MOE_FAMILIES",
+    "UNSUPPORTED_FAMILIES",
+    "assert_within_budget",
+    "has_family",
+    "prune_by_magnitude",
+    "tiny_model",
+]
 
 # Families name the same sizes differently; a config takes those it has. H, I and 2I are multiples of 32, so that every
 # n:m pattern divides them, and all differ, so that a transposed matrix cannot pass for a plain one.
@@ -245,3 +252,34 @@ def tiny_model(family: str, seed: int = 0, **config: Any) -> nn.Module:
                 if name.endswith("bias") and tensor.is_floating_point() and not tensor.any():
                     tensor.normal_(std=0.1)
     return model
+
+
+@torch.no_grad()
+def prune_by_magnitude(model: nn.Module, pattern: str = "2:4") -> nn.Module:
+    """The model with every expert matrix masked in place: the quickest way to weights that hold an n:m pattern."""
+    from moesparse.blocks import find_moe_blocks
+    from moesparse.masks import Pattern, mask_from_score
+
+    for block in find_moe_blocks(model):
+        for matrix in block.matrices:
+            matrix.weight.masked_fill_(~mask_from_score(matrix.weight.abs(), Pattern.parse(pattern)), 0)
+    return model
+
+
+def assert_within_budget(
+    actual: Tensor, same_dtype_ref: Tensor, fp64_ref: Tensor, name: str, slack: float = 1.0
+) -> None:
+    """Lie no further from fp64 than plain torch does at the same dtype, plus one rounding.
+
+    Args:
+        actual: what is tested, any dtype.
+        same_dtype_ref: plain torch at the dtype of `actual`, accumulated as the tested code promises.
+        fp64_ref: the same in fp64, from the same (widened) inputs.
+        name: for the message.
+        slack: factor on the budget; with 2, code that accumulates in bf16 passes bf16 tests.
+    """
+    assert actual.isfinite().all(), f"{name}: non-finite values"
+    eps = torch.finfo(actual.dtype).eps * fp64_ref.abs().max()
+    budget = slack * ((same_dtype_ref.double() - fp64_ref).abs().max() + eps)
+    error = (actual.double() - fp64_ref).abs().max()
+    assert error <= budget, f"{name}: error {error:.2e} over budget {budget:.2e}"

@@ -110,6 +110,19 @@ def test_eval_tells_dense_from_pruned(pruned, monkeypatch, capsys):
     assert dense["protocol"] == {"window": 256, "stride": 256, "bos": False}
 
 
+def test_bench_says_what_it_measured(monkeypatch, capsys):
+    words = ("bench", "--shape", "gpt-oss-20b", "--tokens", "3", "--device", "cpu", "--json")
+    code, out, err = in_process(monkeypatch, capsys, *words)
+    assert code in (0, None), err
+    assert "says nothing about a GPU" in err
+    result = json.loads(out)
+    assert 16 * result["packed_bytes"] == 9 * result["dense_bytes"]
+    runs = {row["contender"]: row for row in result["rows"]}
+    assert runs.keys() >= {"moe_nm reference", "moe_dense reference", "transformers grouped_mm"}
+    assert all(row["status"] == "ok" and row["error"] <= row["error_budget"] for row in runs.values())
+    assert {row["shape"] for row in runs.values()} == {"gpt-oss-20b (reduced)"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -124,6 +137,8 @@ def test_eval_tells_dense_from_pruned(pruned, monkeypatch, capsys):
         (["prune", "demo", "OUT", "--calibration", "BINARY"], 1, "must be text, got binary data"),
         (["prune", "demo", "OUT", "--samples", "100000"], 1, "give more text, or samples="),
         (["eval", "demo", "--text", "missing.txt"], 2, "--text must be a file or a datasets name"),
+        (["bench", "--shape", "gpt-9"], 2, "--shape must be one of Mixtral-8x7B"),
+        (["bench", "--routing", "fair"], 2, "--routing must be one of uniform, skewed, got 'fair'"),
         (["inspect", "FULL"], 1, "MODEL must be a folder with a config.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -157,7 +172,7 @@ def test_ctrl_c_leaves_no_output(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["demo", "prune", "eval", "inspect"])
+@pytest.mark.parametrize("command", ["demo", "prune", "eval", "inspect", "bench"])
 def test_help_teaches(command, monkeypatch, capsys):
     code, out, _ = in_process(monkeypatch, capsys, command, "--help")
     assert code == 0

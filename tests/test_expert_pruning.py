@@ -47,6 +47,18 @@ def test_experts_then_weights_equals_two_runs():
         assert torch.equal(a, b), name
 
 
+def test_a_refined_choice_is_reported_with_its_gain():
+    model = tiny_model("mixtral")
+    recipe = Recipe(weights=None, keep_experts=4, expert_saliency="random", update="none", refine_experts=True)
+    report = prune(model, WINDOWS, recipe)
+    assert report.experts is not None
+    refined = report.experts["refine"]
+    assert all(block["after"] <= block["before"] for block in refined)
+    assert any(block["swaps"] for block in refined)
+    for block, kept in zip(refined, report.experts["blocks"], strict=True):
+        assert {new for _, new in block["swaps"]} & set(kept["kept"]) or not block["swaps"]
+
+
 def test_a_checkpoint_says_which_experts_are_left(tmp_path):
     model = tiny_model("mixtral")
     recipe = Recipe(weights=None, keep_experts=4, expert_saliency="gated-norm", update="none")
@@ -70,6 +82,7 @@ def test_a_checkpoint_says_which_experts_are_left(tmp_path):
     [
         ({"weights": None}, "must prune weights or remove experts"),
         ({"experts": 0.25, "keep_experts": 4}, "only one of experts and keep_experts"),
+        ({"refine_experts": True}, "must come with experts or keep_experts"),
         ({"experts": 0.25, "expert_saliency": "reep"}, "criterion must be one of frequency, .* got 'reep'"),
     ],
 )

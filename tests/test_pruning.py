@@ -181,7 +181,17 @@ def test_magnitude_needs_no_data_and_others_say_they_do():
 def test_the_report_is_json_with_the_recipe():
     report = prune(tiny_model("mixtral"), windows(), Recipe(weights=0.5, saliency="wanda", update="none", seed=3))
     loaded = json.loads(report.to_json())
-    assert loaded["recipe"] == {"weights": "0.5", "saliency": "wanda", "update": "none", "propagate": True, "seed": 3}
+    assert loaded["recipe"] == {
+        "weights": "0.5",
+        "saliency": "wanda",
+        "update": "none",
+        "propagate": True,
+        "experts": None,
+        "keep_experts": None,
+        "expert_saliency": "reap",
+        "refine_experts": False,
+        "seed": 3,
+    }
     assert [block["name"] for block in loaded["blocks"]] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     block = loaded["blocks"][0]
     assert sum(block["tokens_per_expert"]) == 6 * 16 * 2

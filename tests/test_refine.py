@@ -45,7 +45,8 @@ def test_swaps_lower_the_error_that_removal_really_has(family):
         assert float(error) == pytest.approx(want, rel=1e-4)
     for report in reports:
         assert report.after <= report.before
-        assert report.tried > 0
+        # 4 x 4 pairs a round, and with router groups only 2 x 2 in each; the last round finds nothing
+        assert report.tried == (8 if family == "deepseek_v3" else 16) * (len(report.swaps) + 1)
 
 
 def test_protected_experts_are_not_swapped_and_the_number_of_swaps_is_bounded():

@@ -390,7 +390,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the folder fetch_text.py and build_text.py wrote to")
     parser.add_argument("--assets", type=Path, default=Path("moesparse/demo"), help="holds the tokenizer and the text")
     parser.add_argument("--out", type=Path, required=True, help="log.jsonl, state.pt and model/ are written here")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--stop", type=int, help="stop after this step of the schedule; the run can be resumed")
     parser.add_argument("--resume", action="store_true", help="go on from <out>/state.pt")
     parser.add_argument("--per-domain", type=int, default=4, help="sequences of each domain in a step")

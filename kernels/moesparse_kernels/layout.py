@@ -26,10 +26,11 @@ a bit pattern here: -0.0, subnormals and NaN come back as they went in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+
+from .row_order import as_bits, count_kept, decode_rows, encode_rows, pack_bits, row_blocks, unpack_bits
 
 __all__ = ["FRAGMENT_TILE", "GROUP_SIZES", "NMWeight"]
 
@@ -37,8 +38,6 @@ FRAGMENT_TILE = 128
 GROUP_SIZES = (4, 8, 16, 32)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# weights handled at a time when packing and unpacking: what bounds the temporaries
-_BLOCK = 2**22
 
 
 def _check_pattern(n: int, m: int) -> None:
@@ -58,58 +57,40 @@ def _ceil_to(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _row_blocks(N: int, K: int) -> Iterator[slice]:
-    rows = max(1, _BLOCK // max(K, 1))
-    for start in range(0, N, rows):
-        yield slice(start, min(start + rows, N))
-
-
-def _bits(weight: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers: comparing these is exact for -0.0, NaN and under flush-to-zero."""
-    return weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
-
-
-def _pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """bool (..., K) -> uint8 (..., K / 8), least significant bit first."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (mask.unflatten(-1, (-1, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
-
-
-def _unpack_bits(index: torch.Tensor) -> torch.Tensor:
-    """uint8 (..., K / 8) -> bool (..., K)."""
-    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=index.device)
-    return (index.unsqueeze(-1) & bits).ne(0).flatten(-2)
-
-
 def _first_group(wrong: torch.Tensor) -> tuple[int, int]:
     """Row and group of the first True of a (rows, groups) tensor."""
     row, group = wrong.nonzero()[0].tolist()
     return row, group
 
 
-def _fill_groups(block: torch.Tensor, n: int, m: int, expert: int, first_row: int) -> torch.Tensor:
-    """Mask of exactly n per group that holds every non-zero of `block` (rows, K), then -0.0, then +0.0."""
-    groups = _bits(block).unflatten(-1, (-1, m))
+def _non_zeros(block: torch.Tensor, n: int, m: int, expert: int, first_row: int) -> torch.Tensor:
+    """Index of `block` (rows, K) with n bits per group that hold every non-zero, then -0.0, then +0.0."""
+    bits = as_bits(block)
     # the shift drops the sign bit: what is left is zero for -0.0 too
-    keep = (groups << 1) != 0
-    count = keep.sum(-1, dtype=torch.int32)
+    keep = (bits << 1) != 0
+    index = pack_bits(keep)
+    count = count_kept(index, m)
     if bool((count > n).any()):
         row, group = _first_group(count > n)
         raise ValueError(
             f"weight must hold at most {n} non-zeros in every group of {m}, got {int(count[row, group])} "
             f"in expert {expert}, row {first_row + row}, group {group}; prune it to {n}:{m} first or pass a mask"
         )
-    for candidate in (groups != 0, torch.ones_like(keep)):
-        free = n - keep.sum(-1, keepdim=True, dtype=torch.int32)
-        if not bool(free.any()):
-            break
-        spare = candidate & ~keep
-        keep |= spare & (spare.cumsum(-1, dtype=torch.int32) <= free)
-    return keep.flatten(-2)
+    short = count < n
+    if not bool(short.any()):
+        return index
+    groups = keep.unflatten(-1, (-1, m))
+    filled, negative_zero = groups[short], bits.unflatten(-1, (-1, m))[short] != 0
+    for candidate in (negative_zero, torch.ones_like(filled)):
+        free = n - filled.sum(-1, keepdim=True, dtype=torch.int32)
+        spare = candidate & ~filled
+        filled |= spare & (spare.cumsum(-1, dtype=torch.int32) <= free)
+    groups[short] = filled
+    return pack_bits(keep)
 
 
-def _check_groups(mask: torch.Tensor, n: int, m: int, expert: int, first_row: int, name: str) -> None:
-    count = mask.unflatten(-1, (-1, m)).sum(-1, dtype=torch.int32)
+def _check_groups(index: torch.Tensor, n: int, m: int, expert: int, first_row: int, name: str) -> None:
+    count = count_kept(index, m)
     if bool((count != n).any()):
         row, group = _first_group(count != n)
         raise ValueError(
@@ -130,7 +111,7 @@ def _row_to_fragment(values: torch.Tensor, index: torch.Tensor) -> tuple[torch.T
         padded_index[:N, : K // 8] = index
         values, index = padded_values, padded_index
 
-    halves = _bits(values).view(rows // 128, 4, 4, 8, columns // 64, 2, 4, 2, 2)  # tile w r g kt p2 q b v
+    halves = as_bits(values).view(rows // 128, 4, 4, 8, columns // 64, 2, 4, 2, 2)  # tile w r g kt p2 q b v
     words = halves.permute(0, 4, 2, 1, 3, 6, 5, 8, 7).contiguous().view(torch.int32)  # tile kt r w g q p2 v (b)
     nibbles = torch.stack([index & 15, index >> 4], dim=-1)
     nibbles = nibbles.view(rows // 128, 4, 4, 8, columns // 128, 2, 2, 4, 2)  # tile w r g kb kt p2 q b
@@ -235,7 +216,7 @@ class NMWeight:
     def pack(cls, weight: torch.Tensor, mask: torch.Tensor | None = None, n: int = 2, m: int = 4) -> NMWeight:
         """Pack a dense weight in "row" order.
 
-        Memory: the packed tensors plus temporaries for about four million weights at a time.
+        Memory: the packed tensors plus temporaries for a few million weights at a time.
 
         Args:
             weight: (E, N, K) bf16, fp16 or fp32, any strides, K a multiple of lcm(m, 8).
@@ -263,15 +244,14 @@ class NMWeight:
         values = weight.new_empty(E, N, K // m * n)
         index = torch.empty(E, N, K // 8, dtype=torch.uint8, device=weight.device)
         for e in range(E):
-            for rows in _row_blocks(N, K):
+            for rows in row_blocks(N, K, weight.device):
                 block = weight.detach()[e, rows]
                 if mask is None:
-                    keep = _fill_groups(block, n, m, e, rows.start)
+                    index[e, rows] = _non_zeros(block, n, m, e, rows.start)
                 else:
-                    keep = mask[e, rows]
-                    _check_groups(keep, n, m, e, rows.start, "mask")
-                values[e, rows] = torch.masked_select(block, keep).view(block.shape[0], K // m * n)
-                index[e, rows] = _pack_bits(keep)
+                    index[e, rows] = pack_bits(mask[e, rows])
+                    _check_groups(index[e, rows], n, m, e, rows.start, "mask")
+                encode_rows(block, index[e, rows], n, m, out=values[e, rows])
         return cls(values, index, (E, N, K), n, m, "row", weight.dtype)
 
     @property
@@ -299,7 +279,7 @@ class NMWeight:
     def unpack_expert(self, expert: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """The dense weight (N, K) of one expert: the masked weight bit for bit, pruned positions +0.0.
 
-        Memory: the result plus temporaries for about four million weights ("fragment": plus one packed expert).
+        Memory: the result plus temporaries for a few million weights ("fragment": plus one packed expert).
 
         Args:
             expert: 0 <= expert < E.
@@ -316,8 +296,7 @@ class NMWeight:
                 f"and shape {tuple(out.shape)}"
             )
         values, index = self._expert_rows(expert)
-        for rows in _row_blocks(N, K):
-            out[rows].zero_().masked_scatter_(_unpack_bits(index[rows]), values[rows])
+        decode_rows(values, index, self.n, self.m, out)
         return out
 
     def unpack(self) -> torch.Tensor:
@@ -329,7 +308,7 @@ class NMWeight:
 
     def mask(self) -> torch.Tensor:
         """bool (E, N, K), True where a weight is stored."""
-        return torch.stack([_unpack_bits(self._expert_rows(e)[1]) for e in range(self.shape[0])])
+        return torch.stack([unpack_bits(self._expert_rows(e)[1]) for e in range(self.shape[0])])
 
     def validate(self) -> NMWeight:
         """Read the index and check that every group, padding included, holds exactly n bits; return self.
@@ -342,8 +321,7 @@ class NMWeight:
                 index = self.index[e]
             else:
                 _, index = _fragment_to_row(self.values[e], self.index[e], self.dtype)
-            for rows in _row_blocks(index.shape[0], index.shape[1] * 8):
-                _check_groups(_unpack_bits(index[rows]), self.n, self.m, e, rows.start, "index")
+            _check_groups(index, self.n, self.m, e, 0, "index")
         return self
 
     def to_order(self, order: str) -> NMWeight:
@@ -430,6 +408,6 @@ class NMWeight:
         same = ("shape", "n", "m", "order", "dtype")
         return (
             all(getattr(self, name) == getattr(other, name) for name in same)
-            and torch.equal(_bits(self.values), _bits(other.values))
+            and torch.equal(as_bits(self.values), as_bits(other.values))
             and torch.equal(self.index, other.index)
         )

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from .layout import NMWeight
-from .unpack import unpack_expert
 
 __all__ = [
     "ACTIVATIONS",
@@ -26,6 +25,7 @@ __all__ = [
     "block_bound",
     "down_reference",
     "route_torch",
+    "routing_sizes",
     "up_reference",
 ]
 
@@ -64,6 +64,19 @@ class Routing:
     block_expert: torch.Tensor
     block_row: torch.Tensor
     block_m: int
+
+    @classmethod
+    def split(cls, buffer: torch.Tensor, shape: torch.Size, num_experts: int, block_m: int) -> Routing:
+        """The routing of a (T, top_k) `shape` whose tensors lie in `buffer` one after the other."""
+        sizes = routing_sizes(shape.numel(), num_experts, block_m)
+        slot_of, row_of, offsets, block_expert, block_row = buffer.split(sizes)
+        return cls(slot_of, row_of.view(shape), offsets, block_expert, block_row, block_m)
+
+
+def routing_sizes(rows: int, num_experts: int, block_m: int) -> list[int]:
+    """Lengths of the tensors of a `Routing`, in order."""
+    num_blocks = block_bound(rows, num_experts, block_m)
+    return [rows, rows, num_experts + 1, num_blocks, num_blocks]
 
 
 def block_bound(rows: int, num_experts: int, block_m: int) -> int:
@@ -110,7 +123,7 @@ class Routings:
     def blocks(self, block_m: int) -> Routing:
         """The routing with blocks of block_m rows, by the kernels of route.py."""
         if block_m not in self._made:
-            from .route import route
+            from .routing import route
 
             self._made[block_m] = route(self._top_k_index, self._num_experts, block_m)
         return self._made[block_m]
@@ -142,7 +155,7 @@ def _experts_with_rows(weight: NMWeight | torch.Tensor, offsets: torch.Tensor, r
 
 def _dense_expert(weight: NMWeight | torch.Tensor, expert: int, scratch: torch.Tensor | None) -> torch.Tensor:
     if isinstance(weight, NMWeight):
-        return unpack_expert(weight, expert, out=scratch)
+        return weight.unpack_expert(expert, out=scratch)
     return weight[expert]
 
 

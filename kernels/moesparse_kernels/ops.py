@@ -1,4 +1,4 @@
-"""The public pruning ops: argument checks, registration with torch, and the choice between Triton and plain torch.
+"""Pruning ops and routing: argument checks, registration with torch, and the choice between Triton and plain torch.
 
 Triton serves tensors on a CUDA or ROCm device, and every tensor under TRITON_INTERPRET=1; plain torch serves the rest.
 The ops are registered as `torch.ops.moesparse.*` with fakes, so torch.compile(fullgraph=True), export, fake tensors and
@@ -17,8 +17,9 @@ import torch
 
 from moesparse_kernels import reference
 from moesparse_kernels.layout import GROUP_SIZES, NMWeight
+from moesparse_kernels.moe_reference import Routing, route_torch, routing_sizes
 
-__all__ = ["column_energy", "column_energy_sorted", "nm_prune", "row_topk"]
+__all__ = ["column_energy", "column_energy_sorted", "nm_prune", "route", "row_topk"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -296,3 +297,48 @@ def row_topk(weight: torch.Tensor, scale: torch.Tensor, keep: int) -> torch.Tens
     if not 0 <= keep <= weight.shape[-1]:
         raise ValueError(f"keep must lie in 0..K={weight.shape[-1]}, got {keep}")
     return _row_topk_op(experts, scales, keep).view(weight.shape)
+
+
+@torch.library.custom_op("moesparse::route", mutates_args=())
+def _route_op(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> torch.Tensor:
+    if use_triton(top_k_index):
+        from moesparse_kernels.routing import sort_slots
+
+        return sort_slots(top_k_index, num_experts, block_m)
+    routing = route_torch(top_k_index, num_experts, block_m)
+    tensors = (routing.slot_of, routing.row_of, routing.offsets, routing.block_expert, routing.block_row)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+@_route_op.register_fake
+def _(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> torch.Tensor:
+    sizes = routing_sizes(top_k_index.numel(), num_experts, block_m)
+    return top_k_index.new_empty(sum(sizes), dtype=torch.int32)
+
+
+def route(top_k_index: torch.Tensor, num_experts: int, block_m: int = 64) -> Routing:
+    """Sort the slots of a batch by expert and cut each expert's rows into blocks, without waiting for the device.
+
+    A slot is a token's choice, token * top_k + choice. The sort is stable and has no atomics: the same input gives the
+    same rows. What depends on the data has the size of its upper bound, so a CUDA graph can hold the call.
+
+    Args:
+        top_k_index: (T, top_k) int32 or int64, the experts of each token; an id outside 0..num_experts-1 drops the
+            slot. Copied when not contiguous.
+        num_experts: E.
+        block_m: rows in a block of the schedule.
+
+    Returns:
+        `Routing`: int32 slot of every row, row of every slot, first row of every expert, and the blocks.
+
+    Raises:
+        ValueError: a shape, dtype or size does not fit.
+    """
+    _check_dtype("top_k_index", top_k_index, (torch.int32, torch.int64))
+    if top_k_index.dim() != 2:
+        raise ValueError(f"top_k_index must be (T, top_k), got shape {tuple(top_k_index.shape)}")
+    for name, size in (("num_experts", num_experts), ("block_m", block_m)):
+        if size < 1:
+            raise ValueError(f"{name} must be positive, got {size}")
+    buffer = _route_op(top_k_index.contiguous(), num_experts, block_m)
+    return Routing.split(buffer, top_k_index.shape, num_experts, block_m)

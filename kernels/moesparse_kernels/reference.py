@@ -1,6 +1,6 @@
 """The pruning ops in plain torch: the path without Triton, and what the kernels are compared with.
 
-Same signatures as the launchers in energy.py, select.py and threshold.py, any strides. Temporaries stay near four
+Same signatures as the launchers in energy.py, select.py and threshold.py, any strides. Temporaries stay near a few
 million elements at a time. Symbols: T tokens, E experts, N rows, K columns, R rows in expert order.
 """
 
@@ -11,11 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from moesparse_kernels.layout import NMWeight
+from moesparse_kernels.row_order import encode_rows, pack_bits, row_blocks
 
 __all__ = ["column_energy", "nm_prune", "nm_prune_packed", "row_topk"]
-
-_BLOCK = 2**22
 
 
 def column_energy(
@@ -32,10 +30,9 @@ def column_energy(
     K = x.shape[1]
     bounds = offsets.tolist()
     out = torch.zeros(len(bounds) - 1, K, dtype=torch.float64, device=x.device)
-    step = max(1, _BLOCK // max(K, 1))
     for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        for first in range(start, stop, step):
-            rows = slice(first, min(first + step, stop))
+        for block in row_blocks(stop - start, K, x.device):
+            rows = slice(start + block.start, start + block.stop)
             slots = rows if order is None else order[rows]
             tokens = rows if order is None else order[rows] // top_k
             scaled = x[tokens].float()
@@ -47,10 +44,9 @@ def column_energy(
 
 def _blocks(weight: torch.Tensor) -> Iterator[tuple[int, slice]]:
     E, N, K = weight.shape
-    rows = max(1, _BLOCK // max(K, 1))
     for e in range(E):
-        for first in range(0, N, rows):
-            yield e, slice(first, min(first + rows, N))
+        for rows in row_blocks(N, K, weight.device):
+            yield e, rows
 
 
 def _score(weight: torch.Tensor, scale: torch.Tensor, e: int, rows: slice) -> torch.Tensor:
@@ -97,8 +93,8 @@ def nm_prune_packed(weight: torch.Tensor, scale: torch.Tensor, n: int, m: int) -
     index = torch.empty(E, N, K // 8, dtype=torch.uint8, device=weight.device)
     for e, rows in _blocks(weight):
         keep = _nm_keep(_score(weight, scale, e, rows), n, m)
-        packed = NMWeight.pack(weight[e : e + 1, rows], keep[None], n, m)
-        values[e, rows], index[e, rows] = packed.values[0], packed.index[0]
+        index[e, rows] = pack_bits(keep)
+        encode_rows(weight[e, rows], index[e, rows], n, m, out=values[e, rows])
     return values, index
 
 

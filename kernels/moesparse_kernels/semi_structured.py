@@ -18,7 +18,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .layout import NMWeight
 from .moe_reference import Routing, activate_torch
-from .unpack import unpack_expert
 
 __all__ = ["down_semi_structured", "reason_unavailable", "up_semi_structured"]
 
@@ -54,7 +53,7 @@ def reason_unavailable(weight: NMWeight) -> str | None:
 def _compressed(weight: NMWeight) -> list[torch.Tensor]:
     experts = _COMPRESSED.get(weight.values)
     if experts is None:
-        experts = [torch.sparse.to_sparse_semi_structured(unpack_expert(weight, e)) for e in range(weight.shape[0])]
+        experts = [torch.sparse.to_sparse_semi_structured(weight.unpack_expert(e)) for e in range(weight.shape[0])]
         _COMPRESSED[weight.values] = experts
     return experts
 

@@ -69,7 +69,6 @@ def config_folder() -> Path:
     return Path(os.environ.get("MOESPARSE_CONFIGS", "") or Path(__file__).with_name("configs"))
 
 
-@cache
 def _load_table(device_name: str, folder: Path) -> dict[str, Any]:
     path = folder / (device_name.replace(" ", "_").replace("/", "_") + ".json")
     if not path.is_file():
@@ -79,19 +78,17 @@ def _load_table(device_name: str, folder: Path) -> dict[str, Any]:
 
 
 @cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
-
-
 def _table(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda" or not torch.cuda.is_available():
         return {}
     name = torch.cuda.get_device_name(device)
     table = _load_table(name, config_folder())
     if not table:
-        _warn_once(
+        # cached, so this is said once
+        warnings.warn(
             f"moesparse_kernels has no measured launch table for {name!r}: using a heuristic, which may be slower. "
-            f"Expected in {config_folder()}."
+            f"Expected in {config_folder()}.",
+            stacklevel=4,
         )
     return table
 

@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from moesparse._version import __version__
+from moesparse.cli.bench import bench
 from moesparse.cli.calibrate import calibrate
 from moesparse.cli.common import console
 from moesparse.cli.demo import demo
@@ -41,6 +42,7 @@ app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
 app.command()(report)
+app.command()(bench)
 
 
 def _version(value: bool) -> None:

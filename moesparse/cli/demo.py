@@ -136,8 +136,8 @@ def _show_table(result: dict[str, Any]) -> None:
     table = Table(
         title=f"held-out perplexity at {PATTERN}, lower is better",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+        padding=0,
+        show_edge=False,
     )
     table.add_column("mask rule\n  weight rule", no_wrap=True)
     for name in ("mean", *domains, "s"):

@@ -21,14 +21,17 @@ from moesparse.cli.common import (
 )
 
 SALIENCY_HELP = (
-    "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm."
+    "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm (the "
+    "default)."
 )
 UPDATE_HELP = (
     "Weight rule: none (the paper's), rescale (one scalar per expert), obs (SparseGPT's update), least-squares (kept "
-    "weights re-solved; kept experts too, after others were removed), or two joined by +."
+    "weights re-solved; kept experts too, after others were removed), or two joined by +. least-squares+rescale when "
+    "left out."
 )
 EXPERT_SALIENCY_HELP = (
-    "Expert criterion: frequency, gate-sum, ean, reap, man, msan, gated-norm, gated-energy, easy-ep or random."
+    "Expert criterion: frequency, gate-sum, ean, reap (the default), man, msan, gated-norm, gated-energy, easy-ep or "
+    "random."
 )
 
 
@@ -49,6 +52,9 @@ def prune(
     ] = None,
     keep_experts: Annotated[int | None, typer.Option(help="Or: how many experts of every block stay.")] = None,
     expert_saliency: Annotated[str, typer.Option(help=EXPERT_SALIENCY_HELP)] = "",
+    refine_experts: Annotated[
+        bool, typer.Option("--refine-experts", help="Swap experts while the block's output error falls; slower.")
+    ] = False,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,6 +106,7 @@ def prune(
         experts=experts,
         keep_experts=keep_experts,
         expert_saliency=expert_saliency or DEFAULT_EXPERT_SALIENCY,
+        refine_experts=refine_experts,
     )
     target = resolve_device(device)
     check_output_folder(out)
@@ -156,7 +163,9 @@ def _show(result: Any, out: Path) -> None:
         console.print(f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero", highlight=False)
     else:
         console.print(f"wrote {out}", highlight=False)
-    console.print(f"next: moesparse eval {out}   |   moesparse inspect {out}   |   moesparse report {out}", highlight=False)
+    console.print(
+        f"next: moesparse eval {out}   |   moesparse inspect {out}   |   moesparse report {out}", highlight=False
+    )
 
 
 def _show_experts(result: Any) -> None:
@@ -180,6 +189,7 @@ def _show_weights(result: Any) -> None:
         title=f"{result.recipe['saliency']} + {result.recipe['update']} at {result.recipe['weights']}",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        show_edge=False,
         pad_edge=False,
     )
     table.add_column("block\n  tensor", no_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moesparse.cli.common import console, model_source, print_json, quiet_libraries
+from moesparse.cli.common import console, format_bytes, model_source, print_json, quiet_libraries
 from moesparse.cli.evaluate import measure
 from moesparse.errors import UsageError
 
@@ -47,7 +47,7 @@ def report(
 
       moesparse report out/small law.stats=law medicine.stats=medicine --png figures/
     """
-    from moesparse.report import Findings, build, format_size, read_checkpoint, read_results, read_routing
+    from moesparse.report import Findings, build, read_checkpoint, read_results, read_routing
 
     folder, statistics = _split(sources)
     if (evaluate or text) and folder is None:
@@ -86,7 +86,7 @@ def report(
         sections = [section.title for section in page.sections]
         print_json({"output": str(output), "png": written, "sections": sections, "missing": page.missing})
         return
-    console.print(f"wrote {output}: {format_size(output.stat().st_size)}, one file", highlight=False)
+    console.print(f"wrote {output}: {format_bytes(output.stat().st_size)}, one file", highlight=False)
     for path in written:
         console.print(f"wrote {path}", highlight=False)
     for sentence in page.missing:

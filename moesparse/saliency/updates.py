@@ -17,7 +17,6 @@ from torch import Tensor
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.saliency.solvers import DAMPING, expert_slices, factorise, layer_hessian, least_squares, obs, row_error
 
-Input = Literal["hidden", "activation"]
 Gate = Literal["plain", "gated"]
 
 UPDATE_RULES = ("none", "rescale", "obs", "least-squares", "obs+rescale", "least-squares+rescale")
@@ -73,7 +72,7 @@ def update_weights(
     mask: Tensor,
     rule: str,
     stats: Statistics,
-    input: Input,
+    input: str,
     *,
     gate: Gate = "gated",
     damping: float = DAMPING,
@@ -172,7 +171,7 @@ def output_energy(weight: Tensor, moment: Tensor) -> Tensor:
     return torch.stack(energies)
 
 
-def moments_of(stats: Statistics, input: Input, gate: Gate, name: str) -> Tensor:
+def moments_of(stats: Statistics, input: str, gate: Gate, name: str) -> Tensor:
     """The second moments [E, in, in] that a rule asks for.
 
     Raises:

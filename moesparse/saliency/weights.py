@@ -26,7 +26,7 @@ from torch import Tensor
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.masks import Pattern, mask_from_score
 from moesparse.saliency import solvers
-from moesparse.saliency.updates import Gate, Input, Statistics, moments_of, parse_update
+from moesparse.saliency.updates import Gate, Statistics, moments_of, parse_update
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class _Request(NamedTuple):
     weight: Tensor
     pattern: Pattern
     stats: Statistics
-    input: Input
+    input: str
     seed: int
     damping: float
     name: str
@@ -61,7 +61,7 @@ def choose_masks(
     rule: str,
     pattern: Pattern,
     stats: Statistics,
-    input: Input,
+    input: str,
     *,
     seed: int = 0,
     damping: float = solvers.DAMPING,

@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moesparse_kernels import NMWeight
+from moesparse_kernels import NMWeight, row_order
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -106,10 +107,8 @@ def test_pack_takes_any_strides_and_parameters():
 
 def test_rows_are_packed_in_blocks(monkeypatch):
     # a block of 32 weights is two rows of 16: five rows are three blocks, and errors count rows across them
-    from moesparse_kernels import layout
-
     whole = _packed(2, 5, 16)
-    monkeypatch.setattr(layout, "_BLOCK", 32)
+    monkeypatch.setattr(row_order, "_BLOCK_CPU", 32)
     assert _packed(2, 5, 16).equal(whole)
     assert oracle.same_bits(whole.unpack(), _packed(2, 5, 16).unpack())
     weight = torch.zeros(2, 5, 16)
@@ -234,6 +233,18 @@ def test_copies_and_devices():
     assert repr(packed) == (
         "NMWeight(2:4, shape=(2, 4, 16), dtype=torch.bfloat16, order='row', device=cpu, nbytes=144)"
     )
+
+
+def test_fake_tensors_meet_no_cached_table():
+    # before and after: a fake table left in a cache would break the real tensors that come next
+    packed = _packed(2, 4, 16)
+    dense = packed.unpack()
+    with FakeTensorMode() as mode:
+        fake = NMWeight(
+            mode.from_tensor(packed.values), mode.from_tensor(packed.index), packed.shape, 2, 4, "row", packed.dtype
+        )
+        assert (fake.unpack().shape, fake.mask().dtype) == (packed.shape, torch.bool)
+    assert oracle.same_bits(packed.unpack(), dense)
 
 
 def test_equal_compares_bits():

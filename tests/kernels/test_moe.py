@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from moe_cases import SHAPES, assert_layer, assert_within_budget, make_layer, oracle, prune_2_4
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moesparse_kernels import dispatch, tuning
+from moesparse_kernels import dispatch, route, tuning
 from moesparse_kernels.layout import NMWeight
 from moesparse_kernels.moe import moe_dense, moe_nm
-from moesparse_kernels.moe_reference import block_bound, route_torch
+from moesparse_kernels.moe_reference import block_bound
 from moesparse_kernels.tuning import GroupedConfig, backend_from_table, grouped_config
-from moesparse_kernels.unpack import unpack, unpack_expert
+from moesparse_kernels.unpack import unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,9 +101,9 @@ def test_a_function_as_activation():
         moe_nm(*layer.routed, *packed(layer), activation=lambda rows: rows)
 
 
-def test_route_torch_sorts_stably_and_covers_every_row():
+def test_route_sorts_stably_and_covers_every_row():
     top_k_index = torch.tensor([[2, 0], [0, 3], [-1, 2], [2, 1]])
-    routing = route_torch(top_k_index, num_experts=3, block_m=2)
+    routing = route(top_k_index, num_experts=3, block_m=2)
     assert routing.offsets.tolist() == [0, 2, 3, 6]
     # slots of expert 0, of 1, of 2, then the dropped ones (ids 3 and -1), each in order of their slots
     assert routing.slot_of.tolist() == [1, 2, 7, 0, 5, 6, 3, 4]
@@ -135,7 +135,7 @@ def test_unpack_bit_for_bit(dtype, n, m):
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(unpack(row).view(bits), weight.view(bits))
     scratch = torch.full((37, 1000), torch.nan, dtype=dtype)
-    assert unpack_expert(row, 1, out=scratch) is scratch
+    assert row.unpack_expert(1, out=scratch) is scratch
     assert torch.equal(scratch.view(bits), weight[1].view(bits))
 
 
@@ -157,6 +157,19 @@ ERRORS = {
     "activation": (lambda a: a.update(activation="tanh"), r"activation must be one of none, silu, .*, got 'tanh'"),
     "bias": (lambda a: a.update(down_bias=torch.zeros(3, 4)), r"down_bias must be contiguous of shape \(3, 64\)"),
     "bias dtype": (lambda a: a.update(down_bias=torch.zeros(3, 64)), r"down_bias must have the dtype of x"),
+    "weight 2-D": (lambda a: a.update(gate_up=torch.zeros(3, 64, dtype=torch.bfloat16)), r"gate_up must be 3-D"),
+    "odd rows": (
+        lambda a: a.update(gate_up=torch.zeros(3, 63, 64, dtype=torch.bfloat16)),
+        r"gate_up must have an even number of rows when gated, got 63",
+    ),
+    "strides": (
+        lambda a: a.update(gate_up=torch.zeros(3, 64, 64, dtype=torch.bfloat16).mT),
+        r"gate_up must have a contiguous last dim, got strides \(4096, 1, 64\)",
+    ),
+    "device": (
+        lambda a: a.update(top_k_index=a["top_k_index"].to("meta")),
+        r"top_k_index must be on the device of x, cpu, got meta",
+    ),
     "backend": (lambda a: a.update(backend="cuda"), r"backend must be one of auto, triton, .*, got 'cuda'"),
     "triton on cpu": (lambda a: a.update(backend="triton"), r'backend must be "auto" or "reference" on cpu tensors'),
 }
@@ -281,11 +294,9 @@ def pretend_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_multiprocessors", lambda _: 132)
     monkeypatch.setattr(tuning, "_has_wgmma", lambda _: True)
     monkeypatch.setenv("MOESPARSE_CONFIGS", str(tmp_path))
-    tuning._load_table.cache_clear()
-    tuning._warn_once.cache_clear()
+    tuning._table.cache_clear()
     yield tmp_path / "Some_GPU.json"
-    tuning._load_table.cache_clear()
-    tuning._warn_once.cache_clear()
+    tuning._table.cache_clear()
 
 
 def test_measured_table_is_used_for_its_shape_only(pretend_gpu):

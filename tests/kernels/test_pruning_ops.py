@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moesparse_kernels import NMWeight, column_energy, column_energy_sorted, nm_prune, reference, row_topk
+from moesparse_kernels import NMWeight, column_energy, column_energy_sorted, nm_prune, route, row_order, row_topk
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +55,7 @@ def test_blocks_of_rows(monkeypatch):
     weight, scale = oracle.hard_weight(2, 5, 16, torch.bfloat16), oracle.column_scale(2, 16)
     index, gates = torch.randint(0, 3, (20, 2)), torch.rand(20, 2)
     x = torch.randn(20, 16)
-    monkeypatch.setattr(reference, "_BLOCK", 32)
+    monkeypatch.setattr(row_order, "_BLOCK_CPU", 32)
     assert oracle.same_bits(nm_prune(weight, scale), oracle.masked(weight, oracle.keep_mask(weight, scale, 2, 4)))
     assert nm_prune(weight, scale, packed=True).equal(NMWeight.pack(weight, oracle.keep_mask(weight, scale, 2, 4)))
     assert oracle.same_bits(row_topk(weight, scale, 7), oracle.masked(weight, oracle.keep_mask(weight, scale, 7, 16)))
@@ -138,6 +138,22 @@ X, INDEX, GATES = torch.zeros(6, 8), torch.zeros(6, 2, dtype=torch.int64), torch
         (lambda: column_energy_sorted(X, INDEX[:1, 0]), r"offsets must be \(E \+ 1,\) with E >= 1, got shape \(1,\)"),
         (lambda: column_energy_sorted(X, GATES[:, 0]), r"offsets must be one of .*, got torch.float32"),
         (lambda: column_energy_sorted(X, INDEX[:, 0], GATES), r"gates must be \(R=6,\), got shape \(6, 2\)"),
+        (lambda: column_energy_sorted(X.int(), INDEX[:, 0]), r"x must be one of .*, got torch.int32"),
+        (lambda: column_energy_sorted(X, INDEX[:, 0], GATES[:, 0].long()), r"gates must be one of .*, got torch.int64"),
+        (lambda: column_energy_sorted(X, INDEX[:, 0].to("meta")), r"offsets must be on the device of x, cpu, got meta"),
+        (
+            lambda: column_energy_sorted(X, INDEX[:, 0], GATES[:, 0].to("meta")),
+            r"gates must be on the device of x, cpu, got meta",
+        ),
+        (
+            lambda: column_energy(X, INDEX, GATES.to("meta"), 2),
+            r"top_k_weights must be on the device of x, cpu, got meta",
+        ),
+        (lambda: nm_prune(W, S, 0, 4), r"n must lie in 1..m=4, got 0"),
+        (lambda: route(INDEX.float(), 2), r"top_k_index must be one of .*, got torch.float32"),
+        (lambda: route(INDEX[0], 2), r"top_k_index must be \(T, top_k\), got shape \(2,\)"),
+        (lambda: route(INDEX, 0), r"num_experts must be positive, got 0"),
+        (lambda: route(INDEX, 2, 0), r"block_m must be positive, got 0"),
     ],
 )
 def test_errors(call, message):
@@ -163,6 +179,7 @@ CALLS = {
         torch.ops.moesparse.column_energy_sorted,
         (torch.randn(6, 8), torch.tensor([0, 2, 6]), torch.rand(6)),
     ),
+    "route": (torch.ops.moesparse.route, (torch.randint(-1, 4, (6, 2)), 3, 4)),
 }
 
 
@@ -176,7 +193,8 @@ def test_opcheck(name):
 def _everything(weight, scale, x, index, gates):
     packed = nm_prune(weight, scale, packed=True)
     energy = column_energy(x, index, gates, 3)
-    return nm_prune(weight, scale, 4, 8), packed.values, packed.index, row_topk(weight, scale, 5), energy
+    rows = route(index, 3).slot_of
+    return nm_prune(weight, scale, 4, 8), packed.values, packed.index, row_topk(weight, scale, 5), energy, rows
 
 
 def _inputs(tokens: int) -> tuple[torch.Tensor, ...]:
@@ -205,7 +223,7 @@ def test_export():
     program = torch.export.export(Module(), _inputs(6))
     names = {str(node.target) for node in program.graph.nodes}
     assert {
-        f"moesparse.{name}.default" for name in ("nm_prune", "nm_prune_packed", "row_topk", "column_energy")
+        f"moesparse.{name}.default" for name in ("nm_prune", "nm_prune_packed", "row_topk", "column_energy", "route")
     } <= names
 
 
@@ -220,6 +238,14 @@ def test_fake_cuda_tensors():
         assert (packed.values.dtype, packed.index.dtype) == (torch.bfloat16, torch.uint8)
         for pruned in (nm_prune(weight, scale), row_topk(weight, scale, 3)):
             assert (pruned.shape, pruned.dtype, pruned.device.type) == ((2, 4, 16), torch.bfloat16, "cuda")
+        routing = route(index, 3, block_m=4)
+        # 12 rows of three experts fill at most five blocks of four
+        assert [tuple(size.shape) for size in (routing.row_of, routing.offsets, routing.block_row)] == [
+            (6, 2),
+            (4,),
+            (5,),
+        ]
+        assert (routing.slot_of.dtype, routing.slot_of.device.type) == (torch.int32, "cuda")
         energies = (
             column_energy(x, index, None, 3),
             column_energy_sorted(x, torch.empty(4, device="cuda", dtype=torch.int32)),

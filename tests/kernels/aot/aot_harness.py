@@ -12,9 +12,9 @@
     assert code.loop().total <= 500
 
 `MachineCode` answers for the whole kernel; `loop()` gives its longest loop, which is where the work of a GEMM or a
-reduction is. Counts are of instructions in the program text, per thread. Works with Triton 3.6 to 3.9, for NVIDIA
-(ptxas and cuobjdump come with Triton) and AMD (LLVM, likewise); a compilation takes half a second to a few seconds.
-Needs a process without TRITON_INTERPRET=1.
+reduction is. Counts are of instructions in the program text, per thread. Works for NVIDIA (ptxas and cuobjdump come
+with Triton) and AMD (LLVM, likewise); a compilation takes half a second to a few seconds. Needs a process without
+TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TARGETS = {
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 
-# what the 15% of slack is for: another ptxas schedules the same kernel a little differently
+# the next ptxas will schedule the same kernel a little differently
 SLACK = 1.15
 
 
@@ -89,11 +89,13 @@ class MachineCode(Block):
     asm: Mapping[str, Any]
 
     def loop(self) -> Block:
-        """The longest innermost loop: the longest backward branch that holds no other one."""
+        """The longest innermost loop: from a place that is branched back to, to the last branch that does so."""
+        # several branches back to one place are one loop with a `continue` in it
+        loops = {start: max(end for end, s in self.jumps if s == start) for _, start in self.jumps}
         innermost = [
             (start, end)
-            for end, start in self.jumps
-            if not any(start <= s and e <= end and (e, s) != (end, start) for e, s in self.jumps)
+            for start, end in loops.items()
+            if not any(start <= s and e <= end and s != start for s, e in loops.items())
         ]
         if not innermost:
             raise ValueError(f"{self.name} must have a loop on {self.target}, got straight-line code")
@@ -178,7 +180,8 @@ def _read_amd(compiled: Any, name: str, target: str) -> MachineCode:
     text: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
-    for line in assembly[: assembly.index("s_endpgm")].splitlines():
+    # not up to the first s_endpgm: a block of a loop may lie behind it
+    for line in assembly[: assembly.index(".Lfunc_end0")].splitlines():
         line = line.split(";")[0].strip()
         if label := re.fullmatch(r"(\.L\w+):", line):
             labels[label[1]] = len(text)
@@ -192,8 +195,15 @@ def _read_amd(compiled: Any, name: str, target: str) -> MachineCode:
         assert found is not None, f"no {key} in the metadata of {name}"
         return int(found[1])
 
+    opcodes = tuple(line.split()[0] for line in text)
+    # a branch back across the end of the program leaves a loop, it does not make one
+    jumps = [
+        (i, labels[label])
+        for i, label in branches
+        if labels.get(label, i + 1) <= i and "s_endpgm" not in opcodes[labels[label] : i]
+    ]
     return MachineCode(
-        opcodes=tuple(line.split()[0] for line in text),
+        opcodes=opcodes,
         text=tuple(text),
         name=name,
         target=target,
@@ -201,7 +211,7 @@ def _read_amd(compiled: Any, name: str, target: str) -> MachineCode:
         stack=metadata("private_segment_fixed_size"),
         spills=metadata("vgpr_spill_count"),
         shared=compiled.metadata.shared,
-        jumps=tuple((i, labels[label]) for i, label in branches if label in labels and labels[label] <= i),
+        jumps=tuple(jumps),
         asm=compiled.asm,
     )
 
@@ -214,12 +224,22 @@ def assert_no_local_memory(code: MachineCode) -> None:
 
 
 def assert_at_most(count: float, measured: float, what: str) -> None:
-    """`count` stays under `measured`, the number when this was written, with the slack of `SLACK`."""
+    """`count` stays under `measured`, the most that any supported Triton made of it, with the slack of `SLACK`."""
     assert count <= measured * SLACK, f"{what}: {count:.2f}, over {measured} by more than {SLACK - 1:.0%}"
 
 
-def row(code: MachineCode, case: str, units: float, unit: str = "group of 4") -> dict[str, object]:
-    """A line of the table: `case` tells launches of one kernel apart; a thread handles `units` of `unit`."""
+def row(
+    code: MachineCode, case: str, loop: Block | None = None, *, units: float = 1, unit: str = "program"
+) -> dict[str, object]:
+    """A line of the table.
+
+    Args:
+        code: the compiled kernel.
+        case: what tells launches of one kernel apart.
+        loop: the part of the code that does the work, the whole kernel if None.
+        units: how many `unit` a thread handles in that part.
+        unit: what the last column is per.
+    """
     return {
         "kernel": code.name.strip("_").removesuffix("_kernel"),
         "case": case,
@@ -228,17 +248,18 @@ def row(code: MachineCode, case: str, units: float, unit: str = "group of 4") ->
         "spills": code.spills,
         "shared": code.shared,
         "instructions": code.total,
+        "in the loop": "-" if loop is None else loop.total,
         "per": unit,
-        "each": code.total / units,
+        "instructions per": (loop or code).total / units,
     }
 
 
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:
-    """Print rows with the same keys as a table; floats to two decimals."""
-    if not rows:
-        return
-    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+    """Print rows with the same keys as a table, numbers to the right, floats to two decimals."""
     header = list(rows[0])
+    cells = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     widths = [max(len(line[column]) for line in [header, *cells]) for column in range(len(header))]
+    right = [any(not isinstance(row[name], str) for row in rows) for name in header]
     for line in [header, ["-" * width for width in widths], *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        aligned = zip(line, widths, right, strict=True)
+        print("  ".join(cell.rjust(width) if last else cell.ljust(width) for cell, width, last in aligned).rstrip())

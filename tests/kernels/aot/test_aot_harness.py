@@ -62,4 +62,4 @@ def test_ceiling_and_table(capsys):
     with pytest.raises(AssertionError, match=r"instructions: 11\.60, over 10\.0 by more than 15%"):
         assert_at_most(11.6, 10.0, "instructions")
     print_table([{"kernel": "a", "n": 1.0}, {"kernel": "longer", "n": 2}])
-    assert capsys.readouterr().out.splitlines() == ["kernel  n", "------  ----", "a       1.00", "longer  2"]
+    assert capsys.readouterr().out.splitlines() == ["kernel     n", "------  ----", "a       1.00", "longer     2"]

@@ -1,6 +1,6 @@
 """Makes Triton's interpreter right about bfloat16.
 
-The interpreter (Triton 3.5 to 3.9) holds bf16 as uint16 and then computes with the bit patterns: `tl.dot` multiplies
+The interpreter holds bf16 as uint16 and then computes with the bit patterns: `tl.dot` multiplies
 them as integers, + - * and comparisons act on them, and the cast from fp32 truncates where the hardware rounds to
 nearest even. Nothing raises, the numbers are wrong.
 

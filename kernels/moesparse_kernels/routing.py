@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .moe_reference import Routing, block_bound
+from .moe_reference import Routing, routing_sizes
 
-__all__ = ["route"]
+__all__ = ["route", "sort_slots"]
 
 # slots ranked at a time by comparing every pair of them; fewer when there are many experts, or the tables of slots by
 # experts do not fit the registers
@@ -129,6 +129,11 @@ def _sort_kernel(
 
 
 def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
+    """`ops.route` without its checks; same arguments, result and limits as `sort_slots`."""
+    return Routing.split(sort_slots(top_k_index, num_experts, block_m), top_k_index.shape, num_experts, block_m)
+
+
+def sort_slots(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> torch.Tensor:
     """Sort the slots by expert and cut each expert's rows into blocks, without waiting for the device.
 
     Args:
@@ -138,18 +143,16 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
         block_m: rows in a block.
 
     Returns:
-        `Routing`; the same for the same input in every run.
+        The tensors of a `Routing`, int32, one after the other; the same for the same input in every run.
     """
     R, device = top_k_index.numel(), top_k_index.device
-    num_blocks = block_bound(R, num_experts, block_m)
+    sizes = routing_sizes(R, num_experts, block_m)
     # one allocation: five small ones would cost more than the launch
-    sizes = [R, R, num_experts + 1, num_blocks, num_blocks]
     buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     slot_of, row_of, offsets, block_expert, block_row = buffer.split(sizes)
-    routing = Routing(slot_of, row_of.view(top_k_index.shape), offsets, block_expert, block_row, block_m)
     if R == 0:
         offsets.zero_()
-        return routing
+        return buffer
     block_e = triton.next_power_of_2(num_experts)
     sub = min(_SUB, max(16, _SUB_TIMES_EXPERTS // block_e))
     one_chunk = R <= _CHUNK
@@ -173,7 +176,7 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
         block_row,
         R,
         num_experts,
-        num_blocks,
+        block_expert.numel(),
         chunks,
         BLOCK_M=block_m,
         CHUNK=chunk,
@@ -182,4 +185,4 @@ def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
         ONE_CHUNK=one_chunk,
         num_warps=8,
     )
-    return routing
+    return buffer

@@ -1,0 +1,1 @@
+"""What other libraries load: each module here imports the library it is named after."""
