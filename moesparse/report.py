@@ -428,8 +428,8 @@ def _sizes(findings: Findings) -> _Section | str | None:
     section.show("bytes", f"Bytes: {alt}", figures.bars(mib, label="MiB"))
     stored = format_size(checkpoint.stored_bytes)
     section.say(
-        f"The weight files of this folder hold {stored}, {_FORMS[checkpoint.packed]}. Packed: the kept values and one bit "
-        "for every weight, computed from the pattern; without an n:m pattern there is no packed form and it counts as dense."
+        f"The weight files of this folder hold {stored}, {_FORMS[checkpoint.packed]}. Packed: the kept values and one "
+        "bit for every weight, computed from the pattern; what has no n:m pattern has no packed form and counts as dense."
     )
     return section
 
