@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 CONFIG_KEY = "moesparse"
 """Where a checkpoint's config.json says how it was pruned: {"version": ..., "recipe": {...}}."""
 
+REPORT_FILE = "moesparse_report.json"
+"""In a pruned checkpoint: the report of the run, as `moesparse.pruning.Report.to_dict` gives it."""
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_OWN_FILES = ("config.json", "generation_config.json", "README.md")
+_OWN_FILES = ("config.json", "generation_config.json", "README.md", REPORT_FILE)
 
 
 def load_pretrained(
@@ -167,6 +170,7 @@ def save_pretrained(
     source: str | os.PathLike[str] | None = None,
     recipe: dict[str, Any] | None = None,
     card: str | None = None,
+    report: dict[str, Any] | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
     """Write a model as a transformers checkpoint, with standard key names and in shards.
@@ -180,6 +184,7 @@ def save_pretrained(
         source: the folder the model came from: its other small files (chat template, licence) are copied.
         recipe: how the model was pruned; written to config.json under "moesparse".
         card: text of README.md.
+        report: of the run that pruned it; written to moesparse_report.json, where `moesparse report` finds it.
         max_shard_size: of one safetensors file, as in transformers.
 
     Raises:
@@ -207,3 +212,5 @@ def save_pretrained(
                     shutil.copy2(file, work / file.name)
         if card is not None:
             (work / "README.md").write_text(card)
+        if report is not None:
+            (work / REPORT_FILE).write_text(json.dumps(report))

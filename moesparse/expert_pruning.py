@@ -6,6 +6,7 @@ refitted block is fitted to the inputs it will really get.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class ExpertReport:
         refine: per block, when the choice was refined.
         domains: what each domain of the text would keep, their overlap, and how firm the choice is.
         protected: super-experts, (block, expert), that stayed whatever their score.
+        scores: [blocks, E], larger means keep; -inf for an expert without tokens.
+        tokens: [blocks, E], how many tokens the dense model sent to each.
     """
 
     criterion: Criterion
@@ -64,9 +67,11 @@ class ExpertReport:
     refine: list[RefineReport]
     domains: DomainReport
     protected: list[tuple[int, int]]
+    scores: Tensor
+    tokens: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Ready for JSON; a score of -inf becomes None."""
         return {
             "criterion": self.criterion,
             **self.surgery.to_dict(),
@@ -75,6 +80,8 @@ class ExpertReport:
             "refine": [report.to_dict() for report in self.refine],
             "domains": self.domains.to_dict(),
             "protected": [list(pair) for pair in self.protected],
+            "scores": [[score if math.isfinite(score) else None for score in row] for row in self.scores.tolist()],
+            "tokens": self.tokens.tolist(),
         }
 
 
@@ -165,17 +172,20 @@ def prune_experts(
     found = survey(sums, criterion, choose, mix, seed=seed)
     kept = choose(scores)
     dead = dead_experts(statistics)
+    tokens = torch.stack([sums.tokens.cpu() for sums in statistics.blocks.values()])
     refined: list[RefineReport] = []
     if refine and not isinstance(calibration, Mapping):
         if mask is not None:
             raise UsageError("windows must be without padding to refine the choice, got an attention mask")
         kept, refined = refine_choice(model, kept, ids, protect=protected, progress=progress)
     if isinstance(calibration, Mapping) or not refit:
-        return ExpertReport(criterion, remove_experts(model, kept), dead, [], refined, found, protected)
+        return ExpertReport(
+            criterion, remove_experts(model, kept), dead, [], refined, found, protected, scores.cpu(), tokens
+        )
     surgery, fits = remove_and_refit(
         model, kept, calibration, ridge=ridge, batch_size=batch_size, device=device, progress=progress
     )
-    return ExpertReport(criterion, surgery, dead, fits, refined, found, protected)
+    return ExpertReport(criterion, surgery, dead, fits, refined, found, protected, scores.cpu(), tokens)
 
 
 def check_budget(model: nn.Module, budget: str, floor: int | None) -> None:

@@ -102,6 +102,16 @@ class Pattern:
         """Weights that stay in one row of `in_features`."""
         return round(in_features * self.density)
 
+    def packed_bytes(self, numel: int, element_size: int) -> int:
+        """Bytes of `numel` weights in the packed format: the kept values and one bit per weight that says where.
+
+        An unstructured pattern has no packed format: its weights count as dense.
+        """
+        if self.group is None:
+            return numel * element_size
+        n, m = self.group
+        return numel * n // m * element_size + numel // 8
+
     def check_matrix(self, name: str, in_features: int) -> None:
         """Refuse a matrix this pattern does not fit.
 

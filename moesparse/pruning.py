@@ -34,7 +34,7 @@ from moesparse.saliency.experts import check_criterion
 from moesparse.saliency.updates import parse_update, rescale_factor, update_weights
 from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
 from moesparse.selection import BUDGETS
-from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed
+from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed, model_fingerprint
 
 DEFAULT_SALIENCY = "gated-admm"
 DEFAULT_UPDATE = "least-squares+rescale"
@@ -154,7 +154,18 @@ class BlockReport:
 
 @dataclass
 class Report:
-    """What `prune` did, ready for JSON."""
+    """What `prune` did, ready for JSON; a checkpoint carries it as moesparse_report.json.
+
+    Attributes:
+        recipe: `Recipe.to_dict`.
+        version: of moesparse.
+        blocks: what was done to the weights, in forward order; empty when only experts were removed.
+        calibration: windows, length and tokens, or the hash and tokens of the statistics.
+        seconds: of the whole run.
+        experts: `ExpertReport.to_dict` when experts were removed.
+        fingerprint: `model_fingerprint` of the model before: statistics of it can be shown beside the result.
+        sizes: see `expert_sizes`, before ("before") and after ("after").
+    """
 
     recipe: dict[str, Any]
     version: str
@@ -162,6 +173,8 @@ class Report:
     calibration: dict[str, Any]
     seconds: float
     experts: dict[str, Any] | None = None
+    fingerprint: str | None = None
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -237,6 +250,7 @@ def prune(
             if not matrix.parameter.isfinite().all():
                 raise MoESparseError(f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity")
     started = time.perf_counter()
+    fingerprint, before = model_fingerprint(model), expert_sizes(model, blocks)
     removed = None
     if recipe.removes_experts:
         removed = _remove_experts(
@@ -260,7 +274,30 @@ def prune(
         stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, home)
         reports = _prune_layerwise(stream, model, blocks, recipe, progress)
         source = _describe(windows)
-    return Report(recipe.to_dict(), __version__, reports, source, time.perf_counter() - started, removed)
+    sizes = {"before": before, "after": expert_sizes(model, blocks, None if recipe.weights is None else recipe.pattern)}
+    seconds = time.perf_counter() - started
+    return Report(recipe.to_dict(), __version__, reports, source, seconds, removed, fingerprint, sizes)
+
+
+def expert_sizes(model: nn.Module, blocks: Sequence[MoEBlock], pattern: Pattern | None = None) -> dict[str, int]:
+    """Bytes of a model, its buffers left out.
+
+    Args:
+        model: holds the blocks.
+        blocks: its MoE blocks.
+        pattern: that every expert matrix holds; None counts them dense.
+
+    Returns:
+        {"model": all parameters as they are in memory, "experts": the expert matrices among them, "packed": the expert
+        matrices in the packed format, `Pattern.packed_bytes`}.
+    """
+    matrices = [matrix.weight for block in blocks for matrix in block.matrices]
+    experts = sum(weight.numel() * weight.element_size() for weight in matrices)
+    packed = experts
+    if pattern is not None:
+        packed = sum(pattern.packed_bytes(weight.numel(), weight.element_size()) for weight in matrices)
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return {"model": whole, "experts": experts, "packed": packed}
 
 
 def _describe(calibration: Any) -> dict[str, Any]:

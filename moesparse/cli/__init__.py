@@ -21,6 +21,7 @@ from moesparse.cli.demo import demo
 from moesparse.cli.evaluate import evaluate
 from moesparse.cli.inspect import inspect
 from moesparse.cli.prune import prune
+from moesparse.cli.report import report
 from moesparse.errors import MoESparseError, UsageError
 
 _INTERRUPTED = 130
@@ -40,6 +41,7 @@ app.command()(prune)
 app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
+app.command()(report)
 app.command()(bench)
 
 

@@ -89,6 +89,7 @@ def demo(
             source=embedded.model_path(),
             recipe=report.recipe,
             card=model_card("moesparse-demo", report),
+            report=report.to_dict(),
         )
         reloaded, _ = load_pretrained(folder)
         lines = list(PROMPTS.values())

@@ -54,6 +54,45 @@ def evaluate(
 
       moesparse eval out/olmoe --text wikitext:wikitext-2-raw-v1:test --length 2048 --json
     """
+    values = measure(model, text, length=length, stride=stride, batch_size=batch_size, device=device)
+    if as_json:
+        print_json(values)
+        return
+    from moesparse.evaluate import Protocol
+
+    protocol = Protocol(**values["protocol"])
+    table = Table(title=str(protocol))
+    table.add_column("text")
+    for name in ("perplexity", "bits/byte", "tokens"):
+        table.add_column(name, justify="right")
+    for row in values["files"]:
+        table.add_row(row["name"], *_cells(row))
+    table.add_row("all", *_cells(values), style="bold")
+    Console().print(table)
+
+
+def measure(
+    model: str,
+    text: list[str] | None,
+    *,
+    length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Perplexity of MODEL as `moesparse eval --json` prints it: over all texts, per text, and the protocol.
+
+    Args:
+        model: MODEL of the command line.
+        text: FILE=NAME arguments; None takes the embedded texts where they fit the tokenizer.
+        length: tokens in a window; 2048, or 256 for the embedded texts, when None.
+        stride: tokens from one window's start to the next; `length` when None.
+        batch_size: windows in one forward.
+        device: argument of --device.
+
+    Raises:
+        UsageError: no text, or one that is no file and no datasets name. CheckpointError: no model, no tokenizer.
+    """
     import torch
 
     from moesparse.checkpoint import load_pretrained
@@ -91,17 +130,7 @@ def evaluate(
     values = result.as_dict()
     for one, row in zip(sources, values["files"], strict=True):
         row["name"] = one.domain
-    if as_json:
-        print_json(values)
-        return
-    table = Table(title=str(result.protocol))
-    table.add_column("text")
-    for name in ("perplexity", "bits/byte", "tokens"):
-        table.add_column(name, justify="right")
-    for row in values["files"]:
-        table.add_row(row["name"], *_cells(row))
-    table.add_row("all", *_cells(values), style="bold")
-    Console().print(table)
+    return values
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

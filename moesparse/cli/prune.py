@@ -169,7 +169,15 @@ def prune(
         if demonstrations_from_model is not None:
             result.calibration |= {"tokens from the model": demonstrations_from_model, "temperature": temperature}
         card = model_card(model, result)
-        save_pretrained(network, out, tokenizer=tokenizer, source=source, recipe=recipe.to_dict(), card=card)
+        save_pretrained(
+            network,
+            out,
+            tokenizer=tokenizer,
+            source=source,
+            recipe=recipe.to_dict(),
+            card=card,
+            report=result.to_dict(),
+        )
     if report is not None:
         report.write_text(result.to_json())
     if as_json:
@@ -200,7 +208,9 @@ def _show(result: Any, out: Path) -> None:
         console.print(f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero", highlight=False)
     else:
         console.print(f"wrote {out}", highlight=False)
-    console.print(f"next: moesparse eval {out} --text FILE   |   moesparse inspect {out}", highlight=False)
+    console.print(
+        f"next: moesparse eval {out}   |   moesparse inspect {out}   |   moesparse report {out}", highlight=False
+    )
 
 
 def _show_experts(result: Any) -> None:

@@ -1,0 +1,222 @@
+"""Figures of a report: plain matplotlib, no window system, no global state.
+
+For eyes and paper: cividis, which colour-blind readers and grey printers see as one ramp; removed experts carry a cross
+and bars a hatch, so that no fact hangs on colour alone; numbers are printed in the cells while they are legible.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = "cividis"
+BLUE, ORANGE = "#0072b2", "#e69f00"
+"""Of Okabe and Ito's palette; they differ in lightness too."""
+
+WIDTH = 9.0
+_CELLS_WITH_NUMBERS = 24
+_LABELLED = 32
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure in inches.
+
+    Raises:
+        UsageError: matplotlib is missing; names the extra that brings it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(
+            "figures must be drawn by matplotlib, which is not installed: pip install 'moesparse[plots]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def heat_map(
+    values: Tensor,
+    rows: Sequence[str],
+    *,
+    label: str,
+    removed: Sequence[Sequence[int]] | None = None,
+    top: float | None = None,
+) -> Figure:
+    """Layers down, experts across.
+
+    Args:
+        values: [layers, experts], 0 or more; NaN is drawn hatched.
+        rows: label of each layer.
+        label: of the colour bar.
+        removed: per layer the experts that get a cross.
+        top: value of the brightest colour; the largest value when None.
+    """
+    layers = len(values)
+    figure = new_figure(min(1.6 + 0.34 * layers, 11))
+    axes = figure.subplots()
+    image = _draw_map(axes, values, rows, removed, top)
+    axes.set_xlabel("expert" if removed is None else "expert (× removed)")
+    axes.set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.015)
+    return figure
+
+
+def domain_maps(shares: Mapping[str, Tensor], rows: Sequence[str]) -> Figure:
+    """One small heat map a domain on one colour scale.
+
+    Args:
+        shares: domain -> [layers, experts], each layer's values in units of the even share.
+        rows: label of each layer.
+    """
+    columns = 2 if len(shares) > 1 else 1
+    lines = -(-len(shares) // columns)
+    layers = len(rows)
+    figure = new_figure(lines * min(1.1 + 0.2 * layers, 5))
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    top = max(float(values.max()) for values in shares.values())
+    for axes, (name, values) in zip(grid.flat, shares.items(), strict=False):
+        image = _draw_map(axes, values, rows, None, top, numbers=False)
+        axes.set_title(name, fontsize=10)
+    for axes in list(grid.flat)[len(shares) :]:
+        axes.remove()
+    figure.supxlabel("expert", fontsize=10)
+    figure.supylabel("layer", fontsize=10)
+    figure.colorbar(image, ax=grid, label="tokens, in even shares", fraction=0.04, pad=0.015)
+    return figure
+
+
+def divergence(pairs: Tensor, names: Sequence[str], rows: Sequence[str]) -> Figure:
+    """Specialisation by layer, and between every two domains in the layer that specialises most.
+
+    Args:
+        pairs: [layers, domains, domains], Jensen-Shannon divergences in bits.
+        names: of the domains.
+        rows: label of each layer.
+    """
+    layers, domains = pairs.shape[:2]
+    first, second = torch.triu_indices(domains, domains, 1)
+    between = pairs[:, first, second]
+    figure = new_figure(max(2.9, 1.4 + 0.3 * domains))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    mean, low, high = between.mean(1), between.amin(1), between.amax(1)
+    where = list(range(layers))
+    left.vlines(where, low.tolist(), high.tolist(), color="0.45", linewidth=3, label="least to most of two domains")
+    left.plot(where, mean.tolist(), "o", color=BLUE, markersize=7, markeredgecolor="black", label="mean of all pairs")
+    left.set_ylim(0, max(0.05, float(high.max()) * 1.15))
+    left.set_xlim(-0.5, layers - 0.5)
+    _ticks(left, "x", rows)
+    left.set_xlabel("layer")
+    left.set_ylabel("Jensen-Shannon divergence, bits")
+    left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    _open_frame(left)
+    most = int(mean.argmax())
+    matrix = pairs[most].masked_fill(torch.eye(domains, dtype=torch.bool), torch.nan)
+    _draw_map(right, matrix, names, None, float(between.max()), numbers=domains <= 8)
+    right.set_xticks(range(domains), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    right.set_title(f"between domains, layer {rows[most]}", fontsize=10)
+    return figure
+
+
+def bars(groups: Mapping[str, Mapping[str, float]], *, label: str, digits: str = "{:.2f}") -> Figure:
+    """Horizontal bars in groups of one to three, each with its number.
+
+    Args:
+        groups: group -> {series: value}; the series of the first group name the legend. Infinite values get no bar.
+        label: of the axis.
+        digits: how a number is printed.
+    """
+    series = list(next(iter(groups.values())))
+    figure = new_figure(0.9 + 0.26 * len(groups) * len(series) + 0.1 * len(groups))
+    axes = figure.subplots()
+    height = 0.8 / len(series)
+    looks: list[dict[str, Any]] = [{"color": "white", "hatch": "////"}, {"color": BLUE}, {"color": ORANGE}]
+    finite = [v for group in groups.values() for v in group.values() if v < float("inf")]
+    axes.set_xlim(0, 1.15 * max(finite, default=1.0))
+    for number, name in enumerate(series):
+        look = looks[number] if len(series) > 1 else looks[1]
+        for position, group in enumerate(groups.values()):
+            value, at = group[name], position + (number - (len(series) - 1) / 2) * height
+            shown = value if value < float("inf") else 0.0
+            axes.barh(at, shown, height * 0.92, edgecolor="black", linewidth=0.8, **look,
+                      label=name if position == 0 else None)  # fmt: skip
+            axes.annotate(f" {digits.format(value)}", (shown, at), va="center", fontsize=9)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.45, -0.55)
+    axes.set_xlabel(label)
+    if len(series) > 1:
+        figure.legend(loc="outside upper right", ncols=len(series), fontsize=9, frameon=False)
+    _open_frame(axes)
+    return figure
+
+
+def to_svg(figure: Figure) -> bytes:
+    """The figure as SVG; equal figures give equal bytes."""
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "moesparse"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG at 150 dots per inch."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _draw_map(
+    axes: Axes,
+    values: Tensor,
+    rows: Sequence[str],
+    removed: Sequence[Sequence[int]] | None,
+    top: float | None,
+    *,
+    numbers: bool = True,
+) -> Any:
+    known = values[~values.isnan()]
+    top = max(top if top is not None else float(known.max()) if len(known) else 1.0, 1e-12)
+    axes.set_facecolor("0.9")
+    axes.patch.set_hatch("///")
+    axes.patch.set_edgecolor("0.6")
+    image = axes.imshow(values.numpy(), cmap=COLOURS, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    _ticks(axes, "y", rows)
+    _ticks(axes, "x", [str(expert) for expert in range(values.shape[1])])
+    crossed = {(layer, expert) for layer, gone in enumerate(removed or ()) for expert in gone}
+    small = numbers and values.shape[1] <= _CELLS_WITH_NUMBERS and values.shape[0] <= _CELLS_WITH_NUMBERS
+    if small:
+        for layer, expert in ((layer, expert) for layer in range(values.shape[0]) for expert in range(values.shape[1])):
+            value = float(values[layer, expert])
+            if value == value and (layer, expert) not in crossed:
+                dark = value < 0.45 * top
+                text = f"{value:.2f}" if top < 10 else f"{value:.0f}"
+                axes.text(expert, layer, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    if crossed:
+        layers, experts = zip(*sorted(crossed), strict=True)
+        size = 7 if values.shape[1] <= _LABELLED else max(1.5, 300 / values.shape[1])
+        # black on a white edge: seen on both ends of the ramp
+        axes.plot(experts, layers, "x", color="white", markersize=size + 1, markeredgewidth=size / 2)
+        axes.plot(experts, layers, "x", color="black", markersize=size, markeredgewidth=size / 5)
+    return image
+
+
+def _ticks(axes: Axes, which: str, labels: Sequence[str]) -> None:
+    """At most _LABELLED labels, evenly spaced."""
+    step = max(1, -(-len(labels) // _LABELLED))
+    where = range(0, len(labels), step)
+    set_ticks = axes.set_xticks if which == "x" else axes.set_yticks
+    set_ticks(list(where), [labels[i] for i in where], fontsize=8)
+
+
+def _open_frame(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
