@@ -99,6 +99,7 @@ def test_an_error_inside_leaves_nothing(tmp_path):
 
 WRITER = """
     import resource, signal, sys, torch
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits it ignored
     from transformers import MixtralConfig, MixtralForCausalLM
     from moesparse.checkpoint import save_pretrained
     config = MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,

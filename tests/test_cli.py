@@ -163,6 +163,8 @@ def test_ctrl_c_leaves_no_output(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # a test run in the background inherits it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(9)
     process.send_signal(signal.SIGINT)
