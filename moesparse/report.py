@@ -429,7 +429,7 @@ def _sizes(findings: Findings) -> _Section | str | None:
     stored = format_size(checkpoint.stored_bytes)
     section.say(
         f"The weight files of this folder hold {stored}, {_FORMS[checkpoint.packed]}. Packed: the kept values and one "
-        "bit for every weight, computed from the pattern; without an n:m pattern there is no packed form, it counts as dense."
+        "bit for every weight, computed from the pattern; without an n:m pattern, a weight counts as dense."
     )
     return section
 
