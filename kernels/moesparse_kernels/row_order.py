@@ -163,7 +163,8 @@ def _decode_2_4(values: torch.Tensor, index: torch.Tensor, out: torch.Tensor) ->
     even, middle = _table_for(_arrangements, index)
     byte = index.reshape(-1).to(torch.int32)
     pair = values.reshape(-1).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    word = out.view(torch.int64).view(-1)
+    # flat first: rows of no columns cannot be seen as wider words
+    word = out.view(-1).view(torch.int64)
     torch.mul(pair, 0x1_0000_0001, out=word)
     word &= torch.view_as_real(even.index_select(0, byte)).view(torch.int64).view(-1)
     pair <<= 16
