@@ -1,8 +1,7 @@
 """The embedded model and its text: what ships is what the README of the recipe says."""
 
-import importlib.util
+import importlib
 import math
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -160,22 +159,31 @@ def test_notice_names_every_domain_and_licence():
 
 @pytest.fixture(scope="module")
 def train():
-    path = Path(__file__).parents[1] / "benchmarks" / "demo_model" / "train.py"
-    spec = importlib.util.spec_from_file_location("demo_model_train", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks" / "demo_model")
+        return importlib.import_module("train")
+
+
+def small(variant: str, top_k: int = 2) -> Namespace:
+    args = Namespace(hidden=64, intermediate=32, layers=2, heads=4, kv_heads=2, experts=8, length=64)
+    args.variant, args.top_k, args.balance, args.seed = variant, top_k, 0.0, 0
+    return args
+
+
+VARIANTS = ("sigmoid-bias", "top-1", "shared-expert", "geglu")
 
 
 # 1 x 5: fewer slots than experts, so that some are empty; 3 x 40: the usual case at no power of two
 @pytest.mark.parametrize(("batch", "length"), [(1, 5), (3, 40)])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_training_forward_and_gradients_equal_the_stock_model(train, batch, length, top_k):
-    args = Namespace(hidden=64, intermediate=32, layers=2, heads=4, kv_heads=2, experts=8, top_k=top_k)
-    args.length, args.balance, args.seed = 64, 0.0, 0
-    model = train.make_model(args, vocab_size=97, eos_token_id=0)
-    ids = torch.randint(97, (batch, length + 1), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("variant", "top_k"), [("mixtral", 1), ("mixtral", 2), *((name, 2) for name in VARIANTS)])
+def test_training_forward_and_gradients_equal_the_stock_model(train, batch, length, variant, top_k):
+    model = train.make_model(small(variant, top_k), vocab_size=97, eos_token_id=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        # weights of one and biases of zero would hide that they are left out
+        if "norm" in name or "e_score_correction_bias" in name:
+            tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator)
+    ids = torch.randint(97, (batch, length + 1), generator=generator)
 
     stock = model(ids[:, :-1]).logits.flatten(0, 1)
     expected_loss = F.cross_entropy(stock, ids[:, 1:].flatten())
@@ -192,7 +200,26 @@ def test_training_forward_and_gradients_equal_the_stock_model(train, batch, leng
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
     assert all(share.sum().item() == pytest.approx(1) for share in shares)
-    assert balance.item() >= 0.99 * top_k * len(shares)
+    top_k = model.model.layers[0].mlp.gate.top_k
+    assert balance.item() >= 0.99 * top_k * len(shares) if variant != "sigmoid-bias" else balance.item() == 0
+
+
+def test_variants_differ_where_they_say(train):
+    models = {name: train.make_model(small(name), vocab_size=97, eos_token_id=0) for name in ("mixtral", *VARIANTS)}
+    blocks = {name: model.model.layers[0].mlp for name, model in models.items()}
+    assert {name: block.gate.top_k for name, block in blocks.items() if block.gate.top_k != 2} == {"top-1": 1}
+    assert [name for name, block in blocks.items() if hasattr(block, "e_score_correction_bias")] == ["sigmoid-bias"]
+    assert [name for name, block in blocks.items() if hasattr(block, "shared_expert")] == ["shared-expert"]
+    assert [name for name, model in models.items() if model.config.hidden_act == "gelu"] == ["geglu"]
+    assert {block.experts.down_proj.shape for block in blocks.values()} == {(8, 64, 32)}
+
+
+def test_balancing_bias_moves_towards_the_fair_share(train):
+    model = train.make_model(small("sigmoid-bias"), vocab_size=97, eos_token_id=0)
+    share = torch.tensor([0.5, 0.125, 0.0, 0.0, 0.125, 0.25, 0.0, 0.0])
+    train.balance_biases(model, [share, share], 0.01)
+    expected = torch.tensor([-0.01, 0.0, 0.01, 0.01, 0.0, -0.01, 0.01, 0.01])
+    assert torch.equal(model.model.layers[1].mlp.e_score_correction_bias, expected)
 
 
 def test_newton_schulz_flattens_singular_values(train):
