@@ -31,12 +31,16 @@ RULES = (
     ("moe-pruner", "rescale"),
     ("moe-pruner", "least-squares"),
     ("moe-pruner", "least-squares+rescale"),
+    ("moe-pruner", "asymmetric"),
+    ("moe-pruner", "asymmetric+rescale"),
     ("sparsegpt", "obs"),
     ("gated-sparsegpt", "obs"),
     ("gated-sparsegpt", "least-squares+rescale"),
     ("admm", "least-squares+rescale"),
     ("gated-admm", "least-squares"),
     ("gated-admm", "least-squares+rescale"),
+    ("gated-admm", "asymmetric"),
+    ("gated-admm", "asymmetric+rescale"),
 )
 WINDOWS = 160
 

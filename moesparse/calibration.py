@@ -11,13 +11,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesparse.blocks import ExpertMatrix, MoEBlock, find_moe_blocks
+from moesparse.dispatch import experts_run_by
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.residual import measure_angles
@@ -35,6 +35,7 @@ from moesparse.statistics import (
 __all__ = [
     "MOMENTS",
     "ROW_SUMS",
+    "CrossMoment",
     "ExpertStatistics",
     "ModelStatistics",
     "Recorder",
@@ -54,10 +55,12 @@ Observer = Callable[[Tensor, list[int], Tensor, Tensor], None]
 """Called after a block has run with the rows recorded, sorted by expert: token of each row [R], rows per expert, g|f|
 of each row [R] float64, and the block's output [T, H]."""
 
+RowObserver = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Called with every expert that has rows: its number, and of its recorded rows the inputs [n, H], the activations
+[n, I] and the gates [n]."""
+
 ROW_SUMS = ("gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum")
 """Sums over routed rows that a batch adds to ExpertStatistics, in the order of their columns."""
-
-_IMPLEMENTATION = "moesparse_record"
 
 # Exact zeros in a trained weight are rare (bf16 underflow); a pruned expert has a quarter of them or more.
 _DENSE_ZEROS = 0.01
@@ -81,6 +84,7 @@ class Recorder:
         first_window, window_length: where the batch lies in the text, to name the window in an error.
         calls: how often the block has run.
         observer: called after every run with what was recorded, for sums that need more than the block sees.
+        row_observer: called expert by expert during a run, for sums over rows that are not kept.
         window_sums: None, or an empty dict to fill: name of a sum -> [windows, E] float64, every window by itself, of
             "tokens", ROW_SUMS and what observers add. Needs first_window and window_length.
     """
@@ -107,8 +111,9 @@ class Recorder:
         self.window_length: int | None = None
         self.calls = 0
         self.observer: Observer | None = None
+        self.row_observer: RowObserver | None = None
         self.window_sums: dict[str, Tensor] | None = None
-        self._config: Any = None
+        self._dispatch = ExitStack()
         device = device or block.matrices[0].parameter.device
         # a recorder made inside inference mode must stay usable outside of it
         with torch.inference_mode(False):
@@ -117,17 +122,11 @@ class Recorder:
             )
 
     def __enter__(self) -> Recorder:
-        experts: Any = self.block.experts
-        if isinstance(experts.config, _RecordingConfig):
-            raise UsageError(f"a block must have one recorder at a time, got a second one for {self.block.name}")
-        _register()
-        self._config = experts.config
-        experts.config = _RecordingConfig(self._config, self)
+        self._dispatch.enter_context(experts_run_by(self.block, self))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        experts: Any = self.block.experts
-        experts.config = self._config
+        self._dispatch.close()
 
     @torch.no_grad()
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -156,6 +155,8 @@ class Recorder:
             out.index_add_(0, token, (f * gates[start:stop, None]).to(out.dtype))
             n = split - start
             batch.add(expert, {"hidden": x[:n], "activation": activation[:n]}, f[:n], gates[start:split])
+            if self.row_observer is not None:
+                self.row_observer(expert, x[:n], activation[:n], gates[start:split])
         if not batch.commit():
             raise self._non_finite(hidden_states, tokens, gates, bounds)
         if self.observer is not None or self.window_sums is not None:
@@ -337,6 +338,31 @@ def record(
     recorders = [Recorder(block, moments, moments_device=moments_device) for block in blocks]
     with ExitStack() as stack:
         yield [stack.enter_context(recorder) for recorder in recorders]
+
+
+class CrossMoment:
+    """A row observer that sums C = sum_t g_t^2 h_t h'_t^T: h' of the block as it is, h of its gate and up before.
+
+    Attributes:
+        total: [E, I, I] float64; 8 * E * I^2 bytes.
+    """
+
+    def __init__(self, block: MoEBlock, up_before: Tensor) -> None:
+        """Args:
+        block: recorded with its pruned gate and up.
+        up_before: [E, out, H], the same matrix before it was pruned.
+        """
+        self.block, self.up_before = block, up_before
+        E, I = block.num_experts, block.intermediate_size
+        self.total = torch.zeros(E, I, I, dtype=torch.float64, device=up_before.device)
+
+    def __call__(self, expert: int, x: Tensor, activation: Tensor, gates: Tensor) -> None:
+        up = self.block.matrices[0]
+        out = F.linear(x, self.up_before[expert])
+        before = self.block.activation(out if up.bias is None else out + up.bias[expert])
+        dtype = _sum_dtype(x)
+        weighted = before.to(dtype) * gates.to(dtype).square()[:, None]
+        self.total[expert] += weighted.T @ activation.to(dtype)
 
 
 def calibrate(
@@ -521,34 +547,6 @@ def _router_tensors(block: MoEBlock) -> Iterator[tuple[str, Tensor]]:
         per_expert = tensor.ndim in (1, 2) and block.num_experts in tensor.shape
         if per_expert and tensor.is_floating_point() and not tensor.is_meta and id(tensor) not in own:
             yield name, tensor.detach()
-
-
-class _RecordingConfig:
-    """Stands in for the config of one experts module: it alone is dispatched to the recorder.
-
-    The real config is shared by all blocks, so naming our function there would send every block to it.
-    """
-
-    _experts_implementation = _IMPLEMENTATION
-
-    def __init__(self, config: Any, recorder: Recorder) -> None:
-        self._original = config
-        self.recorder = recorder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-
-def _register() -> None:
-    """Make the recording function known to transformers; it finds its recorder in the module's config."""
-    from transformers.integrations.moe import ExpertsInterface
-
-    if _IMPLEMENTATION not in ExpertsInterface._global_mapping:
-        ExpertsInterface.register(_IMPLEMENTATION, _record_experts)
-
-
-def _record_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    return self.config.recorder(hidden_states, top_k_index, top_k_weights)
 
 
 def _linear(x: Tensor, matrix: ExpertMatrix, expert: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from moesparse._version import __version__
 from moesparse.blocks import ExpertMatrix, MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.calibration import Recorder, check_dense, check_windows, record
+from moesparse.calibration import CrossMoment, Recorder, check_dense, check_windows, record
 from moesparse.domains import DEFAULT_MIX, check_mix
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 from moesparse.expert_pruning import prune_experts
@@ -31,7 +31,16 @@ from moesparse.masks import Pattern, check_mask
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.saliency.experts import check_criterion
-from moesparse.saliency.updates import parse_update, rescale_factor, update_weights
+from moesparse.saliency.updates import (
+    PrunedInputs,
+    asymmetric_target,
+    match_output,
+    moments_of,
+    output_energy,
+    parse_update,
+    rescale_factor,
+    update_weights,
+)
 from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
 from moesparse.selection import BUDGETS
 from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed, model_fingerprint
@@ -107,7 +116,7 @@ class Recipe:
 
     @property
     def refits_experts(self) -> bool:
-        return self.removes_experts and parse_update(self.update)[0] == "least-squares"
+        return self.removes_experts and parse_update(self.update)[0] in ("least-squares", "asymmetric")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -399,8 +408,12 @@ def _prune_layerwise(
     last = max(at)
     # the factor is measured by running the pruned experts, which sees the loss in gate and up as well
     solver, rescale = parse_update(recipe.update)
+    matches = solver == "asymmetric"
     moments = moments_needed(recipe.saliency, recipe.update)
-    passes = sum(1 + rescale + recipe.propagate if position in at else 1 for position in range(last + 1))
+    passes = sum(
+        1 + matches * len(at[position]) + rescale + recipe.propagate if position in at else 1
+        for position in range(last + 1)
+    )
     total, done, tokens = passes * len(stream), 0, 0
     reports: list[BlockReport] = []
     memory = max(memory_needed(here, moments) for here in at.values())
@@ -432,7 +445,18 @@ def _prune_layerwise(
             with record(here, moments) as recorders:
                 run(position, f"calibrate {label}", recorders, outputs=dense_outputs)
             dense = [recorder.statistics for recorder in recorders]
-            measured = [_prune_block(block, sums, recipe, solver) for block, sums in zip(here, dense, strict=True)]
+
+            def look_again(block: MoEBlock, up_before: torch.Tensor, at: int = position) -> Recorded:
+                cross = CrossMoment(block, up_before)
+                with record([block], moments) as (recorder,):
+                    recorder.row_observer = cross
+                    run(at, f"match {block.name}", [recorder])
+                return recorder.statistics, cross.total
+
+            measured = [
+                _prune_block(block, sums, recipe, solver, look_again if matches else None)
+                for block, sums in zip(here, dense, strict=True)
+            ]
             if rescale:
                 with record(here) as recorders:
                     run(position, f"rescale {label}", recorders)
@@ -451,9 +475,29 @@ def _prune_layerwise(
     return reports
 
 
-def _prune_block(block: MoEBlock, statistics: ExpertStatistics | None, recipe: Recipe, update: str) -> BlockReport:
+Recorded = tuple[ExpertStatistics, torch.Tensor]
+"""Sums of a block whose gate and up are pruned, and the cross moment of its activations with those before."""
+
+
+def _prune_block(
+    block: MoEBlock,
+    statistics: ExpertStatistics | None,
+    recipe: Recipe,
+    update: str,
+    look_again: Callable[[MoEBlock, torch.Tensor], Recorded] | None = None,
+) -> BlockReport:
     started = time.perf_counter()
-    tensors = [_prune_matrix(block, matrix, statistics, recipe, update) for matrix in block.matrices]
+    up, down = block.matrices
+    if look_again is None:
+        tensors = [_prune_matrix(block, matrix, statistics, recipe, update) for matrix in block.matrices]
+    else:
+        assert statistics is not None
+        name = f"{block.name}.{down.name}"
+        energy = output_energy(down.weight, moments_of(statistics, "activation", "gated", name))
+        up_before = up.weight.clone()
+        tensors = [_prune_matrix(block, up, statistics, recipe, "least-squares")]
+        inputs = PrunedInputs(*look_again(block, up_before), energy)
+        tensors.append(_prune_matrix(block, down, inputs.stats, recipe, update, inputs))
     return BlockReport(
         name=block.name,
         experts=block.num_experts,
@@ -467,13 +511,25 @@ def _prune_block(block: MoEBlock, statistics: ExpertStatistics | None, recipe: R
 
 @torch.no_grad()
 def _prune_matrix(
-    block: MoEBlock, matrix: ExpertMatrix, statistics: ExpertStatistics | None, recipe: Recipe, update: str
+    block: MoEBlock,
+    matrix: ExpertMatrix,
+    statistics: Any,
+    recipe: Recipe,
+    update: str,
+    inputs: PrunedInputs | None = None,
 ) -> TensorReport:
+    """Statistics are None only for rules that look at the weights alone, see _prune_from_weights."""
     name = f"{block.name}.{matrix.name}"
     weight = matrix.weight
-    sums: Any = statistics  # None only for rules that look at the weights alone, see _prune_from_weights
-    choice = choose_masks(weight, recipe.saliency, recipe.pattern, sums, matrix.input, seed=recipe.seed, name=name)
-    result = update_weights(weight, choice.mask, update, sums, matrix.input, gate=obs_gate(recipe.saliency), name=name)
+    target = weight if inputs is None else asymmetric_target(weight, inputs, name=name)
+    choice = choose_masks(
+        target, recipe.saliency, recipe.pattern, statistics, matrix.input, seed=recipe.seed, name=name
+    )
+    if inputs is not None:
+        result = match_output(weight, target, choice.mask, inputs, name=name)
+    else:
+        gate = obs_gate(recipe.saliency)
+        result = update_weights(weight, choice.mask, update, statistics, matrix.input, gate=gate, name=name)
     weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed
     verdict = check_mask(weight, recipe.pattern)

@@ -131,6 +131,46 @@ def test_rescale_brings_the_output_energy_back():
     assert all(factor > 1 for factor in report.blocks[0].rescale)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_asymmetric_brings_each_expert_nearer_to_its_dense_output(family):
+    """The report's error is that of the expert's gated output over the calibration tokens, from raw activations."""
+    ids, errors = windows(n=24), {}
+    for update in ("least-squares", "asymmetric"):
+        dense, model = tiny_model(family), tiny_model(family)
+        report = prune(model, ids, Recipe(weights="2:4", saliency="moe-pruner", update=update))
+        block, pruned = find_moe_blocks(dense)[0], find_moe_blocks(model)[0]
+        calls = []
+        handle = block.experts.register_forward_pre_hook(
+            lambda _m, args, kwargs, calls=calls: calls.append((*args, *kwargs.values())), with_kwargs=True
+        )
+        with torch.no_grad():
+            dense(ids)
+        handle.remove()
+        x, index, gates = calls[0]
+        errors[update] = []
+        for expert in range(block.num_experts):
+            token, slot = (index == expert).nonzero(as_tuple=True)
+            outputs = []
+            for one in (block, pruned):
+                up, down = one.matrices
+                bias = 0 if up.bias is None else up.bias[expert]
+                outputs.append(one.activation(x[token] @ up.weight[expert].T + bias) @ down.weight[expert].T)
+            want, got = (out.double() * gates[token, slot, None] for out in outputs)
+            errors[update].append(float((want - got).norm() / want.norm()) if len(token) else 0.0)
+    assert report.blocks[0].tensors[1].error_after == pytest.approx(errors["asymmetric"], rel=1e-3)
+    assert sum(errors["asymmetric"]) < 0.97 * sum(errors["least-squares"])
+    assert all(tensor.holds for block in report.blocks for tensor in block.tensors)
+
+
+def test_asymmetric_needs_the_tokens_again():
+    model = tiny_model("mixtral")
+    statistics = calibrate(model, windows(), moments="gated")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match="give prune windows instead of statistics, or take least-squares"):
+        prune(model, statistics, Recipe(saliency="moe-pruner", update="asymmetric"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_least_squares_lowers_the_error_it_reports():
     report = prune(tiny_model("mixtral"), windows(), Recipe(weights="2:4", update="least-squares"))
     for block in report.blocks:

@@ -32,8 +32,8 @@ SALIENCY_HELP = (
 )
 UPDATE_HELP = (
     "Weight rule: none (the paper's), rescale (one scalar per expert), obs (SparseGPT's update), least-squares (kept "
-    "weights re-solved; kept experts too, after others were removed), or two joined by +. least-squares+rescale when "
-    "left out."
+    "weights re-solved; kept experts too, after others were removed), asymmetric (the same, and down answers for gate "
+    "and up), or two joined by +. least-squares+rescale when left out."
 )
 EXPERT_SALIENCY_HELP = (
     "Expert criterion: frequency, gate-sum, ean, reap (the default), man, msan, gated-norm, gated-energy, easy-ep or "

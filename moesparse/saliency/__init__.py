@@ -1,14 +1,26 @@
 """From weights and calibration sums to masks (`weights`) and to the weights under them (`updates`)."""
 
-from moesparse.saliency.updates import UPDATE_RULES, Update, output_energy, rescale_factor, update_weights
+from moesparse.saliency.updates import (
+    UPDATE_RULES,
+    PrunedInputs,
+    Update,
+    asymmetric_target,
+    match_output,
+    output_energy,
+    rescale_factor,
+    update_weights,
+)
 from moesparse.saliency.weights import MASK_RULES, MaskChoice, choose_masks, moments_needed, obs_gate
 
 __all__ = [
     "MASK_RULES",
     "UPDATE_RULES",
     "MaskChoice",
+    "PrunedInputs",
     "Update",
+    "asymmetric_target",
     "choose_masks",
+    "match_output",
     "moments_needed",
     "obs_gate",
     "output_energy",

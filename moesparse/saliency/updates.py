@@ -1,8 +1,9 @@
 """Weight rules: what the weights become once the mask is chosen.
 
 `none` keeps the dense values (the papers' pruning), `obs` is SparseGPT's update for the mask at hand, `least-squares`
-solves for the kept weights of least layer error, and `rescale` is one scalar per expert on its down matrix: the control
-that the others must beat. It composes with them: "least-squares+rescale".
+solves for the kept weights of least layer error, `asymmetric` is least squares whose down matrix answers for gate and
+up as well, and `rescale` is one scalar per expert on its down matrix: the control that the others must beat. It
+composes with them: "least-squares+rescale".
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from moesparse.saliency.solvers import DAMPING, expert_slices, factorise, layer_
 
 Gate = Literal["plain", "gated"]
 
-UPDATE_RULES = ("none", "rescale", "obs", "least-squares", "obs+rescale", "least-squares+rescale")
+UPDATE_RULES = (
+    "none",
+    "rescale",
+    "obs",
+    "least-squares",
+    "asymmetric",
+    "obs+rescale",
+    "least-squares+rescale",
+    "asymmetric+rescale",
+)
 
 
 class Statistics(Protocol):
@@ -36,7 +46,7 @@ class Statistics(Protocol):
 
 
 def parse_update(rule: str) -> tuple[str, bool]:
-    """ "least-squares+rescale" -> ("least-squares", True): the solver, one of none, obs, least-squares, and rescaling.
+    """ "least-squares+rescale" -> ("least-squares", True): the solver, and whether to rescale.
 
     Raises:
         UsageError: not one of `UPDATE_RULES`; lists them.
@@ -101,9 +111,14 @@ def update_weights(
 
     Raises:
         UsageError: unknown rule, or shapes that do not fit.
-        CalibrationError: the moments that the rule needs were not collected.
+        CalibrationError: the moments that the rule needs were not collected, or a rule of `match_output`.
     """
     solver, rescale = parse_update(rule)
+    if solver == "asymmetric":
+        raise CalibrationError(
+            f"{name}: update={rule!r} needs the tokens once more after gate and up are pruned; give prune windows "
+            "instead of statistics, or take least-squares"
+        )
     if mask.shape != weight.shape:
         raise UsageError(f"{name}: mask must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
     rescale = rescale and input == "activation"
@@ -141,6 +156,97 @@ def update_weights(
             solved = solved * factor_of[:, None, None].float()
         updated[experts] = solved.to(weight.dtype)
     return Update(updated, before, after, tuple(dampings) or None, torch.cat(scales) if scales else None)
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedInputs:
+    """What a down matrix reads once gate and up are pruned (h'), set against what it read before (h).
+
+    Attributes:
+        stats: sums over h'; the gated moment of "activation" is needed.
+        cross: [E, I, I] float64, sum_t g_t^2 h_t h'_t^T.
+        energy: [E] float64, sum_t g_t^2 |W h_t|^2, of the dense outputs.
+    """
+
+    stats: Statistics
+    cross: Tensor
+    energy: Tensor
+
+
+def asymmetric_target(
+    weight: Tensor, inputs: PrunedInputs, *, damping: float = DAMPING, name: str = "weight"
+) -> Tensor:
+    """The down matrix that brings pruned activations nearest to the dense outputs, before any mask is on it.
+
+    W~ minimises sum_t g_t^2 |W h_t - W~ h'_t|^2 + lambda |W~ - W|^2, so W~ = (W C + lambda W) (M' + lambda)^-1 with M'
+    the gated moment of h' and C the cross moment; and the error of any V on h' is that of W~ plus
+    (W~ - V) (M' + lambda) (W~ - V)^T: masks and solvers that know only M' work on W~ as they would on W.
+
+    Args:
+        weight: [E, out, in], the dense down matrix; not modified.
+        inputs: sums over both activations.
+        damping: lambda, as a share of the mean diagonal of M'.
+        name: of the tensor, for errors.
+
+    Returns:
+        [E, out, in] float32; the weights themselves for an expert without tokens.
+
+    Source: ours for a mask; the dense output as the target of a compressed layer's inputs is GPTAQ's asymmetric
+    calibration (Li et al., 2025, arXiv 2504.02692).
+    """
+    moments = moments_of(inputs.stats, "activation", "gated", name)
+    target = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    for experts in expert_slices(weight):
+        dense, moment = weight[experts].float(), moments[experts].to(weight.device)
+        hessian = layer_hessian(moment, damping, name=name)
+        mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+        excess = (inputs.cross[experts].to(moment) - moment) / torch.where(mean > 0, mean, 1.0)[:, None, None]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        # W~ - W = W (C - M') (M' + lambda)^-1: what is rounded is the small change
+        target[experts] = torch.baddbmm(dense, dense @ excess.float(), inverse.float())
+    return target
+
+
+def match_output(
+    weight: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    inputs: PrunedInputs,
+    *,
+    damping: float = DAMPING,
+    iterations: int = 15,
+    name: str = "weight",
+) -> Update:
+    """Prune a down matrix so that pruned activations give the dense outputs: least squares on `asymmetric_target`.
+
+    Args:
+        weight: [E, out, in], dense; not modified.
+        target: [E, out, in] float32, of `asymmetric_target`.
+        mask: bool [E, out, in], True where the weight stays.
+        inputs: sums over both activations.
+        damping: as for `target`.
+        iterations: of the solver, at most.
+        name: of the tensor, for errors.
+
+    Returns:
+        the weights; its errors |W h - V h'| / |W h| are those of the whole expert, which gate and up are part of, for
+        the masked dense weights before and the solution after.
+    """
+    moments = moments_of(inputs.stats, "activation", "gated", name)
+    updated = torch.empty_like(weight)
+    before, after = (torch.empty(len(weight), dtype=torch.float64) for _ in range(2))
+    for experts in expert_slices(weight):
+        dense, keep = weight[experts].float(), mask[experts]
+        moment = moments[experts].to(dense.device)
+        solved = least_squares(target[experts], keep, layer_hessian(moment, damping, name=name), iterations=iterations)
+        cross, energy = inputs.cross[experts].to(moment), inputs.energy[experts].to(moment.device)
+        image = dense.double() @ cross
+        for result, kept in ((before, dense.masked_fill(~keep, 0.0)), (after, solved)):
+            agreement = (image * kept).sum((-2, -1))
+            error = energy - 2 * agreement + row_error(kept.double(), moment).sum(-1)
+            result[experts] = torch.where(energy > 0, error.clamp_min(0) / energy, 0.0).sqrt().cpu()
+        updated[experts] = solved.to(weight.dtype)
+    return Update(updated, before, after)
 
 
 def rescale_factor(dense_energy: Tensor, pruned_energy: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def moments_needed(saliency: str, update: str) -> str:
         raise UsageError(f"saliency must be one of {', '.join(MASK_RULES)}, got {saliency!r}")
     solver, _ = parse_update(update)
     needed = {_RULES[saliency].moment}
-    if solver == "least-squares":
+    if solver in ("least-squares", "asymmetric"):
         needed.add("gated")
     elif solver == "obs":
         needed.add(obs_gate(saliency))
