@@ -51,7 +51,7 @@ def load_pretrained(
 
     folder = Path(source)
     if folder.is_dir():
-        _check_folder(folder)
+        check_model_folder(folder)
     elif folder.exists():
         raise CheckpointError(f"MODEL must be a folder or a hub id, got the file {folder}")
     try:
@@ -83,7 +83,12 @@ def load_pretrained(
     return model.eval(), tokenizer
 
 
-def _check_folder(folder: Path) -> None:
+def check_model_folder(folder: Path) -> None:
+    """Look at a local checkpoint before anything of it is loaded.
+
+    Raises:
+        CheckpointError: it has no valid config.json, or a shard is missing.
+    """
     config = folder / "config.json"
     if not config.is_file():
         raise CheckpointError(f"MODEL must be a folder with a config.json, got {folder} without one")

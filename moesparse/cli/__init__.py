@@ -22,6 +22,7 @@ from moesparse.cli.evaluate import evaluate
 from moesparse.cli.inspect import inspect
 from moesparse.cli.prune import prune
 from moesparse.cli.report import report
+from moesparse.cli.serve import serve
 from moesparse.errors import MoESparseError, UsageError
 
 _INTERRUPTED = 130
@@ -43,6 +44,11 @@ app.command(name="eval")(evaluate)
 app.command()(inspect)
 app.command()(report)
 app.command()(bench)
+app.command(
+    # all arguments go on to a parser with transformers' options
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
+)(serve)
 
 
 def _version(value: bool) -> None:
