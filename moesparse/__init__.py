@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moesparse.blocks import MoEBlock, find_moe_blocks
     from moesparse.calibration import calibrate
     from moesparse.checkpoint import load_pretrained, save_pretrained
+    from moesparse.distillation import distill
     from moesparse.errors import MoESparseError
     from moesparse.modules import SparseExperts
     from moesparse.packing import PackReport, pack, unpack
@@ -37,6 +38,7 @@ _HOMES = {
     "calibrate": "calibration",
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
+    "distill": "distillation",
     "MoESparseError": "errors",
     "SparseExperts": "modules",
     "PackReport": "packing",
@@ -64,6 +66,7 @@ __all__ = [
     "calibrate",
     "choose_experts",
     "demo",
+    "distill",
     "evaluate",
     "expert_scores",
     "find_moe_blocks",

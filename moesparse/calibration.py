@@ -42,10 +42,12 @@ __all__ = [
     "calibrate",
     "check_dense",
     "check_windows",
+    "evaluating",
     "memory_needed",
     "model_fingerprint",
     "placed",
     "record",
+    "vocabulary_size",
     "window_sums",
 ]
 
@@ -405,7 +407,7 @@ def calibrate(
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     blocks = find_moe_blocks(model)
-    ids, mask = check_windows(windows, _vocabulary(model))
+    ids, mask = check_windows(windows, vocabulary_size(model))
     if not allow_pruned:
         check_dense(blocks)
     needed = _check_memory(blocks, moments)
@@ -423,7 +425,7 @@ def calibrate(
 
     with (
         placed(model, device) as place,
-        _evaluating(model),
+        evaluating(model),
         torch.inference_mode(),
         record(blocks, moments, moments_device=_moments_device(place, needed)) as recorders,
         measure_angles(model, recorders),
@@ -572,7 +574,8 @@ def _body(model: nn.Module, blocks: Sequence[MoEBlock]) -> nn.Module:
     return body if all(id(block.experts) in inside for block in blocks) else model
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Rows of the input embedding; None where the model has none."""
     get = getattr(model, "get_input_embeddings", None)
     embedding = get() if callable(get) else None
     return getattr(embedding, "num_embeddings", None)
@@ -615,7 +618,7 @@ def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the body; every module's own flag comes back."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()

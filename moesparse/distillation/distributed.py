@@ -1,0 +1,165 @@
+"""One process, or several under torchrun with FSDP2: who computes which forward, and where weights live.
+
+With several processes student and teacher are copied, the copies sharded (every decoder layer and every block's experts
+a group of its own), and the trained expert matrices gathered back into the student of every process. The forwards of a
+step are dealt out, so losses are those of one process with the same settings, to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.calibration import placed
+from moesparse.distillation.matching import Pair
+from moesparse.distillation.settings import Settings
+from moesparse.distillation.teacher import LiveTeacher
+from moesparse.distillation.training import master_weights
+from moesparse.errors import UsageError
+
+__all__ = ["Processes"]
+
+AtWork = tuple[nn.Module, list[Pair], dict[str, nn.Parameter]]
+"""The model that trains, the pairs with its blocks, and its trained parameters by name."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run.
+
+    Attributes:
+        rank: of this one.
+        count: of all.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls) -> Processes:
+        """Those of torch.distributed's default group, or this one alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes."""
+        return self.rank == 0
+
+    def device(self) -> torch.device:
+        """Where this process trains unless told otherwise."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.count > 1 else torch.device("cuda")
+
+    def check(self, mode: str, settings: Settings) -> None:
+        """UsageError where several processes cannot share the work."""
+        if self.count == 1:
+            return
+        if mode != "global":
+            raise UsageError(f"mode must be 'global' with {self.count} processes, got {mode!r}: run it in one")
+        if settings.batch_size // settings.micro_batch % self.count:
+            raise UsageError(
+                f"batch_size / micro_batch must be a multiple of the {self.count} processes, got "
+                f"{settings.batch_size} / {settings.micro_batch}"
+            )
+
+    def check_cache(self, missing: int) -> None:
+        if self.count > 1 and missing:
+            raise UsageError(
+                f"cache must be complete with {self.count} processes, got {missing} windows without outputs: fill it "
+                "in one process first"
+            )
+
+    def share(self, forwards: Sequence[Tensor]) -> list[Tensor]:
+        """This process's forwards of a step."""
+        return list(forwards[self.rank :: self.count])
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over processes of a small float64 tensor on the CPU."""
+        if self.count == 1:
+            return values
+        place = torch.device("cpu") if dist.get_backend() == "gloo" else self.device()
+        total = values.to(place)
+        dist.all_reduce(total)
+        return total.cpu() / self.count
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A sharded tensor made whole; every process must call."""
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+    def shard(self, tensor: Tensor, like: nn.Parameter) -> Tensor:
+        """A whole tensor on the device of `like`, cut as `like` is."""
+        mesh = getattr(like, "device_mesh", None)
+        if mesh is None:
+            return tensor.to(like.device)
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def student(self, student: nn.Module, pairs: Sequence[Pair], device: torch.device) -> Iterator[AtWork]:
+        """The model to train, on the device, its expert matrices in float32; the student has the result afterwards."""
+        if self.count == 1:
+            trained = _expert_parameters([pair.student for pair in pairs])
+            with placed(student, device), master_weights(student, trained):
+                yield student, list(pairs), trained
+            return
+        model = copy.deepcopy(student)
+        blocks = find_moe_blocks(model)
+        dtype = blocks[0].matrices[0].parameter.dtype
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in _expert_parameters(blocks))
+        for parameter in _expert_parameters(blocks).values():
+            parameter.data = parameter.data.float()
+        self._shard(model.to(device), model, blocks, device, dtype)
+        at_work = [replace(pair, student=block) for pair, block in zip(pairs, blocks, strict=True)]
+        yield model, at_work, _expert_parameters(blocks)
+        for name, parameter in _expert_parameters([pair.student for pair in pairs]).items():
+            parameter.data.copy_(self.whole(_expert_parameters(blocks)[name].detach()))
+
+    @contextmanager
+    def teacher(
+        self, teacher: nn.Module, pairs: Sequence[Pair], ids: Tensor, mask: Tensor | None, device: torch.device
+    ) -> Iterator[LiveTeacher]:
+        """The teacher on the device, its blocks ready to tell what they gave."""
+        if self.count == 1:
+            with placed(teacher, device), LiveTeacher(teacher, pairs, ids, mask).installed() as live:
+                yield live
+            return
+        model = copy.deepcopy(teacher).requires_grad_(False)
+        blocks = find_moe_blocks(model)
+        self._shard(model.to(device), getattr(model, "base_model", model), blocks, device, None)
+        at_work = [replace(pair, teacher=block) for pair, block in zip(pairs, blocks, strict=True)]
+        with LiveTeacher(model, at_work, ids, mask).installed() as live:
+            yield live
+
+    def _shard(
+        self, model: nn.Module, root: nn.Module, blocks: list[MoEBlock], device: torch.device, dtype: Any
+    ) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(device.type, (self.count,))
+        # gates are float32 whatever the weights are: inputs stay as they come
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+        for block in blocks:
+            fully_shard(block.experts, mesh=mesh, mp_policy=policy if dtype is not None else plain)
+        for layer in decoder_layers(model, blocks)[0]:
+            fully_shard(layer, mesh=mesh, mp_policy=plain)
+        fully_shard(root, mesh=mesh, mp_policy=plain)
+
+
+def _expert_parameters(blocks: Sequence[MoEBlock]) -> dict[str, nn.Parameter]:
+    return {f"{block.name}.{matrix.name}": matrix.parameter for block in blocks for matrix in block.matrices}

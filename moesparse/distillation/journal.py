@@ -1,0 +1,176 @@
+"""What a run says: losses, early warnings, progress, TensorBoard; and the state it can go on from."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesparse.errors import MoESparseError, UsageError
+from moesparse.progress import Progress, ProgressEvent
+
+__all__ = ["DistillWarning", "Journal", "StateFile"]
+
+_STATE = "state.pt"
+_MEAN_OVER = 5
+_PLATEAU = 0.99
+_SPIKE = 1.5
+
+
+class DistillWarning(UserWarning):
+    """A run that shows an early sign of failure."""
+
+
+class Journal:
+    """The rows of one run. Told of every step; warns early of what MoE-Pruner names as signs of failure.
+
+    Args:
+        progress: told of every step.
+        steps: in all.
+        folder: for TensorBoard's event files, or None.
+        rows: of the steps done before, when a run goes on.
+        speaks: False in all processes but one.
+
+    Raises:
+        UsageError: a folder is given and tensorboard is not installed.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        steps: int,
+        folder: str | os.PathLike[str] | None,
+        rows: list[dict[str, Any]],
+        speaks: bool = True,
+    ) -> None:
+        self.rows = rows
+        self.warnings: list[str] = []
+        self._progress, self._steps, self._speaks = progress, steps, speaks
+        self._began, self._tokens = time.perf_counter(), 0
+        self._writer: Any = None
+        if folder is not None and speaks:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UsageError(
+                    "logs must be None without tensorboard, got a folder: pip install 'moesparse[tensorboard]'"
+                ) from error
+            self._writer = SummaryWriter(os.fspath(folder), purge_step=len(rows))
+        self._say("distill")
+
+    def add(self, row: Mapping[str, Any], tokens: int) -> None:
+        """One step: its "step" and any of "ce", "experts", "loss", "learning_rate", "grad_norm", "block"."""
+        self.rows.append(dict(row))
+        self._tokens += tokens
+        if self._writer is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(name, value, len(self.rows) - 1)
+        parts = [f"CE {row['ce']:.3f}"] if "ce" in row else [row["block"]] if "block" in row else []
+        self._say("distill: " + ", ".join([*parts, f"experts {row['experts']:.3g}"]))
+
+    def check(self, first: int, steps: int) -> None:
+        """Warn, once for each sign, as early as the rows of a part of the run show it.
+
+        Args:
+            first: row with which the part began: the whole run, or one block's.
+            steps: of the part.
+        """
+        rows = self.rows[first:]
+        if len(rows) < 2 * _MEAN_OVER:
+            return
+        experts = _means(rows, "experts")
+        # by a tenth of the part the expert loss has moved, or the rate is too low for this model
+        if len(rows) == max(2 * _MEAN_OVER, steps // 10) and experts[-1] > _PLATEAU * experts[0]:
+            self._warn(
+                f"the expert loss went from {experts[0]:.3g} to {experts[-1]:.3g} in {len(rows)} steps: the learning "
+                "rate is too low for this model, or lambda too small"
+            )
+        if "ce" not in rows[0]:
+            return
+        ce = _means(rows, "ce")
+        # the first row too: a run that is wrecked at once has no good mean
+        best = min(rows[0]["ce"], *ce)
+        if ce[-1] - best > math.log(_SPIKE) and not any("perplexity" in text for text in self.warnings):
+            self._warn(
+                f"perplexity of the training windows rose from {math.exp(best):.4g} to {_exp(ce[-1]):.4g} by step "
+                f"{rows[-1]['step']}: the learning rate is too high for this model"
+            )
+
+    def tell(self, event: ProgressEvent) -> None:
+        """Pass on an event of something that comes before the first step."""
+        if self._speaks:
+            self._progress(event)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _say(self, stage: str) -> None:
+        seconds = time.perf_counter() - self._began
+        if self._speaks:
+            self._progress(ProgressEvent(stage, len(self.rows), self._steps, "step", self._tokens, seconds))
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        if self._speaks:
+            warnings.warn(text, DistillWarning, stacklevel=2)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709 else math.inf
+
+
+def _means(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """Means over _MEAN_OVER neighbouring rows: single batches differ."""
+    values = [row[name] for row in rows]
+    return [sum(values[i : i + _MEAN_OVER]) / _MEAN_OVER for i in range(len(values) - _MEAN_OVER + 1)]
+
+
+class StateFile:
+    """What a killed run goes on from: one file that is replaced as a whole.
+
+    Args:
+        folder: holds the file.
+        key: what the run is: fingerprints, settings, mode. A state of another run is refused.
+        resume: go on when there is a state; False refuses a folder that has one.
+
+    Raises:
+        UsageError: there is a state and resume is False.
+        MoESparseError: the state is that of another run; names the first difference.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], key: Mapping[str, Any], resume: bool) -> None:
+        self._path = Path(folder) / _STATE
+        self._key = dict(key)
+        self.state: dict[str, Any] | None = None
+        if not self._path.is_file():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return
+        if not resume:
+            raise UsageError(
+                f"{self._path.parent} holds the state of a run that was stopped; resume it (resume=True, --resume) or "
+                "remove the folder"
+            )
+        held = torch.load(self._path, map_location="cpu", weights_only=True)
+        for name, value in self._key.items():
+            if held["key"].get(name) != value:
+                raise MoESparseError(
+                    f"the run to resume must have the {name} of the one in {self._path.parent}, "
+                    f"{held['key'].get(name)}, got {value}"
+                )
+        self.state = held
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        partial = self._path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save({"key": self._key, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self._path)

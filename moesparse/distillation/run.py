@@ -1,0 +1,193 @@
+"""Expert-wise knowledge distillation: let a pruned model win back what its teacher knows, zeros held.
+
+Source: MoE-Pruner (Xie et al., 2024, arXiv 2410.12013), section 3.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesparse.calibration import Windows, check_windows, vocabulary_size
+from moesparse.distillation import distributed
+from moesparse.distillation.blockwise import train_blockwise
+from moesparse.distillation.journal import Journal, StateFile
+from moesparse.distillation.matching import Pair, match
+from moesparse.distillation.settings import MODES, Settings, resolve_settings
+from moesparse.distillation.whole import train_whole
+from moesparse.errors import UsageError
+from moesparse.memory import peak_memory, reset_peak_memory
+from moesparse.packing import pack, packed_blocks, unpack
+from moesparse.progress import Progress, silent
+from moesparse.statistics import model_fingerprint, windows_hash
+
+__all__ = ["DistillReport", "distill"]
+
+
+@dataclass
+class DistillReport:
+    """What a distillation did, ready for JSON.
+
+    Attributes:
+        mode: "global" or "blockwise".
+        settings: `Settings.to_dict`.
+        expert_weight: lambda of the loss, as used; None in blockwise mode.
+        rows: one per step: "step", "experts" (the sum of MSE), "learning_rate", "grad_norm", and "ce" with "loss" or,
+            in blockwise mode, "block".
+        warnings: early signs of failure that were seen.
+        zeros: zero weights of the expert matrices before and after; none of those before is lost.
+        weights: of the expert matrices.
+        seconds: of the run, of this process.
+        peak_bytes: of memory.
+    """
+
+    mode: str
+    settings: dict[str, Any]
+    expert_weight: float | None
+    rows: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+    zeros: tuple[int, int] = (0, 0)
+    weights: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    windows: Windows,
+    mode: str = "global",
+    *,
+    settings: Settings | str = "paper",
+    device: torch.device | str | None = None,
+    checkpointing: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    save_every: int = 50,
+    resume: bool = False,
+    logs: str | os.PathLike[str] | None = None,
+    progress: Progress = silent,
+) -> DistillReport:
+    """Train the expert matrices of a pruned model towards those of the model it was made from, in place.
+
+    Only expert matrices change; their zeros stay, at every step, and are counted in the end. "global" minimises
+    CE + lambda * sum over layers and experts of MSE(teacher expert, student expert), both on the teacher's routing and
+    tokens, and holds both models, three float32 copies of the student's expert matrices beside their gradients, and
+    [b * t, vocabulary] float32 logits. "blockwise" minimises each block's sum of MSE by itself: on the device are one
+    layer of the teacher, one block of the student with its training state, and nothing else; the inputs of a block for
+    all windows wait on the CPU. Weights train in float32 and compute in the model's dtype.
+
+    Several processes started by torchrun share the global mode by FSDP2 (see `distributed`).
+
+    Args:
+        student: pruned, dense with zeros or packed; experts may be missing if config says which are left.
+        teacher: dense, or pruned less than the student; not changed.
+        windows: LongTensor [n, t], or (ids, attention mask). The CE of global mode learns this text.
+        mode: "global" or "blockwise".
+        settings: `Settings`, or a name of PRESETS: "paper" (lr 2e-5, 3 epochs), "small".
+        device: where to train; None is the GPU when there is one.
+        checkpointing: recompute each layer in the backward instead of keeping its activations; global mode.
+        cache: folder for the teacher's outputs on these windows, computed once and then read; global mode.
+        state: folder for what a killed run goes on from; removed by nobody.
+        save_every: steps between two states.
+        resume: go on from the state in that folder, if there is one.
+        logs: folder for TensorBoard.
+        progress: called with every step.
+
+    Returns:
+        DistillReport.
+
+    Raises:
+        UsageError: an argument that cannot be.
+        MoESparseError: a student that does not match the teacher, by name; a loss that is not finite.
+        UnsupportedModelError: no experts, or experts that cannot be trained.
+    """
+    numbers = resolve_settings(settings)
+    if mode not in MODES:
+        raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if save_every < 1:
+        raise UsageError(f"save_every must be at least 1, got {save_every}")
+    if resume and state is None:
+        raise UsageError("resume must come with the state folder to resume from, got state=None")
+    if mode == "blockwise" and (cache is not None or checkpointing):
+        raise UsageError("cache and checkpointing belong to mode='global', got mode='blockwise'")
+    ids, mask = check_windows(windows, vocabulary_size(student))
+    if ids.shape[1] < 2:
+        raise UsageError("windows must have at least 2 tokens to predict one, got 1")
+    processes = distributed.Processes.current()
+    processes.check(mode, numbers)
+    packed = any(True for _ in packed_blocks(student))
+    if packed:
+        unpack(student)
+    try:
+        pairs = match(student, teacher)
+        key = {
+            "student": model_fingerprint(student),
+            "teacher": model_fingerprint(teacher),
+            "windows": windows_hash(ids, mask),
+            "mode": mode,
+            "settings": numbers.to_dict(),
+        }
+        file = None if state is None else StateFile(state, key, resume)
+        resumed = file.state if file is not None else None
+        steps = numbers.steps(len(ids)) * (len(pairs) if mode == "blockwise" else 1)
+        rows = list(resumed["rows"]) if resumed else []
+        journal = Journal(progress, steps, logs, rows, speaks=processes.first)
+        started = time.perf_counter()
+        reset_peak_memory()
+        before = _zeros(pairs)
+        place = torch.device(device) if device is not None else processes.device()
+        common: dict[str, Any] = {"journal": journal, "file": file, "save_every": save_every, "device": place}
+        try:
+            if mode == "global":
+                weight: float | None = train_whole(
+                    student,
+                    teacher,
+                    pairs,
+                    ids,
+                    mask,
+                    numbers,
+                    processes,
+                    checkpointing=checkpointing,
+                    cache=cache,
+                    key=key,
+                    **common,
+                )
+            else:
+                weight = None
+                train_blockwise(teacher, pairs, ids, mask, numbers, **common)
+        finally:
+            journal.close()
+        after = _zeros(pairs)
+        if any(now < then for now, then in zip(after, before, strict=True)):
+            raise AssertionError("zeros were lost in training")
+        match(student, teacher)  # the pattern holds as before
+        return DistillReport(
+            mode=mode,
+            settings=numbers.to_dict(),
+            expert_weight=weight,
+            rows=journal.rows,
+            warnings=journal.warnings,
+            zeros=(sum(before), sum(after)),
+            weights=sum(matrix.weight.numel() for pair in pairs for matrix in pair.student.matrices),
+            seconds=time.perf_counter() - started,
+            peak_bytes=peak_memory(),
+        )
+    finally:
+        if packed:
+            pack(student)
+
+
+def _zeros(pairs: Sequence[Pair]) -> list[int]:
+    """Zero weights of every expert matrix."""
+    return [int((matrix.weight == 0).sum()) for pair in pairs for matrix in pair.student.matrices]

@@ -1,0 +1,86 @@
+"""How a distillation runs: the numbers of a run, and two sets of them by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from moesparse.errors import UsageError
+
+__all__ = ["MODES", "PRESETS", "Settings", "resolve_settings"]
+
+MODES = ("global", "blockwise")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of a run. The defaults are those of MoE-Pruner (Xie et al., 2024, arXiv 2410.12013).
+
+    Attributes:
+        learning_rate: of AdamW at the first step; falls to zero along a cosine.
+        epochs: times every window is seen; in blockwise mode, by every block.
+        batch_size: windows in one step of the optimizer.
+        micro_batch: windows in one forward. A step's loss is the mean over its forwards; each expert's MSE is the mean
+            over the tokens it got in one forward.
+        expert_weight: lambda of the loss CE + lambda * sum of MSE; None is L_CE / L_expert at step 0. Has no meaning in
+            blockwise mode, where there is no CE.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients of a step are scaled down to this norm over all trained weights.
+        seed: of the order of the windows.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+
+    learning_rate: float = 2e-5
+    epochs: int = 3
+    batch_size: int = 16
+    micro_batch: int = 1
+    expert_weight: float | None = None
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "expert_weight"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"{name} must be at least 0, got {value}")
+        if self.batch_size % self.micro_batch:
+            raise UsageError(f"batch_size must be a multiple of micro_batch={self.micro_batch}, got {self.batch_size}")
+
+    def steps(self, windows: int) -> int:
+        """Steps of the optimizer for so many windows; the last step of an epoch takes what is left."""
+        return self.epochs * math.ceil(windows / self.batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+PRESETS = {
+    "paper": Settings(),
+    # a model of 192 columns learns at rates that would wreck a large one
+    "small": Settings(learning_rate=1e-3, epochs=4, batch_size=16, micro_batch=16),
+}
+"""By name: the paper's, and one that ends in minutes on two CPU cores for models of a few million parameters."""
+
+
+def resolve_settings(settings: Settings | str) -> Settings:
+    """The settings, or those of the name.
+
+    Raises:
+        UsageError: no such name.
+    """
+    if isinstance(settings, Settings):
+        return settings
+    if settings not in PRESETS:
+        raise UsageError(f"settings must be Settings or one of {', '.join(PRESETS)}, got {settings!r}")
+    return PRESETS[settings]

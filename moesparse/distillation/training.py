@@ -1,0 +1,150 @@
+"""AdamW on expert matrices whose zeros stay: masters in float32, a cosine, masks held at every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesparse.distillation.settings import Settings
+from moesparse.errors import MoESparseError
+
+__all__ = ["Trainer", "local", "master_weights", "windows_of_step"]
+
+
+def windows_of_step(step: int, windows: int, settings: Settings) -> Tensor:
+    """Numbers of the windows of one step, [batch_size]; an epoch's last step is filled up from its beginning.
+
+    Drawn from the seed and the epoch alone, so that a run can be resumed at any step.
+    """
+    steps = math.ceil(windows / settings.batch_size)
+    epoch, position = divmod(step, steps)
+    generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
+    order = torch.randperm(windows, generator=generator)
+    wanted = torch.arange(position * settings.batch_size, (position + 1) * settings.batch_size)
+    return order[wanted % windows]
+
+
+@contextmanager
+def master_weights(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """While the body runs, `trained` are float32 and take gradients, and no other parameter of the model does."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    dtypes = {name: parameter.dtype for name, parameter in trained.items()}
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in trained.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes[name])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+class Trainer:
+    """Steps of AdamW on some parameters; what is zero at the start is zero after every step.
+
+    Holds, beside parameters and gradients, two float32 moments and a bool mask of their size.
+
+    Args:
+        parameters: by name, float32, whole or sharded (DTensor).
+        settings: rates and limits.
+        steps: in all; the learning rate falls to zero over them.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Settings, steps: int) -> None:
+        self._parameters = dict(parameters)
+        self._settings = settings
+        self._steps = steps
+        self.step_number = 0
+        self.masks = {name: local(parameter) != 0 for name, parameter in parameters.items()}
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self._settings.learning_rate * 0.5 * (1 + math.cos(math.pi * self.step_number / self._steps))
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """One step with the gradients that are there; they are cleared.
+
+        Returns:
+            Norm of the gradient over the weights that are not masked, before it is clipped.
+
+        Raises:
+            MoESparseError: the gradient is not finite; no weight has changed.
+        """
+        for name, parameter in self._parameters.items():
+            # a pruned weight's gradient must neither count in the norm nor gather momentum
+            local(parameter.grad).mul_(self.masks[name])
+        norm: Any = nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.max_grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(norm):
+            raise MoESparseError(
+                f"the gradient must be finite, got {norm} at step {self.step_number}; lower the learning rate"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for name, parameter in self._parameters.items():
+            local(parameter).mul_(self.masks[name])
+        self.step_number += 1
+        return norm
+
+    def lost_zeros(self) -> dict[str, int]:
+        """Weights that were zero at the start and are not now, by parameter; empty when the masks were held."""
+        counts = {name: int((local(p.detach()) != 0)[~self.masks[name]].sum()) for name, p in self._parameters.items()}
+        return {name: count for name, count in counts.items() if count}
+
+    def state(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Any]:
+        """Weights, moments and step, on the CPU.
+
+        Args:
+            whole: makes a sharded tensor whole; every process must call.
+        """
+        names = list(self._parameters)
+        held = self._optimizer.state_dict()["state"]
+        return {
+            "step": self.step_number,
+            "weights": {name: whole(p.detach()).cpu().clone() for name, p in self._parameters.items()},
+            "moments": {
+                names[number]: {key: whole(value).cpu().clone() for key, value in entry.items()}
+                for number, entry in held.items()
+            },
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any], shard: Callable[[Tensor, nn.Parameter], Tensor] | None = None) -> None:
+        """Go on from a `state`; `shard` cuts a whole tensor to fit a parameter."""
+
+        def fitted(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+            if tensor.ndim == 0:
+                return tensor
+            return tensor.to(parameter.device) if shard is None else shard(tensor, parameter)
+
+        self.step_number = state["step"]
+        for name, parameter in self._parameters.items():
+            parameter.copy_(fitted(state["weights"][name], parameter))
+        entries = {
+            number: {key: fitted(value, parameter) for key, value in state["moments"][name].items()}
+            for number, (name, parameter) in enumerate(self._parameters.items())
+            if name in state["moments"]
+        }
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": entries})
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of a DTensor; the tensor itself when it is whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

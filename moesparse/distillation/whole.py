@@ -1,0 +1,195 @@
+"""Global mode: the whole student trains on CE and on the expert loss of all layers at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moesparse.blocks import decoder_layers
+from moesparse.calibration import evaluating
+from moesparse.dispatch import experts_run_by
+from moesparse.distillation.distributed import Processes
+from moesparse.distillation.experts import Routed, StudentExperts
+from moesparse.distillation.journal import Journal, StateFile
+from moesparse.distillation.matching import Pair
+from moesparse.distillation.settings import Settings
+from moesparse.distillation.teacher import CachedTeacher
+from moesparse.distillation.training import Trainer, windows_of_step
+from moesparse.errors import MoESparseError
+
+__all__ = ["train_whole"]
+
+
+def train_whole(
+    student: nn.Module,
+    teacher: nn.Module,
+    pairs: Sequence[Pair],
+    ids: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    processes: Processes,
+    *,
+    journal: Journal,
+    file: StateFile | None,
+    save_every: int,
+    device: torch.device,
+    checkpointing: bool,
+    cache: str | os.PathLike[str] | None,
+    key: Mapping[str, Any],
+) -> float:
+    """Arguments as `distill` has checked them; returns lambda."""
+    resumed = file.state if file is not None else None
+    cached = None
+    if cache is not None:
+        cached = CachedTeacher(cache, len(pairs), {name: key[name] for name in ("teacher", "windows")})
+        processes.check_cache(len(cached.missing(len(ids))))
+    with ExitStack() as stack:
+        model, at_work, trained = stack.enter_context(processes.student(student, pairs, device))
+        for network in (model, teacher):
+            stack.enter_context(evaluating(network))
+        source: Callable[[Tensor], list[Routed]]
+        if cached is None or cached.missing(len(ids)):
+            with ExitStack() as inner:
+                live = inner.enter_context(processes.teacher(teacher, pairs, ids, mask, device))
+                if cached is None:
+                    source = live
+                    stack.enter_context(inner.pop_all())
+                else:
+                    cached.fill(live, len(ids), settings.batch_size, journal.tell)
+        if cached is not None:
+            source = cached
+        functions = [StudentExperts(pair) for pair in at_work]
+        for function in functions:
+            stack.enter_context(experts_run_by(function.pair.student, function))
+        if checkpointing:
+            stack.enter_context(_checkpointed(decoder_layers(model, [pair.student for pair in at_work])[0]))
+        losses = _Losses(model, functions, source, ids, mask, device)
+        trainer = Trainer(trained, settings, settings.steps(len(ids)))
+        if resumed is not None:
+            trainer.load(resumed["trainer"], processes.shard)
+            weight = float(resumed["expert_weight"])
+        else:
+            weight = _balance(losses, settings, len(ids), processes)
+        while trainer.step_number < settings.steps(len(ids)):
+            step, rate = trainer.step_number, trainer.learning_rate
+            forwards = processes.share(windows_of_step(step, len(ids), settings).split(settings.micro_batch))
+            sums = torch.zeros(2, dtype=torch.float64)
+            for numbers in forwards:
+                ce, experts = losses(numbers)
+                ((ce + weight * experts) / len(forwards)).backward()
+                sums += torch.stack([ce.detach(), experts.detach()]).double().cpu() / len(forwards)
+            losses.release()
+            ce_mean, experts_mean = processes.mean(sums).tolist()
+            norm = trainer.step()
+            journal.add(
+                {
+                    "step": step,
+                    "ce": ce_mean,
+                    "experts": experts_mean,
+                    "loss": ce_mean + weight * experts_mean,
+                    "learning_rate": rate,
+                    "grad_norm": norm,
+                },
+                tokens=settings.batch_size * ids.shape[1],
+            )
+            journal.check(0, settings.steps(len(ids)))
+            if file is not None and trainer.step_number % save_every == 0:
+                held = trainer.state(processes.whole)
+                if processes.first:
+                    file.save({"rows": journal.rows, "expert_weight": weight, "trainer": held})
+        lost = trainer.lost_zeros()
+        if lost:
+            raise AssertionError(f"zeros were lost in training: {lost}")
+    return weight
+
+
+class _Losses:
+    """CE and expert loss of one forward; the graph of both is kept until the backward."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        functions: Sequence[StudentExperts],
+        source: Callable[[Tensor], list[Routed]],
+        ids: Tensor,
+        mask: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self._model, self._functions, self._source = model, functions, source
+        self._ids, self._mask, self._device = ids, mask, device
+
+    def __call__(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """() float32 each, for the windows `numbers` [m]."""
+        for function, routed in zip(self._functions, self._source(numbers), strict=True):
+            function.target = Routed(*(tensor.to(self._device) for tensor in vars(routed).values()))
+        ids = self._ids[numbers].to(self._device)
+        mask = None if self._mask is None else self._mask[numbers].to(self._device)
+        attention = None if mask is None else mask.long()
+        logits = self._model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        # a token is predicted where it and the one before it are text
+        targets = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+        total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        ce = total / (targets != -100).sum().clamp(min=1)
+        parts = [function.loss for function in self._functions]
+        experts = torch.stack([part for part in parts if part is not None]).sum()
+        if not (ce.isfinite() & experts.isfinite()):
+            raise MoESparseError(
+                f"the loss must be finite, got CE {float(ce)} and experts {float(experts)} for windows "
+                f"{numbers.tolist()}; lower the learning rate, or look for non-finite weights"
+            )
+        return ce, experts
+
+    def release(self) -> None:
+        """Drop what the last forward held; checkpointed layers need it until their backward is done."""
+        for function in self._functions:
+            function.target = function.loss = None
+
+
+@torch.no_grad()
+def _balance(losses: _Losses, settings: Settings, windows: int, processes: Processes) -> float:
+    """lambda: as asked for, or what makes both parts of the loss equal at step 0."""
+    if settings.expert_weight is not None:
+        return settings.expert_weight
+    forwards = processes.share(windows_of_step(0, windows, settings).split(settings.micro_batch))
+    parts = [torch.stack(losses(numbers)).double().cpu() for numbers in forwards]
+    losses.release()
+    ce, experts = processes.mean(torch.stack(parts).mean(0)).tolist()
+    if experts <= 0:
+        raise MoESparseError(
+            "student must differ from the teacher, got experts that give the same outputs: there is nothing to win back"
+        )
+    return ce / experts
+
+
+@contextmanager
+def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
+    """While the body runs, a layer keeps its input only and is run again in the backward."""
+
+    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return (
+                checkpoint(forward, *args, use_reentrant=False, **kwargs)
+                if torch.is_grad_enabled()
+                else forward(*args, **kwargs)
+            )
+
+        return run
+
+    own = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = wrap(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
