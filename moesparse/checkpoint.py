@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,9 @@ from torch import nn
 
 from moesparse._version import __version__
 from moesparse.errors import CheckpointError
+from moesparse.manifest import MANIFEST_FILE, write_manifest
+from moesparse.shards import Shards, read_json
+from moesparse.skeleton import check_layer_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,8 +31,10 @@ CONFIG_KEY = "moesparse"
 REPORT_FILE = "moesparse_report.json"
 """In a pruned checkpoint: the report of the run, as `moesparse.pruning.Report.to_dict` gives it."""
 
+_PARTIAL = ".partial"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_OWN_FILES = ("config.json", "generation_config.json", "README.md", REPORT_FILE)
+_OWN_FILES = ("config.json", "generation_config.json", "README.md", REPORT_FILE, MANIFEST_FILE)
+_TEMPLATES = "additional_chat_templates"
 
 
 def load_pretrained(
@@ -55,9 +62,9 @@ def load_pretrained(
     elif folder.exists():
         raise CheckpointError(f"MODEL must be a folder or a hub id, got the file {folder}")
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
         # transformers raises OSError, ValueError, RuntimeError or safetensors' own errors, often over many lines
@@ -77,36 +84,22 @@ def load_pretrained(
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(f"the checkpoint {os.fspath(source)} {what} {', '.join(names[:3])}{more}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
         tokenizer = None
     return model.eval(), tokenizer
 
 
 def check_model_folder(folder: Path) -> None:
-    """Look at a local checkpoint before anything of it is loaded.
+    """Look at a local checkpoint before anything of it is loaded: config.json, the index and the headers.
 
     Raises:
-        CheckpointError: it has no valid config.json, or a shard is missing.
+        CheckpointError: a file is missing, damaged or hostile.
     """
     config = folder / "config.json"
-    if not config.is_file():
+    if not config.exists():
         raise CheckpointError(f"MODEL must be a folder with a config.json, got {folder} without one")
-    try:
-        json.loads(config.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{config} must be valid JSON, got {error}") from error
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} must hold a weight_map, got {error!r}") from error
-    else:
-        shards = ["model.safetensors"]
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise CheckpointError(f"the checkpoint {folder} must hold {', '.join(missing)}, got a folder without it")
+    check_layer_counts(read_json(config), folder, len(Shards.open(folder).tensors))
 
 
 def check_output_folder(folder: str | os.PathLike[str]) -> Path:
@@ -132,7 +125,7 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when it does not.
 
     Whatever stops the block (an error, a full disk, Ctrl-C), `folder` is left as it was. Files are flushed to the disk
-    before the rename.
+    before the rename. What a killed process left behind is removed by the next one that writes the same folder.
 
     Raises:
         CheckpointError: the folder holds files already, or writing failed; the reason is named.
@@ -141,7 +134,7 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     path = check_output_folder(folder)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent))
+    work, lock = _work_folder(path.absolute())
     try:
         yield work
         for file in work.rglob("*"):
@@ -156,6 +149,29 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         raise CheckpointError(f"cannot write {path}: {error}. Nothing was left there") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _work_folder(path: Path) -> tuple[Path, int]:
+    """A new temporary folder for `path`, and the descriptor that holds its lock.
+
+    Those that were left by a process that was killed are removed: nobody holds their locks.
+    """
+    parent = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)  # a folder that another process has made and not yet locked is no leftover
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
+            descriptor = os.open(old, os.O_RDONLY)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+            os.close(descriptor)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        lock = os.open(work, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return work, lock
+    finally:
+        os.close(parent)
 
 
 def _flush(path: Path) -> None:
@@ -211,11 +227,38 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         if source is not None and Path(source).is_dir():
-            for file in Path(source).iterdir():
-                skip = file.name in _OWN_FILES or file.name.startswith(".") or file.name.endswith(_WEIGHT_SUFFIXES)
-                if file.is_file() and not skip and not (work / file.name).exists():
-                    shutil.copy2(file, work / file.name)
+            copy_small_files(Path(source), work, leave=_OWN_FILES)
         if card is not None:
             (work / "README.md").write_text(card)
         if report is not None:
             (work / REPORT_FILE).write_text(json.dumps(report))
+        write_manifest(work, list(work.glob("*.safetensors")))
+
+
+def copy_small_files(source: Path, folder: Path, leave: Collection[str]) -> None:
+    """Copy what lies beside the weights (tokenizer, chat templates, licence) but for the names to leave.
+
+    Hidden files, weights of any format and files that are there already are left out.
+
+    Raises:
+        CheckpointError: one is a link to a file elsewhere, which would be published with the copy.
+    """
+    templates = source / _TEMPLATES
+    inside = [source.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")  # the hub's cache
+    for file in [*source.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]:
+        if (
+            not file.is_file()
+            or file.name in leave
+            or file.name.startswith(".")
+            or file.name.endswith(_WEIGHT_SUFFIXES)
+        ):
+            continue
+        target = folder / file.relative_to(source)
+        if target.exists():
+            continue
+        if not any(file.resolve().is_relative_to(place) for place in inside):
+            raise CheckpointError(f"{file} must not lead out of its folder, got a link to {file.resolve()}; remove it")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, target)

@@ -241,19 +241,49 @@ def check_mask(weight: Tensor, pattern: Pattern, *, name: str = "weight") -> Mas
     return MaskCheck(pattern, violations == 0, exact, violations, zeros, weight.numel())
 
 
+class PatternFinder:
+    """Finds the n:m patterns of a weight that is shown to it part by part, and counts its zeros.
+
+    Attributes:
+        zeros: weights that are +0.0 or -0.0 so far.
+        numel: weights so far.
+    """
+
+    def __init__(self) -> None:
+        self.zeros = 0
+        self.numel = 0
+        self._most: dict[int, int] = {}
+
+    def add(self, part: Tensor) -> None:
+        """Look at a part [..., out, in] with all its inputs."""
+        if not part.numel():
+            return
+        for (matrix,) in _matrices(part):
+            counts = _counts(matrix, 1 if matrix.shape[-1] % GROUP_SIZES[0] else GROUP_SIZES[0])
+            self.numel += matrix.numel()
+            self.zeros += matrix.numel() - int(counts.sum())
+            for m in GROUP_SIZES:
+                if matrix.shape[-1] % m:
+                    break
+                if m > GROUP_SIZES[0]:
+                    counts = counts.unflatten(-1, (-1, 2)).sum(-1, dtype=torch.int32)
+                self._most[m] = max(self._most.get(m, 1), int(counts.max()))
+
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Those that hold in all parts, sparsest first, then the smaller group; see `detect_patterns`."""
+        found = [Pattern(n=n, m=m) for m, n in self._most.items() if n < m]
+        return tuple(sorted(found, key=lambda pattern: (pattern.density, pattern.m)))
+
+
 def detect_patterns(weight: Tensor) -> tuple[Pattern, ...]:
     """The n:m patterns that hold in a weight [..., out_features, in_features], sparsest first, then the smaller group.
 
     For each group size that divides in_features, n is the most non-zeros found in a group (at least 1); a size whose
     n reaches m says nothing and is left out. A dense or an unstructured weight gives ().
     """
-    found = []
-    for m in GROUP_SIZES:
-        if weight.numel() and weight.shape[-1] % m == 0:
-            n = max(1, max(int(_counts(matrix, m).max()) for (matrix,) in _matrices(weight)))
-            if n < m:
-                found.append(Pattern(n=n, m=m))
-    return tuple(sorted(found, key=lambda pattern: (pattern.density, pattern.m)))
+    finder = PatternFinder()
+    finder.add(weight)
+    return finder.patterns()
 
 
 def _counts(matrix: Tensor, size: int) -> Tensor:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moesparse.pruning import Report
 
+_DENSE = ": its weights are stored dense with zeros"
+_PACKED = " after `import moesparse`: its experts are stored packed"
+
 _TEMPLATE = """---
 library_name: transformers
 tags: [moesparse, mixture-of-experts, pruned, {tag}]
@@ -58,6 +61,11 @@ def model_card(base: str, report: Report) -> str:
         version=report.version,
         what=", ".join(what),
         router="" if report.experts is not None else ", and so is the router",
-        zeros=": its weights are stored dense with zeros" if report.blocks else "",
+        zeros=_DENSE if report.blocks else "",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
+
+
+def card_in_form(card: str, packed: bool) -> str:
+    """A card that `model_card` wrote, for a checkpoint that was packed or unpacked; other cards stay the same."""
+    return card.replace(_DENSE, _PACKED) if packed else card.replace(_PACKED, _DENSE)

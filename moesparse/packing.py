@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,17 @@ from moesparse.masks import Pattern, detect_patterns
 from moesparse.modules import PACKED_DTYPES, SparseExperts
 from moesparse_kernels import NMWeight
 
-__all__ = ["PackReport", "choose_pattern", "pack", "pack_block", "packed_blocks", "state_in_form", "unpack"]
+__all__ = [
+    "PackReport",
+    "choose_among",
+    "choose_pattern",
+    "nothing_to_pack",
+    "pack",
+    "pack_block",
+    "packed_blocks",
+    "state_in_form",
+    "unpack",
+]
 
 
 @dataclass
@@ -70,7 +80,7 @@ def pack(model: nn.Module) -> PackReport:
             report.dense[block.name] = packed
             report.bytes_after += dense_bytes
     if not report.packed:
-        raise _nothing_to_pack(report.dense)
+        raise nothing_to_pack(report.dense)
     attach(model, report.packed)
     return report
 
@@ -131,7 +141,7 @@ def state_in_form(model: nn.Module, packed: bool) -> tuple[dict[str, Tensor], di
         else:
             reasons[block.name] = experts
     if not patterns:
-        raise _nothing_to_pack(reasons)
+        raise nothing_to_pack(reasons)
     return state, patterns
 
 
@@ -146,7 +156,8 @@ def _patterns(module: SparseExperts) -> dict[str, str]:
     return {name: layout.pattern for name, layout in module.layouts.items()}
 
 
-def _nothing_to_pack(reasons: dict[str, str]) -> MoESparseError:
+def nothing_to_pack(reasons: dict[str, str]) -> MoESparseError:
+    """What to say of a model none of whose blocks can be packed, for the reason of the first."""
     name, reason = next(iter(reasons.items()))
     return MoESparseError(f"model must hold n:m sparse experts to be packed: {name}: {reason}; prune it first")
 
@@ -160,13 +171,17 @@ def packed_blocks(model: nn.Module) -> Iterator[tuple[str, SparseExperts]]:
 
 def choose_pattern(weight: Tensor) -> Pattern | str:
     """The sparsest n:m pattern that holds in a weight [E, out, in] and saves memory, or why there is none."""
-    if weight.dtype not in PACKED_DTYPES:
-        return f"is {weight.dtype}, which cannot be packed"
-    bits = weight.element_size() * 8
-    patterns = detect_patterns(weight)
+    return choose_among(detect_patterns(weight), weight.dtype, weight.shape[-1])
+
+
+def choose_among(patterns: Sequence[Pattern], dtype: torch.dtype | None, in_features: int) -> Pattern | str:
+    """The one of the patterns found, sparsest first, that a weight is packed in, or why it is not."""
+    if dtype not in PACKED_DTYPES:
+        return f"is {dtype}, which cannot be packed"
+    bits = dtype.itemsize * 8
     for pattern in patterns:
         # one bit per weight says where the kept ones are
-        if weight.shape[-1] % max(pattern.m or 0, 8) == 0 and bits * pattern.density + 1 < bits:
+        if in_features % max(pattern.m or 0, 8) == 0 and bits * pattern.density + 1 < bits:
             return pattern
     return f"holds {patterns[0]}, which takes no less memory packed" if patterns else "holds no n:m pattern"
 

@@ -1,5 +1,6 @@
 """Folders appear whole or not at all, and what is read is what was written."""
 
+import hashlib
 import json
 import os
 import signal
@@ -73,8 +74,20 @@ def test_small_files_of_the_source_travel(model, folder, tmp_path):
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "out/LICENSE").read_text() == "theirs"
     assert not (tmp_path / "out/pytorch_model.bin").exists()
-    # a stale index would point at shards that are not there
+    # a stale index would point at shards that are not there, a stale manifest at other bytes
     assert not (tmp_path / "out/model.safetensors.index.json").exists()
+    manifest = json.loads((tmp_path / "out/moesparse_manifest.json").read_text())
+    assert list(manifest["shards"]) == ["model.safetensors"]
+    digest = hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest()
+    assert manifest["shards"]["model.safetensors"]["sha256"] == digest
+
+
+def test_a_link_out_of_the_source_is_not_copied(model, folder, tmp_path):
+    (tmp_path / "key").write_text("secret")
+    (folder / "LICENSE").symlink_to(tmp_path / "key")
+    with pytest.raises(CheckpointError, match="LICENSE must not lead out of its folder"):
+        save_pretrained(model, tmp_path / "out", source=folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_files_is_refused(model, tmp_path):
@@ -154,7 +167,12 @@ def test_a_stop_in_the_middle_leaves_no_half_folder(tmp_path, stop):
     leftovers = list(tmp_path.iterdir())
     # nothing can clean up after SIGKILL; what stays is hidden, and named as a part
     assert all(path.name.startswith(".out.") and path.name.endswith(".partial") for path in leftovers)
-    assert stop == signal.SIGKILL or not leftovers
+    assert len(leftovers) == (stop == signal.SIGKILL)
+    # the next one that writes the folder does, but leaves the work of others alone
+    with atomic_folder(tmp_path / "out") as work, atomic_folder(tmp_path / "out"):
+        assert work.is_dir()
+        assert not set(leftovers) & set(tmp_path.iterdir())
+    assert (tmp_path / "out").is_dir()
 
 
 def test_unknown_path(tmp_path):
@@ -178,7 +196,7 @@ def test_a_missing_shard_is_named(folder):
 def test_a_truncated_shard_is_an_error(folder):
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="MODEL must be"):
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is truncated: its header describes"):
         load_pretrained(folder)
 
 
@@ -194,8 +212,12 @@ def test_a_missing_tensor_is_named(model, tmp_path):
 
 
 def test_bad_json_is_named(folder):
-    (folder / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(CheckpointError, match="must hold a weight_map"):
+    index = folder / "model.safetensors.index.json"
+    index.write_text("{")
+    with pytest.raises(CheckpointError, match=r"index.json must be valid JSON"):
+        load_pretrained(folder)
+    index.write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=r"must hold a weight_map"):
         load_pretrained(folder)
     (folder / "config.json").write_text("not json")
     with pytest.raises(CheckpointError, match="must be valid JSON"):

@@ -20,6 +20,7 @@ from moesparse.cli.common import console
 from moesparse.cli.demo import demo
 from moesparse.cli.evaluate import evaluate
 from moesparse.cli.inspect import inspect
+from moesparse.cli.pack import pack, unpack
 from moesparse.cli.prune import prune
 from moesparse.cli.report import report
 from moesparse.cli.serve import serve
@@ -41,6 +42,8 @@ app.command()(demo)
 app.command()(prune)
 app.command()(calibrate)
 app.command(name="eval")(evaluate)
+app.command()(pack)
+app.command()(unpack)
 app.command()(inspect)
 app.command()(report)
 app.command()(bench)

@@ -2,104 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from moesparse.cli.common import model_source, print_json, quiet_libraries
+from moesparse.cli.common import format_bytes, model_source, print_json, progress_bar, quiet_libraries
+
+if TYPE_CHECKING:
+    from moesparse.inspection import Inspection
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A local folder, a hub id, or 'demo' for the embedded model.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also check hashes, bitmasks, and that the tensors are the model's.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show the expert matrices of a checkpoint: shapes, share of zeros, and which n:m patterns really hold.
+    """Show the expert matrices of a checkpoint, dense or packed: shapes, zeros, n:m patterns, bytes, recipe.
 
-    The zeros are counted in the weights themselves; what the config claims is printed beside it. Ends with 1 when the
-    config claims a pattern that does not hold.
+    The zeros of dense experts are counted in the weights themselves; of packed ones the headers are read. --verify
+    reads everything: the sha256 of each shard against moesparse_manifest.json, n bits in every group of m of every
+    bitmask, and names and shapes of all tensors. One expert's matrix is in memory at a time. Ends with 1, naming what
+    is off, when something is, or when the config claims a pattern that does not hold.
 
-    Example:
+    Examples:
 
       moesparse inspect out/demo-2to4 --json
-    """
-    from moesparse.checkpoint import CONFIG_KEY, load_pretrained
 
-    with quiet_libraries():
-        network, _ = load_pretrained(model_source(model))
-    claim = getattr(network.config, CONFIG_KEY, None)
-    result = describe(network)
-    result["recipe"] = None if claim is None else claim["recipe"]
-    claimed = None if claim is None else claim["recipe"]["weights"]
-    broken = [] if claimed is None else broken_tensors(network, claimed)
+      moesparse inspect out/demo-packed --verify
+    """
+    from moesparse.inspection import inspect_folder
+    from moesparse.skeleton import local_folder
+
+    with quiet_libraries(), progress_bar() as progress:
+        result = inspect_folder(local_folder(model_source(model)), verify=verify, progress=progress)
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
     else:
         _show(result)
-    for name in broken:
-        typer.echo(f"error: {name} does not hold {claimed} as config.json says", err=True)
-    if broken:
+    for problem in result.problems:
+        typer.echo(f"error: {problem}", err=True)
+    if result.problems:
         raise typer.Exit(1)
 
 
-def describe(network: Any) -> dict[str, Any]:
-    """Blocks with their tensors (name, shape (E, out, in), sparsity, pattern), and parameter counts."""
-    from moesparse.blocks import find_moe_blocks
-    from moesparse.masks import detect_patterns
-
-    blocks = []
-    expert_parameters = 0
-    for block in find_moe_blocks(network):
-        tensors = []
-        for matrix in block.matrices:
-            weight = matrix.weight
-            zeros = int((weight == 0).sum())
-            patterns = detect_patterns(weight)
-            expert_parameters += weight.numel()
-            tensors.append(
-                {
-                    "name": matrix.name,
-                    "shape": list(weight.shape),
-                    "sparsity": zeros / weight.numel(),
-                    "pattern": str(patterns[0]) if patterns else ("unstructured" if zeros else "dense"),
-                }
-            )
-        blocks.append({"name": block.name, "experts": block.num_experts, "tensors": tensors})
-    total = sum(parameter.numel() for parameter in network.parameters())
-    return {"blocks": blocks, "expert_parameters": expert_parameters, "other_parameters": total - expert_parameters}
-
-
-def broken_tensors(network: Any, weights: str) -> list[str]:
-    """Names of the expert matrices in which a pattern ("2:4", "0.5") does not hold."""
-    from moesparse.blocks import find_moe_blocks
-    from moesparse.masks import Pattern, check_mask
-
-    pattern = Pattern.parse(weights)
-    return [
-        f"{block.name}.{matrix.name}"
-        for block in find_moe_blocks(network)
-        for matrix in block.matrices
-        if not check_mask(matrix.weight, pattern, name=f"{block.name}.{matrix.name}").holds
-    ]
-
-
-def _show(result: dict[str, Any]) -> None:
+def _show(result: Inspection) -> None:
     table = Table()
-    for column in ("block", "experts", "tensor", "shape", "zeros", "pattern"):
-        table.add_column(column, justify="right" if column in ("experts", "shape", "zeros") else "left")
-    for block in result["blocks"]:
-        for number, tensor in enumerate(block["tensors"]):
+    for column in ("block", "experts", "tensor", "shape", "zeros", "pattern", "bytes"):
+        table.add_column(column, justify="right" if column in ("experts", "shape", "zeros", "bytes") else "left")
+    for block in result.blocks:
+        for number, tensor in enumerate(block.tensors):
             table.add_row(
-                block["name"] if number == 0 else "",
-                str(block["experts"]) if number == 0 else "",
-                tensor["name"],
-                " x ".join(map(str, tensor["shape"])),
-                f"{100 * tensor['sparsity']:.2f}%",
-                tensor["pattern"],
+                block.name if number == 0 else "",
+                str(block.experts) if number == 0 else "",
+                tensor.name,
+                " x ".join(map(str, tensor.shape)),
+                f"{100 * tensor.sparsity:.2f}%",
+                f"{tensor.pattern} packed" if tensor.packed else tensor.pattern,
+                format_bytes(tensor.bytes),
             )
     out = Console()
     out.print(table)
-    out.print(f"expert parameters {result['expert_parameters']:,}, others {result['other_parameters']:,}")
-    if result["recipe"] is not None:
-        out.print("pruned by " + ", ".join(f"{key}={value}" for key, value in result["recipe"].items()))
+    share = result.expert_bytes / result.dense_expert_bytes
+    out.print(
+        f"expert parameters {result.expert_parameters:,}, others {result.other_parameters:,}\n"
+        f"expert bytes {format_bytes(result.expert_bytes)} ({share:.1%} of dense), "
+        f"others {format_bytes(result.other_bytes)}"
+    )
+    if result.recipe is not None:
+        out.print("pruned by " + ", ".join(f"{key}={value}" for key, value in result.recipe.items()))
+    if result.verified is not None:
+        out.print("verified: " + ", ".join(f"{key} {value}" for key, value in result.verified.items()))

@@ -114,8 +114,7 @@ def _split(sources: list[str]) -> tuple[Path | None, dict[str, Path]]:
 
 
 def _describe(folder: Path) -> dict[str, object]:
-    from moesparse.checkpoint import load_pretrained
-    from moesparse.cli.inspect import describe
+    from moesparse.inspection import inspect_folder
 
     with quiet_libraries():
-        return describe(load_pretrained(folder)[0])
+        return inspect_folder(folder).to_dict()

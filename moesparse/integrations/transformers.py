@@ -6,30 +6,21 @@ Importing this module registers both. `import moesparse` sees to it as soon as t
 A packed checkpoint has the standard keys of its family: for each expert matrix `...weight` holds the kept values and
 `...weight_meta` the bitmask, in the row order of moesparse_kernels.layout. `quantization_config` in config.json says
 which blocks are packed and how. transformers' own converters, which merge the experts of a layer into one parameter,
-work on both tensors as they do on dense ones, since they only stack and join rows.
-
-The weight converters are not public API of transformers; tests/test_integration_transformers.py is the contract.
+work on both tensors as they do on dense ones, since they only stack and join rows (conversions.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-)
+from transformers.core_model_loading import WeightTransform
 from transformers.integrations.moe import ExpertsInterface, batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -40,10 +31,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moesparse.blocks import find_moe_blocks
+from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
+from moesparse.integrations.conversions import Patterns, conversions_of, packed_conversions, plan_loading
 from moesparse.masks import Pattern
-from moesparse.modules import META_SUFFIX, MatrixLayout, SparseExperts
+from moesparse.modules import META_SUFFIX, PACKED_DTYPES, MatrixLayout, SparseExperts
+from moesparse.shards import Shards
 from moesparse_kernels import moe_dense
 
 __all__ = [
@@ -59,12 +52,6 @@ __all__ = [
 
 METHOD = "moesparse"
 FORMAT_VERSION = 1
-
-# an end of name that transformers takes off again where a pattern becomes a name, as it does with any lookahead
-_END = r"(?!\w)"
-
-Patterns = Mapping[str, Mapping[str, str]]
-"""Block name -> parameter name -> "n:m"."""
 
 
 class MoESparseConfig(QuantizationConfigMixin):
@@ -127,20 +114,17 @@ class MoESparseQuantizer(HfQuantizer):
         self._serializable = serializable
         self._dtypes: dict[str, torch.dtype] = {}
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        blocks = {block.name: block for block in find_moe_blocks(model)}
-        for name in self.quantization_config.blocks:
-            if name not in blocks:
-                raise CheckpointError(f"quantization_config names the block {name}, which this model does not have")
-            block = blocks[name]
-            weights = {}
-            for matrix in block.matrices:
-                E, N, K = matrix.weight.shape
-                layout = self.quantization_config.layout(name, matrix.name, (E, N, K))
-                weights[matrix.name] = layout.empty(matrix.weight.dtype, "meta")
-            # the skeleton is built with "meta" as the default device, where an activation cannot be told by its values
-            with torch.device("cpu"):
-                model.set_submodule(name, SparseExperts(block, weights))
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        if isinstance(device_map, dict):
+            _check_device_map(device_map)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        insert_packed(model, self.quantization_config)
+        if checkpoint_files:
+            shards = Shards([Path(file) for file in checkpoint_files])
+            check_packed(model, get_model_conversion_mapping(model, None, self), shards)
         if not hasattr(HfQuantizer, "get_new_dtype"):
             # older releases leave the file's dtype to every tensor that a quantizer may have renamed
             from transformers.core_model_loading import build_glob_alternation
@@ -160,6 +144,7 @@ class MoESparseQuantizer(HfQuantizer):
         return packed_conversions(weight_conversions, self.quantization_config.blocks)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        _check_device_map(getattr(model, "hf_device_map", {}))
         for name, tensor in _tensors(model):
             if name in self._dtypes:
                 tensor.data = tensor.data.to(self._dtypes[name])
@@ -188,72 +173,85 @@ class MoESparseQuantizer(HfQuantizer):
         return True
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+def insert_packed(model: PreTrainedModel, config: MoESparseConfig) -> list[MoEBlock]:
+    """Put empty SparseExperts, on the "meta" device, in the place of the blocks that a checkpoint holds packed.
 
-
-def packed_conversions(conversions: Sequence[WeightTransform], blocks: Patterns) -> list[WeightTransform]:
-    """Converters that load and save the bitmasks beside the values.
-
-    A converter that merges the experts of a packed matrix gets a twin for `_meta`, and both are anchored at the end of
-    the name, so that neither takes the other's keys.
+    Returns:
+        The blocks of the dense model, all of them.
 
     Raises:
-        UnsupportedModelError: the family's checkpoints store these matrices in a way that packed ones cannot follow
-            (transposed or renamed on loading).
+        CheckpointError: the config names a block that the model does not have, or a pattern that does not fit.
     """
-    names = [f"{block}.{matrix}" for block, matrices in blocks.items() for matrix in matrices]
-    result: list[WeightTransform] = []
-    for transform in conversions:
-        targets = [pattern.removesuffix(_END) for pattern in transform._original_target_patterns]
-        sources = [pattern.removesuffix(_END) for pattern in transform._original_source_patterns]
-        if not isinstance(transform, WeightConverter) or not _makes(targets, names):
-            result.append(transform)
+    blocks = find_moe_blocks(model)
+    by_name = {block.name: block for block in blocks}
+    for name in config.blocks:
+        if name not in by_name:
+            raise CheckpointError(f"quantization_config names the block {name}, which this model does not have")
+        block = by_name[name]
+        weights = {}
+        for matrix in block.matrices:
+            E, N, K = matrix.weight.shape
+            weights[matrix.name] = config.layout(name, matrix.name, (E, N, K)).empty(matrix.weight.dtype, "meta")
+        # the skeleton is built with "meta" as the default device, where an activation cannot be told by its values
+        with torch.device("cpu"):
+            model.set_submodule(name, SparseExperts(block, weights))
+    return blocks
+
+
+def check_packed(model: PreTrainedModel, conversions: Sequence[WeightTransform], shards: Shards) -> None:
+    """Refuse a packed checkpoint whose tensors do not make the model, before any of them is read.
+
+    Args:
+        model: with SparseExperts in place, on the "meta" device.
+        conversions: those that it will be loaded with.
+        shards: the checkpoint's.
+
+    Raises:
+        CheckpointError: a tensor of a packed block is missing, or of another shape or dtype than it must be; or more is
+            missing than is there, which loading would fill with random numbers. Names the first.
+    """
+    plan = plan_loading(model, conversions, {name: info.shape for name, info in shards.tensors.items()})
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if not isinstance(module, SparseExperts):
             continue
-        if not all(isinstance(operation, MergeModulelist | Concatenate) for operation in transform.operations):
-            raise UnsupportedModelError(
-                f"{names[0]}: this family's checkpoints must store experts as [out, in] matrices to be packed, got "
-                f"{' and '.join(type(operation).__name__ for operation in transform.operations)} on loading"
-            )
-        for suffix in ("", META_SUFFIX):
-            twin = WeightConverter(
-                [f"{source}{suffix}{_END}" for source in sources],
-                [f"{target}{suffix}{_END}" for target in targets],
-                operations=list(transform.operations),
-                force_cpu=transform.force_cpu,
-            )
-            twin.scope_prefix, twin.base_model_prefix = transform.scope_prefix, transform.base_model_prefix
-            result.append(twin)
-    _check_renamings(result, names)
-    return result
+        for key in (f"{name}.{matrix}{suffix}" for matrix in module.layouts for suffix in ("", META_SUFFIX)):
+            if key not in plan.targets:
+                raise CheckpointError(f"the checkpoint must hold {key}, which quantization_config calls packed")
+            wanted = (torch.uint8,) if key.endswith(META_SUFFIX) else PACKED_DTYPES
+            for source in plan.targets[key].keys:
+                if shards.tensors[source].torch_dtype not in wanted:
+                    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in wanted)
+                    raise CheckpointError(f"{source} must be {names} to be packed, got {shards.tensors[source].dtype}")
+    for name, target in plan.targets.items():
+        if target.problem:
+            raise CheckpointError(f"the checkpoint does not fit its config.json: {name} {target.problem}")
+    lacking = sum(state[name].nbytes for name in plan.missing)
+    if lacking > shards.nbytes:
+        raise CheckpointError(
+            f"the checkpoint does not fit its config.json: {plan.missing[0]} and more are missing, {lacking:,} bytes "
+            f"where {shards.nbytes:,} are there"
+        )
 
 
-def _makes(targets: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether one of the target patterns is the end of one of the parameter names."""
-    return any(re.search(f"{target}$", name) for target in targets for name in names)
+def _check_device_map(device_map: dict[str, Any]) -> None:
+    """One device or several, but no offloading: its hooks move tensors of a module behind the module's back.
+
+    Raises:
+        UnsupportedModelError: says which part would be offloaded and what to do instead.
+    """
+    devices = {str(device) for device in device_map.values()}
+    offloaded = devices & {"disk", "cpu"} if len(devices) > 1 else devices & {"disk"}
+    if offloaded:
+        name = next(name for name, device in device_map.items() if str(device) in offloaded)
+        raise UnsupportedModelError(
+            f"device_map must keep a packed model in memory on its devices, got {name or 'all'} on "
+            f"{device_map[name]}: offloading is not supported. Give one device, or several with enough memory"
+        )
 
 
-def _check_renamings(conversions: Sequence[WeightTransform], names: Sequence[str]) -> None:
-    """A packed matrix keeps its own name on disk, so that the bitmask's is the weight's with `_meta` behind it."""
-    renamings = [t.reverse_transform() for t in conversions if isinstance(t, WeightRenaming)]
-    for name in names:
-        stored = name
-        for renaming in renamings:
-            stored = renaming.rename_source_key(stored)[0]
-        if stored.rpartition(".")[2] != name.rpartition(".")[2]:
-            raise UnsupportedModelError(
-                f"{name}: this family's checkpoints call it {stored}, a name that cannot be given to a packed matrix"
-            )
-
-
-def conversions_of(model: PreTrainedModel) -> list[WeightTransform]:
-    """The model's converters: those it was loaded with, else its family's."""
-    loaded = getattr(model, "_weight_conversions", None)
-    if loaded is not None:
-        return list(loaded)
-    # a prefix is only ever taken off while loading
-    family = get_model_conversion_mapping(model, add_legacy=False)
-    return [transform for transform in family if not isinstance(transform, PrefixChange)]
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def attach(model: nn.Module, blocks: Patterns) -> None:
@@ -264,7 +262,7 @@ def attach(model: nn.Module, blocks: Patterns) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    config = _config(model, blocks)
+    config = packed_config(model, blocks)
     target: Any = model  # what transformers' loader sets on a model, its class does not declare
     try:
         target._weight_conversions = packed_conversions(conversions_of(model), blocks) or None
@@ -304,7 +302,7 @@ def packed_metadata(model: PreTrainedModel, blocks: Patterns | None) -> Iterator
             vars(model)["_weight_conversions"] = before["_weight_conversions"]
         if blocks is not None:
             vars(model)["_weight_conversions"] = packed_conversions(conversions_of(model), blocks) or None
-            model.config.quantization_config = _config(model, blocks)
+            model.config.quantization_config = packed_config(model, blocks)
         yield
     finally:
         for name in names:
@@ -315,7 +313,7 @@ def packed_metadata(model: PreTrainedModel, blocks: Patterns | None) -> Iterator
             model.config.quantization_config = config
 
 
-def _config(model: PreTrainedModel, blocks: Patterns) -> MoESparseConfig:
+def packed_config(model: PreTrainedModel, blocks: Patterns) -> MoESparseConfig:
     pruned = getattr(model.config, "moesparse", None)
     recipe = pruned.get("recipe") if isinstance(pruned, dict) else None
     return MoESparseConfig({name: dict(matrices) for name, matrices in blocks.items()}, recipe=recipe)

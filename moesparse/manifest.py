@@ -1,0 +1,56 @@
+"""The manifest of a checkpoint: the sha256 of every shard, so that a flipped bit on a disk or on the way is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from moesparse._version import __version__
+from moesparse.errors import CheckpointError
+from moesparse.shards import read_json
+
+__all__ = ["MANIFEST_FILE", "check_manifest", "write_manifest"]
+
+MANIFEST_FILE = "moesparse_manifest.json"
+"""In a checkpoint: {"manifest_version": 1, "moesparse": ..., "shards": {file: {"sha256": ..., "bytes": ...}}}."""
+
+_VERSION = 1
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, shards: Sequence[Path]) -> None:
+    """Write the hashes of the shards into the folder. Reads each once; memory: a buffer."""
+    entries = {file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in sorted(shards)}
+    manifest = {"manifest_version": _VERSION, "moesparse": __version__, "shards": entries}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def check_manifest(folder: Path, shards: Sequence[Path]) -> list[str] | None:
+    """What differs between a checkpoint's shards and its manifest, one sentence each; None when it has no manifest.
+
+    Raises:
+        CheckpointError: the manifest is no such table.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    entries = manifest.get("shards")
+    if manifest.get("manifest_version") != _VERSION or not isinstance(entries, dict):
+        raise CheckpointError(f"{path} must have manifest_version {_VERSION} and hold shards")
+    problems = [
+        f"{MANIFEST_FILE} lists {name}, which is no shard" for name in entries.keys() - {f.name for f in shards}
+    ]
+    for file in shards:
+        entry = entries.get(file.name)
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            problems.append(f"{file.name} is not in {MANIFEST_FILE}")
+        elif _sha256(file) != entry["sha256"]:
+            problems.append(f"{file.name} was changed after it was written: its sha256 is not that of {MANIFEST_FILE}")
+    return problems

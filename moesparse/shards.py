@@ -1,0 +1,450 @@
+"""Safetensors shards: checked before anything is allocated, read one tensor at a time, written in a stream.
+
+A checkpoint folder comes from anywhere, so nothing in it is believed: file names in the index lead nowhere else,
+headers must describe the file they stand in to the byte, and only then is memory taken, never more than one tensor's.
+safetensors' own library writes whole dictionaries; `ShardWriter` writes the header first and then each tensor as it
+comes, which is what keeps a model out of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import CheckpointError, UnsupportedModelError
+
+__all__ = [
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "ShardWriter",
+    "Shards",
+    "TensorInfo",
+    "TensorSpec",
+    "read_header",
+    "read_json",
+    "read_weight_map",
+]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# what safetensors' own reader takes
+_MAX_JSON_BYTES = 100_000_000
+_MAX_DIMS = 16
+_COPY_BYTES = 16 * 2**20
+
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+# those that experts or their bitmasks come in; tensors of the others are copied as bytes
+_TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "U8": torch.uint8,
+}
+_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: its name, dtype as safetensors names it ("BF16", "U8"), and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec:
+        return cls(name, _NAMES[dtype], tuple(shape))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class TensorInfo(TensorSpec):
+    """A tensor in a file: `offset` bytes from its start lie `nbytes` bytes."""
+
+    file: Path
+    offset: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None for a dtype that no expert comes in."""
+        return _TORCH_DTYPES.get(self.dtype)
+
+
+def read_json(path: Path, what: str = "") -> dict[str, Any]:
+    """A JSON object from a regular file of at most 100 MB; a key that comes twice is refused.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    try:
+        with _open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > _MAX_JSON_BYTES:
+                raise CheckpointError(f"{path} must be at most {_MAX_JSON_BYTES:,} bytes, got a larger file")
+            data = file.read(_MAX_JSON_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} must be a file that can be read, got {error.strerror or error}") from error
+    value = _parse_json(data, str(path))
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold {what or 'a JSON object'}, got a {type(value).__name__}")
+    return value
+
+
+def _parse_json(data: bytes, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{where} must name everything once, got {_shown(twice)} twice")
+        return found
+
+    try:
+        return json.loads(data.decode(), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} must be valid JSON, got {error}") from error
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """A file opened for reading; a pipe or a device, on which reading may never end, is refused."""
+    # without O_NONBLOCK opening a pipe waits for its other end
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"{path} must be a regular file, got another kind")
+    return file
+
+
+def _shown(name: str) -> str:
+    """A name from a file as it may stand in a message."""
+    return ascii(name[:100]) + ("..." if len(name) > 100 else "")
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, which must fill it exactly. Reads the header only.
+
+    Raises:
+        CheckpointError: the file is truncated or longer than its header says, or the header is no table of tensors of
+            known dtypes that lie end to end; names the file and the tensor.
+    """
+    try:
+        with _open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_JSON_BYTES):
+                raise CheckpointError(
+                    f"{path} must be a safetensors file, got {size:,} bytes that announce a header of {length:,}"
+                )
+            header = _parse_json(file.read(length), f"the header of {path}")
+    except OSError as error:
+        raise CheckpointError(f"{path} must be a file that can be read, got {error.strerror or error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"the header of {path} must be a table of tensors, got a {type(header).__name__}")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
+    end, last = 8 + length, None
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            how = "overlaps" if info.offset < end else "leaves a gap behind"
+            raise CheckpointError(f"{path}: tensors must lie end to end, got {_shown(name)}, which {how} {last}")
+        end, last = end + info.nbytes, _shown(name)
+    if end != size:
+        what = "truncated" if size < end else "too long"
+        raise CheckpointError(f"{path} is {what}: its header describes {end:,} bytes, the file has {size:,}")
+    return tensors
+
+
+def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    where = f"{path}: {_shown(name)}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where} must have a dtype, a shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise CheckpointError(f"{where} must have a dtype of safetensors, got {_shown(str(dtype))}")
+    if not _sizes(shape) or len(shape) > _MAX_DIMS:
+        raise CheckpointError(f"{where} must have a shape of at most {_MAX_DIMS} sizes, got {_shown(str(shape))}")
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where} must have two data_offsets, got {_shown(str(offsets))}")
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        raise CheckpointError(
+            f"{where} must take the {bits // 8:,} bytes of {dtype} {shape}, got {offsets[1] - offsets[0]:,}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), path, start + offsets[0])
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a checkpoint.
+
+    Raises:
+        CheckpointError: it holds no such table, or names a file that is not a safetensors file beside it.
+    """
+    weight_map = read_json(index, "a weight_map").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} must hold a weight_map, got none")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
+            raise CheckpointError(f"{index} must name files of its own folder, got {_shown(str(file))}")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index} must name .safetensors files, got {_shown(file)}")
+    return weight_map
+
+
+class Shards:
+    """The tensors of a checkpoint folder. Opening it reads headers; `read` reads one tensor.
+
+    Args:
+        files: safetensors files.
+
+    Attributes:
+        files: as given.
+        tensors: name -> where it lies, in the order of the files and of the data in them.
+
+    Raises:
+        CheckpointError: a file is not what it should be (`read_header`), or two hold a tensor of one name.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for name, info in sorted(read_header(file).items(), key=lambda item: item[1].offset):
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"{_shown(name)} must lie in one shard, got {self.tensors[name].file} and {file}"
+                    )
+                self.tensors[name] = info
+
+    @classmethod
+    def open(cls, folder: Path) -> Shards:
+        """The shards that transformers would load: model.safetensors, or those that the index names.
+
+        Raises:
+            CheckpointError: there are none, one is missing or damaged, or the index names a file elsewhere or a tensor
+                that is not where it says.
+        """
+        if (folder / SINGLE_FILE).exists():
+            return cls([folder / SINGLE_FILE])
+        index = folder / INDEX_FILE
+        if not index.exists():
+            raise CheckpointError(
+                f"the checkpoint {folder} must hold {SINGLE_FILE} or {INDEX_FILE}, got a folder without them; "
+                "only safetensors weights are read"
+            )
+        weight_map = read_weight_map(index)
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise CheckpointError(f"the checkpoint {folder} must hold {', '.join(missing)}, got a folder without it")
+        shards = cls([folder / name for name in names])
+        for name, file in weight_map.items():
+            if name not in shards.tensors or shards.tensors[name].file.name != file:
+                raise CheckpointError(f"{folder / file} must hold {_shown(name)} as {INDEX_FILE} says, and does not")
+        return shards
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str, entry: int | None = None) -> Tensor:
+        """One tensor, or its entry along the first dim; memory: that much.
+
+        Raises:
+            UnsupportedModelError: a dtype that no expert comes in.
+            CheckpointError: the file has changed since it was opened.
+        """
+        info = self.tensors[name]
+        if info.torch_dtype is None:
+            raise UnsupportedModelError(f"{name} must be one of {', '.join(_TORCH_DTYPES)}, got {info.dtype}")
+        shape, nbytes, offset = info.shape, info.nbytes, info.offset
+        if entry is not None:
+            shape, nbytes = shape[1:], nbytes // shape[0]
+            offset += entry * nbytes
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        with _open_regular(info.file) as file:
+            file.seek(offset)
+            if file.readinto(data.numpy().data) != nbytes:
+                raise CheckpointError(f"{info.file} was changed while it was read: {name} is cut off")
+        return data.view(info.torch_dtype).view(shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of one tensor of any dtype, at most 16 MiB at a time.
+
+        Raises:
+            CheckpointError: the file has changed since it was opened.
+        """
+        info = self.tensors[name]
+        left = info.nbytes
+        with _open_regular(info.file) as file:
+            file.seek(info.offset)
+            while left:
+                data = file.read(min(left, _COPY_BYTES))
+                if not data:
+                    raise CheckpointError(f"{info.file} was changed while it was read: {name} is cut off")
+                left -= len(data)
+                yield data
+
+
+class ShardWriter:
+    """Writes tensors of known shapes as safetensors shards: header first, then each tensor when it comes, in any order.
+
+    Nothing is held between calls. A shard is flushed to the disk and closed when its last byte is written. A context
+    manager: leaving it makes sure that all was written; the index comes after that.
+
+    Args:
+        folder: an existing folder without weights.
+        specs: all tensors, in the order in which they are shared out to shards.
+        max_shard_bytes: of the tensors in one file; a larger tensor has a file of its own.
+
+    Raises:
+        ValueError: two tensors have one name.
+    """
+
+    def __init__(self, folder: Path, specs: Sequence[TensorSpec], max_shard_bytes: int) -> None:
+        self._folder = folder
+        groups: list[list[TensorSpec]] = [[]]
+        room = max_shard_bytes
+        for spec in specs:
+            if groups[-1] and spec.nbytes > room:
+                groups.append([])
+                room = max_shard_bytes
+            groups[-1].append(spec)
+            room -= spec.nbytes
+        self._places: dict[str, TensorInfo] = {}
+        self._headers: dict[Path, bytes] = {}
+        for number, group in enumerate(groups, start=1):
+            name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            self._lay_out(folder / name, group)
+        if len(self._places) < len(specs):
+            raise ValueError("specs must name every tensor once")
+        self._missing = {name: info.nbytes for name, info in self._places.items()}
+        self._left = dict.fromkeys(self._headers, 0)
+        for info in self._places.values():
+            self._left[info.file] += info.nbytes
+        self._open: dict[Path, BufferedWriter] = {}
+
+    @property
+    def files(self) -> list[Path]:
+        return list(self._headers)
+
+    def _lay_out(self, file: Path, specs: Sequence[TensorSpec]) -> None:
+        # as safetensors does it: larger items first, so that each tensor starts at a multiple of its item
+        ordered = sorted(specs, key=lambda spec: -_BITS[spec.dtype])
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for spec in ordered:
+            entries[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [at, at + spec.nbytes],
+            }
+            at += spec.nbytes
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self._headers[file] = len(header).to_bytes(8, "little") + header
+        for spec in ordered:
+            start = 8 + len(header) + entries[spec.name]["data_offsets"][0]
+            self._places[spec.name] = TensorInfo(spec.name, spec.dtype, spec.shape, file, start)
+
+    def write(self, name: str, tensor: Tensor, entry: int | None = None) -> None:
+        """Write a tensor, or its entry along the first dim; each exactly once.
+
+        Raises:
+            ValueError: another shape or dtype than announced, or more than there is room for.
+        """
+        info = self._places[name]
+        shape = info.shape if entry is None else info.shape[1:]
+        if tuple(tensor.shape) != shape or _NAMES.get(tensor.dtype) != info.dtype:
+            raise ValueError(f"{name} must be {info.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        self._put(info, (entry or 0) * data.numel(), data.numpy().data)
+
+    def copy(self, name: str, chunks: Iterator[bytes]) -> None:
+        """Write a tensor of any dtype from its bytes."""
+        at = 0
+        for data in chunks:
+            self._put(self._places[name], at, data)
+            at += len(data)
+
+    def _put(self, info: TensorInfo, at: int, data: bytes | memoryview) -> None:
+        if not len(data):
+            return
+        if len(data) > self._missing[info.name]:
+            raise ValueError(
+                f"{info.name} must be written once, got {len(data) - self._missing[info.name]} bytes too many"
+            )
+        file = self._file(info.file)
+        file.seek(info.offset + at)
+        file.write(data)
+        self._missing[info.name] -= len(data)
+        self._left[info.file] -= len(data)
+        if not self._left[info.file]:
+            self._close(info.file)
+
+    def _file(self, path: Path) -> BufferedWriter:
+        if path not in self._open:
+            self._open[path] = path.open("xb")
+            self._open[path].write(self._headers[path])
+        return self._open[path]
+
+    def _close(self, path: Path) -> None:
+        file = self._open.pop(path)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the shards.
+
+        Raises:
+            ValueError: a tensor was not written in full.
+        """
+        if kind is not None:
+            for file in self._open.values():
+                file.close()
+            return
+        for name, missing in self._missing.items():
+            if missing:
+                raise ValueError(f"{name} must be written in full, {missing} bytes are missing")
+        for path, left in self._left.items():
+            if not left and not path.exists():  # a shard of tensors without bytes
+                self._file(path)
+                self._close(path)
+
+    def write_index(self) -> None:
+        """Write the index, where there are several shards: the last file of a checkpoint."""
+        if len(self._headers) > 1:
+            total = sum(info.nbytes for info in self._places.values())
+            weight_map: Mapping[str, str] = {name: info.file.name for name, info in sorted(self._places.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,265 @@
+"""A checkpoint folder without its weights: the model on the "meta" device, and which expert lies where in which file.
+
+Everything that works on checkpoints tensor by tensor (pack, unpack, inspect) starts here. Opening reads config.json,
+the index and the headers; a folder whose tensors do not make the model that its config describes is refused before more
+is read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moesparse.blocks import MoEBlock, find_moe_blocks
+from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
+from moesparse.modules import META_SUFFIX, MatrixLayout
+from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json, read_weight_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightTransform
+
+    from moesparse.integrations.conversions import LoadPlan, Target
+    from moesparse.integrations.transformers import MoESparseConfig
+
+__all__ = ["Piece", "Skeleton", "StoredMatrix", "check_layer_counts", "local_folder", "open_skeleton"]
+
+_FEW_LAYERS = 1000
+_LAYER_COUNT = re.compile(r"layers?$|blocks?$|depth$")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an expert matrix that is read at once: whole rows [out, in] of one expert.
+
+    Attributes:
+        key: of the tensor in the checkpoint; of the kept values when packed.
+        entry: which entry along the tensor's first dim; None when the piece is all of it.
+        transposed: the tensor holds [in, out].
+    """
+
+    key: str
+    entry: int | None
+    transposed: bool
+
+    def read(self, shards: Shards, suffix: str = "") -> Tensor:
+        """The tensor [out, in] as it is stored, packed or not; `suffix` META_SUFFIX for the bitmask."""
+        tensor = shards.read(self.key + suffix, self.entry)
+        return tensor.t() if self.transposed else tensor
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """One weight of every expert of a block, as a checkpoint holds it.
+
+    Attributes:
+        block: name of the block in the model.
+        name: of the parameter, "gate_up_proj".
+        shape: (E, out, in) of the dense weight.
+        layout: when packed.
+        keys: of its tensors; for a packed one those of the values, and each has a bitmask at key + "_meta".
+        transposed: a dense tensor holds [in, out], one or a stack of them.
+    """
+
+    block: str
+    name: str
+    shape: tuple[int, int, int]
+    layout: MatrixLayout | None
+    keys: tuple[str, ...]
+    transposed: bool
+
+    def pieces(self, shards: Shards, *keys: str) -> Iterator[Piece]:
+        """Those of some of its tensors, of all when no key is given."""
+        for key in keys or self.keys:
+            shape = shards.tensors[key].shape
+            if len(shape) == 2:
+                yield Piece(key, None, self.transposed)
+            else:
+                for entry in range(shape[0]):
+                    yield Piece(key, entry, self.transposed)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A checkpoint folder that was opened.
+
+    Attributes:
+        folder: where it lies.
+        config: its config.json.
+        shards: its tensors.
+        model: on the "meta" device, with SparseExperts where the checkpoint is packed.
+        blocks: all MoE blocks, as the dense model has them.
+        dense_parameters: parameters of the dense model.
+        packing: its quantization_config, None for a dense checkpoint.
+        conversions: with which transformers loads it.
+        plan: what becomes of its keys.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shards: Shards
+    model: PreTrainedModel
+    blocks: list[MoEBlock]
+    dense_parameters: int
+    packing: MoESparseConfig | None
+    conversions: list[WeightTransform]
+    plan: LoadPlan
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """How config.json says the model was pruned."""
+        noted = self.config.get("moesparse")
+        recipe = noted.get("recipe") if isinstance(noted, dict) else None
+        return recipe if isinstance(recipe, dict) else None
+
+    def matrices(self, block: MoEBlock) -> list[StoredMatrix]:
+        """The matrices of a block.
+
+        Raises:
+            CheckpointError: one is missing or of another shape than the model's.
+            UnsupportedModelError: it is stored in a way that cannot be read expert by expert.
+        """
+        return [self._matrix(block, matrix.name, tuple(matrix.weight.shape)) for matrix in block.matrices]  # type: ignore[arg-type]
+
+    def _matrix(self, block: MoEBlock, name: str, shape: tuple[int, int, int]) -> StoredMatrix:
+        packed = self.packing is not None and block.name in self.packing.blocks
+        target = self._target(f"{block.name}.{name}")
+        if not packed:
+            return StoredMatrix(block.name, name, shape, None, target.keys, _is_transposed(block, target))
+        assert self.packing is not None
+        metas = self._target(f"{block.name}.{name}{META_SUFFIX}")
+        if metas.keys != tuple(key + META_SUFFIX for key in target.keys):
+            raise CheckpointError(f"{target.keys[0]} must have its bitmask beside it, got {metas.keys[0]}")
+        layout = self.packing.layout(block.name, name, shape)
+        return StoredMatrix(block.name, name, shape, layout, target.keys, False)
+
+    def _target(self, name: str) -> Target:
+        target = self.plan.targets.get(name)
+        if target is None:
+            raise CheckpointError(f"the checkpoint {self.folder} must hold {name}, got none of its tensors")
+        if target.problem:
+            raise CheckpointError(f"the checkpoint {self.folder} does not fit its config.json: {name} {target.problem}")
+        return target
+
+
+def _is_transposed(block: MoEBlock, target: Target) -> bool:
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+
+    transposed = block.is_transposed
+    for operation in target.operations:
+        if isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {1, 2}:
+            transposed = not transposed
+        elif not (isinstance(operation, MergeModulelist | Concatenate) and operation.dim in (0, 1)):
+            raise UnsupportedModelError(
+                f"{block.name}: this family's checkpoints must store experts as matrices to be read one by one, got "
+                f"{type(operation).__name__} on loading; load the model and save it with moesparse.save_pretrained"
+            )
+    if transposed and len(target.operations) > 0 and any(isinstance(op, Concatenate) for op in target.operations):
+        raise UnsupportedModelError(f"{block.name}: this family joins transposed experts, which is not supported here")
+    return transposed
+
+
+def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
+    """Open a checkpoint folder, dense or packed, of a causal language model. Reads no weights and runs no code of it.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or hostile, or config.json describes no model or another one.
+        UnsupportedModelError: a model without experts that fit, or quantised by another method.
+    """
+    from moesparse.integrations.conversions import get_model_conversion_mapping, packed_conversions, plan_loading
+    from moesparse.integrations.transformers import METHOD, MoESparseConfig, insert_packed
+
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"MODEL must be a folder with a config.json, got {folder} without one")
+    config = read_json(folder / "config.json")
+    shards = Shards.open(folder)
+    check_layer_counts(config, folder, len(shards.tensors))
+    quantization = config.get("quantization_config")
+    if quantization is not None and (not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"{folder} must be dense or packed by moesparse, got a model quantised by {method!r}"
+        )
+    try:
+        packing = None if quantization is None else MoESparseConfig(**quantization)
+        model = _meta_model(folder)
+    except MoESparseError:
+        raise
+    except Exception as error:  # whatever transformers says to a config
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{folder / 'config.json'} must describe a causal language model, got "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    conversions = get_model_conversion_mapping(model)
+    blocks = find_moe_blocks(model) if packing is None else insert_packed(model, packing)
+    if packing is not None:
+        conversions = packed_conversions(conversions, packing.blocks)
+    plan = plan_loading(model, conversions, {name: info.shape for name, info in shards.tensors.items()})
+    return Skeleton(folder, config, shards, model, blocks, parameters, packing, conversions, plan)
+
+
+def _meta_model(folder: Path) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def check_layer_counts(config: dict[str, Any], folder: Path, tensors: int) -> None:
+    """Refuse a config.json that asks for more layers than the checkpoint has tensors: building them would not end.
+
+    Raises:
+        CheckpointError: names the key.
+    """
+    parts: list[Any] = [config]
+    while parts:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if _LAYER_COUNT.search(key) and isinstance(value, int) and value > max(tensors, _FEW_LAYERS):
+                raise CheckpointError(
+                    f"{folder / 'config.json'} must not ask for more layers than there are tensors, got {key} = "
+                    f"{value} and {tensors} tensors"
+                )
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint; that of a hub id is downloaded first: config, tokenizer and safetensors, no code.
+
+    Raises:
+        CheckpointError: there is no such folder or id.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"MODEL must be a folder or a hub id, got the file {path}")
+    from huggingface_hub import snapshot_download
+
+    name = os.fspath(source)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(_SMALL_FILES), ignore_patterns=["*/*"]))
+        weights = [SINGLE_FILE]
+        if (folder / INDEX_FILE).exists():
+            weights += set(read_weight_map(folder / INDEX_FILE).values())
+        return Path(snapshot_download(name, allow_patterns=weights))
+    except MoESparseError:
+        raise
+    except Exception as error:  # huggingface_hub's many kinds, often over many lines
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"MODEL must be a local folder or a hub id with a causal language model, got {name!r}: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
