@@ -13,11 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw", "main"]
+__all__ = ["COLOURS", "MARKERS", "draw", "main"]
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; markers differ too
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _PACKED = ("moe_nm", "moe_nm reference")
 
 
@@ -50,7 +50,7 @@ def _speedup(rows: list[dict[str, Any]], title: str, xlabel: str) -> Any:
                 (row["tokens"], row["speedup"]) for row in ours if row["shape"] == shape and row["routing"] == law
             )
             if points:
-                style = {"color": _COLOURS[number % 7], "marker": _MARKERS[number % 7]}
+                style = {"color": COLOURS[number % 7], "marker": MARKERS[number % 7]}
                 panel.plot(*zip(*points, strict=True), label=shape, linewidth=1.5, markersize=5, **style)
         panel.axhline(1.0, color="#444444", linewidth=1, linestyle="--")
         panel.set_xscale("log", base=2)
@@ -102,7 +102,7 @@ def _roofline(rows: list[dict[str, Any]]) -> Any:
         ha="right",
     )
     for number, shape in enumerate(dict.fromkeys(row["shape"] for row in shown)):
-        style = {"color": _COLOURS[number % 7], "marker": _MARKERS[number % 7], "linestyle": "none", "markersize": 5}
+        style = {"color": COLOURS[number % 7], "marker": MARKERS[number % 7], "linestyle": "none", "markersize": 5}
         for name, points, fill in (
             (shape, [row for row in shown if row["shape"] == shape and row["contender"] in _PACKED], "full"),
             (None, [row for key, row in best.items() if key[0] == shape], "none"),

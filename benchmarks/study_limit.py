@@ -1,0 +1,124 @@
+"""How far sparsity goes: 30 to 90% unstructured and five n:m patterns, each mask rule and each weight rule.
+
+    python -m benchmarks.study_limit [--quick] [--seeds 2] [-o FOLDER]
+
+Writes study_limit.json and study_limit.png: held-out perplexity against the bytes of an expert weight. Bytes count the
+kept values in bf16 and one bit a weight that says where they are, for unstructured sparsity too, though this package
+packs n:m only; that is 9/16 of dense at 2:4. Protocol: study_protocol.py; random, magnitude, gated-admm: one seed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.study_protocol import Study, curve, finish, mean_and_spread, parser
+from moesparse.figures import new_figure
+from moesparse.masks import Pattern
+from moesparse.pruning import Recipe
+
+RATIOS = ("0.3", "0.5", "0.6", "0.7", "0.8", "0.9")
+GROUPS = ("1:4", "2:4", "3:4", "4:8", "6:8")
+RULES = (
+    ("random", "none"),
+    ("magnitude", "none"),
+    ("wanda", "none"),
+    ("moe-pruner", "none"),
+    ("moe-pruner", "rescale"),
+    ("moe-pruner", "obs"),
+    ("moe-pruner", "least-squares+rescale"),
+    ("sparsegpt", "obs"),
+    ("gated-sparsegpt", "obs"),
+    ("gated-sparsegpt", "least-squares+rescale"),
+    ("gated-admm", "least-squares+rescale"),
+)
+# magnitude does not look at the text, random is far from everything, gated-admm takes twice the time of all others
+ONE_SEED = ("random", "magnitude", "gated-admm")
+SHOWN = (
+    ("magnitude", "none"),
+    ("wanda", "none"),
+    ("moe-pruner", "none"),
+    ("moe-pruner", "rescale"),
+    ("moe-pruner", "least-squares+rescale"),
+    ("gated-sparsegpt", "obs"),
+    ("gated-sparsegpt", "least-squares+rescale"),
+)
+
+
+def bytes_per_weight(pattern: str) -> float:
+    """Kept bf16 values and one bit of position."""
+    return 2 * Pattern.parse(pattern).density + 1 / 8
+
+
+def run(study: Study) -> None:
+    """Measure every rule at every pattern."""
+    patterns = ("0.5", "2:4") if study.quick else (*RATIOS, *GROUPS)
+    rules = RULES[3:5] if study.quick else RULES
+    study.measure(lambda: {"perplexity": study.score(study.model)}, pattern="dense")
+    for seed in study.seeds:
+        for mask, update in rules:
+            if seed and mask in ONE_SEED:
+                continue
+            for pattern in patterns:
+                recipe = Recipe(weights=pattern, saliency=mask, update=update, seed=seed)
+                study.measure(partial(study.pruned, recipe), pattern=pattern, mask=mask, update=update, seed=seed)
+
+
+def values(study: Study, pattern: str, mask: str, update: str) -> list[float]:
+    """Perplexities over seeds."""
+    return [row["perplexity"] for row in study.select(pattern=pattern, mask=mask, update=update)]
+
+
+def figure(study: Study) -> Any:
+    """Two panels: unstructured and n:m, perplexity over bytes, both logarithmic."""
+    drawn = new_figure(4.2, 10.0)
+    panels = drawn.subplots(1, 2, sharey=True)
+    dense = study.select(pattern="dense")[0]["perplexity"]
+    for panel, patterns, title in zip(panels, (RATIOS, GROUPS), ("unstructured", "n:m"), strict=True):
+        for number, rule in enumerate(SHOWN):
+            points = {bytes_per_weight(p): values(study, p, *rule) for p in patterns if values(study, p, *rule)}
+            if points:
+                # 2:4 and 4:8 take the same bytes: a line through both would turn back on itself
+                style = {"linestyle": "none"} if patterns is GROUPS else {}
+                if patterns is GROUPS:
+                    offset = 1 + 0.006 * (number - len(SHOWN) / 2)
+                    points = {place * offset: held for place, held in points.items()}
+                curve(panel, points, number, " ".join(rule).removesuffix(" none"), **style)
+        panel.axhline(dense, color="#444444", linestyle="--", linewidth=1)
+        finish(panel, title, "bytes per expert weight (bf16 dense: 2)", "")
+        panel.set_yscale("log")
+    panels[0].set_ylabel("held-out perplexity")
+    panels[0].set_yticks([17, 20, 25, 30, 40, 60, 100, 200], ["17", "20", "25", "30", "40", "60", "100", "200"])
+    panels[0].set_yticks([], minor=True)
+    panels[0].set_ylim(16, 260)
+    panels[0].annotate(f"dense {dense:.1f}", (0.4, dense), fontsize=8, va="bottom")
+    panels[1].legend(fontsize=8, frameon=False)
+    return drawn
+
+
+def show(study: Study) -> None:
+    """Print the table."""
+    patterns = [p for p in (*RATIOS, *GROUPS) if study.select(pattern=p)]
+    print(
+        f"dense {study.select(pattern='dense')[0]['perplexity']:.2f}\n{'':40}" + "".join(f"{p:>14}" for p in patterns)
+    )
+    for rule in RULES:
+        if not study.select(mask=rule[0], update=rule[1]):
+            continue
+        cells = ["{:8.2f} ±{:4.2f}".format(*mean_and_spread(values(study, pattern, *rule))) for pattern in patterns]
+        print(f"{' '.join(rule):40}" + "".join(f"{cell:>14}" for cell in cells))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser(__doc__, seeds=2).parse_args(arguments)
+    torch.manual_seed(0)
+    study = Study("study_limit", options)
+    run(study)
+    show(study)
+    print(study.save(figure(study)))
+
+
+if __name__ == "__main__":
+    main()
