@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,25 +40,75 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens from one window's start to the next; the window's length if left out.", min=1),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows in one forward.", min=1)] = 8,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of text, tasks of lm-eval, joined by commas: its own, 'demo' (about the embedded held-out "
+            "text, needs no network) or 'paper' (the nine of arXiv 2410.12013). Repeat."
+        ),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        typer.Option(help="A folder with lm-eval task files of your own. Python functions they name are run."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question of a task; the task's own if left out.", min=0)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of examples.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows, or answers to a task, in one forward.", min=1)] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure perplexity and bits per byte of a model on text, per file and over all.
+    """Measure a model, packed or dense: perplexity and bits per byte on text, or accuracy on tasks of lm-eval.
 
-    Every window is scored on its own and its first token is not scored; the last partial window is dropped. Figures
-    compare only at equal window, stride and text; across tokenizers compare bits per byte.
+    On text, every window is scored on its own and its first token is not scored; the last partial window is dropped.
+    Figures compare only at equal window, stride and text; across tokenizers compare bits per byte. Tasks need the
+    extra moesparse[eval].
 
     Examples:
 
       moesparse eval demo
 
       moesparse eval out/olmoe --text wikitext:wikitext-2-raw-v1:test --length 2048 --json
+
+      moesparse eval out/demo-2to4 --tasks demo_continuation
+
+      moesparse eval out/olmoe --tasks paper --batch-size 16 -o olmoe.json
     """
-    values = measure(model, text, length=length, stride=stride, batch_size=batch_size, device=device)
+    _check_kind(
+        tasks is not None,
+        text_options={"--text": text, "--length": length, "--stride": stride},
+        task_options={"--tasks-path": tasks_path, "--num-fewshot": num_fewshot, "--limit": limit},
+    )
+    if output is not None and output.is_dir():
+        raise UsageError(f"--output must be a file to write, got the folder {output}")
+    if tasks is not None:
+        names = [name.strip() for argument in tasks for name in argument.split(",") if name.strip()]
+        shown = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed}
+        values = ask(model, names, path=tasks_path, batch_size=batch_size, device=device, **shown)
+    else:
+        values = measure(model, text, length=length, stride=stride, batch_size=batch_size, device=device)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"model": model} | values, indent=2) + "\n")
     if as_json:
         print_json(values)
-        return
+    elif tasks is not None:
+        _show_tasks(values)
+    else:
+        _show_text(values)
+
+
+def _check_kind(asks: bool, text_options: dict[str, Any], task_options: dict[str, Any]) -> None:
+    """Options of one kind of measurement go with it alone."""
+    strangers = [option for option, value in (text_options if asks else task_options).items() if value is not None]
+    if strangers:
+        raise UsageError(f"{', '.join(strangers)} must {'not ' if asks else ''}be given with --tasks")
+
+
+def _show_text(values: dict[str, Any]) -> None:
     from moesparse.evaluate import Protocol
 
     protocol = Protocol(**values["protocol"])
@@ -69,6 +120,70 @@ def evaluate(
         table.add_row(row["name"], *_cells(row))
     table.add_row("all", *_cells(values), style="bold")
     Console().print(table)
+
+
+def _show_tasks(values: dict[str, Any]) -> None:
+    table = Table(title=f"lm-eval {values['lm_eval']}" + (f", first {values['limit']}" if values["limit"] else ""))
+    table.add_column("task")
+    table.add_column("metric")
+    for name in ("value", "+-", "questions", "shots"):
+        table.add_column(name, justify="right")
+    for task in values["tasks"]:
+        label = "  " * task["depth"] + task["name"].rpartition("::")[2]
+        counts = (f"{task['samples']:,}", "" if task["shots"] is None else str(task["shots"]))
+        for metric, value in task["metrics"].items() or [("", None)]:
+            error = task["stderr"].get(metric)
+            figures = ("" if value is None else f"{value:.4f}", "" if error is None else f"{error:.4f}")
+            table.add_row(label, metric, *figures, *counts)
+            label, counts = "", ("", "")
+    if values["paper_mean"] is not None:
+        table.add_row("mean of the nine", "acc", f"{values['paper_mean']:.4f}", "", "", "", style="bold")
+    Console().print(table)
+
+
+def ask(
+    model: str,
+    names: list[str],
+    *,
+    path: Path | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """What MODEL answers to tasks, as `moesparse eval --tasks --json` prints it.
+
+    Args:
+        model: MODEL of the command line.
+        names: names of tasks.
+        path: a folder of task files.
+        batch_size: answers in one forward.
+        device: argument of --device.
+        options: others of `moesparse.evaluate.tasks`.
+
+    Raises:
+        UsageError: an unknown task. CheckpointError: no model, no tokenizer. MoESparseError: a task cannot be loaded.
+    """
+    from moesparse.evaluate import load_tasks, tasks
+
+    target = resolve_device(device)
+    with quiet_libraries():
+        found = load_tasks(names, path)
+        network, tokenizer = _load(model, target)
+        return tasks(network, tokenizer, found, batch_size=batch_size, **options).as_dict()
+
+
+def _load(model: str, device: Any) -> tuple[Any, Any]:
+    """Model and tokenizer, on the device, or on a GPU when there is one."""
+    import torch
+
+    from moesparse.checkpoint import load_pretrained
+
+    network, tokenizer = load_pretrained(model_source(model))
+    if tokenizer is None:
+        raise CheckpointError(f"MODEL must hold a tokenizer, got {model} without one")
+    if device is None and torch.cuda.is_available():
+        device = torch.device("cuda")
+    return network if device is None else network.to(device), tokenizer
 
 
 def measure(
@@ -93,9 +208,6 @@ def measure(
     Raises:
         UsageError: no text, or one that is no file and no datasets name. CheckpointError: no model, no tokenizer.
     """
-    import torch
-
-    from moesparse.checkpoint import load_pretrained
     from moesparse.evaluate import perplexity_of_files
     from moesparse.text import parse_source
 
@@ -111,13 +223,7 @@ def measure(
         if not Path(one.path).exists() and ":" not in one.path:
             raise UsageError(f"--text must be a file or a datasets name such as NAME:SPLIT, got {one.path!r}")
     with quiet_libraries(), progress_bar() as progress:
-        network, tokenizer = load_pretrained(source)
-        if tokenizer is None:
-            raise CheckpointError(f"MODEL must hold a tokenizer, got {model} without one")
-        if target is None and torch.cuda.is_available():
-            target = torch.device("cuda")
-        if target is not None:
-            network.to(target)
+        network, tokenizer = _load(model, target)
         result = perplexity_of_files(
             network,
             tokenizer,
