@@ -22,6 +22,9 @@ from moesparse.manifest import MANIFEST_FILE, write_manifest
 from moesparse.shards import Shards, read_json
 from moesparse.skeleton import check_layer_counts
 
+JOURNAL_FILE = "moesparse_journal.json"
+"""In a folder that a run has not finished, see moesparse.run_folder."""
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,6 +100,11 @@ def check_model_folder(folder: Path) -> None:
         CheckpointError: a file is missing, damaged or hostile.
     """
     config = folder / "config.json"
+    if (folder / JOURNAL_FILE).exists():
+        raise CheckpointError(
+            f"MODEL must be a finished checkpoint, got {folder}, which an unfinished run left: give that run's command "
+            "again with --resume"
+        )
     if not config.exists():
         raise CheckpointError(f"MODEL must be a folder with a config.json, got {folder} without one")
     check_layer_counts(read_json(config), folder, len(Shards.open(folder).tensors))
@@ -217,22 +225,39 @@ def save_pretrained(
     from moesparse.packing import state_in_form
 
     if recipe is not None:
-        # removing experts noted there which ones are left
-        noted = getattr(model.config, CONFIG_KEY, None) or {}
-        setattr(model.config, CONFIG_KEY, {**noted, "version": __version__, "recipe": recipe})
+        note_recipe(model, recipe)
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
         with packed_metadata(model, blocks):  # type: ignore[arg-type]
             model.save_pretrained(work, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
-        if source is not None and Path(source).is_dir():
-            copy_small_files(Path(source), work, leave=_OWN_FILES)
-        if card is not None:
-            (work / "README.md").write_text(card)
-        if report is not None:
-            (work / REPORT_FILE).write_text(json.dumps(report))
+        write_companions(work, tokenizer=tokenizer, source=source, card=card, report=report)
         write_manifest(work, list(work.glob("*.safetensors")))
+
+
+def note_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
+    """Say in the model's config how it was pruned."""
+    # removing experts noted there which ones are left
+    noted = getattr(model.config, CONFIG_KEY, None) or {}
+    setattr(model.config, CONFIG_KEY, {**noted, "version": __version__, "recipe": recipe})
+
+
+def write_companions(
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str | os.PathLike[str] | None,
+    card: str | None,
+    report: dict[str, Any] | None,
+) -> None:
+    """Write what stands beside weights and config in a checkpoint; the arguments are those of `save_pretrained`."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if source is not None and Path(source).is_dir():
+        copy_small_files(Path(source), folder, leave=_OWN_FILES)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    if report is not None:
+        (folder / REPORT_FILE).write_text(json.dumps(report))
 
 
 def copy_small_files(source: Path, folder: Path, leave: Collection[str]) -> None:

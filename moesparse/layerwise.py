@@ -6,12 +6,15 @@ between layers wait in CPU memory (windows * length * hidden * bytes per element
 What a layer is called with besides its hidden states (masks, rotary tables) is learned from the model itself: its
 forward runs once per batch with every layer replaced by a stub that notes the call and hands its input on. That works
 for any model whose layers pass on nothing but hidden states, and a short probe proves it before anything is changed.
+
+Where a layer lives while it does not work is not decided here: in the model, or in a checkpoint (moesparse.streaming).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,9 @@ from torch import nn
 from moesparse.errors import UnsupportedModelError
 
 PROBE_TOKENS = 16
+
+Hold = Callable[[int, torch.device | None], AbstractContextManager[Any]]
+"""Have a layer in memory, on a device (None: where it is or is loaded to), for the body of the context."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class LayerStream:
         attention_mask: (n, t), nonzero where a token is real, or None.
         batch_size: windows in one forward.
         device: where the layer at work is moved to; None leaves it where it is.
+        hold: how a layer comes into memory; None for a model that is there.
+        inspect: called once for each layer, in order, while it is held for the probe: to refuse it before any work.
 
     Raises:
         UnsupportedModelError: running the layers one by one does not give what the model's own forward gives.
@@ -58,11 +66,15 @@ class LayerStream:
         attention_mask: torch.Tensor | None = None,
         batch_size: int = 8,
         device: torch.device | None = None,
+        hold: Hold | None = None,
+        inspect: Callable[[int], None] | None = None,
     ):
         self.layers = list(layers)
         self.device = device
         self._model = model
-        self._tuple_length = self._probe(windows[:1, :PROBE_TOKENS])
+        self._hold = hold or self._moved
+        self._tuple_length: list[int | None] = [None] * len(self.layers)
+        self._probe(windows[:1, :PROBE_TOKENS], inspect)
         self.length = windows.shape[1]
         self.first_window = list(range(0, len(windows), batch_size))
         self.hidden: list[torch.Tensor] = []
@@ -82,17 +94,20 @@ class LayerStream:
         """Number of batches."""
         return len(self.hidden)
 
-    @contextlib.contextmanager
-    def on_device(self, position: int) -> Iterator[nn.Module]:
+    def on_device(self, position: int) -> AbstractContextManager[Any]:
         """Hold one layer on the device while the block runs."""
+        return self._hold(position, self.device)
+
+    @contextlib.contextmanager
+    def _moved(self, position: int, device: torch.device | None) -> Iterator[None]:
         layer = self.layers[position]
         home = next(layer.parameters()).device
-        if self.device is not None and home != self.device:
-            layer.to(self.device)
+        if device is not None and home != device:
+            layer.to(device)
         try:
-            yield layer
+            yield
         finally:
-            if self.device is not None and home != self.device:
+            if device is not None and home != device:
                 layer.to(home)
 
     @torch.no_grad()
@@ -145,13 +160,8 @@ class LayerStream:
 
             return stub
 
-        with contextlib.ExitStack() as restore:
-            for position, layer in enumerate(self.layers):
-                own = layer.__dict__.get("forward")
-                layer.forward = stub_for(position)
-                restore.callback(_restore_forward, layer, own)
-            with contextlib.suppress(_Stop):
-                _forward(self._model, ids, mask)
+        with _replaced_forwards(self.layers, stub_for), contextlib.suppress(_Stop):
+            _forward(self._model, ids, mask)
         missing = [position for position in range(len(self.layers)) if position not in calls]
         if missing:
             raise UnsupportedModelError(
@@ -160,43 +170,82 @@ class LayerStream:
             )
         return first[0], [calls[position] for position in range(len(self.layers))]
 
-    @torch.no_grad()
-    def _probe(self, ids: torch.Tensor) -> list[int | None]:
-        """Length of each layer's output tuple (None: a tensor), and a proof that layer by layer is the same model."""
-        outputs: dict[int, Any] = {}
+    def _probe(self, ids: torch.Tensor, inspect: Callable[[int], None] | None) -> None:
+        """Learn the length of each layer's output tuple (None: a tensor), and prove that layer by layer is the model.
 
-        def note(position: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                outputs[position] = output
-
-            return hook
-
-        handles = [layer.register_forward_hook(note(position)) for position, layer in enumerate(self.layers)]
-        try:
-            _forward(self._model, ids, None)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._tuple_length = [
-            len(outputs[p]) if isinstance(outputs.get(p), tuple) else None for p in range(len(self.layers))
-        ]
-        hidden, calls = self._trace(ids, None)
-        for position, layer in enumerate(self.layers):
-            hidden = _hidden_of(layer(hidden, *calls[position].args, **calls[position].kwargs))
-            want = _hidden_of(outputs[position])
-            if not torch.allclose(hidden.float(), want.float(), rtol=1e-3, atol=1e-3 * float(want.abs().max())):
+        Every layer is held once, twice where one gives a tuple: that is seen only when it has run.
+        """
+        traced = None
+        with contextlib.suppress(Exception):  # a model that unpacks the tuple that a stub does not give yet
+            traced = self._trace(ids, None)
+        if self._compare(ids, traced, inspect) is not None:
+            position = self._compare(ids, self._trace(ids, None), None)
+            if position is not None:
                 raise UnsupportedModelError(
                     f"{type(self._model).__name__} cannot be run layer by layer: layer {position} alone gives another "
                     "output than inside the model. Calibrate the whole model with moesparse.calibrate(model, windows) "
                     "and pass the statistics to prune instead of the windows"
                 )
-        return self._tuple_length
+
+    @torch.no_grad()
+    def _compare(
+        self,
+        ids: torch.Tensor,
+        traced: tuple[torch.Tensor, list[LayerCall]] | None,
+        inspect: Callable[[int], None] | None,
+    ) -> int | None:
+        """Run each layer alone while the model runs it; the first that gives another output, or None.
+
+        The lengths of the output tuples are noted on the way.
+        """
+        hidden, calls = traced or (None, [])
+        differs: list[int] = []
+
+        def beside(position: int) -> Callable[..., Any]:
+            layer = self.layers[position]
+            inside = layer.forward
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal hidden
+                with self._hold(position, None):
+                    if inspect is not None:
+                        inspect(position)
+                    output = inside(*args, **kwargs)
+                    self._tuple_length[position] = len(output) if isinstance(output, tuple) else None
+                    want = _hidden_of(output)
+                    if hidden is not None:
+                        call = calls[position]
+                        hidden = _hidden_of(inside(hidden, *call.args, **call.kwargs))
+                        close = hidden.shape == want.shape and torch.allclose(
+                            hidden.float(), want.float(), rtol=1e-3, atol=1e-3 * float(want.abs().max())
+                        )
+                    if hidden is None or not close:
+                        differs.append(position)
+                        hidden = None
+                return output
+
+            return run
+
+        with _replaced_forwards(self.layers, beside):
+            _forward(self._model, ids, None)
+        return differs[0] if differs else None
+
+
+@contextlib.contextmanager
+def _replaced_forwards(layers: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Every layer's forward is `make(position)` for the body."""
+    with contextlib.ExitStack() as restore:
+        for position, layer in enumerate(layers):
+            own = vars(layer).get("forward")
+            layer.forward = make(position)
+            restore.callback(_restore_forward, layer, own)
+        yield
 
 
 def _forward(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     # the model without its head where there is one: logits are not needed
     base = getattr(model, "base_model", model)
-    device = next(base.parameters()).device
+    device = next(parameter.device for parameter in base.parameters() if not parameter.is_meta)
     base(
         input_ids=ids.to(device),
         attention_mask=None if mask is None else mask.to(device),

@@ -268,7 +268,7 @@ def prune(
         blocks = find_moe_blocks(model)
     if recipe.weights is None:
         reports: list[BlockReport] = []
-        source = _describe(calibration)
+        source = describe_calibration(calibration)
     elif isinstance(calibration, ModelStatistics):
         reports, source = _prune_from_statistics(model, blocks, calibration, recipe, progress)
     elif calibration is None:
@@ -279,10 +279,10 @@ def prune(
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         assert not isinstance(calibration, Mapping)  # refused above
         windows, mask = check_windows(calibration, vocabulary)
-        home = torch.device(device) if device is not None else _default_device()
+        home = torch.device(device) if device is not None else default_device()
         stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, home)
-        reports = _prune_layerwise(stream, model, blocks, recipe, progress)
-        source = _describe(windows)
+        reports = prune_layerwise(stream, model, blocks, recipe, progress)
+        source = describe_calibration(windows)
     sizes = {"before": before, "after": expert_sizes(model, blocks, None if recipe.weights is None else recipe.pattern)}
     seconds = time.perf_counter() - started
     return Report(recipe.to_dict(), __version__, reports, source, seconds, removed, fingerprint, sizes)
@@ -309,7 +309,7 @@ def expert_sizes(model: nn.Module, blocks: Sequence[MoEBlock], pattern: Pattern 
     return {"model": whole, "experts": experts, "packed": packed}
 
 
-def _describe(calibration: Any) -> dict[str, Any]:
+def describe_calibration(calibration: Any) -> dict[str, Any]:
     """What the report says of the calibration data."""
     if isinstance(calibration, Mapping):
         return {
@@ -362,13 +362,13 @@ def _remove_experts(
         refine=recipe.refine_experts,
         seed=recipe.seed,
         batch_size=batch_size,
-        device=torch.device(device) if device is not None else _default_device(),
+        device=torch.device(device) if device is not None else default_device(),
         progress=progress,
     )
     return report.to_dict()
 
 
-def _default_device() -> torch.device | None:
+def default_device() -> torch.device | None:
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
@@ -395,12 +395,33 @@ def _prune_from_statistics(
     for done, block in enumerate(blocks):
         progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
         reports.append(_prune_block(block, statistics.blocks[block.name], recipe, recipe.update))
-    return reports, _describe(statistics)
+    return reports, describe_calibration(statistics)
 
 
-def _prune_layerwise(
-    stream: LayerStream, model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe, progress: Progress
+def prune_layerwise(
+    stream: LayerStream,
+    model: nn.Module,
+    blocks: Sequence[MoEBlock],
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    start: int = 0,
+    finish: Callable[[int, list[BlockReport]], None] | None = None,
 ) -> list[BlockReport]:
+    """Prune the weights of a model whose hidden states a stream holds, layer by layer.
+
+    Args:
+        stream: at the input of layer `start`.
+        model: the model the stream runs.
+        blocks: of the model, all of them.
+        recipe: of the weights.
+        progress: called after every batch.
+        start: position of the first layer to prune; those before it are done.
+        finish: called for each layer in order, while it is in memory and pruned, with the reports of its blocks.
+
+    Returns:
+        The reports of the blocks pruned, in forward order.
+    """
     names = {id(layer): position for position, layer in enumerate(stream.layers)}
     at: dict[int, list[MoEBlock]] = {}
     for block in blocks:
@@ -412,12 +433,13 @@ def _prune_layerwise(
     moments = moments_needed(recipe.saliency, recipe.update)
     passes = sum(
         1 + matches * len(at[position]) + rescale + recipe.propagate if position in at else 1
-        for position in range(last + 1)
+        for position in range(start, last + 1)
     )
     total, done, tokens = passes * len(stream), 0, 0
     reports: list[BlockReport] = []
     memory = max(memory_needed(here, moments) for here in at.values())
-    progress(ProgressEvent(f"calibrate {blocks[0].name}", 0, total, memory=memory))
+    first = at[min(position for position in at if position >= start)][0]
+    progress(ProgressEvent(f"calibrate {first.name}", 0, total, memory=memory))
 
     def run(position: int, stage: str, recorders: Sequence[Recorder] = (), **where: Any) -> None:
         nonlocal done, tokens
@@ -431,11 +453,13 @@ def _prune_layerwise(
             done, tokens = done + 1, tokens + count
             progress(ProgressEvent(stage, done, total, tokens=tokens))
 
-    for position in range(last + 1):
+    for position in range(start, last + 1):
         with stream.on_device(position):
             here = at.get(position)
             if here is None:
                 run(position, f"layer {position}", keep=True)
+                if finish is not None:
+                    finish(position, [])
                 continue
             started = time.perf_counter()
             reset_peak_memory()
@@ -472,6 +496,8 @@ def _prune_layerwise(
                 report.seconds = (time.perf_counter() - started) / len(here)
                 report.peak_bytes = peak_memory()
             reports += measured
+            if finish is not None:
+                finish(position, measured)
     return reports
 
 

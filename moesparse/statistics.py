@@ -355,13 +355,17 @@ class ModelStatistics:
         )
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module, samples: Mapping[str, Tensor] | None = None) -> str:
     """32 hex digits that tell models apart: config, names and shapes of all tensors, and a sample of their values.
 
     Of each parameter and saved buffer about 4096 evenly strided elements are hashed (as float32, so the same values in
     another dtype give the same fingerprint). Pruning, removing experts or fine-tuning changes some of them with near
     certainty; a change of a few single weights may pass unseen. Costs milliseconds and reads only the sample. Config
     keys that name folders, versions and dtypes are left out.
+
+    Args:
+        model: its tensors may be on the meta device where `samples` holds them.
+        samples: name of a tensor -> its `fingerprint_sample`, taken while it was in memory.
     """
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
@@ -372,7 +376,8 @@ def model_fingerprint(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(_sample(tensor).numpy().tobytes())
+        sample = samples[name] if samples and name in samples else fingerprint_sample(tensor)
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -385,7 +390,7 @@ def _stable(entries: Any) -> Any:
     return entries
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def fingerprint_sample(tensor: Tensor) -> Tensor:
     """About _SAMPLES evenly strided elements as float32 on the CPU."""
     flat = tensor.detach().reshape(-1)
     # odd, or with widths that are powers of two every sample would lie in the same few columns

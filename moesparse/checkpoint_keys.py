@@ -1,0 +1,58 @@
+"""Where each tensor of a checkpoint lies inside the parameters of a model.
+
+transformers fuses the experts of a layer into one parameter while loading and takes them apart again while saving. Taking
+apart needs no copy: every tensor of the checkpoint is a strided view of one parameter. So a layer can be filled from a
+checkpoint, and written to one, one expert's matrix at a time and without a second layer in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["checkpoint_views"]
+
+
+class _Uncopied(Tensor):
+    """A tensor whose `contiguous` and `clone` give itself: transformers' converters then yield views."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.contiguous, Tensor.clone):
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def checkpoint_views(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint tensors that a part of the model's state is saved as.
+
+    Args:
+        model: of any transformers family; its converters are used, its tensors are not touched.
+        state: names of the model's state dict -> tensors, on any device, also meta. All of one layer, or of all.
+
+    Returns:
+        Key in the checkpoint -> a view of one of the tensors given: reading and writing it reads and writes the model.
+        On meta tensors, keys, shapes and dtypes alone.
+
+    Raises:
+        UnsupportedModelError: a tensor is computed on saving, not cut out of a parameter.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = revert_weight_conversion(model, {name: tensor.as_subclass(_Uncopied) for name, tensor in state.items()})
+    views = {key: tensor.as_subclass(Tensor) for key, tensor in found.items()}
+    owners = {tensor.untyped_storage()._cdata for tensor in state.values()}
+    for key, view in views.items():
+        if view.untyped_storage()._cdata not in owners:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} computes {key} when it is saved, so it cannot be read or written piece by piece"
+            )
+    return views

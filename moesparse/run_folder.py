@@ -1,0 +1,277 @@
+"""A folder in which a checkpoint comes into being over hours, and that survives whatever stops the work.
+
+A run finishes its output part by part (a part is the tensors of one decoder layer). A finished part is flushed to the
+disk, hashed, and noted in a journal with what the run said of it. Only `assemble` makes the folder a checkpoint: until
+then it has no config.json and no index, and no program takes it for one. A lock of the operating system keeps a second
+run out; it is gone with the process that held it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moesparse.checkpoint import JOURNAL_FILE, check_output_folder
+from moesparse.errors import CheckpointError
+from moesparse.shards import INDEX_FILE, SINGLE_FILE, ShardWriter, Shards, TensorSpec, read_json
+
+__all__ = ["JOURNAL_FILE", "Part", "RunFolder"]
+
+_LOCK_FILE = ".moesparse.lock"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part of the output.
+
+    Attributes:
+        name: of its folder within the run's.
+        files: file name -> {"bytes", "sha256"}.
+        note: what the run said of it, JSON.
+    """
+
+    name: str
+    files: dict[str, dict[str, Any]]
+    note: Any
+
+
+@dataclass
+class _Journal:
+    inputs: dict[str, Any]
+    parts: list[Part] = field(default_factory=list)
+    final: dict[str, str] | None = None
+
+
+class RunFolder:
+    """The output folder of a run while the run is at work. Use `open`.
+
+    Attributes:
+        path: of the folder.
+        redone: parts that an earlier run noted and that are missing or damaged: they and those behind are done again.
+    """
+
+    def __init__(self, path: Path, journal: _Journal, redone: list[str]) -> None:
+        self.path = path
+        self.redone = redone
+        self._journal = journal
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, folder: str | os.PathLike[str], inputs: Mapping[str, Any], *, resume: bool) -> Iterator[RunFolder]:
+        """Start a run, or go on with one.
+
+        Args:
+            folder: new, empty, or holding an unfinished run.
+            inputs: JSON of everything the result depends on; a run goes on only with the same.
+            resume: go on where the journal ends; without a journal, start.
+
+        Raises:
+            CheckpointError: another process is at work there, the folder holds something else, an unfinished run and
+                not `resume`, or one with other inputs; whatever writing raises, with what to do. The finished parts
+                stay in every case.
+        """
+        path = Path(folder)
+        found = path / JOURNAL_FILE
+        if not found.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= {_LOCK_FILE}):
+            check_output_folder(path)
+        with contextlib.ExitStack() as stack:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(path))
+                journal = _read_journal(found, dict(inputs), resume) if found.exists() else _Journal(dict(inputs))
+                run = cls(path, journal, [])
+                run._drop_damaged()
+                run._save()
+                yield run
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write {path}: {error.strerror or error}. {len(journal.parts)} finished parts are kept "
+                    "there: make room or mend it, and run the same again with --resume"
+                ) from error
+
+    @property
+    def parts(self) -> list[Part]:
+        """Finished, in the order they were written."""
+        return list(self._journal.parts)
+
+    def read(self, part: Part) -> Shards:
+        """The tensors of a finished part."""
+        return Shards([self._place(part, file) for file in part.files])
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], note: Any, *, max_shard_bytes: int) -> Part:
+        """Finish a part: when this returns it will survive the machine.
+
+        Args:
+            name: of the part, new in this run.
+            tensors: key in the checkpoint -> tensor on any device, strided in any way; copied out one at a time.
+            note: JSON to find again in `parts`.
+            max_shard_bytes: of one file.
+        """
+        work, home = self.path / f"{name}.partial", self.path / name
+        for left in (work, home):  # by a run that was stopped before it noted the part
+            shutil.rmtree(left, ignore_errors=True)
+        work.mkdir()
+        specs = [TensorSpec.of(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
+        writer = ShardWriter(work, specs, max_shard_bytes)
+        try:
+            for key, tensor in tensors.items():
+                writer.write(key, tensor.cpu())
+            writer.finish()
+        finally:
+            writer.abandon()
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in writer.files}
+        (work / INDEX_FILE).unlink(missing_ok=True)
+        _flush(work)
+        os.replace(work, home)
+        part = Part(name, files, note)
+        self._journal.parts.append(part)
+        self._save()
+        return part
+
+    def assemble(self, write_others: Callable[[Path], None]) -> None:
+        """Make the folder a checkpoint of all parts: shards and index, then the other files, config.json last.
+
+        Args:
+            write_others: writes config.json and all that is not weights into the folder it is given.
+        """
+        files = [(part, file) for part in self._journal.parts for file in part.files]
+        if self._journal.final is None:
+            names = [SINGLE_FILE] if len(files) == 1 else _shard_names(len(files))
+            self._journal.final = {f"{part.name}/{file}": name for (part, file), name in zip(files, names, strict=True)}
+            self._save()
+        for old, new in self._journal.final.items():
+            if (self.path / old).exists():
+                os.replace(self.path / old, self.path / new)
+        if len(files) > 1:
+            shards = Shards([self.path / name for name in self._journal.final.values()])
+            index = {
+                "metadata": {"total_size": shards.nbytes},
+                "weight_map": {key: info.file.name for key, info in sorted(shards.tensors.items())},
+            }
+            _write_whole(self.path / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+        others = self.path / "others.partial"
+        shutil.rmtree(others, ignore_errors=True)
+        others.mkdir()
+        write_others(others)
+        for file in sorted(others.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
+            _flush(file)
+            os.replace(file, self.path / file.name)
+        others.rmdir()
+        for part in self._journal.parts:
+            shutil.rmtree(self.path / part.name, ignore_errors=True)
+        _flush(self.path)
+        (self.path / JOURNAL_FILE).unlink()
+        _flush(self.path)
+
+    def _place(self, part: Part, file: str) -> Path:
+        moved = (self._journal.final or {}).get(f"{part.name}/{file}")
+        home = self.path / part.name / file
+        return self.path / moved if moved and not home.exists() else home
+
+    def _drop_damaged(self) -> None:
+        """Forget parts from the first damaged one on, and remove what a stopped run left half written."""
+        parts = self._journal.parts
+        for number, part in enumerate(parts):
+            if any(not _is_intact(self._place(part, file), facts) for file, facts in part.files.items()):
+                self.redone = [each.name for each in parts[number:]]
+                self._take_back()
+                del parts[number:]
+                break
+        for left in self.path.glob("*.partial"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def _take_back(self) -> None:
+        """Undo the renaming of shards that `assemble` began."""
+        for old, new in (self._journal.final or {}).items():
+            if (self.path / new).exists():
+                (self.path / old).parent.mkdir(exist_ok=True)
+                os.replace(self.path / new, self.path / old)
+        self._journal.final = None
+
+    def _save(self) -> None:
+        _write_whole(self.path / JOURNAL_FILE, json.dumps({"format": _FORMAT, **asdict(self._journal)}))
+
+
+def _read_journal(file: Path, inputs: dict[str, Any], resume: bool) -> _Journal:
+    held = read_json(file, "a journal")
+    try:
+        if held["format"] != _FORMAT:
+            raise CheckpointError(f"{file} was written by another release; remove the folder to start again")
+        journal = _Journal(held["inputs"], [Part(**part) for part in held["parts"]], held["final"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} must be a journal of this program, got {error!r}; remove the folder") from error
+    done = f"OUT holds an unfinished run, {len(journal.parts)} parts done: {file.parent}"
+    if not resume:
+        raise CheckpointError(f"{done}. Go on with --resume, or remove the folder to start again")
+    # through JSON, as the old ones went
+    inputs = json.loads(json.dumps(inputs))
+    for name in sorted(inputs.keys() | journal.inputs.keys()):
+        if inputs.get(name) != journal.inputs.get(name):
+            raise CheckpointError(
+                f"{done}, with another {name}: {journal.inputs.get(name)!r}, now {inputs.get(name)!r}. Give the same "
+                "again, or remove the folder"
+            )
+    return journal
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    import fcntl
+
+    path = folder / _LOCK_FILE
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise CheckpointError(
+                f"OUT must be free, got {folder}, where process {file.read().strip() or 'unknown'} is at work"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            if not (folder / JOURNAL_FILE).exists():
+                path.unlink()
+
+
+def _is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == facts["bytes"] and _sha256(path) == facts["sha256"]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file by another whole one, on the disk when this returns."""
+    work = path.with_name(f"{path.name}.partial")
+    work.write_text(text)
+    _flush(work)
+    os.replace(work, path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,202 @@
+"""Prune a checkpoint that need not fit in memory: folder in, folder out, one decoder layer at a time, resumable.
+
+A layer is read, calibrated, pruned, run again for the next one, written and dropped; the hidden states of the
+calibration set wait in between. The result has the bits that `prune` and `save_pretrained` give for the model as a
+whole. A run that is stopped, by whatever, goes on at the layer it had not finished: the finished ones are read back and
+only run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moesparse._version import __version__
+from moesparse.calibration import Windows, check_dense, check_windows
+from moesparse.checkpoint import note_recipe, write_companions
+from moesparse.errors import MoESparseError, UsageError
+from moesparse.layerwise import LayerStream
+from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.pruning import (
+    BlockReport,
+    Recipe,
+    Report,
+    TensorReport,
+    default_device,
+    describe_calibration,
+    expert_sizes,
+    prune_layerwise,
+)
+from moesparse.run_folder import RunFolder
+from moesparse.shards import TensorInfo
+from moesparse.statistics import fingerprint_sample, model_fingerprint, windows_hash
+from moesparse.streaming import StreamedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["prune_checkpoint"]
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Of one file of the output, as transformers writes them."""
+
+
+def prune_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    windows: Windows,
+    recipe: Recipe | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: Callable[[Report], str] | None = None,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    resume: bool = False,
+    allow_pruned: bool = False,
+    progress: Progress = silent,
+) -> Report:
+    """Prune the weights of a checkpoint's experts into a new checkpoint, dense with zeros.
+
+    Holds what lies outside of the decoder layers, one layer with its sums (see `moesparse.prune`) and the hidden
+    states of the calibration set; nothing that grows with the number of layers. Reads the source twice.
+
+    Args:
+        source: a folder with safetensors under the names that transformers saves.
+        out: a new or empty folder, or with `resume` one that holds an unfinished run.
+        windows: (n, t) int64 windows, or (windows, attention mask).
+        recipe: what to do; its experts must all stay.
+        tokenizer: saved beside the weights.
+        card: gives the text of README.md.
+        batch_size: windows in one forward.
+        device: where the layer at work goes; None takes the GPU when there is one.
+        resume: go on with the run in `out`; its source, windows, recipe and batch size must be the same.
+        allow_pruned: accept a model that already carries pruned experts.
+        progress: called with every step.
+
+    Returns:
+        The report; the seconds are those of this run, peak memory and seconds of a block those of the run that did it.
+
+    Raises:
+        UsageError: a recipe that removes experts, or a pattern that does not divide a matrix.
+        CheckpointError: the source cannot be read, `out` cannot be written, is in use, or holds another run.
+        UnsupportedModelError: the model cannot be handled layer by layer; named.
+        CalibrationError: the windows do not fit the model, or it was pruned before.
+    """
+    recipe = recipe or Recipe()
+    if recipe.weights is None or recipe.removes_experts:
+        raise UsageError(
+            f"recipe must prune weights and keep all experts to run layer by layer, got {recipe.to_dict()}"
+        )
+    started = time.perf_counter()
+    streamed = StreamedModel(source)
+    model, blocks = streamed.model, streamed.blocks
+    for block in blocks:
+        for matrix in block.matrices:
+            recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
+    ids, mask = check_windows(windows, model.get_input_embeddings().num_embeddings)
+    inputs = {
+        "source": _source_signature(streamed),
+        "windows": windows_hash(ids, mask),
+        "recipe": recipe.to_dict(),
+        "batch size": batch_size,
+        "release": __version__,
+    }
+    with RunFolder.open(out, inputs, resume=resume) as run:
+        if run.redone:
+            progress(ProgressEvent(f"redo {run.redone[0]} and what follows: it was damaged", 0, 1, "layer"))
+        samples: dict[str, torch.Tensor] = {}
+
+        def inspect(position: int) -> None:
+            progress(ProgressEvent("check", position, len(streamed.layers), "layer"))
+            here = [block for block in blocks if streamed.position(block.layer) == position]
+            for block in here:
+                for matrix in block.matrices:
+                    if not matrix.parameter.isfinite().all():
+                        raise MoESparseError(
+                            f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity"
+                        )
+            if not allow_pruned:
+                check_dense(here)
+            for name, tensor in streamed.state(position).items():
+                samples[name] = fingerprint_sample(tensor)
+
+        home = torch.device(device) if device is not None else default_device()
+        stream = LayerStream(model, streamed.layers, ids, mask, batch_size, home, streamed.hold, inspect)
+        before = expert_sizes(model, blocks)
+
+        def finish(position: int, reports: list[BlockReport]) -> None:
+            run.write(
+                _part_name(position),
+                streamed.checkpoint_tensors(position),
+                [dataclasses.asdict(report) for report in reports],
+                max_shard_bytes=MAX_SHARD_BYTES,
+            )
+
+        done = len(run.parts)
+        last = max(streamed.position(block.layer) for block in blocks)
+        if done <= last:
+            for position, part in enumerate(run.parts):
+                # what the interrupted run went on with: the pruned layer, or the dense one
+                progress(ProgressEvent("run finished layers", position, done, "layer"))
+                with streamed.hold(position, home, run.read(part) if recipe.propagate else None):
+                    for _ in stream.run(position, keep=True):
+                        pass
+            prune_layerwise(stream, model, blocks, recipe, progress, start=done, finish=finish)
+        for position in range(max(done, last + 1), len(streamed.layers)):
+            with streamed.hold(position):
+                finish(position, [])
+        if len(run.parts) == len(streamed.layers):
+            run.write("outside", streamed.checkpoint_tensors(None), [], max_shard_bytes=MAX_SHARD_BYTES)
+        report = Report(
+            recipe=recipe.to_dict(),
+            version=__version__,
+            blocks=[_block_report(entry) for part in run.parts for entry in part.note],
+            calibration=describe_calibration(ids),
+            seconds=time.perf_counter() - started,
+            fingerprint=model_fingerprint(model, samples),
+            sizes={"before": before, "after": expert_sizes(model, blocks, recipe.pattern)},
+        )
+
+        def write_others(folder: Path) -> None:
+            note_recipe(model, recipe.to_dict())
+            # config and generation config as transformers writes them; the weights are there already
+            model.save_pretrained(folder, state_dict={})
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+            text = None if card is None else card(report)
+            write_companions(folder, tokenizer=tokenizer, source=source, card=text, report=report.to_dict())
+
+        run.assemble(write_others)
+    return report
+
+
+def _source_signature(streamed: StreamedModel) -> str:
+    """Hash of the config, of name, dtype and shape of every tensor, and of 256 bytes out of each."""
+    digest = hashlib.sha256((streamed.folder / "config.json").read_bytes())
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in streamed.shards.tensors.values():
+        by_file.setdefault(info.file, []).append(info)
+    for path, infos in by_file.items():
+        with path.open("rb") as file:
+            for info in infos:
+                file.seek(info.offset + info.nbytes // 2)
+                digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
+                digest.update(file.read(min(256, info.nbytes - info.nbytes // 2)))
+    return digest.hexdigest()[:32]
+
+
+def _part_name(position: int) -> str:
+    return f"layer-{position:05d}"
+
+
+def _block_report(entry: dict[str, Any]) -> BlockReport:
+    """A block's report as a part's note holds it."""
+    tensors = [TensorReport(**{**each, "shape": tuple(each["shape"])}) for each in entry["tensors"]]
+    return BlockReport(**{**entry, "tensors": tensors})

@@ -1,0 +1,185 @@
+"""A checkpoint as a transformers model of which only one decoder layer is in memory.
+
+The model is built on the meta device; what lies outside of the decoder layers (embedding, norms, head) is loaded and
+stays, a layer is filled from its safetensors shards while it is held. Parameters keep their identity when they come and
+go, so whoever found the blocks of the model once may keep them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moesparse.blocks import decoder_layers, find_moe_blocks
+from moesparse.checkpoint_keys import checkpoint_views
+from moesparse.errors import CheckpointError, UnsupportedModelError
+from moesparse.shards import Shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["StreamedModel"]
+
+
+class StreamedModel:
+    """A checkpoint folder whose decoder layers come into memory one at a time.
+
+    Holds what lies outside of the decoder layers, the layer held at the moment, and while one is filled one tensor of
+    the checkpoint beside it. A fused parameter is filled expert by expert.
+
+    Attributes:
+        model: the transformers model in eval mode; parameters of layers that are not held are on the meta device.
+        blocks: its MoE blocks.
+        layers: its decoder layers.
+        outside: names in the state dict of what lies outside of them.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> None:
+        """Build the model and load what lies outside of its layers.
+
+        Args:
+            folder: a checkpoint of safetensors under the names that transformers saves.
+            dtype: of the weights; "auto" takes the checkpoint's own.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown to the model or of another shape.
+            UnsupportedModelError: no experts, or experts or a checkpoint that cannot be handled in pieces; named.
+        """
+        self.folder = Path(folder)
+        self.shards = Shards.open(self.folder)
+        self.model = _on_meta(self.folder, dtype, self.shards)
+        self.blocks = find_moe_blocks(self.model)
+        layers, self.prefix = decoder_layers(self.model, self.blocks)
+        self.layers: Sequence[nn.Module] = list(layers)
+        self.outside: list[str] = []
+        self._inside: list[list[str]] = [[] for _ in self.layers]
+        pattern = re.compile(rf"{re.escape(self.prefix)}\.(\d+)\.")
+        for name in self.model.state_dict():
+            found = pattern.match(name)
+            (self._inside[int(found[1])] if found else self.outside).append(name)
+        self._check_keys()
+        self._fill(self.outside, None, self.shards)
+        self.model.tie_weights()
+
+    def position(self, layer: str) -> int:
+        """Of a decoder layer by its name, `MoEBlock.layer`."""
+        return int(layer.removeprefix(f"{self.prefix}."))
+
+    def state(self, position: int) -> dict[str, Tensor]:
+        """Name in the state dict -> tensor of a layer."""
+        state = self.model.state_dict()
+        return {name: state[name] for name in self._inside[position]}
+
+    def checkpoint_tensors(self, position: int | None) -> dict[str, Tensor]:
+        """Key in a checkpoint -> view of the tensors of a layer, or of what lies outside (None).
+
+        They are meta tensors when the layer is not held. A tied weight appears once.
+        """
+        state = self.model.state_dict(keep_vars=True)
+        names = self.outside if position is None else self._inside[position]
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        return checkpoint_views(self.model, {name: state[name].data for name in names if name not in tied})
+
+    def layer_bytes(self, position: int) -> int:
+        """Bytes of a layer's parameters and saved buffers."""
+        return sum(tensor.nbytes for tensor in self.checkpoint_tensors(position).values())
+
+    @contextlib.contextmanager
+    def hold(self, position: int, device: torch.device | None = None, shards: Shards | None = None) -> Iterator[None]:
+        """Have one layer in memory for the body.
+
+        Args:
+            position: of the layer.
+            device: where to; None is the CPU.
+            shards: read it from here instead of the model's own folder, under the same keys.
+        """
+        self._fill(self._inside[position], device, shards or self.shards)
+        try:
+            yield
+        finally:
+            self._place({name: torch.empty_like(each, device="meta") for name, each in self.state(position).items()})
+
+    def _check_keys(self) -> None:
+        """The checkpoint must hold what the model needs, in the form that transformers saves it."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        views = checkpoint_views(self.model, self.model.state_dict())
+        held = {name: info.shape for name, info in self.shards.tensors.items()}
+        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()]
+        strange = [key for key in held if key not in views and not any(each.search(key) for each in ignored)]
+        for key, view in views.items():
+            if key in held and held[key] != tuple(view.shape):
+                raise CheckpointError(
+                    f"the checkpoint {self.folder} must hold {key} as {list(view.shape)}, got {list(held[key])}"
+                )
+            if key not in held and key not in tied and tied.get(key) not in held:
+                other = f" but {strange[0]}, which the model has no place for" if strange else ""
+                raise CheckpointError(f"the checkpoint {self.folder} must hold {key}, got none{other}")
+        if strange:
+            raise CheckpointError(f"the checkpoint {self.folder} holds {strange[0]}, which the model has no place for")
+
+    @torch.no_grad()
+    def _fill(self, names: Sequence[str], device: torch.device | None, shards: Shards) -> None:
+        state = self.model.state_dict(keep_vars=True)
+        # by identity: tied weights are one tensor under two names, stored under one of them
+        empty = {id(state[name]): torch.empty_like(state[name].data, device=device or "cpu") for name in names}
+        new = {name: empty[id(state[name])] for name in names}
+        for key, view in checkpoint_views(self.model, new).items():
+            if key in shards.tensors:
+                view.copy_(shards.read(key))
+        self._place(new)
+
+    def _place(self, tensors: Mapping[str, Tensor]) -> None:
+        placed: set[int] = set()
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if leaf not in module._parameters:
+                module._buffers[leaf] = tensor
+                continue
+            parameter: Any = module._parameters[leaf]
+            if id(parameter) not in placed:
+                placed.add(id(parameter))
+                torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+
+
+def _on_meta(folder: Path, dtype: torch.dtype | str, shards: Shards) -> PreTrainedModel:
+    """The model as from_pretrained makes it, with its parameters and saved buffers on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"MODEL must be a checkpoint folder, got {folder}: {error}") from error
+    method = getattr(config, "quantization_config", None)
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
+        raise UnsupportedModelError(
+            f"{folder} is quantized ({name}), and such a model is not read layer by layer: give it in bf16"
+        )
+    if not isinstance(dtype, torch.dtype):
+        dtype = config.dtype or next(
+            info.torch_dtype for info in shards.tensors.values() if info.torch_dtype is not None
+        )
+    assert isinstance(dtype, torch.dtype)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # the few tensors that transformers keeps in float32 whatever the checkpoint's dtype
+    for pattern, wanted in model._get_dtype_plan(dtype).items():
+        matches = re.compile(pattern.replace("*", r".*"))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if matches.search(name):
+                tensor.data = tensor.data.to(wanted)
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    model.initialize_weights()  # computes the buffers that no checkpoint holds, such as rotary tables
+    return model.eval()

@@ -1,0 +1,274 @@
+"""Folder in, folder out: the bits of pruning in memory, whatever stops the run on its way."""
+
+import json
+import os
+import random
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import moesparse
+from moesparse import Recipe
+from moesparse.errors import CalibrationError, CheckpointError, MoESparseError, UsageError
+from moesparse.run_folder import JOURNAL_FILE
+from moesparse.shards import ShardWriter
+from moesparse.streamed_pruning import prune_checkpoint
+from moesparse.testing import tiny_model
+
+RECIPE = Recipe(weights="2:4", saliency="gated-sparsegpt", update="least-squares+rescale")
+WINDOWS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+def tensors_of(folder):
+    """Every weight by key, and the config."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found, json.loads((folder / "config.json").read_text())
+
+
+def assert_same(one, other):
+    tensors, config = tensors_of(one)
+    others, other_config = tensors_of(other)
+    assert config == other_config
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source")
+    tiny_model("mixtral", num_hidden_layers=3).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(source, tmp_path_factory):
+    """What an uninterrupted run gives."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    prune_checkpoint(source, out, WINDOWS, RECIPE, batch_size=4)
+    return out
+
+
+# a layer without experts first; transposed experts; layers of other kinds behind the last block
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("propagate", [True, False])
+def test_the_result_is_that_of_pruning_in_memory(family, propagate, tmp_path):
+    tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    recipe = Recipe(weights="2:4", saliency="moe-pruner", update="least-squares+rescale", propagate=propagate)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
+    want = moesparse.prune(model, WINDOWS, recipe, batch_size=4)
+    moesparse.save_pretrained(model, tmp_path / "want", recipe=recipe.to_dict())
+
+    got = prune_checkpoint(tmp_path / "dense", tmp_path / "got", WINDOWS, recipe, batch_size=4)
+
+    assert_same(tmp_path / "want", tmp_path / "got")
+    assert got.sparsity == want.sparsity
+    assert got.fingerprint == want.fingerprint
+    assert got.sizes == want.sizes
+    for one, other in zip(want.blocks, got.blocks, strict=True):
+        assert (one.name, one.tensors, one.rescale) == (other.name, other.tensors, other.rescale)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "got")
+    assert not list((tmp_path / "got").glob("*partial*"))
+
+
+class Steps:
+    """Counts a run's writes, flushes, renames, removals and reports of progress, and tells each to `note`."""
+
+    def __init__(self, monkeypatch, note=lambda count: None):
+        self.count, self.note = 0, note
+        for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (ShardWriter, "_put")):
+            monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def counted(self, function):
+        def run(*args, **kwargs):
+            self.progress()
+            return function(*args, **kwargs)
+
+        return run
+
+    def progress(self, _event=None):
+        self.count += 1
+        self.note(self.count)
+
+
+def run(source, out, resume=False, **options):
+    return prune_checkpoint(source, out, WINDOWS, RECIPE, batch_size=4, resume=resume, **options)
+
+
+def killed_at(step, source, out, monkeypatch):
+    """Run in a child process that kills itself at its `step`-th step."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)  # the parent's threads did not come along
+            steps = Steps(monkeypatch, lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == step else None)
+            run(source, out, resume=out.exists(), progress=steps.progress)
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), f"the run ended before step {step}"
+
+
+def all_steps(source, out):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        steps = Steps(monkeypatch)
+        run(source, out, progress=steps.progress)
+    return steps.count
+
+
+def test_killed_anywhere_the_run_goes_on_to_the_same_bits(source, pruned, tmp_path, monkeypatch):
+    total = all_steps(source, tmp_path / "counted")
+    chosen = sorted(random.Random(0).sample(range(1, total + 1), 20))
+    for step in chosen:
+        out = tmp_path / f"killed-{step}"
+        killed_at(step, source, out, monkeypatch)
+        if (out / "config.json").exists() and not (out / JOURNAL_FILE).exists():
+            assert_same(out, pruned)  # killed behind its last write
+            continue
+        with pytest.raises(CheckpointError, match="must be"):
+            moesparse.load_pretrained(out)
+        run(source, out, resume=True)
+        assert_same(out, pruned)
+        assert not list(out.glob("*partial*"))
+        assert {file.suffix for file in out.iterdir()} == {".json", ".safetensors"}
+
+
+def test_killed_again_and_again_it_still_ends(source, pruned, tmp_path, monkeypatch):
+    for step in (30, 40, 50):
+        killed_at(step, source, tmp_path / "out", monkeypatch)
+    run(source, tmp_path / "out", resume=True)
+    assert_same(tmp_path / "out", pruned)
+
+
+@pytest.fixture
+def stopped(source, tmp_path):
+    """A run that ended by an error after its first two layers."""
+    def stop(event):
+        if event.stage.endswith("layers.2.mlp.experts"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", progress=stop)
+    assert sorted(part.name for part in (tmp_path / "out").iterdir() if part.is_dir()) == ["layer-00000", "layer-00001"]
+    return tmp_path / "out"
+
+
+def test_without_resume_it_says_what_it_found(source, stopped):
+    with pytest.raises(CheckpointError, match=r"unfinished run, 2 parts done: .*--resume"):
+        run(source, stopped)
+    with pytest.raises(CheckpointError, match="unfinished"):
+        moesparse.load_pretrained(stopped)
+
+
+def test_finished_layers_are_not_pruned_again(source, stopped, pruned):
+    stages = []
+    run(source, stopped, resume=True, progress=lambda event: stages.append(event.stage))
+    calibrated = {stage for stage in stages if stage.startswith("calibrate")}
+    assert calibrated == {"calibrate model.layers.2.mlp.experts"}
+    assert_same(stopped, pruned)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"windows": WINDOWS[:4]}, "another windows"),
+        ({"recipe": Recipe(weights="1:4", saliency="moe-pruner", update="none")}, "another recipe"),
+        ({"batch_size": 3}, "another batch size: 4, now 3"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_inputs(source, stopped, changed, named):
+    given = {"windows": WINDOWS, "recipe": RECIPE, "batch_size": 4} | changed
+    with pytest.raises(CheckpointError, match=named):
+        prune_checkpoint(source, stopped, given["windows"], given["recipe"], batch_size=given["batch_size"], resume=True)
+    assert len(list(stopped.glob("layer-*"))) == 2
+
+
+def test_a_run_does_not_go_on_with_another_model(stopped, tmp_path):
+    tiny_model("mixtral", seed=1, num_hidden_layers=3).to(torch.bfloat16).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="another source"):
+        run(tmp_path / "other", stopped, resume=True)
+
+
+@pytest.mark.parametrize("harm", ["flip", "vanish"])
+def test_a_damaged_part_is_done_again(source, stopped, pruned, harm):
+    shard = stopped / "layer-00001" / "model.safetensors"
+    if harm == "vanish":
+        shard.unlink()
+    else:
+        data = bytearray(shard.read_bytes())
+        data[-7] ^= 1
+        shard.write_bytes(data)
+    stages = []
+    run(source, stopped, resume=True, progress=lambda event: stages.append(event.stage))
+    assert "redo layer-00001 and what follows: it was damaged" in stages
+    assert "calibrate model.layers.1.mlp.experts" in stages
+    assert "calibrate model.layers.0.mlp.experts" not in stages
+    assert_same(stopped, pruned)
+
+
+def test_a_second_run_on_the_folder_is_refused_and_a_dead_one_is_not(source, tmp_path, pruned):
+    held = []
+
+    def second(event):
+        if event.stage.startswith("rescale") and not held:
+            with pytest.raises(CheckpointError, match=rf"process {os.getpid()} is at work") as refused:
+                run(source, tmp_path / "out", resume=True)
+            held.append(refused)
+
+    run(source, tmp_path / "out", progress=second)
+    assert held
+    assert_same(tmp_path / "out", pruned)
+
+
+def test_a_full_disk_keeps_the_finished_layers(source, tmp_path, pruned, monkeypatch):
+    put = ShardWriter._put
+    written = 0
+
+    def full(self, info, at, data):
+        nonlocal written
+        written += len(data)
+        if written > 250_000:
+            raise OSError(28, "No space left on device")
+        put(self, info, at, data)
+
+    monkeypatch.setattr(ShardWriter, "_put", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device\. 1 finished parts are kept.*--resume"):
+        run(source, tmp_path / "out")
+    monkeypatch.setattr(ShardWriter, "_put", put)
+    run(source, tmp_path / "out", resume=True)
+    assert_same(tmp_path / "out", pruned)
+
+
+def spoiled(source, folder, value):
+    """The source with one weight of layer 2 replaced."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    with torch.no_grad():
+        model.model.layers[2].mlp.experts.down_proj[1, 2, 3] = value
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_weight_that_is_not_finite_is_refused_before_any_work(source, tmp_path):
+    with pytest.raises(MoESparseError, match=r"layers\.2\.mlp\.experts\.down_proj must hold finite weights"):
+        run(spoiled(source, tmp_path / "source", float("nan")), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("layer-*"))
+
+
+def test_a_pruned_source_is_refused(source, pruned, tmp_path):
+    with pytest.raises(CalibrationError, match="must be dense"):
+        run(pruned, tmp_path / "out")
+
+
+def test_a_folder_with_other_files_is_refused_and_left(source, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="new or empty folder"):
+        run(source, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_recipe_that_removes_experts_is_refused(source, tmp_path):
+    with pytest.raises(UsageError, match="keep all experts"):
+        prune_checkpoint(source, tmp_path / "out", WINDOWS, Recipe(weights="2:4", experts=0.25))
