@@ -16,12 +16,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from moesparse.errors import UnsupportedModelError
+from moesparse.hidden_states import HiddenStates
 
 PROBE_TOKENS = 16
 
@@ -53,6 +55,7 @@ class LayerStream:
         device: where the layer at work is moved to; None leaves it where it is.
         hold: how a layer comes into memory; None for a model that is there.
         inspect: called once for each layer, in order, while it is held for the probe: to refuse it before any work.
+        spill: a folder for the hidden states that wait; None keeps them in memory.
 
     Raises:
         UnsupportedModelError: running the layers one by one does not give what the model's own forward gives.
@@ -68,6 +71,7 @@ class LayerStream:
         device: torch.device | None = None,
         hold: Hold | None = None,
         inspect: Callable[[int], None] | None = None,
+        spill: Path | None = None,
     ):
         self.layers = list(layers)
         self.device = device
@@ -77,7 +81,7 @@ class LayerStream:
         self._probe(windows[:1, :PROBE_TOKENS], inspect)
         self.length = windows.shape[1]
         self.first_window = list(range(0, len(windows), batch_size))
-        self.hidden: list[torch.Tensor] = []
+        self.hidden = HiddenStates(spill)
         self.token_masks: list[torch.Tensor | None] = []
         self._calls: list[list[LayerCall]] = []
         for start in self.first_window:
@@ -116,7 +120,7 @@ class LayerStream:
         position: int,
         *,
         keep: bool = False,
-        outputs: list[torch.Tensor] | None = None,
+        outputs: HiddenStates | None = None,
         before: Callable[[int], None] | None = None,
     ) -> Iterator[int]:
         """Run one layer over all batches; yields the number of tokens of each batch once it is done.
@@ -136,7 +140,7 @@ class LayerStream:
             call = _to_device(self._calls[number][position], device)
             out = layer(hidden.to(device), *call.args, **call.kwargs)
             if keep:
-                self.hidden[number] = _hidden_of(out).to(hidden.device)
+                self.hidden[number] = _hidden_of(out)
             elif outputs is not None:
                 outputs.append(_hidden_of(out).to(hidden.device))
             yield hidden.shape[0] * hidden.shape[1]

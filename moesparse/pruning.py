@@ -465,7 +465,7 @@ def prune_layerwise(
             reset_peak_memory()
             label = here[0].name
             # the dense layer's outputs are there only now; its inputs are needed again for rescaling
-            dense_outputs: list[torch.Tensor] | None = None if recipe.propagate else []
+            dense_outputs = None if recipe.propagate else stream.hidden.fresh()
             with record(here, moments) as recorders:
                 run(position, f"calibrate {label}", recorders, outputs=dense_outputs)
             dense = [recorder.statistics for recorder in recorders]

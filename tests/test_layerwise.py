@@ -58,7 +58,7 @@ def test_padding_reaches_the_attention_and_the_token_masks():
     for position in range(len(layers)):
         list(stream.run(position, keep=True))
     want = torch.cat([outputs_inside(model, layers, ids[i : i + 2], mask[i : i + 2])[-1] for i in (0, 2)])
-    assert torch.equal(torch.cat(stream.hidden)[mask.bool()], want[mask.bool()])
+    assert torch.equal(torch.cat(list(stream.hidden))[mask.bool()], want[mask.bool()])
 
 
 def test_running_without_keeping_changes_nothing():

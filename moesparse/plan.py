@@ -1,0 +1,178 @@
+"""What pruning a checkpoint will take, known before a weight is read: memory, bytes and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesparse.blocks import MoEBlock, decoder_layers
+from moesparse.pruning import Recipe
+from moesparse.saliency.updates import parse_update
+from moesparse.saliency.weights import moments_needed
+from moesparse.statistics import input_sizes, memory_needed
+
+__all__ = ["Plan", "gemm_rate", "plan_pruning"]
+
+# a rule's work on a matrix [out, in] in units of 2 * out * in^2 multiply-adds (one product with the second moment),
+# from the seconds that benchmarks/bench_prune.py measured for 14336 x 4096 and the fp32 GEMM rate of that machine
+_PRODUCTS = {
+    "sparsegpt": 1.5,
+    "gated-sparsegpt": 1.5,
+    "admm": 40.0,
+    "gated-admm": 40.0,
+    "obs": 4.0,
+    "least-squares": 15.0,
+    "asymmetric": 15.0,
+}
+# weights scored and chosen a second, for each GFLOP/s of the machine: the mask of a matrix is bound by memory
+_SELECT_FLOPS = 1500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes unless said otherwise.
+
+    Attributes:
+        layers: decoder layers; `blocks` of them hold experts.
+        experts: of a block.
+        tokens: of the calibration set.
+        parameters: of the model; `active_parameters` work on one token.
+        weights: the model's, in its dtype.
+        output: the expert matrices of the result, packed (`packed`) and dense.
+        outside: what lies outside of the decoder layers, in memory all the time.
+        layer: the largest decoder layer.
+        moments: second moments of the largest block.
+        workspace: the largest matrix while it is pruned: fp32 copies and factors.
+        activations: of one batch in the widest part.
+        hidden_states: of the calibration set between two layers.
+        flops: multiply-adds times two: forward passes, second moments, solvers.
+    """
+
+    layers: int
+    blocks: int
+    experts: int
+    tokens: int
+    parameters: int
+    active_parameters: int
+    weights: int
+    packed: int
+    outside: int
+    layer: int
+    moments: int
+    workspace: int
+    activations: int
+    hidden_states: int
+    flops: dict[str, float]
+
+    @property
+    def peak(self) -> int:
+        """Bytes in memory at most with the hidden states in a file: does not depend on the number of layers."""
+        return self.outside + self.layer + self.moments + max(self.workspace, self.activations)
+
+    @property
+    def peak_in_memory(self) -> int:
+        """The same with the hidden states in memory."""
+        return self.peak + self.hidden_states
+
+    def seconds(self, flops_per_second: float) -> float:
+        """An estimate, good to a factor of two or three; `gemm_rate` gives the rate."""
+        return sum(self.flops.values()) / flops_per_second
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "peak": self.peak, "peak_in_memory": self.peak_in_memory}
+
+
+def plan_pruning(
+    model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe, *, windows: int, length: int, batch_size: int
+) -> Plan:
+    """Plan a run from shapes alone.
+
+    Args:
+        model: its tensors may all be on the meta device.
+        blocks: its MoE blocks.
+        recipe: of the weights.
+        windows: of the calibration set, of `length` tokens.
+        length: tokens of a window.
+        batch_size: windows in one forward.
+    """
+    layers, _ = decoder_layers(model, list(blocks))
+    sizes = [_bytes(layer) for layer in layers]
+    whole = _bytes(model)
+    moments = moments_needed(recipe.saliency, recipe.update)
+    matrices = [matrix.weight for block in blocks for matrix in block.matrices]
+    tokens = windows * length
+    experts = sum(weight.numel() for weight in matrices)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    routed = sum(
+        matrix.weight[0].numel() * (block.top_k or block.num_experts) for block in blocks for matrix in block.matrices
+    )
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    active = parameters - experts + routed - embedding.weight.numel()
+    hidden, item = embedding.weight.shape[1], embedding.weight.element_size()
+    workspace = 0
+    for block in blocks:
+        for matrix in block.matrices:
+            E, out, size = matrix.weight.shape
+            factor = 12 * E * size**2 if moments != "none" else 0  # fp64 copy and fp32 factor
+            workspace = max(workspace, 3 * 4 * E * out * size + factor)
+    widest = max(max(input_sizes(block).values()) * (block.top_k or 1) for block in blocks)
+    return Plan(
+        layers=len(layers),
+        blocks=len(blocks),
+        experts=blocks[0].num_experts,
+        tokens=tokens,
+        parameters=parameters,
+        active_parameters=active,
+        weights=whole,
+        packed=sum(recipe.pattern.packed_bytes(weight.numel(), weight.element_size()) for weight in matrices),
+        outside=whole - sum(sizes),
+        layer=max(sizes),
+        moments=max(memory_needed([block], moments) for block in blocks),
+        workspace=workspace,
+        activations=batch_size * length * (6 * hidden + 4 * widest) * max(item, 4),
+        hidden_states=tokens * hidden * item,
+        flops=_flops(blocks, recipe, tokens, active, moments),
+    )
+
+
+def _flops(
+    blocks: Sequence[MoEBlock], recipe: Recipe, tokens: int, active: int, moments: str
+) -> dict[str, float]:
+    solver, rescale = parse_update(recipe.update)
+    asymmetric = solver == "asymmetric"
+    passes = 1 + rescale + recipe.propagate + asymmetric
+    kinds = {"none": 0, "plain": 1, "gated": 1, "both": 2}[moments] * (1 + asymmetric)
+    products = _PRODUCTS.get(recipe.saliency, 0.0) + _PRODUCTS.get(solver, 0.0)
+    sums, solve, select = 0.0, 0.0, 0.0
+    for block in blocks:
+        sums += 2.0 * kinds * tokens * (block.top_k or block.num_experts) * sum(s**2 for s in input_sizes(block).values())
+        for matrix in block.matrices:
+            E, out, size = matrix.weight.shape
+            solve += 2.0 * products * E * out * size**2
+            select += float(_SELECT_FLOPS * E * out * size)
+    return {"forward": 2.0 * passes * tokens * active, "moments": sums, "solvers": solve, "masks": select}
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def gemm_rate(device: torch.device | None = None) -> float:
+    """Multiply-adds times two a second of a float32 product of 1024 x 1024 on a device, measured now in about 0.1 s."""
+    a = torch.randn(1024, 1024, device=device)
+    for _ in range(2):
+        a @ a
+    count, seconds = 0, 0.0
+    while seconds < 0.1:
+        started = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for a GPU
+        seconds += time.perf_counter() - started
+        count += 1
+    return 2 * 1024**3 * count / seconds
