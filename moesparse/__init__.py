@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moesparse.saliency.experts import expert_scores
     from moesparse.selection import choose_experts
     from moesparse.statistics import ModelStatistics
+    from moesparse.streamed_pruning import prune_checkpoint
     from moesparse.surgery import remove_experts
 
 _HOMES = {
@@ -50,6 +51,7 @@ _HOMES = {
     "expert_scores": "saliency.experts",
     "choose_experts": "selection",
     "ModelStatistics": "statistics",
+    "prune_checkpoint": "streamed_pruning",
     "remove_experts": "surgery",
 }
 _MODULES = ("demo", "evaluate", "text")
@@ -73,6 +75,7 @@ __all__ = [
     "load_pretrained",
     "pack",
     "prune",
+    "prune_checkpoint",
     "remove_experts",
     "save_pretrained",
     "text",

@@ -22,11 +22,11 @@ from moesparse.manifest import MANIFEST_FILE, write_manifest
 from moesparse.shards import Shards, read_json
 from moesparse.skeleton import check_layer_counts
 
-JOURNAL_FILE = "moesparse_journal.json"
-"""In a folder that a run has not finished, see moesparse.run_folder."""
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+JOURNAL_FILE = "moesparse_journal.json"
+"""In a folder that a run has not finished, see moesparse.run_folder."""
 
 CONFIG_KEY = "moesparse"
 """Where a checkpoint's config.json says how it was pruned: {"version": ..., "recipe": {...}}."""
@@ -55,7 +55,7 @@ def load_pretrained(
     Raises:
         CheckpointError: the folder or id is unknown, a shard or tensor is missing, or a shape differs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import moesparse.integrations.transformers  # noqa: F401, packed checkpoints too
 
@@ -86,11 +86,17 @@ def load_pretrained(
             names = sorted(key[0] if isinstance(key, tuple) else key for key in keys)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(f"the checkpoint {os.fspath(source)} {what} {', '.join(names[:3])}{more}")
+    return model.eval(), load_tokenizer(source)
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a local folder or a hub id; None when it has none."""
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
-        tokenizer = None
-    return model.eval(), tokenizer
+        return None
 
 
 def check_model_folder(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Where each tensor of a checkpoint lies inside the parameters of a model.
 
-transformers fuses the experts of a layer into one parameter while loading and takes them apart again while saving. Taking
-apart needs no copy: every tensor of the checkpoint is a strided view of one parameter. So a layer can be filled from a
-checkpoint, and written to one, one expert's matrix at a time and without a second layer in memory.
+transformers fuses the experts of a layer into one parameter while loading and takes them apart again while saving.
+Taking apart needs no copy: every tensor of the checkpoint is a strided view of one parameter. So a layer can be filled
+from a checkpoint, and written to one, one expert's matrix at a time and without a second layer in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from moesparse.errors import UnsupportedModelError
@@ -53,6 +52,6 @@ def checkpoint_views(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dic
     for key, view in views.items():
         if view.untyped_storage()._cdata not in owners:
             raise UnsupportedModelError(
-                f"{type(model).__name__} computes {key} when it is saved, so it cannot be read or written piece by piece"
+                f"{type(model).__name__} computes {key} when it is saved: it cannot be read or written piece by piece"
             )
     return views

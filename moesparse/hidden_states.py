@@ -15,8 +15,9 @@ __all__ = ["HiddenStates"]
 class HiddenStates(MutableSequence[Tensor]):
     """A list of tensors; a batch stays on the device of the one it replaces.
 
-    With a folder each batch is a file there, mapped into memory (on the CPU then): the system keeps as much of them in RAM as is free and
-    writes the rest out. The files have no name any more once they are mapped: however the process ends, none is left.
+    With a folder each batch is a file there, mapped into memory (on the CPU then): the system keeps as much of them in
+    RAM as is free and writes the rest out. The files lose their names once they are mapped: however the process ends,
+    none is left.
 
     Args:
         folder: existing, for the files; None keeps all in memory.

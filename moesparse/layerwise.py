@@ -13,7 +13,7 @@ Where a layer lives while it does not work is not decided here: in the model, or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ class LayerStream:
     def __init__(
         self,
         model: nn.Module,
-        layers: nn.ModuleList,
+        layers: Iterable[nn.Module],
         windows: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         batch_size: int = 8,

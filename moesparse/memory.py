@@ -12,6 +12,17 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
+def available_memory() -> int | None:
+    """Bytes of RAM that can be taken without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
 def reset_peak_memory() -> None:
     """Start a new measurement; where the system cannot (not Linux), the peak stays the process's own."""
     if torch.cuda.is_available():

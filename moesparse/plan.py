@@ -140,9 +140,7 @@ def plan_pruning(
     )
 
 
-def _flops(
-    blocks: Sequence[MoEBlock], recipe: Recipe, tokens: int, active: int, moments: str
-) -> dict[str, float]:
+def _flops(blocks: Sequence[MoEBlock], recipe: Recipe, tokens: int, active: int, moments: str) -> dict[str, float]:
     solver, rescale = parse_update(recipe.update)
     asymmetric = solver == "asymmetric"
     passes = 1 + rescale + recipe.propagate + asymmetric
@@ -150,7 +148,9 @@ def _flops(
     products = _PRODUCTS.get(recipe.saliency, 0.0) + _PRODUCTS.get(solver, 0.0)
     sums, solve, select = 0.0, 0.0, 0.0
     for block in blocks:
-        sums += 2.0 * kinds * tokens * (block.top_k or block.num_experts) * sum(s**2 for s in input_sizes(block).values())
+        sums += (
+            2.0 * kinds * tokens * (block.top_k or block.num_experts) * sum(s**2 for s in input_sizes(block).values())
+        )
         for matrix in block.matrices:
             E, out, size = matrix.weight.shape
             solve += 2.0 * products * E * out * size**2

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moesparse.checkpoint import JOURNAL_FILE, check_output_folder
 from moesparse.errors import CheckpointError
-from moesparse.shards import INDEX_FILE, SINGLE_FILE, ShardWriter, Shards, TensorSpec, read_json
+from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
 
 __all__ = ["JOURNAL_FILE", "Part", "RunFolder"]
 

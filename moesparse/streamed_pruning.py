@@ -23,6 +23,8 @@ from moesparse.calibration import Windows, check_dense, check_windows
 from moesparse.checkpoint import note_recipe, write_companions
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.layerwise import LayerStream
+from moesparse.memory import available_memory
+from moesparse.plan import Plan, plan_pruning
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import (
     BlockReport,
@@ -51,7 +53,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 def prune_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    windows: Windows,
+    calibration: Windows,
     recipe: Recipe | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -60,6 +62,7 @@ def prune_checkpoint(
     device: torch.device | str | None = None,
     resume: bool = False,
     allow_pruned: bool = False,
+    max_memory: int | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Prune the weights of a checkpoint's experts into a new checkpoint, dense with zeros.
@@ -70,7 +73,7 @@ def prune_checkpoint(
     Args:
         source: a folder with safetensors under the names that transformers saves.
         out: a new or empty folder, or with `resume` one that holds an unfinished run.
-        windows: (n, t) int64 windows, or (windows, attention mask).
+        calibration: (n, t) int64 windows, or (windows, attention mask).
         recipe: what to do; its experts must all stay.
         tokenizer: saved beside the weights.
         card: gives the text of README.md.
@@ -78,13 +81,16 @@ def prune_checkpoint(
         device: where the layer at work goes; None takes the GPU when there is one.
         resume: go on with the run in `out`; its source, windows, recipe and batch size must be the same.
         allow_pruned: accept a model that already carries pruned experts.
+        max_memory: bytes of RAM to stay within; None is what is available now. The hidden states go to a file in `out`
+            when they would not fit beside the rest.
         progress: called with every step.
 
     Returns:
         The report; the seconds are those of this run, peak memory and seconds of a block those of the run that did it.
 
     Raises:
-        UsageError: a recipe that removes experts, or a pattern that does not divide a matrix.
+        UsageError: a recipe that removes experts, a pattern that does not divide a matrix, or a `max_memory` below what
+            the run needs, which is named.
         CheckpointError: the source cannot be read, `out` cannot be written, is in use, or holds another run.
         UnsupportedModelError: the model cannot be handled layer by layer; named.
         CalibrationError: the windows do not fit the model, or it was pruned before.
@@ -100,7 +106,10 @@ def prune_checkpoint(
     for block in blocks:
         for matrix in block.matrices:
             recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
-    ids, mask = check_windows(windows, model.get_input_embeddings().num_embeddings)
+    ids, mask = check_windows(calibration, model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
+    home = torch.device(device) if device is not None else default_device()
+    plan = plan_pruning(model, blocks, recipe, windows=len(ids), length=ids.shape[1], batch_size=batch_size)
+    spills = _spills(plan, max_memory, on_gpu=home is not None and home.type != "cpu")
     inputs = {
         "source": _source_signature(streamed),
         "windows": windows_hash(ids, mask),
@@ -127,8 +136,17 @@ def prune_checkpoint(
             for name, tensor in streamed.state(position).items():
                 samples[name] = fingerprint_sample(tensor)
 
-        home = torch.device(device) if device is not None else default_device()
-        stream = LayerStream(model, streamed.layers, ids, mask, batch_size, home, streamed.hold, inspect)
+        stream = LayerStream(
+            model,
+            streamed.layers,
+            ids,
+            mask,
+            batch_size,
+            home,
+            hold=streamed.hold,
+            inspect=inspect,
+            spill=run.path if spills else None,
+        )
         before = expert_sizes(model, blocks)
 
         def finish(position: int, reports: list[BlockReport]) -> None:
@@ -175,6 +193,24 @@ def prune_checkpoint(
 
         run.assemble(write_others)
     return report
+
+
+def _spills(plan: Plan, max_memory: int | None, *, on_gpu: bool) -> bool:
+    """Whether the hidden states go to a file.
+
+    Raises:
+        UsageError: what cannot go there takes more than `max_memory`.
+    """
+    room = available_memory() if max_memory is None else max_memory
+    # on a GPU the layer at work, its sums and its factors lie there; it is written from RAM
+    needed = plan.outside + plan.layer if on_gpu else plan.peak
+    if max_memory is not None and needed > max_memory:
+        raise UsageError(
+            f"max_memory must be at least {needed:,} bytes for this run ({plan.outside:,} outside of the layers, "
+            f"{plan.layer:,} for a layer, {plan.moments:,} for second moments, {plan.workspace:,} to prune a matrix), "
+            f"got {max_memory:,}. A saliency and update without second moments, or a smaller batch_size, needs less"
+        )
+    return room is not None and needed + plan.hidden_states > room
 
 
 def _source_signature(streamed: StreamedModel) -> str:

@@ -25,7 +25,7 @@ from moesparse.shards import Shards
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["StreamedModel"]
+__all__ = ["StreamedModel", "meta_model"]
 
 
 class StreamedModel:
@@ -54,7 +54,7 @@ class StreamedModel:
         """
         self.folder = Path(folder)
         self.shards = Shards.open(self.folder)
-        self.model = _on_meta(self.folder, dtype, self.shards)
+        self.model = meta_model(self.folder, dtype, self.shards)
         self.blocks = find_moe_blocks(self.model)
         layers, self.prefix = decoder_layers(self.model, self.blocks)
         self.layers: Sequence[nn.Module] = list(layers)
@@ -149,8 +149,19 @@ class StreamedModel:
                 torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
 
 
-def _on_meta(folder: Path, dtype: torch.dtype | str, shards: Shards) -> PreTrainedModel:
-    """The model as from_pretrained makes it, with its parameters and saved buffers on the meta device."""
+def meta_model(
+    folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", shards: Shards | None = None
+) -> PreTrainedModel:
+    """The model as from_pretrained makes it, with its parameters and saved buffers on the meta device.
+
+    Args:
+        folder: holds a config.json.
+        dtype: of the weights; "auto" takes that of the config, then of the shards.
+        shards: of the checkpoint; without them the config must do.
+
+    Raises:
+        CheckpointError: no config that transformers knows. UnsupportedModelError: a quantized checkpoint.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -164,9 +175,8 @@ def _on_meta(folder: Path, dtype: torch.dtype | str, shards: Shards) -> PreTrain
             f"{folder} is quantized ({name}), and such a model is not read layer by layer: give it in bf16"
         )
     if not isinstance(dtype, torch.dtype):
-        dtype = config.dtype or next(
-            info.torch_dtype for info in shards.tensors.values() if info.torch_dtype is not None
-        )
+        stored = [] if shards is None else [info.torch_dtype for info in shards.tensors.values()]
+        dtype = config.dtype or next((each for each in stored if each is not None), torch.float32)
     assert isinstance(dtype, torch.dtype)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -146,6 +146,7 @@ def test_killed_again_and_again_it_still_ends(source, pruned, tmp_path, monkeypa
 @pytest.fixture
 def stopped(source, tmp_path):
     """A run that ended by an error after its first two layers."""
+
     def stop(event):
         if event.stage.endswith("layers.2.mlp.experts"):
             raise KeyboardInterrupt
@@ -174,15 +175,15 @@ def test_finished_layers_are_not_pruned_again(source, stopped, pruned):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"windows": WINDOWS[:4]}, "another windows"),
+        ({"calibration": WINDOWS[:4]}, "another windows"),
         ({"recipe": Recipe(weights="1:4", saliency="moe-pruner", update="none")}, "another recipe"),
         ({"batch_size": 3}, "another batch size: 4, now 3"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_inputs(source, stopped, changed, named):
-    given = {"windows": WINDOWS, "recipe": RECIPE, "batch_size": 4} | changed
+    given = {"calibration": WINDOWS, "recipe": RECIPE, "batch_size": 4} | changed
     with pytest.raises(CheckpointError, match=named):
-        prune_checkpoint(source, stopped, given["windows"], given["recipe"], batch_size=given["batch_size"], resume=True)
+        prune_checkpoint(source, stopped, **given, resume=True)
     assert len(list(stopped.glob("layer-*"))) == 2
 
 

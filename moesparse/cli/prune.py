@@ -89,6 +89,13 @@ def prune(
         bool, typer.Option("--propagate/--no-propagate", help="Feed each block what the pruned blocks before it give.")
     ] = True,
     allow_pruned: Annotated[bool, typer.Option("--allow-pruned", help="Accept a model with pruned experts.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run that OUT holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the plan: memory, bytes, time. config.json is enough.")
+    ] = False,
+    max_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="RAM to stay within, such as 24GiB; refused when it cannot be.")
+    ] = "",
     report: Annotated[Path | None, typer.Option(help="Also write the report as JSON to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
@@ -97,6 +104,9 @@ def prune(
     MODEL is calibrated on a small text, block by block; every expert matrix is pruned to the pattern, its kept weights
     are re-solved, and the result is saved dense with zeros under the standard names: plain transformers loads it.
     Router, attention, norms, embeddings and shared experts stay as they were.
+
+    Weights are pruned layer by layer from the checkpoint's files: the model need not fit in memory, and a run that was
+    stopped goes on with --resume. Removing experts, --statistics and --demonstrations-from-model load the whole model.
 
     Examples:
 
@@ -134,11 +144,38 @@ def prune(
     if statistics and (calibration or demonstrations_from_model is not None):
         raise UsageError("only one of --statistics and calibration text may be given, got both")
     target = resolve_device(device)
-    check_output_folder(out)
     source = model_source(model)
+    needs_data = recipe.saliency != "magnitude" or recipe.update != "none" or recipe.removes_experts
+    streams = needs_data and not recipe.removes_experts and not statistics and demonstrations_from_model is None
+    if not streams and (resume or dry_run or max_memory):
+        raise UsageError(
+            "--resume, --dry-run and --max-memory must be left out where the whole model is loaded: removing experts, "
+            "--statistics, --demonstrations-from-model, and magnitude without an update"
+        )
+    if streams:
+        with quiet_libraries():
+            result = _prune_streamed(
+                model,
+                out,
+                recipe,
+                calibration or [],
+                samples=samples,
+                length=length,
+                seed=seed,
+                batch_size=batch_size,
+                device=target,
+                resume=resume,
+                dry_run=dry_run,
+                max_memory=max_memory,
+                allow_pruned=allow_pruned,
+                as_json=as_json,
+            )
+        if result is not None:
+            _finish(result, out, report, as_json)
+        return
+    check_output_folder(out)
     with quiet_libraries():
         network, tokenizer = load_pretrained(source)
-        needs_data = recipe.saliency != "magnitude" or recipe.update != "none" or recipe.removes_experts
         with progress_bar() as progress:
             text = None
             if needs_data and not statistics:
@@ -178,12 +215,78 @@ def prune(
             card=card,
             report=result.to_dict(),
         )
+    _finish(result, out, report, as_json)
+
+
+def _finish(result: Any, out: Path, report: Path | None, as_json: bool) -> None:
     if report is not None:
         report.write_text(result.to_json())
     if as_json:
         print_json(result.to_dict() | {"output": str(out)})
         return
     _show(result, out)
+
+
+def _prune_streamed(
+    model: str,
+    out: Path,
+    recipe: Any,
+    calibration: list[str],
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    batch_size: int,
+    device: Any,
+    resume: bool,
+    dry_run: bool,
+    max_memory: str,
+    allow_pruned: bool,
+    as_json: bool,
+) -> Any:
+    """Print the plan, then prune layer by layer; None when the plan was all that was asked for."""
+    from moesparse.checkpoint import load_tokenizer
+    from moesparse.cli.streamed import (
+        local_folder,
+        parse_bytes,
+        plan_for,
+        plan_with_time,
+        saying_what_is_left,
+        show_plan,
+    )
+    from moesparse.model_card import model_card
+    from moesparse.streamed_pruning import prune_checkpoint
+    from moesparse.streaming import meta_model
+
+    limit = parse_bytes(max_memory) if max_memory else None
+    folder = local_folder(model_source(model))
+    plan = plan_with_time(plan_for(folder, recipe, samples, length, batch_size), device)
+    if dry_run and as_json:
+        print_json(plan)
+        return None
+    if not as_json:
+        show_plan(plan)
+    if dry_run:
+        return None
+    tokenizer = load_tokenizer(folder)
+    with saying_what_is_left(out), progress_bar() as progress:
+        text = calibration_text(
+            calibration, tokenizer, str(folder), meta_model(folder), samples=samples, length=length, seed=seed
+        )
+        return prune_checkpoint(
+            folder,
+            out,
+            text.windows,
+            recipe,
+            tokenizer=tokenizer,
+            card=lambda report: model_card(model, report),
+            batch_size=batch_size,
+            device=device,
+            resume=resume,
+            allow_pruned=allow_pruned,
+            max_memory=limit,
+            progress=progress,
+        )
 
 
 def _load_statistics(sources: list[str]) -> Any:
