@@ -106,7 +106,8 @@ def prune_checkpoint(
     for block in blocks:
         for matrix in block.matrices:
             recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
-    ids, mask = check_windows(calibration, model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
+    embedding: Any = model.get_input_embeddings()
+    ids, mask = check_windows(calibration, embedding.weight.shape[0])
     home = torch.device(device) if device is not None else default_device()
     plan = plan_pruning(model, blocks, recipe, windows=len(ids), length=ids.shape[1], batch_size=batch_size)
     spills = _spills(plan, max_memory, on_gpu=home is not None and home.type != "cpu")

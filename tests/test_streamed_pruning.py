@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 import moesparse
 from moesparse import Recipe
 from moesparse.errors import CalibrationError, CheckpointError, MoESparseError, UsageError
+from moesparse.plan import plan_pruning
 from moesparse.run_folder import JOURNAL_FILE
 from moesparse.shards import ShardWriter
 from moesparse.streamed_pruning import prune_checkpoint
+from moesparse.streaming import StreamedModel
 from moesparse.testing import tiny_model
 
 RECIPE = Recipe(weights="2:4", saliency="gated-sparsegpt", update="least-squares+rescale")
@@ -273,3 +275,23 @@ def test_a_folder_with_other_files_is_refused_and_left(source, tmp_path):
 def test_a_recipe_that_removes_experts_is_refused(source, tmp_path):
     with pytest.raises(UsageError, match="keep all experts"):
         prune_checkpoint(source, tmp_path / "out", WINDOWS, Recipe(weights="2:4", experts=0.25))
+
+
+def test_hidden_states_in_a_file_change_nothing(source, tmp_path, pruned, monkeypatch):
+    monkeypatch.setattr("moesparse.streamed_pruning.available_memory", lambda: 1)
+    mapped = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: mapped.append(1) or from_file(*args, **kwargs))
+    run(source, tmp_path / "out")
+    assert mapped
+    assert_same(tmp_path / "out", pruned)
+
+
+def test_too_little_memory_is_refused_with_what_is_needed(source, tmp_path):
+    with pytest.raises(UsageError, match=r"max_memory must be at least [\d,]+ bytes .* second moments.*got 1,000"):
+        run(source, tmp_path / "out", max_memory=1000)
+    assert not (tmp_path / "out").exists()
+    needed = plan_pruning(
+        StreamedModel(source).model, StreamedModel(source).blocks, RECIPE, windows=6, length=16, batch_size=4
+    ).peak
+    run(source, tmp_path / "out", max_memory=needed)

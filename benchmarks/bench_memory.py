@@ -1,0 +1,133 @@
+"""Peak memory of pruning a checkpoint layer by layer, against the depth of the model.
+
+    python benchmarks/bench_memory.py                 # Mixtral blocks of 101 MB, 12 and 48 of them (6.2 GB of disk)
+    python benchmarks/bench_memory.py --quick         # small blocks, for CI
+
+Synthetic Mixtral checkpoints (random weights, bf16) that differ in nothing but the number of layers are pruned to 2:4,
+each in a process of its own, with moe-pruner and no update and with gated-sparsegpt and least squares. The peak is what
+the process adds, from the moment the libraries are imported, to its resident memory (VmHWM). Beside it stand what the
+plan forecast and the peak of the same work on the whole model in memory. Checkpoints lie in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS
+from moesparse.benchmarking import environment
+
+RECIPES = {"moe-pruner": "none", "gated-sparsegpt": "least-squares"}
+WINDOWS, LENGTH, BATCH = 16, 128, 4
+
+_CHILD = """
+import json, sys, time, torch, transformers
+from transformers import AutoModelForCausalLM
+import moesparse
+from moesparse.memory import peak_memory, reset_peak_memory
+from moesparse.plan import plan_pruning
+from moesparse.streaming import meta_model
+source, out, saliency, update, whole = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+recipe = moesparse.Recipe(weights="2:4", saliency=saliency, update=update)
+windows = torch.randint(0, 1000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+AutoModelForCausalLM, moesparse.prune, moesparse.prune_checkpoint
+reset_peak_memory()
+before, started = peak_memory(), time.perf_counter()
+if whole:
+    model, _ = moesparse.load_pretrained(source)
+    moesparse.prune(model, windows, recipe, batch_size=BATCH)
+    moesparse.save_pretrained(model, out)
+else:
+    moesparse.prune_checkpoint(source, out, windows, recipe, batch_size=BATCH)
+seconds, peak = time.perf_counter() - started, peak_memory() - before
+model = meta_model(source)
+plan = plan_pruning(
+    model, moesparse.find_moe_blocks(model), recipe, windows=WINDOWS, length=LENGTH, batch_size=BATCH
+)
+print(json.dumps({"peak": peak, "seconds": seconds, "planned": plan.peak_in_memory, "weights": plan.weights}))
+""".replace("WINDOWS", str(WINDOWS)).replace("LENGTH", str(LENGTH)).replace("BATCH", str(BATCH))
+
+
+def make_checkpoint(folder: Path, layers: int, hidden: int, intermediate: int) -> None:
+    """A random Mixtral, written one layer at a time."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    from moesparse.checkpoint_keys import checkpoint_views
+    from moesparse.shards import ShardWriter, TensorSpec
+
+    config = MixtralConfig(
+        vocab_size=1000,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        dtype=torch.bfloat16,
+        architectures=["MixtralForCausalLM"],
+    )
+    folder.mkdir()
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    views = checkpoint_views(model, model.state_dict())
+    writer = ShardWriter(folder, [TensorSpec.of(k, v.dtype, v.shape) for k, v in views.items()], 500 * 10**6)
+    random = torch.Generator().manual_seed(0)
+    for key, view in views.items():
+        tensor = torch.ones(view.shape) if view.ndim == 1 else torch.randn(view.shape, generator=random)
+        writer.write(key, (tensor if view.ndim == 1 else tensor * 0.02).bfloat16())
+    writer.finish()
+
+
+def measure(source: Path, out: Path, saliency: str, *, whole: bool) -> dict[str, Any]:
+    """Peak bytes over the imports, seconds, and what was planned, from a process of its own."""
+    arguments = json.dumps([str(source), str(out), saliency, RECIPES[saliency], whole])
+    done = subprocess.run([sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", type=int, nargs=2, default=(12, 48), metavar="LAYERS")
+    parser.add_argument("--quick", action="store_true", help="blocks of 1.6 MB: it runs, the figures mean little")
+    parser.add_argument("-o", "--output", type=Path, help="result file (results/cpu/bench_memory.json)")
+    options = parser.parse_args()
+    hidden, intermediate = (128, 256) if options.quick else (1024, 2048)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        for layers in options.depths:
+            source = Path(work) / f"model-{layers}"
+            make_checkpoint(source, layers, hidden, intermediate)
+            for saliency in RECIPES:
+                for whole in (False, True):
+                    found = measure(source, Path(work) / f"{layers}-{saliency}-{whole}", saliency, whole=whole)
+                    rows.append({"layers": layers, "saliency": saliency, "whole": whole, **found})
+                    print(
+                        f"{layers} layers, {found['weights'] / 1e6:,.0f} MB, {saliency:15} "
+                        f"{'whole' if whole else 'streamed':8} peak {found['peak'] / 1e6:7,.0f} MB, planned "
+                        f"{found['planned'] / 1e6:7,.0f} MB, {found['seconds']:.0f} s",
+                        flush=True,
+                    )
+    streamed = {(row["layers"], row["saliency"]): row["peak"] for row in rows if not row["whole"]}
+    few, many = options.depths
+    for saliency in RECIPES:
+        growth = streamed[many, saliency] / streamed[few, saliency]
+        print(f"{saliency}: {many} layers take {growth:.2f} of the peak of {few}")
+    file = options.output or RESULTS / "cpu" / "bench_memory.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    result = {"benchmark": "bench_memory", "environment": environment(torch.device("cpu")), "rows": rows}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

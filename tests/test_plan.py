@@ -1,0 +1,133 @@
+"""Plans of real models from their configs alone, and their arithmetic on one small enough to count by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+
+from moesparse import Recipe, find_moe_blocks
+from moesparse.cli.streamed import parse_bytes
+from moesparse.errors import UsageError
+from moesparse.plan import gemm_rate, plan_pruning
+from moesparse.testing import tiny_model
+
+GIB = 2**30
+QWEN3_30B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "moe_intermediate_size": 768,
+    "vocab_size": 151936,
+}
+
+
+def plan_of(config, **recipe):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return plan_pruning(
+        model, find_moe_blocks(model), Recipe(weights="2:4", **recipe), windows=128, length=2048, batch_size=8
+    )
+
+
+# parameters and active ones are those that the models' cards state, in billions (DeepSeek's without its extra
+# prediction layer, active ones without the embedding)
+@pytest.mark.parametrize(
+    ("config", "layers", "blocks", "experts", "billions", "active"),
+    [
+        (MixtralConfig(), 32, 32, 8, 46.7, 12.7),
+        (Qwen3MoeConfig(**QWEN3_30B), 48, 48, 128, 30.5, 3.0),
+        (DeepseekV3Config(), 61, 58, 256, 671.0, 36.6),
+    ],
+    ids=["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"],
+)
+def test_plans_of_known_models(config, layers, blocks, experts, billions, active):
+    plan = plan_of(config, saliency="moe-pruner", update="none")
+    assert (plan.layers, plan.blocks, plan.experts) == (layers, blocks, experts)
+    assert plan.parameters == pytest.approx(billions * 1e9, rel=0.01)
+    assert plan.active_parameters == pytest.approx(active * 1e9, rel=0.04)
+    assert plan.weights == pytest.approx(2 * plan.parameters, rel=0.001)
+    assert plan.tokens == 262_144
+    assert plan.hidden_states == 262_144 * config.hidden_size * 2
+    assert plan.layer > plan.weights / layers * 0.9
+    assert plan.peak < plan.weights / 4
+    # 2:4 in 16 bits: 9 of 16 bits stay
+    dense = (
+        blocks * experts * 3 * config.hidden_size * getattr(config, "moe_intermediate_size", config.intermediate_size)
+    )
+    assert plan.packed == pytest.approx(2 * dense * 9 / 16, rel=0.001)
+    # H100 at half of its 990 bf16 TFLOP/s: seconds to minutes, never hours
+    assert 1 < plan.seconds(5e14) < 3600
+
+
+def test_second_moments_dominate_the_better_rules():
+    simple = plan_of(MixtralConfig(), saliency="moe-pruner", update="none")
+    best = plan_of(MixtralConfig())
+    assert simple.moments == 0
+    assert best.moments == 8 * 8 * (4096**2 + 14336**2)
+    assert best.flops["solvers"] > best.flops["forward"] > simple.flops["forward"]
+
+
+def test_the_peak_does_not_depend_on_the_depth():
+    few, many = (plan_of(MixtralConfig(num_hidden_layers=layers)) for layers in (12, 48))
+    assert many.weights > 3.5 * few.weights
+    assert (few.peak, few.peak_in_memory) == (many.peak, many.peak_in_memory)
+
+
+def test_the_arithmetic_on_a_tiny_model():
+    model = tiny_model("mixtral")
+    plan = plan_pruning(
+        model,
+        find_moe_blocks(model),
+        Recipe(weights="2:4", saliency="moe-pruner", update="none"),
+        windows=3,
+        length=10,
+        batch_size=2,
+    )
+    config = model.config
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.weights == 4 * plan.parameters
+    assert plan.layer == sum(4 * p.numel() for p in model.model.layers[0].parameters())
+    assert plan.outside == plan.weights - config.num_hidden_layers * plan.layer
+    idle = config.num_local_experts - config.num_experts_per_tok
+    experts = config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
+    embedding = model.get_input_embeddings().weight.numel()
+    assert plan.active_parameters == plan.parameters - idle * experts - embedding
+    assert plan.flops["forward"] == 2 * 2 * 30 * plan.active_parameters
+    assert plan.flops["moments"] == plan.flops["solvers"] == 0
+
+
+def test_the_rate_is_that_of_a_product():
+    assert 1e8 < gemm_rate() < 1e14
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("24GiB", 24 * GIB), ("8GB", 8 * 10**9), ("1.5 MiB", 1572864), ("4096", 4096), ("2kb", 2000)]
+)
+def test_sizes(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["many", "-1GB", "GB", "1 parsec", "0"])
+def test_what_is_no_size(text):
+    with pytest.raises(UsageError, match="--max-memory must be"):
+        parse_bytes(text)
+
+
+def test_a_dry_run_needs_config_json_alone(tmp_path):
+    MixtralConfig(num_hidden_layers=6).save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "moesparse", "prune", tmp_path, tmp_path / "out", "--dry-run", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    plan = json.loads(done.stdout)
+    assert plan["layers"] == 6
+    assert plan["seconds"] > 0
+    assert not (tmp_path / "out").exists()
