@@ -4,9 +4,11 @@
     python benchmarks/bench_memory.py --quick         # small blocks, for CI
 
 Synthetic Mixtral checkpoints (random weights, bf16) that differ in nothing but the number of layers are pruned to 2:4,
-each in a process of its own, with moe-pruner and no update and with gated-sparsegpt and least squares. The peak is what
-the process adds, from the moment the libraries are imported, to its resident memory (VmHWM). Beside it stand what the
-plan forecast and the peak of the same work on the whole model in memory. Checkpoints lie in a temporary folder.
+each in a process of its own, by moe-pruner with rescaling (no second moments) and by gated-sparsegpt (with them). The
+peak is what the run adds to the resident memory of the process (VmHWM), measured after a run of a tiny model that has
+loaded every library. Beside it stand what the plan forecast, and the peak of the same work on the model as a whole.
+oneDNN keeps a compiled product for every shape it has met, and experts get ever other numbers of tokens: its cache is
+part of the peak, and grows a little with the depth until it is full. Checkpoints lie in a temporary folder.
 """
 
 from __future__ import annotations
@@ -24,36 +26,46 @@ import torch
 from benchmarks.common import RESULTS
 from moesparse.benchmarking import environment
 
-RECIPES = {"moe-pruner": "none", "gated-sparsegpt": "least-squares"}
+RECIPES = {"moe-pruner": "rescale", "gated-sparsegpt": "none"}
 WINDOWS, LENGTH, BATCH = 16, 128, 4
 
-_CHILD = """
+_CHILD = (
+    """
 import json, sys, time, torch, transformers
 from transformers import AutoModelForCausalLM
 import moesparse
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.plan import plan_pruning
 from moesparse.streaming import meta_model
-source, out, saliency, update, whole = json.loads(sys.argv[1])
+source, tiny, out, saliency, update, whole = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 recipe = moesparse.Recipe(weights="2:4", saliency=saliency, update=update)
 windows = torch.randint(0, 1000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-AutoModelForCausalLM, moesparse.prune, moesparse.prune_checkpoint
+
+
+def run(source, out):
+    if whole:
+        model, _ = moesparse.load_pretrained(source)
+        moesparse.prune(model, windows, recipe, batch_size=BATCH)
+        moesparse.save_pretrained(model, out)
+    else:
+        moesparse.prune_checkpoint(source, out, windows, recipe, batch_size=BATCH)
+
+
+run(tiny, out + "-tiny")
 reset_peak_memory()
 before, started = peak_memory(), time.perf_counter()
-if whole:
-    model, _ = moesparse.load_pretrained(source)
-    moesparse.prune(model, windows, recipe, batch_size=BATCH)
-    moesparse.save_pretrained(model, out)
-else:
-    moesparse.prune_checkpoint(source, out, windows, recipe, batch_size=BATCH)
+run(source, out)
 seconds, peak = time.perf_counter() - started, peak_memory() - before
 model = meta_model(source)
 plan = plan_pruning(
     model, moesparse.find_moe_blocks(model), recipe, windows=WINDOWS, length=LENGTH, batch_size=BATCH
 )
 print(json.dumps({"peak": peak, "seconds": seconds, "planned": plan.peak_in_memory, "weights": plan.weights}))
-""".replace("WINDOWS", str(WINDOWS)).replace("LENGTH", str(LENGTH)).replace("BATCH", str(BATCH))
+""".replace("WINDOWS", str(WINDOWS))
+    .replace("LENGTH", str(LENGTH))
+    .replace("BATCH", str(BATCH))
+)
 
 
 def make_checkpoint(folder: Path, layers: int, hidden: int, intermediate: int) -> None:
@@ -79,17 +91,18 @@ def make_checkpoint(folder: Path, layers: int, hidden: int, intermediate: int) -
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     views = checkpoint_views(model, model.state_dict())
-    writer = ShardWriter(folder, [TensorSpec.of(k, v.dtype, v.shape) for k, v in views.items()], 500 * 10**6)
     random = torch.Generator().manual_seed(0)
-    for key, view in views.items():
-        tensor = torch.ones(view.shape) if view.ndim == 1 else torch.randn(view.shape, generator=random)
-        writer.write(key, (tensor if view.ndim == 1 else tensor * 0.02).bfloat16())
-    writer.finish()
+    specs = [TensorSpec.of(key, view.dtype, view.shape) for key, view in views.items()]
+    with ShardWriter(folder, specs, 500 * 10**6) as writer:
+        for key, view in views.items():
+            tensor = torch.ones(view.shape) if view.ndim == 1 else 0.02 * torch.randn(view.shape, generator=random)
+            writer.write(key, tensor.bfloat16())
+    writer.write_index()
 
 
-def measure(source: Path, out: Path, saliency: str, *, whole: bool) -> dict[str, Any]:
+def measure(source: Path, tiny: Path, out: Path, saliency: str, *, whole: bool) -> dict[str, Any]:
     """Peak bytes over the imports, seconds, and what was planned, from a process of its own."""
-    arguments = json.dumps([str(source), str(out), saliency, RECIPES[saliency], whole])
+    arguments = json.dumps([str(source), str(tiny), str(out), saliency, RECIPES[saliency], whole])
     done = subprocess.run([sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -105,12 +118,14 @@ def main() -> None:
     hidden, intermediate = (128, 256) if options.quick else (1024, 2048)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
+        tiny = Path(work) / "tiny"
+        make_checkpoint(tiny, 2, 128, 256)
         for layers in options.depths:
             source = Path(work) / f"model-{layers}"
             make_checkpoint(source, layers, hidden, intermediate)
             for saliency in RECIPES:
                 for whole in (False, True):
-                    found = measure(source, Path(work) / f"{layers}-{saliency}-{whole}", saliency, whole=whole)
+                    found = measure(source, tiny, Path(work) / f"{layers}-{saliency}-{whole}", saliency, whole=whole)
                     rows.append({"layers": layers, "saliency": saliency, "whole": whole, **found})
                     print(
                         f"{layers} layers, {found['weights'] / 1e6:,.0f} MB, {saliency:15} "

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moesparse._version import __version__
 from moesparse.errors import CheckpointError
 from moesparse.shards import read_json
 
-__all__ = ["MANIFEST_FILE", "check_manifest", "write_manifest"]
+__all__ = ["MANIFEST_FILE", "check_manifest", "file_hash", "write_manifest", "write_manifest_entries"]
 
 MANIFEST_FILE = "moesparse_manifest.json"
 """In a checkpoint: {"manifest_version": 1, "moesparse": ..., "shards": {file: {"sha256": ..., "bytes": ...}}}."""
@@ -19,14 +20,21 @@ MANIFEST_FILE = "moesparse_manifest.json"
 _VERSION = 1
 
 
-def _sha256(file: Path) -> str:
+def file_hash(file: Path) -> str:
+    """sha256 of a file, hexadecimal; memory: a buffer."""
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, shards: Sequence[Path]) -> None:
     """Write the hashes of the shards into the folder. Reads each once; memory: a buffer."""
-    entries = {file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in sorted(shards)}
+    write_manifest_entries(
+        folder, {file.name: {"sha256": file_hash(file), "bytes": file.stat().st_size} for file in sorted(shards)}
+    )
+
+
+def write_manifest_entries(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a manifest from hashes that are known: shard name -> {"sha256", "bytes"}."""
     manifest = {"manifest_version": _VERSION, "moesparse": __version__, "shards": entries}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -51,6 +59,6 @@ def check_manifest(folder: Path, shards: Sequence[Path]) -> list[str] | None:
         entry = entries.get(file.name)
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             problems.append(f"{file.name} is not in {MANIFEST_FILE}")
-        elif _sha256(file) != entry["sha256"]:
+        elif file_hash(file) != entry["sha256"]:
             problems.append(f"{file.name} was changed after it was written: its sha256 is not that of {MANIFEST_FILE}")
     return problems

@@ -9,7 +9,6 @@ run out; it is gone with the process that held it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from moesparse.checkpoint import JOURNAL_FILE, check_output_folder
 from moesparse.errors import CheckpointError
+from moesparse.manifest import file_hash, write_manifest_entries
 from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
 
 __all__ = ["JOURNAL_FILE", "Part", "RunFolder"]
@@ -122,15 +122,10 @@ class RunFolder:
             shutil.rmtree(left, ignore_errors=True)
         work.mkdir()
         specs = [TensorSpec.of(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
-        writer = ShardWriter(work, specs, max_shard_bytes)
-        try:
+        with ShardWriter(work, specs, max_shard_bytes) as writer:
             for key, tensor in tensors.items():
                 writer.write(key, tensor.cpu())
-            writer.finish()
-        finally:
-            writer.abandon()
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in writer.files}
-        (work / INDEX_FILE).unlink(missing_ok=True)
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in writer.files}
         _flush(work)
         os.replace(work, home)
         part = Part(name, files, note)
@@ -159,14 +154,18 @@ class RunFolder:
                 "weight_map": {key: info.file.name for key, info in sorted(shards.tensors.items())},
             }
             _write_whole(self.path / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+        hashes = {self._journal.final[f"{part.name}/{file}"]: part.files[file] for part, file in files}
         others = self.path / "others.partial"
         shutil.rmtree(others, ignore_errors=True)
         others.mkdir()
         write_others(others)
-        for file in sorted(others.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
-            _flush(file)
-            os.replace(file, self.path / file.name)
-        others.rmdir()
+        write_manifest_entries(others, hashes)
+        whole = sorted(file.relative_to(others) for file in others.rglob("*") if file.is_file())
+        for file in sorted(whole, key=lambda file: file.name == "config.json"):
+            _flush(others / file)
+            (self.path / file).parent.mkdir(exist_ok=True)
+            os.replace(others / file, self.path / file)
+        shutil.rmtree(others)
         for part in self._journal.parts:
             shutil.rmtree(self.path / part.name, ignore_errors=True)
         _flush(self.path)
@@ -248,12 +247,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == facts["bytes"] and _sha256(path) == facts["sha256"]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path.is_file() and path.stat().st_size == facts["bytes"] and file_hash(path) == facts["sha256"]
 
 
 def _shard_names(count: int) -> list[str]:

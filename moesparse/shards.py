@@ -58,6 +58,11 @@ _TORCH_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
     "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 

@@ -246,15 +246,9 @@ def _prune_streamed(
 ) -> Any:
     """Print the plan, then prune layer by layer; None when the plan was all that was asked for."""
     from moesparse.checkpoint import load_tokenizer
-    from moesparse.cli.streamed import (
-        local_folder,
-        parse_bytes,
-        plan_for,
-        plan_with_time,
-        saying_what_is_left,
-        show_plan,
-    )
+    from moesparse.cli.streamed import parse_bytes, plan_for, plan_with_time, saying_what_is_left, show_plan
     from moesparse.model_card import model_card
+    from moesparse.skeleton import local_folder
     from moesparse.streamed_pruning import prune_checkpoint
     from moesparse.streaming import meta_model
 

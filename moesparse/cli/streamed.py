@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from moesparse.cli.common import console, format_bytes
-from moesparse.errors import CheckpointError, UsageError
+from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
     from moesparse.plan import Plan
@@ -34,23 +34,6 @@ def parse_bytes(text: str) -> int:
     if count < 1:
         raise UsageError(f"--max-memory must be positive, got {text!r}")
     return int(count)
-
-
-def local_folder(source: str) -> Path:
-    """The checkpoint's folder; a hub id is downloaded first (its safetensors, configs and tokenizer)."""
-    folder = Path(source)
-    if folder.exists():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"MODEL must be a local folder or a hub id, got {source!r}: {reason}") from error
 
 
 def plan_for(folder: Path, recipe: Recipe, samples: int, length: int, batch_size: int) -> Plan:
