@@ -53,7 +53,7 @@ def check_manifest(folder: Path, shards: Sequence[Path]) -> list[str] | None:
     if manifest.get("manifest_version") != _VERSION or not isinstance(entries, dict):
         raise CheckpointError(f"{path} must have manifest_version {_VERSION} and hold shards")
     problems = [
-        f"{MANIFEST_FILE} lists {name}, which is no shard" for name in entries.keys() - {f.name for f in shards}
+        f"{MANIFEST_FILE} lists {name!r}, which is no shard" for name in entries.keys() - {f.name for f in shards}
     ]
     for file in shards:
         entry = entries.get(file.name)
