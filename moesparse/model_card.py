@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moesparse.distillation import DistillReport
     from moesparse.pruning import Report
 
 _DENSE = ": its weights are stored dense with zeros"
@@ -69,3 +70,21 @@ def model_card(base: str, report: Report) -> str:
 def card_in_form(card: str, packed: bool) -> str:
     """A card that `model_card` wrote, for a checkpoint that was packed or unpacked; other cards stay the same."""
     return card.replace(_DENSE, _PACKED) if packed else card.replace(_PACKED, _DENSE)
+
+
+def distilled_card(card: str, teacher: str, report: DistillReport, windows: int, length: int) -> str:
+    """The README.md of a pruned checkpoint, and that it was distilled.
+
+    Args:
+        card: text of the pruned checkpoint's README.md, or "".
+        teacher: as the user named it.
+        report: what `distill` returned.
+        windows: it was trained on.
+        length: tokens of each.
+    """
+    name = teacher.rstrip("/").rsplit("/", 2)[-1] if teacher.startswith(("/", ".")) else teacher
+    how = "expert-wise distillation and cross-entropy" if report.mode == "global" else "blockwise distillation"
+    return (
+        f"{card.rstrip()}\n\nAfterwards the kept expert weights were trained by {how} from `{name}`: "
+        f"{len(report.rows)} steps on {windows} windows of {length} tokens. No zero was lost.\n"
+    ).lstrip()

@@ -18,6 +18,7 @@ from moesparse.cli.bench import bench
 from moesparse.cli.calibrate import calibrate
 from moesparse.cli.common import console
 from moesparse.cli.demo import demo
+from moesparse.cli.distill import distill
 from moesparse.cli.evaluate import evaluate
 from moesparse.cli.inspect import inspect
 from moesparse.cli.pack import pack, unpack
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(prune)
+app.command()(distill)
 app.command()(calibrate)
 app.command(name="eval")(evaluate)
 app.command()(pack)
