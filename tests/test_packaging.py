@@ -100,11 +100,12 @@ def test_the_licences_are_in_the_wheel(names):
         assert {"moesparse/demo/NOTICE"} <= licences & names
 
 
-def test_the_console_script_is_declared(wheel, names):
+def test_the_entry_points_are_declared(wheel, names):
     (declared,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
-    scripts = configparser.ConfigParser()
-    scripts.read_string(zipfile.ZipFile(wheel).read(declared).decode())
-    assert scripts["console_scripts"]["moesparse"] == "moesparse.cli:main"
+    points = configparser.ConfigParser()
+    points.read_string(zipfile.ZipFile(wheel).read(declared).decode())
+    assert points["console_scripts"]["moesparse"] == "moesparse.cli:main"
+    assert points["vllm.general_plugins"]["moesparse"] == "moesparse.integrations.vllm:register"
 
 
 @pytest.mark.skipif(find_spec("moesparse.cli") is None, reason="the command line is not in this tree")

@@ -16,8 +16,8 @@ logger = logging.getLogger("vllm.moesparse")  # below vLLM's own logger, which i
 def register() -> None:
     """Make vLLM load folders whose quantization_config says "moesparse"; may be called again.
 
-    A vLLM whose expert layers are not built as the plug-in needs them is left alone, with the reason in its log: it then
-    refuses a packed folder as one of an unknown quantization, and serves all else.
+    A vLLM whose expert layers are not built as the plug-in needs them is left alone, with the reason in its log: then
+    it refuses a packed folder as one of an unknown quantization, and serves all else.
     """
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config

@@ -177,23 +177,21 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             set_weight_attrs(layer.get_parameter(name + META_SUFFIX), {"dummy_weight_value": byte})
 
     def _check_layer(self, layer: RoutedExperts, hidden_size: int) -> None:
-        moe = self.moe
-        activation = moe.activation.value.removesuffix(_NO_GATE)
+        moe, activation = self.moe, self.moe.activation.value
+        known = activation.removesuffix(_NO_GATE) in _ACTIVATIONS
+        clamped = any(getattr(layer, f"swiglu_{name}", None) is not None for name in ("limit", "alpha", "beta"))
+        padded = hidden_size != moe.hidden_dim_unpadded
         refused = {
             "LoRA; start vLLM without --enable-lora": moe.is_lora_enabled,
             "biases": moe.has_bias,
-            f"the activation {moe.activation.value}; they run {', '.join(_ACTIVATIONS)}": activation
-            not in _ACTIVATIONS,
-            "a clamped activation": any(
-                getattr(layer, name, None) is not None for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
-            ),
+            f"the activation {activation}; they run {', '.join(_ACTIVATIONS)}": not known,
+            "a clamped activation": clamped,
             "gates that scale an expert's input": layer.apply_router_weight_on_input,
-            "shared experts fused into the routed ones": bool(layer.expert_map_manager.num_fused_shared_experts),
-            f"hidden states padded to {hidden_size}; choose another --all2all-backend": hidden_size
-            != moe.hidden_dim_unpadded,
+            "shared experts fused into the routed ones": layer.expert_map_manager.num_fused_shared_experts > 0,
+            f"hidden states padded to {hidden_size}; choose another --all2all-backend": padded,
         }
-        for what, there in refused.items():
-            if there:
+        for what, found in refused.items():
+            if found:
                 raise UnsupportedModelError(f"{self._block}: packed experts in vLLM do not run {what}")
 
     def _check_slice(self, I: int) -> None:
