@@ -226,6 +226,18 @@ def test_the_ranks_partial_sums_make_the_whole(
     assert_is_the_dense_layer(parts[0] + parts[1], weights, vllm_config)
 
 
+def test_slots_that_vllm_left_empty_are_dropped(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch):
+    # -1 is no expert; as an index into the map of experts it would be the last one, which the second rank holds
+    with rank_of_two(monkeypatch, vllm_config, rank=1, experts=True):
+        experts = routed(packed_layer(masked_weights(), tp_size=2))
+    x, gates = inputs()[0], torch.full((TOKENS, TOP_K), 0.5)
+    answers = []
+    for absent in (-1, 0):
+        ids = torch.tensor([[absent, E - 2]] * TOKENS, dtype=torch.int32)
+        answers.append(experts.quant_method.apply(experts, x, gates, ids, None, None))
+    assert torch.equal(*answers)
+
+
 def test_blocks_that_are_not_named_are_vllm_s_own_dense_ones():
     weights = masked_weights(None, None)
     config = quantization()
