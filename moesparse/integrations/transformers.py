@@ -241,7 +241,7 @@ def _check_device_map(device_map: dict[str, Any]) -> None:
         UnsupportedModelError: says which part would be offloaded and what to do instead.
     """
     devices = {str(device) for device in device_map.values()}
-    offloaded = devices & {"disk", "cpu"} if len(devices) > 1 else devices & {"disk"}
+    offloaded = {"disk"} if "disk" in devices else devices & {"cpu"} if len(devices) > 1 else set()
     if offloaded:
         name = next(name for name, device in device_map.items() if str(device) in offloaded)
         raise UnsupportedModelError(
