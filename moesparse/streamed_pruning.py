@@ -9,7 +9,6 @@ only run.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -37,7 +36,6 @@ from moesparse.pruning import (
     prune_layerwise,
 )
 from moesparse.run_folder import RunFolder
-from moesparse.shards import TensorInfo
 from moesparse.statistics import fingerprint_sample, model_fingerprint, windows_hash
 from moesparse.streaming import StreamedModel
 
@@ -112,7 +110,7 @@ def prune_checkpoint(
     plan = plan_pruning(model, blocks, recipe, windows=len(ids), length=ids.shape[1], batch_size=batch_size)
     spills = _spills(plan, max_memory, on_gpu=home is not None and home.type != "cpu")
     inputs = {
-        "source": _source_signature(streamed),
+        "source": streamed.signature(),
         "windows": windows_hash(ids, mask),
         "recipe": recipe.to_dict(),
         "batch size": batch_size,
@@ -151,12 +149,7 @@ def prune_checkpoint(
         before = expert_sizes(model, blocks)
 
         def finish(position: int, reports: list[BlockReport]) -> None:
-            run.write(
-                _part_name(position),
-                streamed.checkpoint_tensors(position),
-                [dataclasses.asdict(report) for report in reports],
-                max_shard_bytes=MAX_SHARD_BYTES,
-            )
+            write_layer(run, streamed, position, [dataclasses.asdict(report) for report in reports])
 
         done = len(run.parts)
         last = max(streamed.position(block.layer) for block in blocks)
@@ -172,7 +165,7 @@ def prune_checkpoint(
             with streamed.hold(position):
                 finish(position, [])
         if len(run.parts) == len(streamed.layers):
-            run.write("outside", streamed.checkpoint_tensors(None), [], max_shard_bytes=MAX_SHARD_BYTES)
+            write_outside(run, streamed)
         report = Report(
             recipe=recipe.to_dict(),
             version=__version__,
@@ -183,16 +176,8 @@ def prune_checkpoint(
             sizes={"before": before, "after": expert_sizes(model, blocks, recipe.pattern)},
         )
 
-        def write_others(folder: Path) -> None:
-            note_recipe(model, recipe.to_dict())
-            # config and generation config as transformers writes them; the weights are there already
-            model.save_pretrained(folder, state_dict={})
-            for file in folder.glob("*.safetensors"):
-                file.unlink()
-            text = None if card is None else card(report)
-            write_companions(folder, tokenizer=tokenizer, source=source, card=text, report=report.to_dict())
-
-        run.assemble(write_others)
+        text = None if card is None else card(report)
+        assemble_checkpoint(run, streamed, recipe.to_dict(), tokenizer=tokenizer, card=text, report=report.to_dict())
     return report
 
 
@@ -214,23 +199,45 @@ def _spills(plan: Plan, max_memory: int | None, *, on_gpu: bool) -> bool:
     return room is not None and needed + plan.hidden_states > room
 
 
-def _source_signature(streamed: StreamedModel) -> str:
-    """Hash of the config, of name, dtype and shape of every tensor, and of 256 bytes out of each."""
-    digest = hashlib.sha256((streamed.folder / "config.json").read_bytes())
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in streamed.shards.tensors.values():
-        by_file.setdefault(info.file, []).append(info)
-    for path, infos in by_file.items():
-        with path.open("rb") as file:
-            for info in infos:
-                file.seek(info.offset + info.nbytes // 2)
-                digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
-                digest.update(file.read(min(256, info.nbytes - info.nbytes // 2)))
-    return digest.hexdigest()[:32]
+def write_layer(run: RunFolder, streamed: StreamedModel, position: int, note: Any) -> None:
+    """Finish the part of one layer, which is held, with a note for the run."""
+    run.write(f"layer-{position:05d}", streamed.checkpoint_tensors(position), note, max_shard_bytes=MAX_SHARD_BYTES)
 
 
-def _part_name(position: int) -> str:
-    return f"layer-{position:05d}"
+def write_outside(run: RunFolder, streamed: StreamedModel) -> None:
+    """Finish the part of what lies outside of the layers, the last one."""
+    run.write("outside", streamed.checkpoint_tensors(None), [], max_shard_bytes=MAX_SHARD_BYTES)
+
+
+def assemble_checkpoint(
+    run: RunFolder,
+    streamed: StreamedModel,
+    recipe: dict[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: str | None,
+    report: dict[str, Any] | None,
+) -> None:
+    """Make a run with all its parts a checkpoint of the streamed model.
+
+    Args:
+        run: the folder.
+        streamed: its folder's other small files are copied.
+        recipe: noted in config.json.
+        tokenizer: saved beside the weights.
+        card: text of README.md.
+        report: written as moesparse_report.json.
+    """
+
+    def write_others(folder: Path) -> None:
+        note_recipe(streamed.model, recipe)
+        # config and generation config as transformers writes them; the weights are there already
+        streamed.model.save_pretrained(folder, state_dict={})
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        write_companions(folder, tokenizer=tokenizer, source=streamed.folder, card=card, report=report)
+
+    run.assemble(write_others)
 
 
 def _block_report(entry: dict[str, Any]) -> BlockReport:

@@ -8,6 +8,7 @@ go, so whoever found the blocks of the model once may keep them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from moesparse.blocks import decoder_layers, find_moe_blocks
 from moesparse.checkpoint_keys import checkpoint_views
 from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.shards import Shards
+from moesparse.shards import Shards, TensorInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,6 +106,20 @@ class StreamedModel:
             yield
         finally:
             self._place({name: torch.empty_like(each, device="meta") for name, each in self.state(position).items()})
+
+    def signature(self) -> str:
+        """Hash of the config, of name, dtype and shape of every tensor, and of 256 bytes out of each."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        by_file: dict[Path, list[TensorInfo]] = {}
+        for info in self.shards.tensors.values():
+            by_file.setdefault(info.file, []).append(info)
+        for path, infos in by_file.items():
+            with path.open("rb") as file:
+                for info in infos:
+                    file.seek(info.offset + info.nbytes // 2)
+                    digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
+                    digest.update(file.read(min(256, info.nbytes - info.nbytes // 2)))
+        return digest.hexdigest()[:32]
 
     def _check_keys(self) -> None:
         """The checkpoint must hold what the model needs, in the form that transformers saves it."""

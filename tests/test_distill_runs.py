@@ -17,7 +17,7 @@ import torch
 from moesparse import demo
 from moesparse.cli import main
 from moesparse.cli.distill import _join_processes
-from moesparse.distillation import Settings, distill
+from moesparse.distillation import Settings, distill, distill_checkpoint
 from moesparse.distillation import journal as journal_module
 from moesparse.distillation.matching import match
 from moesparse.distillation.teacher import cache_bytes
@@ -287,3 +287,58 @@ def test_states_are_replaced_as_a_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         file.save({"rows": [1, 2]})
     assert torch.load(Path(tmp_path) / "state.pt", weights_only=True)["rows"] == [1]
+
+
+class TestFolders:
+    """Blockwise from folder to folder, one layer of each model in memory."""
+
+    SETTINGS = Settings(learning_rate=3e-3, epochs=2, batch_size=4, micro_batch=4)
+
+    @pytest.fixture
+    def folders(self, tmp_path):
+        student, teacher = student_and_teacher()
+        for model, name in ((student, "student"), (teacher, "teacher")):
+            model.save_pretrained(tmp_path / name)
+        return tmp_path / "student", tmp_path / "teacher"
+
+    def test_the_same_bits_as_with_both_models_loaded(self, folders, tmp_path):
+        report = distill_checkpoint(*folders, tmp_path / "out", windows(), settings=self.SETTINGS)
+        student, teacher = student_and_teacher()
+        want = distill(student, teacher, windows(), "blockwise", settings=self.SETTINGS)
+        assert report.rows == want.rows
+        assert report.zeros == want.zeros
+        got = type(student).from_pretrained(tmp_path / "out").state_dict()
+        assert all(torch.equal(got[name], tensor) for name, tensor in student.state_dict().items())
+        assert (
+            json.loads((tmp_path / "out" / "config.json").read_text())["moesparse"]["recipe"]["distillation"]["epochs"]
+            == 2
+        )
+
+    def test_a_stopped_run_goes_on(self, folders, tmp_path):
+        def stop(event):
+            if event.done == 6:  # in the second of two blocks of four steps
+                raise KeyboardInterrupt
+
+        arguments = (*folders, tmp_path / "out", windows())
+        with pytest.raises(KeyboardInterrupt):
+            distill_checkpoint(*arguments, settings=self.SETTINGS, progress=stop)
+        with pytest.raises(MoESparseError, match="resume"):
+            distill_checkpoint(*arguments, settings=self.SETTINGS)
+        report = distill_checkpoint(*arguments, settings=self.SETTINGS, resume=True)
+        whole = distill_checkpoint(*folders, tmp_path / "whole", windows(), settings=self.SETTINGS)
+        assert report.rows == whole.rows
+        files = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("out", "whole")]
+        assert len(files[0]) == 3
+        for one, other in zip(*files, strict=True):
+            assert one.read_bytes() == other.read_bytes()
+
+    def test_what_does_not_match_is_refused_before_anything_is_trained(self, folders, tmp_path):
+        student, teacher = folders
+        with pytest.raises(MoESparseError, match="student must be pruned"):
+            distill_checkpoint(teacher, teacher, tmp_path / "out", windows())
+        steps = []
+        other = prune_by_magnitude(tiny_model("mixtral", seed=5))
+        other.save_pretrained(tmp_path / "other")
+        with pytest.raises(MoESparseError, match=r"student's pattern must lie within the teacher's"):
+            distill_checkpoint(student, tmp_path / "other", tmp_path / "out2", windows(), progress=steps.append)
+        assert {event.stage for event in steps} == {"check"}

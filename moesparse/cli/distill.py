@@ -36,8 +36,8 @@ def distill(
     mode: Annotated[
         str,
         typer.Option(
-            help="global: both models whole, cross-entropy and expert loss (the paper's). blockwise: one block of each "
-            "on the device at a time, expert loss alone."
+            help="global: both models whole, cross-entropy and expert loss (the paper's). blockwise: expert loss "
+            "alone, one layer of each model in memory at a time."
         ),
     ] = "global",
     preset: Annotated[
@@ -66,7 +66,10 @@ def distill(
         Path | None, typer.Option(help="Keep the teacher's outputs in this folder, and read them.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from OUT.state, which a stopped run has left there.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on from what a stopped run has left: OUT.state, or OUT itself in blockwise mode."
+        ),
     ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between two states in OUT.state.", min=1)] = 50,
     logs: Annotated[Path | None, typer.Option(help="Folder for TensorBoard (moesparse\\[tensorboard]).")] = None,
@@ -85,20 +88,11 @@ def distill(
 
       torchrun --nproc-per-node 8 -m moesparse distill mixtral-2to4 --teacher mixtral/ -o out --calibration c4.jsonl
     """
-    from moesparse.checkpoint import CONFIG_KEY, REPORT_FILE, check_output_folder, load_pretrained, save_pretrained
     from moesparse.distillation import DistillWarning
-    from moesparse.distillation import distill as run
-    from moesparse.distillation.distributed import Processes
     from moesparse.distillation.settings import resolve_settings
-    from moesparse.model_card import card_in_form, distilled_card
-    from moesparse.packing import packed_blocks
 
     started = _join_processes()
     try:
-        check_output_folder(output)
-        target = resolve_device(device)
-        sources = {name: model_source(name) for name in (student, teacher)}
-        small = bool(embedded_texts("calibration", sources[teacher]))
         changes = {
             "learning_rate": learning_rate,
             "epochs": epochs,
@@ -107,72 +101,139 @@ def distill(
             "expert_weight": expert_weight,
             "seed": seed,
         }
+        sources = {name: model_source(name) for name in (student, teacher)}
+        small = bool(embedded_texts("calibration", sources[teacher]))
         settings = dataclasses.replace(
             resolve_settings(preset or ("small" if small else "paper")),
             **{name: value for name, value in changes.items() if value is not None},  # type: ignore[arg-type]
         )
-        speaks = Processes.current().first
-        with quiet_libraries(), progress_bar(quiet=not speaks) as progress, warnings.catch_warnings():
+        wanted: dict[str, Any] = {
+            "samples": samples or (_EMBEDDED_WINDOWS if small and not calibration else _WINDOWS),
+            "length": length,
+            "seed": seed,
+        }
+        run = _Run(student, teacher, output, settings, resolve_device(device), calibration or [], wanted, resume, logs)
+        # a packed student is small enough to be unpacked: only what is stored dense is read layer by layer
+        folders = mode == "blockwise" and not packed and not _is_packed(sources[student])
+        with quiet_libraries(), warnings.catch_warnings():
             # they are in the report, and shown from there
             warnings.simplefilter("ignore", DistillWarning)
-            network, tokenizer = load_pretrained(sources[student])
-            dense, _ = load_pretrained(sources[teacher])
-            text = calibration_text(
-                calibration or [],
-                tokenizer,
-                sources[teacher],
-                network,
-                samples=samples or (_EMBEDDED_WINDOWS if small and not calibration else _WINDOWS),
-                length=length,
-                seed=seed,
-                progress=progress,
-            )
-            state = output.with_name(output.name + ".state")
-            report = run(
-                network,
-                dense,
-                text.windows,
-                mode,
-                settings=settings,
-                device=target,
-                checkpointing=checkpointing,
-                cache=cache,
-                state=state,
-                save_every=save_every,
-                resume=resume,
-                logs=logs,
-                progress=progress,
-            )
-            if not speaks:
-                return
-            noted: dict[str, Any] = getattr(network.config, CONFIG_KEY, None) or {}
-            recipe = dict(noted.get("recipe") or {})
-            recipe["distillation"] = {"mode": mode, **settings.to_dict(), "windows": len(text.ids)}
-            folder = Path(sources[student])
-            held = {name: folder / name for name in ("README.md", REPORT_FILE)}
-            card = held["README.md"].read_text() if held["README.md"].is_file() else ""
-            run_before = json.loads(held[REPORT_FILE].read_text()) if held[REPORT_FILE].is_file() else None
-            stays_packed = packed or any(True for _ in packed_blocks(network))
-            save_pretrained(
-                network,
-                output,
-                tokenizer=tokenizer,
-                source=sources[student],
-                recipe=recipe,
-                packed=stays_packed,
-                card=card_in_form(distilled_card(card, teacher, report, *text.ids.shape), stays_packed),
-                report=None if run_before is None else run_before | {"distillation": report.to_dict()},
-            )
-            shutil.rmtree(state)
+            if folders and cache is None and not checkpointing:
+                report = run.by_layer()
+            else:
+                report = run.whole(mode, packed, checkpointing=checkpointing, cache=cache, save_every=save_every)
     finally:
         if started:
             import torch.distributed
 
             torch.distributed.destroy_process_group()
+    if report is None:
+        return
     if as_json:
         print_json(report.to_dict() | {"output": str(output)})
         return
     _show(report, output)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What both ways to run need."""
+
+    student: str
+    teacher: str
+    output: Path
+    settings: Any
+    device: Any
+    calibration: list[str]
+    wanted: dict[str, Any]
+    resume: bool
+    logs: Path | None
+
+    def whole(self, mode: str, packed: bool, **options: Any) -> Any:
+        """Load both models; None in every process but the first."""
+        from moesparse.checkpoint import CONFIG_KEY, check_output_folder, load_pretrained, save_pretrained
+        from moesparse.distillation import distill
+        from moesparse.distillation.distributed import Processes
+        from moesparse.model_card import card_in_form, distilled_card
+        from moesparse.packing import packed_blocks
+
+        check_output_folder(self.output)
+        state = self.output.with_name(self.output.name + ".state")
+        source = Path(model_source(self.student))
+        speaks = Processes.current().first
+        with progress_bar(quiet=not speaks) as progress:
+            network, tokenizer = load_pretrained(source)
+            dense, _ = load_pretrained(model_source(self.teacher))
+            text = calibration_text(
+                self.calibration, tokenizer, model_source(self.teacher), network, progress=progress, **self.wanted
+            )
+            report = distill(
+                network,
+                dense,
+                text.windows,
+                mode,
+                settings=self.settings,
+                device=self.device,
+                state=state,
+                resume=self.resume,
+                logs=self.logs,
+                progress=progress,
+                **options,
+            )
+        if not speaks:
+            return None
+        noted: dict[str, Any] = getattr(network.config, CONFIG_KEY, None) or {}
+        stays_packed = packed or any(True for _ in packed_blocks(network))
+        card = distilled_card(_card(source), self.teacher, report, *text.ids.shape)
+        save_pretrained(
+            network,
+            self.output,
+            tokenizer=tokenizer,
+            source=source,
+            recipe={**(noted.get("recipe") or {}), "distillation": report.summary(len(text.ids))},
+            packed=stays_packed,
+            card=card_in_form(card, stays_packed),
+            report=report.beside(source),
+        )
+        shutil.rmtree(state)
+        return report
+
+    def by_layer(self) -> Any:
+        """One layer of each model in memory at a time."""
+        from moesparse.checkpoint import load_tokenizer
+        from moesparse.cli.streamed import saying_what_is_left
+        from moesparse.distillation import distill_checkpoint
+        from moesparse.model_card import distilled_card
+        from moesparse.skeleton import local_folder
+        from moesparse.streaming import meta_model
+
+        source, dense = (local_folder(model_source(name)) for name in (self.student, self.teacher))
+        tokenizer = load_tokenizer(source)
+        with saying_what_is_left(self.output), progress_bar() as progress:
+            text = calibration_text(self.calibration, tokenizer, str(dense), meta_model(dense), **self.wanted)
+            return distill_checkpoint(
+                source,
+                dense,
+                self.output,
+                text.windows,
+                settings=self.settings,
+                tokenizer=tokenizer,
+                card=lambda report: distilled_card(_card(source), self.teacher, report, *text.ids.shape),
+                device=self.device,
+                resume=self.resume,
+                logs=self.logs,
+                progress=progress,
+            )
+
+
+def _card(folder: Path) -> str:
+    file = folder / "README.md"
+    return file.read_text() if file.is_file() else ""
+
+
+def _is_packed(folder: str) -> bool:
+    file = Path(folder) / "config.json"
+    return file.is_file() and "quantization_config" in json.loads(file.read_text())
 
 
 def _join_processes() -> bool:

@@ -1,7 +1,9 @@
 """Recovery after pruning: the pruned experts learn from the dense ones, zeros held. `moesparse.distill` is the door."""
 
 from moesparse.distillation.journal import DistillWarning
-from moesparse.distillation.run import DistillReport, distill
+from moesparse.distillation.report import DistillReport
+from moesparse.distillation.run import distill
 from moesparse.distillation.settings import MODES, PRESETS, Settings
+from moesparse.distillation.streamed import distill_checkpoint
 
-__all__ = ["MODES", "PRESETS", "DistillReport", "DistillWarning", "Settings", "distill"]
+__all__ = ["MODES", "PRESETS", "DistillReport", "DistillWarning", "Settings", "distill", "distill_checkpoint"]

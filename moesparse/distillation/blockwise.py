@@ -24,7 +24,7 @@ from moesparse.distillation.settings import Settings
 from moesparse.distillation.training import Trainer, master_weights, windows_of_step
 from moesparse.layerwise import LayerStream
 
-__all__ = ["BlockInputs", "train_block", "train_blockwise"]
+__all__ = ["BlockInputs", "run_layer", "train_block", "train_blockwise"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def train_blockwise(
     for position in range(len(stream.layers)):
         here = [pair for pair in pairs if pair.teacher.layer == f"{prefix}.{position}"]
         with stream.on_device(position):
-            inputs = _run_layer(stream, position, here)
+            inputs = run_layer(stream, position, here)
             for pair, given in zip(here, inputs, strict=True):
                 names = [f"{pair.student.name}.{matrix.name}" for matrix in pair.student.matrices]
                 if all(name in done for name in names):
@@ -130,7 +130,7 @@ def train_block(
             raise AssertionError(f"zeros were lost in training: {lost}")
 
 
-def _run_layer(stream: LayerStream, position: int, pairs: Sequence[Pair]) -> list[BlockInputs]:
+def run_layer(stream: LayerStream, position: int, pairs: Sequence[Pair]) -> list[BlockInputs]:
     """Run a layer of the teacher over all windows and note what its blocks are called with."""
     functions = [TeacherExperts(pair.teacher) for pair in pairs]
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pairs]

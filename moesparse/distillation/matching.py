@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from moesparse.errors import MoESparseError
 from moesparse.masks import Pattern, check_mask
 from moesparse.surgery import KEPT_KEY
 
-__all__ = ["Pair", "match"]
+__all__ = ["Pair", "check_pair", "is_pruned", "match", "pair_blocks", "refuse_dense", "stated_pattern"]
 
 # exact zeros are rare in a trained weight; a pruned one has far more
 _DENSE_ZEROS = 0.01
@@ -46,6 +47,15 @@ def match(student: nn.Module, teacher: nn.Module) -> list[Pair]:
         MoESparseError: other family, layers, sizes or expert count; zeros of the student that break the pattern its
             config states; a weight that the student keeps and a pruned teacher does not; nothing pruned at all.
     """
+    pairs = pair_blocks(student, teacher)
+    for pair in pairs:
+        check_pair(pair, stated_pattern(student))
+    refuse_dense(is_pruned(pair) for pair in pairs)
+    return pairs
+
+
+def pair_blocks(student: nn.Module, teacher: nn.Module) -> list[Pair]:
+    """The pairs of `match` from the modules alone: weights may be on the meta device. Raises for what modules tell."""
     families = [
         getattr(getattr(model, "config", None), "model_type", type(model).__name__) for model in (student, teacher)
     ]
@@ -59,19 +69,24 @@ def match(student: nn.Module, teacher: nn.Module) -> list[Pair]:
             f"student must have the teacher's {len(teachers)} MoE blocks, got {len(students)}; the first that differs "
             f"is {missing}"
         )
-    recipe = _noted(student).get("recipe") or {}
-    pattern = Pattern.parse(recipe["weights"]) if recipe.get("weights") else None
-    pairs = [
+    return [
         Pair(ours, theirs, _new_ids(ours, theirs, _noted(student), _noted(teacher)))
         for ours, theirs in zip(students, teachers, strict=True)
     ]
-    for pair in pairs:
-        _check_weights(pair, pattern)
-    if not any(_pruned(pair) for pair in pairs):
+
+
+def stated_pattern(student: nn.Module) -> Pattern | None:
+    """The pattern that a student's config says its experts hold."""
+    recipe = _noted(student).get("recipe") or {}
+    return Pattern.parse(recipe["weights"]) if recipe.get("weights") else None
+
+
+def refuse_dense(pruned: Iterable[bool]) -> None:
+    """MoESparseError when no block of a student is pruned."""
+    if not any(pruned):
         raise MoESparseError(
             "student must be pruned, got all of the teacher's experts and no zeros in them: prune it first"
         )
-    return pairs
 
 
 def _noted(model: nn.Module) -> dict[str, Any]:
@@ -102,7 +117,8 @@ def _new_ids(student: MoEBlock, teacher: MoEBlock, ours: dict[str, Any], theirs:
     return new_ids
 
 
-def _check_weights(pair: Pair, pattern: Pattern | None) -> None:
+def check_pair(pair: Pair, pattern: Pattern | None) -> None:
+    """Compare the weights of two blocks that are in memory; raises as `match`."""
     kept = _kept_ids(pair)
     for ours, theirs in zip(pair.student.matrices, pair.teacher.matrices, strict=True):
         name = f"{pair.student.name}.{ours.name}"
@@ -117,7 +133,7 @@ def _check_weights(pair: Pair, pattern: Pattern | None) -> None:
                 "weights than it keeps"
             )
         for new, old in enumerate(kept):
-            zeros = theirs.weight[old] == 0
+            zeros = (theirs.weight[old] == 0).to(ours.weight.device)
             if zeros.float().mean() > _DENSE_ZEROS and (ours.weight[new][zeros] != 0).any():
                 raise MoESparseError(
                     f"{name}: student's pattern must lie within the teacher's, got weights in expert {new} that "
@@ -132,7 +148,8 @@ def _kept_ids(pair: Pair) -> list[int]:
     return kept[ids[kept].argsort()].tolist()
 
 
-def _pruned(pair: Pair) -> bool:
+def is_pruned(pair: Pair) -> bool:
+    """Whether experts or weights of the student's block are gone."""
     if pair.student.num_experts < pair.teacher.num_experts:
         return True
     return any((m.weight == 0).float().mean() > _DENSE_ZEROS for m in pair.student.matrices)

@@ -5,11 +5,8 @@ Source: MoE-Pruner (Xie et al., 2024, arXiv 2410.12013), section 3.3.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +16,8 @@ from moesparse.calibration import Windows, check_windows, vocabulary_size
 from moesparse.distillation import distributed
 from moesparse.distillation.blockwise import train_blockwise
 from moesparse.distillation.journal import Journal, StateFile
-from moesparse.distillation.matching import Pair, match
+from moesparse.distillation.matching import match
+from moesparse.distillation.report import DistillReport, count_zeros
 from moesparse.distillation.settings import MODES, Settings, resolve_settings
 from moesparse.distillation.whole import train_whole
 from moesparse.errors import UsageError
@@ -28,38 +26,7 @@ from moesparse.packing import pack, packed_blocks, unpack
 from moesparse.progress import Progress, silent
 from moesparse.statistics import model_fingerprint, windows_hash
 
-__all__ = ["DistillReport", "distill"]
-
-
-@dataclass
-class DistillReport:
-    """What a distillation did, ready for JSON.
-
-    Attributes:
-        mode: "global" or "blockwise".
-        settings: `Settings.to_dict`.
-        expert_weight: lambda of the loss, as used; None in blockwise mode.
-        rows: one per step: "step", "experts" (the sum of MSE), "learning_rate", "grad_norm", and "ce" with "loss" or,
-            in blockwise mode, "block".
-        warnings: early signs of failure that were seen.
-        zeros: zero weights of the expert matrices before and after; none of those before is lost.
-        weights: of the expert matrices.
-        seconds: of the run, of this process.
-        peak_bytes: of memory.
-    """
-
-    mode: str
-    settings: dict[str, Any]
-    expert_weight: float | None
-    rows: list[dict[str, Any]]
-    warnings: list[str] = field(default_factory=list)
-    zeros: tuple[int, int] = (0, 0)
-    weights: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+__all__ = ["distill"]
 
 
 def distill(
@@ -145,7 +112,7 @@ def distill(
         journal = Journal(progress, steps, logs, rows, speaks=processes.first)
         started = time.perf_counter()
         reset_peak_memory()
-        before = _zeros(pairs)
+        before = count_zeros(pairs)
         place = torch.device(device) if device is not None else processes.device()
         common: dict[str, Any] = {"journal": journal, "file": file, "save_every": save_every, "device": place}
         try:
@@ -168,9 +135,6 @@ def distill(
                 train_blockwise(teacher, pairs, ids, mask, numbers, **common)
         finally:
             journal.close()
-        after = _zeros(pairs)
-        if any(now < then for now, then in zip(after, before, strict=True)):
-            raise AssertionError("zeros were lost in training")
         match(student, teacher)  # the pattern holds as before
         return DistillReport(
             mode=mode,
@@ -178,7 +142,7 @@ def distill(
             expert_weight=weight,
             rows=journal.rows,
             warnings=journal.warnings,
-            zeros=(sum(before), sum(after)),
+            zeros=(before, count_zeros(pairs)),
             weights=sum(matrix.weight.numel() for pair in pairs for matrix in pair.student.matrices),
             seconds=time.perf_counter() - started,
             peak_bytes=peak_memory(),
@@ -186,8 +150,3 @@ def distill(
     finally:
         if packed:
             pack(student)
-
-
-def _zeros(pairs: Sequence[Pair]) -> list[int]:
-    """Zero weights of every expert matrix."""
-    return [int((matrix.weight == 0).sum()) for pair in pairs for matrix in pair.student.matrices]
