@@ -72,7 +72,7 @@ VLLM_REQUIREMENTS := tests/vllm_plugin/requirements.txt
 
 test-vllm: .venv-vllm-layer/.installed .venv-vllm-engine/.installed ## vLLM in environments of its own, not part of `make test`
 	VLLM_TARGET_DEVICE=cpu .venv-vllm-layer/bin/python -m pytest -p no:cacheprovider tests/vllm_plugin/test_layer.py
-	.venv-vllm-engine/bin/python -m pytest -p no:cacheprovider --durations=0 tests/vllm_plugin
+	.venv-vllm-engine/bin/python -m pytest -p no:cacheprovider --durations=8 tests/vllm_plugin
 
 lint: $(STAMP) ## ruff, mypy, import rules
 	$(BIN)/ruff check .
