@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moesparse.blocks import MoEBlock, find_moe_blocks
     from moesparse.calibration import calibrate
     from moesparse.checkpoint import load_pretrained, save_pretrained
-    from moesparse.distillation import distill
+    from moesparse.distillation import distill, distill_checkpoint
     from moesparse.errors import MoESparseError
     from moesparse.modules import SparseExperts
     from moesparse.packing import PackReport, pack, unpack
@@ -40,6 +40,7 @@ _HOMES = {
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
     "distill": "distillation",
+    "distill_checkpoint": "distillation",
     "MoESparseError": "errors",
     "SparseExperts": "modules",
     "PackReport": "packing",
@@ -69,6 +70,7 @@ __all__ = [
     "choose_experts",
     "demo",
     "distill",
+    "distill_checkpoint",
     "evaluate",
     "expert_scores",
     "find_moe_blocks",

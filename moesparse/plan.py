@@ -46,7 +46,7 @@ class Plan:
         output: the expert matrices of the result, packed (`packed`) and dense.
         outside: what lies outside of the decoder layers, in memory all the time.
         layer: the largest decoder layer.
-        moments: second moments of the largest block.
+        moments: second moments of the largest block, with the cross moment of the asymmetric rule.
         workspace: the largest matrix while it is pruned: fp32 copies and factors.
         activations: of one batch in the widest part.
         hidden_states: of the calibration set between two layers.
@@ -104,6 +104,7 @@ def plan_pruning(
     sizes = [_bytes(layer) for layer in layers]
     whole = _bytes(model)
     moments = moments_needed(recipe.saliency, recipe.update)
+    crosses = parse_update(recipe.update)[0] == "asymmetric"
     matrices = [matrix.weight for block in blocks for matrix in block.matrices]
     tokens = windows * length
     experts = sum(weight.numel() for weight in matrices)
@@ -132,7 +133,10 @@ def plan_pruning(
         packed=sum(recipe.pattern.packed_bytes(weight.numel(), weight.element_size()) for weight in matrices),
         outside=whole - sum(sizes),
         layer=max(sizes),
-        moments=max(memory_needed([block], moments) for block in blocks),
+        moments=max(
+            memory_needed([block], moments) + crosses * 8 * block.num_experts * block.intermediate_size**2
+            for block in blocks
+        ),
         workspace=workspace,
         activations=batch_size * length * (6 * hidden + 4 * widest) * max(item, 4),
         hidden_states=tokens * hidden * item,

@@ -522,6 +522,9 @@ def _prune_block(
         energy = output_energy(down.weight, moments_of(statistics, "activation", "gated", name))
         up_before = up.weight.clone()
         tensors = [_prune_matrix(block, up, statistics, recipe, "least-squares")]
+        # the second look takes their room
+        statistics.moment.clear()
+        statistics.gated_moment.clear()
         inputs = PrunedInputs(*look_again(block, up_before), energy)
         tensors.append(_prune_matrix(block, down, inputs.stats, recipe, update, inputs))
     return BlockReport(

@@ -269,9 +269,21 @@ def test_every_window_is_seen_once_an_epoch_and_the_order_is_the_seeds():
 class TestEarlyWarnings:
     def test_a_rate_that_moves_nothing(self):
         settings = Settings(learning_rate=1e-9, epochs=10, batch_size=8, micro_batch=8)
-        with pytest.warns(DistillWarning, match=r"the expert loss went from .* in 10 steps: the learning rate is too"):
+        with pytest.warns(DistillWarning, match=r"the expert loss went from .* within 10 steps: the learning rate"):
             report = distill(student_of(), tiny_model("mixtral"), windows(), settings=settings)
         assert len(report.warnings) == 1
+
+    def test_batches_that_differ_are_no_plateau(self):
+        noise = torch.randn(100, generator=torch.Generator().manual_seed(0)).tolist()
+        flat, falling = Journal(silent, 200, None, []), Journal(silent, 200, None, [])
+        for step, value in enumerate(noise):
+            # two percent of difference between batches; a fall of a fifth in a hundred steps
+            falling.add({"step": step, "block": "b", "experts": 10 - 0.02 * step + 0.2 * value}, tokens=1)
+            falling.check(0, 200)
+            flat.add({"step": step, "block": "b", "experts": 10 + 0.2 * value}, tokens=1)
+        assert not falling.warnings
+        with pytest.warns(DistillWarning, match="within 100 steps"):
+            flat.check(0, 200)
 
     def test_a_perplexity_that_rises(self):
         rows = [{"step": n, "ce": 3.0 - 0.01 * n, "experts": 1.0 - 0.01 * n} for n in range(12)]

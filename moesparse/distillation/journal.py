@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ class Journal:
     ) -> None:
         self.rows = rows
         self.warnings: list[str] = []
+        self._flat: set[int] = set()
         self._progress, self._steps, self._speaks = progress, steps, speaks
         self._began, self._tokens = time.perf_counter(), 0
         self._writer: Any = None
@@ -85,13 +87,15 @@ class Journal:
         rows = self.rows[first:]
         if len(rows) < 2 * _MEAN_OVER:
             return
-        experts = _means(rows, "experts")
         # by a tenth of the part the expert loss has moved, or the rate is too low for this model
-        if len(rows) == max(2 * _MEAN_OVER, steps // 10) and experts[-1] > _PLATEAU * experts[0]:
-            self._warn(
-                f"the expert loss went from {experts[0]:.3g} to {experts[-1]:.3g} in {len(rows)} steps: the learning "
-                "rate is too low for this model, or lambda too small"
-            )
+        if first not in self._flat and steps // 10 <= len(rows) <= steps // 2 + 2 * _MEAN_OVER:
+            before, after, noise = _halves(rows, "experts")
+            if after > _PLATEAU * before + noise:
+                self._flat.add(first)
+                self._warn(
+                    f"the expert loss went from {before:.3g} to {after:.3g} within {len(rows)} steps: the learning "
+                    "rate does not suit this model, or lambda is too small"
+                )
         if "ce" not in rows[0]:
             return
         ce = _means(rows, "ce")
@@ -121,6 +125,14 @@ class Journal:
         self.warnings.append(text)
         if self._speaks:
             warnings.warn(text, DistillWarning, stacklevel=2)
+
+
+def _halves(rows: list[dict[str, Any]], name: str) -> tuple[float, float, float]:
+    """Means of the first and of the second half of the rows, and twice the standard error of their difference."""
+    values = [row[name] for row in rows]
+    halves = values[: len(values) // 2], values[len(values) // 2 :]
+    error = math.sqrt(sum(statistics.variance(half) / len(half) for half in halves))
+    return statistics.fmean(halves[0]), statistics.fmean(halves[1]), 2 * error
 
 
 def _exp(value: float) -> float:

@@ -16,7 +16,7 @@ MODES = ("global", "blockwise")
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of a run. The defaults are those of MoE-Pruner (Xie et al., 2024, arXiv 2410.12013).
+    """Numbers of a run. Rate, schedule and epochs are by default those of MoE-Pruner (Xie et al., 2024, 2410.12013).
 
     Attributes:
         learning_rate: of AdamW at the first step; falls to zero along a cosine.
