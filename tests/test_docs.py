@@ -1,0 +1,151 @@
+"""The pages of docs/ hold: the quick start runs as written, quoted messages and figures are what they were."""
+
+import ast
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import moesparse
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def blocks(page):
+    """(language, text) of the fenced blocks of a page."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """An empty folder, and `moesparse` as a command in it, also where only the source tree is there."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "moesparse").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moesparse "$@"\n')
+    (commands / "moesparse").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    place = tmp_path / "work"
+    place.mkdir()
+    return place
+
+
+def run(arguments, place, **options):
+    done = subprocess.run(arguments, cwd=place, capture_output=True, text=True, timeout=400, **options)
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_the_quick_start_runs_as_it_is_written(shell):
+    pytest.importorskip("openai")
+    pytest.importorskip("lm_eval")
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", 8177))
+        except OSError:
+            pytest.skip("port 8177, which the page names, is taken here")
+    server, said, told = None, [], []
+    try:
+        for language, text in blocks("quickstart.md"):
+            if language == "python":
+                told.append(run([sys.executable, "-c", text], shell).stdout)
+                continue
+            for line in text.splitlines():
+                if line.startswith("moesparse serve"):
+                    server = _serve(line, shell)
+                elif not line.startswith("pip install"):
+                    done = run(line, shell, shell=True)
+                    said.append(done.stdout + done.stderr)
+    finally:
+        if server is not None:
+            server.send_signal(signal.SIGINT)
+            server.wait(timeout=30)
+    output = "\n".join(said)
+    assert "50.0% of the expert weights are zero" in output
+    assert "verified" in output
+    assert re.search(r"demo_continuation .*0\.\d{4}", output)
+    loaded, served = told
+    assert loaded == served
+    assert loaded.startswith("It is a truth universally acknowledged, that")
+    assert server.returncode == 0
+
+
+def _serve(line, place):
+    log = place / "server.log"
+    with log.open("w") as file:
+        # exec: the signal is for the server, not for a shell before it
+        server = subprocess.Popen(
+            f"exec {line}",
+            shell=True,
+            cwd=place,
+            stdout=file,
+            stderr=file,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    until = time.monotonic() + 120
+    while "startup complete" not in log.read_text():
+        assert server.poll() is None and time.monotonic() < until, log.read_text()
+        time.sleep(0.05)
+    return server
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/serving.md", "docs/troubleshooting.md"])
+def test_the_commands_on_a_page_exist(page):
+    from moesparse.cli import app
+
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    used = set(re.findall(r"(?:`|^    )moesparse (\w+)", (ROOT / page).read_text(), re.MULTILINE))
+    assert used <= commands
+    assert used
+
+
+def messages():
+    """Every string of the package as its constant parts in order, f-strings and joined ones too."""
+    found = []
+    for file in Path(moesparse.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append([part.value for part in node.values if isinstance(part, ast.Constant)])
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append([node.value])
+    return ["\0".join(parts) for parts in found]
+
+
+def test_every_quoted_message_is_in_the_code():
+    quoted = re.findall(r"^> `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    ours = [message for message in quoted if not message.startswith("RuntimeError")]
+    assert len(ours) > 25
+    texts = messages()
+    for message in ours:
+        parts = [re.escape(part.strip(" ,;:")) for part in message.split("...") if part.strip(" ,;:()")]
+        pattern = re.compile(".*".join(parts), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), message
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for page in (*DOCS.glob("*.md"), ROOT / "README.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+def test_the_cpu_cost_in_the_readme_is_that_of_the_result_files():
+    ratios = []
+    for name in ("bench_layer_olmoe", "bench_layer_mixtral"):
+        rows = json.loads((ROOT / "benchmarks" / "results" / "cpu" / f"{name}.json").read_text())["rows"]
+        for tokens in {row["tokens"] for row in rows}:
+            us = {row["contender"]: row["us"] for row in rows if row["tokens"] == tokens}
+            ratios.append(us["moe_nm reference"] / min(us.values()))
+    stated = re.search(r"took ([\d.]+) to ([\d.]+) times", " ".join((ROOT / "README.md").read_text().split()))
+    assert [float(value) for value in stated.groups()] == [round(min(ratios), 1), round(max(ratios), 1)]
