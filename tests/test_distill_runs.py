@@ -269,6 +269,16 @@ class TestCommandRefusals:
         )
         assert not (tmp_path / "out").exists()
 
+    def test_ctrl_c_says_how_to_go_on(self, tmp_path, monkeypatch, capsys):
+        def stopped(*_models, state, **_others):
+            journal_module.StateFile(state, {}, resume=False).save({"rows": []})
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("moesparse.distillation.distill", stopped)
+        code, error = self.run(monkeypatch, capsys, "-o", tmp_path / "out", "--samples", 6, "--length", 64)
+        assert code == 1
+        assert error.endswith("out.state; the same command with --resume goes on")
+
     def test_wrong_usage(self, tmp_path, monkeypatch, capsys):
         code, error = self.run(monkeypatch, capsys, "-o", tmp_path / "out", "--preset", "huge")
         assert code == 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,7 +163,7 @@ class _Run:
         state = self.output.with_name(self.output.name + ".state")
         source = Path(model_source(self.student))
         speaks = Processes.current().first
-        with progress_bar(quiet=not speaks) as progress:
+        with _saying_what_is_left(state), progress_bar(quiet=not speaks) as progress:
             network, tokenizer = load_pretrained(source)
             dense, _ = load_pretrained(model_source(self.teacher))
             text = calibration_text(
@@ -224,6 +226,22 @@ class _Run:
                 logs=self.logs,
                 progress=progress,
             )
+
+
+@contextlib.contextmanager
+def _saying_what_is_left(state: Path) -> Iterator[None]:
+    """Ctrl-C ends the run with one line that says how to go on, once there is a state."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not any(state.glob("*.pt")):
+            raise
+        console.print(
+            f"[bold red]stopped:[/] the state is kept in {state}; the same command with --resume goes on",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from None
 
 
 def _card(folder: Path) -> str:
