@@ -1,12 +1,14 @@
 """Which expert criterion keeps the most: every one of them on the embedded model, agnostic and per domain.
 
-    python benchmarks/study_experts.py [--quick] [--json] [--windows 16] [--heldout 12]
+    python benchmarks/study_experts.py                    # about a quarter of an hour on one core
+    python benchmarks/study_experts.py --quick            # one seed, few windows, nothing written
 
 Experts are really removed and the smaller model is scored on held-out text; a seed is a choice of calibration windows,
 for "random" a draw of experts.
 "agnostic" calibrates on all domains and reports the geometric mean of the domains' perplexities; "own" calibrates on
 one domain and scores that domain, again the geometric mean over domains. Perplexity: windows of 256 tokens,
-independent, the first token of each unscored. Writes benchmarks/results/cpu/study_experts.json and prints tables.
+independent, the first token of each unscored. Writes study_experts.json and study_experts.png to benchmarks/results/cpu
+and prints tables.
 """
 
 from __future__ import annotations
@@ -24,24 +26,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse import demo
+from moesparse import demo, figures
+from moesparse.benchmarking import environment
 from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import calibrate
 from moesparse.evaluate import perplexity
 from moesparse.refit import remove_and_refit
-from moesparse.saliency.experts import (
-    EXPERT_CRITERIA,
-    bootstrap_stability,
-    expert_scores,
-    jaccard,
-)
+from moesparse.saliency.experts import EXPERT_CRITERIA, expert_scores, jaccard
 from moesparse.selection import choose_experts
 from moesparse.statistics import ModelStatistics
 from moesparse.surgery import remove_experts
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_experts.json"
 REMOVED = (0.25, 0.5)
-REFITTED = ("frequency", "reap", "gated-norm")
+REFITTED = ("frequency", "reap", "gated-norm", "gated-energy")
 SPECIALISTS = ("scripture", "code")
 # what a draw costs differs a lot, so the floor takes more of them than a criterion takes seeds
 RANDOM_DRAWS = 12
@@ -121,6 +119,8 @@ def run(study: Study) -> dict[str, Any]:
             rows.append(_row(study, criterion, removed, refit))
             _say(f"{time.perf_counter() - started:6.0f} s  {_line(rows[-1])}")
     return {
+        "command": " ".join(("python", "benchmarks/study_experts.py", *sys.argv[1:])),
+        "machine": environment(torch.device("cpu")),
         "model": {"parameters": sum(p.numel() for p in study.model.parameters()), "experts": 16, "layers": 4},
         "protocol": {
             "seeds": study.seeds,
@@ -128,12 +128,10 @@ def run(study: Study) -> dict[str, Any]:
             "calibration_windows_per_domain": study.windows,
             "heldout_windows_per_domain": len(next(iter(study.heldout.values()))),
             "window": 256,
-            "torch": torch.__version__,
         },
         "dense": {domain: study.score(None, domain) for domain in demo.DOMAINS} | {"mean": study.mean(None)},
         "criteria": rows,
         "specialists": _specialists(study),
-        "demonstrations": _demonstrations(study),
         "seconds": time.perf_counter() - started,
     }
 
@@ -172,19 +170,6 @@ def _specialists(study: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def _demonstrations(study: Study) -> list[dict[str, Any]]:
-    """How firm the choice is with few windows: bootstrap over them."""
-    rows = []
-    for domain in SPECIALISTS:
-        each = [calibrate(study.model, window[None]) for window in study.calibration(domain, 0)[:25]]
-        for count in (5, 10, 25):
-            if count > len(each):
-                continue
-            stability = bootstrap_stability(each[:count], "gated-norm", lambda scores: study.choose(scores, 0.5))
-            rows.append({"domain": domain, "windows": count, "overlap per layer": stability.overlap.tolist()})
-    return rows
-
-
 def show(result: dict[str, Any]) -> None:
     dense = result["dense"]
     print(f"\ndense: {dense['mean']:.2f} (geometric mean of {', '.join(f'{d} {dense[d]:.2f}' for d in demo.DOMAINS)})")
@@ -203,9 +188,33 @@ def show(result: dict[str, Any]) -> None:
         figures = ", ".join(f"{name} {value:.1f}" for name, value in row["perplexity"].items())
         overlap = " ".join(f"{value:.2f}" for value in row["overlap per layer"])
         print(f"  {row['kept for']:<10} {row['removed']:.0%} removed: {figures}; {overlap}")
-    print("\nbootstrap over windows (gated-norm, 50% removed): overlap with the choice from all, per layer")
-    for row in result["demonstrations"]:
-        print(f"  {row['domain']:<10} {row['windows']:>3}: " + " ".join(f"{v:.2f}" for v in row["overlap per layer"]))
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """Mean and spread of every criterion, one panel for each share removed."""
+    figure = figures.new_figure(3.6)
+    panels = figure.subplots(1, len(REMOVED), sharey=True)
+    names = [c + (" + refit" if refit else "") for c in EXPERT_CRITERIA for refit in (False, True)]
+    rows = {(r["criterion"] + (" + refit" if r["refit"] else ""), r["removed"]): r for r in result["criteria"]}
+    names = [name for name in names if (name, REMOVED[0]) in rows]
+    for panel, removed in zip(panels, REMOVED, strict=True):
+        for text, colour, marker in (("agnostic", figures.BLUE, "o"), ("own", figures.ORANGE, "s")):
+            cells = [(at, rows[name, removed][text]) for at, name in enumerate(names) if rows[name, removed][text]]
+            places, values = zip(*cells, strict=True)
+            spread = [stats.stdev(each) if len(each) > 1 else 0.0 for each in values]
+            panel.errorbar([stats.fmean(each) for each in values], places, xerr=spread, fmt=marker, color=colour,
+                           markeredgecolor="black", markeredgewidth=0.6, capsize=2, label=f"{text} text")  # fmt: skip
+        panel.axvline(result["dense"]["mean"], color="0.4", linestyle="--", linewidth=1, label="dense")
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.xaxis.set_minor_formatter("{x:.0f}")
+        panel.tick_params(axis="x", which="both", labelsize=8)
+        panel.set_xlabel(f"perplexity, {removed:.0%} of the experts removed")
+        panel.grid(axis="x", which="both", alpha=0.25)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    panels[1].legend(fontsize=8)
+    return figure
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -235,10 +244,10 @@ def _say(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, fewer windows; a few minutes; writes no file")
     parser.add_argument("--windows", type=int, default=16, help="calibration windows of each domain")
-    parser.add_argument("--heldout", type=int, default=12, help="held-out windows of each domain")
+    parser.add_argument("--heldout", type=int, default=24, help="held-out windows of each domain")
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -246,7 +255,8 @@ def main() -> None:
     result = run(Study(1, 8, 6) if arguments.quick else Study(3, arguments.windows, arguments.heldout))
     if not arguments.quick:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.output.with_suffix(".png").write_bytes(figures.to_png(draw(result)))
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
