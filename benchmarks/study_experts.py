@@ -64,12 +64,14 @@ class Study:
 
     def calibration(self, domain: str | None, seed: int) -> Tensor:
         """[n, 256] windows of a domain, or of all of them in turn, drawn by the seed."""
-        parts = []
-        for number, name in enumerate(demo.DOMAINS if domain is None else (domain,)):
-            whole = demo.windows("calibration", name)
-            generator = torch.Generator().manual_seed(1000 * seed + number)
-            parts.append(whole[torch.randperm(len(whole), generator=generator)[: self.windows]])
-        return torch.cat(parts)
+        domains = demo.DOMAINS if domain is None else (domain,)
+        return torch.cat([self.draw(name, 1000 * seed + number, self.windows) for number, name in enumerate(domains)])
+
+    @staticmethod
+    def draw(domain: str, seed: int, count: int) -> Tensor:
+        """[count, 256] calibration windows of one domain, drawn by the seed."""
+        whole = demo.windows("calibration", domain)
+        return whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:count]]
 
     def statistics(self, domain: str | None, seed: int) -> ModelStatistics:
         key = (domain, seed)
@@ -95,7 +97,7 @@ class Study:
 
     def mean(self, kept: list[Tensor] | None, refit_on: tuple[str | None, int] | None = None) -> float:
         """Geometric mean over the domains."""
-        return _geometric([self.score(kept, domain, refit_on) for domain in demo.DOMAINS])
+        return geometric([self.score(kept, domain, refit_on) for domain in demo.DOMAINS])
 
     def _build(self, kept: list[Tensor] | None, refit_on: tuple[str | None, int] | None) -> Any:
         if kept is None:
@@ -117,7 +119,7 @@ def run(study: Study) -> dict[str, Any]:
     for criterion, refit in wanted:
         for removed in REMOVED:
             rows.append(_row(study, criterion, removed, refit))
-            _say(f"{time.perf_counter() - started:6.0f} s  {_line(rows[-1])}")
+            say(f"{time.perf_counter() - started:6.0f} s  {_line(rows[-1])}")
     return {
         "command": " ".join(("python", "benchmarks/study_experts.py", *sys.argv[1:])),
         "machine": environment(torch.device("cpu")),
@@ -149,7 +151,7 @@ def _row(study: Study, criterion: str, removed: float, refit: bool) -> dict[str,
         for domain in demo.DOMAINS:
             kept = study.kept(criterion, domain, seed, removed)
             each.append(study.score(kept, domain, (domain, seed) if refit else None))
-        own.append(_geometric(each))
+        own.append(geometric(each))
     return {"criterion": criterion, "removed": removed, "refit": refit, "agnostic": agnostic, "own": own}
 
 
@@ -180,7 +182,7 @@ def show(result: dict[str, Any]) -> None:
     for criterion in EXPERT_CRITERIA:
         for refit in (False, True):
             rows = [r for r in result["criteria"] if r["criterion"] == criterion and r["refit"] == refit]
-            cells = [_cell(row[name]) for name in ("agnostic", "own") for row in rows]
+            cells = [cell(row[name]) for name in ("agnostic", "own") for row in rows]
             if rows:
                 print(f"{criterion:<14}{'yes' if refit else '':<7}" + "".join(f"{cell:>18}" for cell in cells))
     print("\nkept for (gated-norm) -> perplexity, overlap of the two kept sets per layer")
@@ -213,24 +215,24 @@ def draw(result: dict[str, Any]) -> Any:
         panel.grid(axis="x", which="both", alpha=0.25)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    panels[1].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=9, frameon=False)
     return figure
 
 
 def _line(row: dict[str, Any]) -> str:
     refit = " refit" if row["refit"] else ""
-    figures = f"{_cell(row['agnostic'])}, own {_cell(row['own'])}"
+    figures = f"{cell(row['agnostic'])}, own {cell(row['own'])}"
     return f"{row['criterion']} {row['removed']:.0%}{refit}: {figures}"
 
 
-def _cell(values: list[float]) -> str:
+def cell(values: list[float]) -> str:
     if not values:
         return "-"
     spread = f" ± {stats.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{stats.fmean(values):.2f}{spread}"
 
 
-def _geometric(values: list[float]) -> float:
+def geometric(values: list[float]) -> float:
     return math.exp(stats.fmean(math.log(value) for value in values))
 
 
@@ -239,7 +241,7 @@ def _spread(windows: Tensor, count: int) -> Tensor:
     return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
