@@ -48,13 +48,14 @@ RANDOM_DRAWS = 12
 class Study:
     """The dense model, its texts, and perplexities that were measured already."""
 
-    def __init__(self, seeds: int, windows: int, heldout: int) -> None:
+    def __init__(self, seeds: int, windows: int, heldout: int, dtype: torch.dtype | None = None) -> None:
         """Args:
         seeds: choices of calibration windows.
         windows: calibration windows for one domain; agnostic statistics take as many of each domain.
         heldout: held-out windows of each domain.
+        dtype: of the model; None is fp32.
         """
-        self.model, _ = demo.load()
+        self.model, _ = demo.load(dtype)
         self.blocks = find_moe_blocks(self.model)
         self.seeds, self.windows = seeds, windows
         self.heldout = {domain: _spread(demo.windows("heldout", domain), heldout) for domain in demo.DOMAINS}
@@ -98,6 +99,10 @@ class Study:
     def mean(self, kept: list[Tensor] | None, refit_on: tuple[str | None, int] | None = None) -> float:
         """Geometric mean over the domains."""
         return geometric([self.score(kept, domain, refit_on) for domain in demo.DOMAINS])
+
+    def mean_of(self, model: Any) -> float:
+        """Geometric mean over the domains of any model."""
+        return geometric([perplexity(model, text, batch_size=16).perplexity for text in self.heldout.values()])
 
     def _build(self, kept: list[Tensor] | None, refit_on: tuple[str | None, int] | None) -> Any:
         if kept is None:

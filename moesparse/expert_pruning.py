@@ -158,15 +158,7 @@ def prune_experts(
         stream = LayerStream(model, decoder_layers(model, blocks)[0], ids, mask, batch_size, device)
         by_window: dict[str, Tensor] = {}
         statistics = layerwise_statistics(model, stream, ids, mask, progress, by_window)
-        stack_sums(statistics, criterion)  # names the sum that is missing
-        sums = split_windows(by_window, domains or [ONE_DOMAIN] * len(ids))
-        totals = {name: {key: value.sum(0) for key, value in part.items()} for name, part in sums.items()}
-        # pooled: the sums of a pass, which those of its windows equal to rounding only
-        scores = (
-            expert_scores(statistics, criterion, seed=seed)
-            if mix == "pooled"
-            else mixed_scores(totals, criterion, mix, seed=seed)
-        )
+        sums, scores = score_windows(statistics, by_window, criterion, domains=domains, mix=mix, seed=seed)
     protected = super_experts(statistics) if protect_super else []
     choose = choose_rule(blocks, keep=keep, remove=remove, protect=protected)
     found = survey(sums, criterion, choose, mix, seed=seed)
@@ -186,6 +178,25 @@ def prune_experts(
         model, kept, calibration, ridge=ridge, batch_size=batch_size, device=device, progress=progress
     )
     return ExpertReport(criterion, surgery, dead, fits, refined, found, protected, scores.cpu(), tokens)
+
+
+def score_windows(
+    statistics: ModelStatistics,
+    by_window: Mapping[str, Tensor],
+    criterion: Criterion,
+    *,
+    domains: Sequence[str] | None = None,
+    mix: str = DEFAULT_MIX,
+    seed: int = 0,
+) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+    """The sums of each domain's windows, and one score per expert, [blocks, E], from `layerwise_statistics`."""
+    stack_sums(statistics, criterion)  # names the sum that is missing
+    sums = split_windows(by_window, domains or [ONE_DOMAIN] * len(next(iter(by_window.values()))))
+    if mix == "pooled":
+        # the sums of a pass, which those of its windows equal to rounding only
+        return sums, expert_scores(statistics, criterion, seed=seed)
+    totals = {name: {key: value.sum(0) for key, value in part.items()} for name, part in sums.items()}
+    return sums, mixed_scores(totals, criterion, mix, seed=seed)
 
 
 def check_budget(model: nn.Module, budget: str, floor: int | None) -> None:
@@ -277,6 +288,9 @@ def layerwise_statistics(
     mask: Tensor | None,
     progress: Progress = silent,
     by_window: dict[str, Tensor] | None = None,
+    *,
+    moments: str = "none",
+    visit: Callable[[MoEBlock, ExpertStatistics, Sequence[Tensor]], None] | None = None,
 ) -> ModelStatistics:
     """What `calibrate` gives, one layer on the device at a time; the stream is used up.
 
@@ -287,6 +301,9 @@ def layerwise_statistics(
         mask: [n, t], 0 where there is padding, or None.
         progress: called after every layer.
         by_window: a dict to fill with the expert sums of every window, as in `calibrate`.
+        moments: second moments to collect for `visit`; they are gone from the result.
+        visit: called with each block, its statistics and the hidden states behind its layer, batch by batch, while the
+            layer is on the device.
     """
     blocks = find_moe_blocks(model)
     positions = {id(layer): position for position, layer in enumerate(stream.layers)}
@@ -297,7 +314,7 @@ def layerwise_statistics(
         progress(ProgressEvent("score experts", position, max(at) + 1, "layer"))
         here = [block for block, where in zip(blocks, at, strict=True) if where == position]
         with stream.on_device(position), ExitStack() as stack:
-            recorders = stack.enter_context(record(here))
+            recorders = stack.enter_context(record(here, moments))
             if by_window is not None:
                 for recorder in recorders:
                     recorder.window_sums = {}
@@ -310,6 +327,11 @@ def layerwise_statistics(
 
             for _ in stream.run(position, keep=True, before=aim):
                 pass
+            for recorder in recorders:
+                if visit is not None:
+                    visit(recorder.block, recorder.statistics, stream.hidden)
+                recorder.statistics.moment.clear()
+                recorder.statistics.gated_moment.clear()
         found |= {recorder.block.name: recorder.statistics.to("cpu") for recorder in recorders}
         done += recorders
     if not all(ANGLED_NORM_SUM in statistics.extra for statistics in found.values()):

@@ -46,10 +46,12 @@ def model_card(base: str, report: Report) -> str:
             "kept experts refitted": "yes" if report.experts["refit"] else "no",
         }
     if report.blocks:
-        what.append(f"experts pruned to {recipe['weights']}")
+        found = {tensor.pattern for block in report.blocks for tensor in block.tensors}
+        pattern = recipe["weights"] or ", ".join(sorted(found))
+        what.append(f"experts pruned to {pattern}")
         fallbacks = len({(block, expert) for block, _, expert in report.fallbacks})
         rows |= {
-            "pattern": recipe["weights"],
+            "pattern": pattern,
             "mask rule": recipe["saliency"],
             "weight rule": recipe["update"],
             "zeros in expert matrices": f"{report.sparsity:.2%}",

@@ -22,15 +22,15 @@ from torch import nn
 
 from moesparse._version import __version__
 from moesparse.blocks import ExpertMatrix, MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.budget import DENSE, matrix_sizes, packed_bytes
 from moesparse.calibration import CrossMoment, Recorder, check_dense, check_windows, record
-from moesparse.domains import DEFAULT_MIX, check_mix
-from moesparse.errors import CalibrationError, MoESparseError, UsageError
+from moesparse.errors import CalibrationError, MoESparseError
 from moesparse.expert_pruning import prune_experts
 from moesparse.layerwise import LayerStream
-from moesparse.masks import Pattern, check_mask
+from moesparse.masks import check_mask
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.saliency.experts import check_criterion
+from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
 from moesparse.saliency.updates import (
     PrunedInputs,
     asymmetric_target,
@@ -42,84 +42,19 @@ from moesparse.saliency.updates import (
     update_weights,
 )
 from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
-from moesparse.selection import BUDGETS
 from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed, model_fingerprint
 
-DEFAULT_SALIENCY = "gated-admm"
-DEFAULT_UPDATE = "least-squares+rescale"
-DEFAULT_EXPERT_SALIENCY = "reap"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What to prune and how. Checked when made; written into the pruned checkpoint's config.
-
-    Attributes:
-        weights: "n:m" (n of every m consecutive inputs of an output row stay), or the share removed from every output
-            row, in (0, 1); None leaves the weights of the experts that stay as they are.
-        saliency: the mask rule, one of moesparse.saliency.weights.MASK_RULES.
-        update: the weight rule, one of moesparse.saliency.updates.UPDATE_RULES; "none" is the papers' own.
-        propagate: the next block is calibrated on what the pruned blocks before it give (False: on the dense model).
-        seed: of the "random" mask rule and expert criterion; every other rule is deterministic.
-        experts: share of the experts removed from every block before the weights are pruned, in (0, 1), or
-        keep_experts: how many stay. With a weight rule that holds "least-squares" the kept ones are refitted.
-        expert_saliency: the criterion, one of moesparse.saliency.experts.EXPERT_CRITERIA.
-        refine_experts: swap experts after the first choice while the block's output error falls.
-        expert_mix: how the domains of the calibration text become one choice, one of moesparse.domains.MIXES.
-        expert_budget: "per-layer", or "global", which `prune` refuses for every format that states one count for all.
-        expert_floor: fewest experts of a block under the global budget.
-        protect_experts: super-experts, of extreme activations, stay whatever their score.
-
-    Raises:
-        UsageError: a pattern, rule or combination that cannot be.
-    """
-
-    weights: str | float | None = "2:4"
-    saliency: str = DEFAULT_SALIENCY
-    update: str = DEFAULT_UPDATE
-    propagate: bool = True
-    seed: int = 0
-    experts: float | None = None
-    keep_experts: int | None = None
-    expert_saliency: str = DEFAULT_EXPERT_SALIENCY
-    refine_experts: bool = False
-    expert_mix: str = DEFAULT_MIX
-    expert_budget: str = "per-layer"
-    expert_floor: int | None = None
-    protect_experts: bool = False
-
-    def __post_init__(self) -> None:
-        if self.weights is not None:
-            object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))
-        elif not self.removes_experts:
-            raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
-        if self.experts is not None and self.keep_experts is not None:
-            raise UsageError(
-                f"only one of experts and keep_experts may be given, got {self.experts} and {self.keep_experts}"
-            )
-        moments_needed(self.saliency, self.update)  # refuses an unknown rule
-        check_criterion(self.expert_saliency)
-        check_mix(self.expert_mix)
-        if self.expert_budget not in BUDGETS:
-            raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
-        if self.refine_experts and not self.removes_experts:
-            raise UsageError("refine_experts must come with experts or keep_experts, got neither")
-
-    @property
-    def pattern(self) -> Pattern:
-        assert self.weights is not None
-        return Pattern.parse(self.weights)
-
-    @property
-    def removes_experts(self) -> bool:
-        return self.experts is not None or self.keep_experts is not None
-
-    @property
-    def refits_experts(self) -> bool:
-        return self.removes_experts and parse_update(self.update)[0] in ("least-squares", "asymmetric")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+__all__ = [
+    "DEFAULT_EXPERT_SALIENCY",
+    "DEFAULT_SALIENCY",
+    "DEFAULT_UPDATE",
+    "BlockReport",
+    "Recipe",
+    "Report",
+    "TensorReport",
+    "expert_sizes",
+    "prune",
+]
 
 
 @dataclass
@@ -130,7 +65,7 @@ class TensorReport:
         name: parameter name in the experts module.
         shape: (E, out, in), contraction last, whatever the family stores.
         sparsity: share of exact zeros.
-        pattern: the pattern asked for.
+        pattern: the pattern asked for, "dense" where the weights were left as they are.
         holds: the pattern was found in every row after the weights were written back.
         error_before: per expert, |(W - V) X| / |W X| of the masked dense weights on the calibration tokens; None where
             the rules need no second moments.
@@ -174,6 +109,7 @@ class Report:
         experts: `ExpertReport.to_dict` when experts were removed.
         fingerprint: `model_fingerprint` of the model before: statistics of it can be shown beside the result.
         sizes: see `expert_sizes`, before ("before") and after ("after").
+        budget: `BudgetReport.to_dict` when bytes were given.
     """
 
     recipe: dict[str, Any]
@@ -184,6 +120,7 @@ class Report:
     experts: dict[str, Any] | None = None
     fingerprint: str | None = None
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    budget: dict[str, Any] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -247,15 +184,29 @@ def prune(
         CalibrationError: the windows or statistics do not fit this model.
     """
     recipe = recipe or Recipe()
-    if isinstance(calibration, Mapping) and recipe.weights is not None:
+    if recipe.target_bytes is not None:
+        from moesparse.budget_pruning import prune_to_budget
+
+        return prune_to_budget(
+            model,
+            calibration,
+            recipe,
+            domains=domains,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+            allow_pruned=allow_pruned,
+        )
+    if isinstance(calibration, Mapping) and recipe.prunes_weights:
         raise CalibrationError(
             "calibration must be windows, or statistics of one text, to prune weights, got statistics by domain"
         )
     blocks = find_moe_blocks(model)
     for block in blocks:
         for matrix in block.matrices:
-            if recipe.weights is not None:
-                recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
+            pattern = recipe.pattern_of(block.name, matrix.name)
+            if pattern is not None:
+                pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
             if not matrix.parameter.isfinite().all():
                 raise MoESparseError(f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity")
     started = time.perf_counter()
@@ -266,7 +217,7 @@ def prune(
             model, blocks, calibration, recipe, domains, batch_size, device, progress, allow_pruned
         )
         blocks = find_moe_blocks(model)
-    if recipe.weights is None:
+    if not recipe.prunes_weights:
         reports: list[BlockReport] = []
         source = describe_calibration(calibration)
     elif isinstance(calibration, ModelStatistics):
@@ -283,18 +234,18 @@ def prune(
         stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, home)
         reports = prune_layerwise(stream, model, blocks, recipe, progress)
         source = describe_calibration(windows)
-    sizes = {"before": before, "after": expert_sizes(model, blocks, None if recipe.weights is None else recipe.pattern)}
+    sizes = {"before": before, "after": expert_sizes(model, blocks, recipe)}
     seconds = time.perf_counter() - started
     return Report(recipe.to_dict(), __version__, reports, source, seconds, removed, fingerprint, sizes)
 
 
-def expert_sizes(model: nn.Module, blocks: Sequence[MoEBlock], pattern: Pattern | None = None) -> dict[str, int]:
+def expert_sizes(model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe | None = None) -> dict[str, int]:
     """Bytes of a model, its buffers left out.
 
     Args:
         model: holds the blocks.
         blocks: its MoE blocks.
-        pattern: that every expert matrix holds; None counts them dense.
+        recipe: whose patterns the expert matrices hold; None counts them dense.
 
     Returns:
         {"model": all parameters as they are in memory, "experts": the expert matrices among them, "packed": the expert
@@ -302,11 +253,15 @@ def expert_sizes(model: nn.Module, blocks: Sequence[MoEBlock], pattern: Pattern 
     """
     matrices = [matrix.weight for block in blocks for matrix in block.matrices]
     experts = sum(weight.numel() * weight.element_size() for weight in matrices)
-    packed = experts
-    if pattern is not None:
-        packed = sum(pattern.packed_bytes(weight.numel(), weight.element_size()) for weight in matrices)
+    packed = experts if recipe is None else sum(_packed_bytes(block, recipe) for block in blocks)
     whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return {"model": whole, "experts": experts, "packed": packed}
+
+
+def _packed_bytes(block: MoEBlock, recipe: Recipe) -> int:
+    found = {matrix.name: recipe.pattern_of(block.name, matrix.name) for matrix in block.matrices}
+    named = {name: DENSE if pattern is None else str(pattern) for name, pattern in found.items()}
+    return packed_bytes(matrix_sizes(block), named, block.num_experts)
 
 
 def describe_calibration(calibration: Any) -> dict[str, Any]:
@@ -337,7 +292,7 @@ def _remove_experts(
     if calibration is None:
         raise CalibrationError("calibration must be windows or statistics to choose experts, got None")
     if isinstance(calibration, ModelStatistics | Mapping):
-        if recipe.weights is not None:
+        if recipe.prunes_weights:
             raise CalibrationError(
                 "calibration must be windows to remove experts and then prune weights, got statistics: the weights "
                 "are scored on what the smaller model computes; pass the windows, or remove experts alone "
@@ -550,10 +505,12 @@ def _prune_matrix(
     """Statistics are None only for rules that look at the weights alone, see _prune_from_weights."""
     name = f"{block.name}.{matrix.name}"
     weight = matrix.weight
+    pattern = recipe.pattern_of(block.name, matrix.name)
+    if pattern is None:
+        zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+        return TensorReport(matrix.name, tuple(weight.shape), zeros, DENSE, True)  # type: ignore[arg-type]
     target = weight if inputs is None else asymmetric_target(weight, inputs, name=name)
-    choice = choose_masks(
-        target, recipe.saliency, recipe.pattern, statistics, matrix.input, seed=recipe.seed, name=name
-    )
+    choice = choose_masks(target, recipe.saliency, pattern, statistics, matrix.input, seed=recipe.seed, name=name)
     if inputs is not None:
         result = match_output(weight, target, choice.mask, inputs, name=name)
     else:
@@ -561,14 +518,14 @@ def _prune_matrix(
         result = update_weights(weight, choice.mask, update, statistics, matrix.input, gate=gate, name=name)
     weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed
-    verdict = check_mask(weight, recipe.pattern)
+    verdict = check_mask(weight, pattern)
     if not verdict.holds:
-        raise AssertionError(f"{name}: pattern {recipe.pattern} does not hold after pruning")
+        raise AssertionError(f"{name}: pattern {pattern} does not hold after pruning")
     return TensorReport(
         name=matrix.name,
         shape=tuple(weight.shape),  # type: ignore[arg-type]
         sparsity=verdict.sparsity,
-        pattern=str(recipe.pattern),
+        pattern=str(pattern),
         holds=verdict.holds,
         error_before=None if result.error_before is None else result.error_before.tolist(),
         error_after=None if result.error_after is None else result.error_after.tolist(),

@@ -173,7 +173,7 @@ def prune_checkpoint(
             calibration=describe_calibration(ids),
             seconds=time.perf_counter() - started,
             fingerprint=model_fingerprint(model, samples),
-            sizes={"before": before, "after": expert_sizes(model, blocks, recipe.pattern)},
+            sizes={"before": before, "after": expert_sizes(model, blocks, recipe)},
         )
 
         text = None if card is None else card(report)

@@ -195,3 +195,27 @@ def test_the_model_writes_its_own_demonstrations(folder, tmp_path, monkeypatch, 
     assert report["calibration"]["tokens from the model"] == 8
     assert report["calibration"]["length"] == 32
     assert report["recipe"]["protect_experts"] is True
+
+
+def test_target_bytes_is_planned_without_writing_and_then_carried_out(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "mixed"
+    arguments = (out, "--target-bytes", "0.7", "--saliency", "moe-pruner", "--update", "none", "--no-compare-uniform")
+    code, printed, _ = run(monkeypatch, capsys, folder, "prune", *arguments, "--dry-run", "--json")
+    plan = json.loads(printed)
+    assert code == 0 and not out.exists()
+    assert plan["mixed"]["bytes"] <= 0.7 * plan["dense"]
+    code, _, told = run(monkeypatch, capsys, folder, "prune", *arguments)
+    assert code == 0
+    assert "experts, 0." in told and "estimates in nats per token" in told
+    config = json.loads((out / "config.json").read_text())
+    recipe = config["moesparse"]["recipe"]
+    assert recipe["patterns"] == plan["mixed"]["patterns"] and recipe["target_bytes"] == "0.7"
+    assert config["num_local_experts"] == plan["mixed"]["keep"]
+
+
+def test_target_bytes_takes_the_place_of_a_pattern(folder, tmp_path, monkeypatch, capsys):
+    for extra, names in ((("--weights", "2:4"), "--weights"), (("--experts", "0.25"), "experts")):
+        code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", "--target-bytes", "0.5", *extra)
+        assert code == 2 and f"{names} must be left out with" in err
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", "--target-bytes", "a lot")
+    assert code == 2 and "must be a share" in err

@@ -35,6 +35,10 @@ UPDATE_HELP = (
     "weights re-solved; kept experts too, after others were removed), asymmetric (the same, and down answers for gate "
     "and up), or two joined by +. least-squares+rescale when left out."
 )
+TARGET_HELP = (
+    "What the expert matrices may take once packed: a share of their dense bytes (0.4), or bytes (3.2GB, 3GiB). A "
+    "search then chooses how many experts stay and a pattern for each block, by estimated loss."
+)
 EXPERT_SALIENCY_HELP = (
     "Expert criterion: frequency, gate-sum, ean, reap (the default), man, msan, gated-norm, gated-energy, easy-ep or "
     "random."
@@ -71,6 +75,18 @@ def prune(
     ] = "per-layer",
     expert_floor: Annotated[int | None, typer.Option(help="Fewest experts of a block under the global budget.")] = None,
     protect_super_experts: Annotated[bool, typer.Option("--protect-super-experts", help=PROTECT_HELP)] = False,
+    target_bytes: Annotated[str, typer.Option(help=TARGET_HELP)] = "",
+    choices: Annotated[
+        str, typer.Option(help="Of the search for --target-bytes: drop (whole experts), dense and n:m, by commas.")
+    ] = "drop,2:4,4:8,6:8,dense",
+    compare_uniform: Annotated[
+        bool,
+        typer.Option(
+            "--compare-uniform/--no-compare-uniform",
+            help="With --target-bytes: prune a copy to the best uniform choice at no more bytes too, measure both on "
+            "calibration windows kept aside, keep the better. Twice the time, and memory for the copy.",
+        ),
+    ] = True,
     calibration: Annotated[list[str] | None, typer.Option(help=CALIBRATION_HELP)] = None,
     statistics: Annotated[
         list[str] | None,
@@ -117,17 +133,25 @@ def prune(
       moesparse prune mixtral/ out/paper --saliency moe-pruner --update none --calibration c4.jsonl
 
       moesparse prune demo out/twelve-experts --keep-experts 12
+
+      moesparse prune demo out/demo-0.7 --target-bytes 0.7
     """
+    from moesparse.budget_pruning import BudgetReport, plan_budget
     from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
     from moesparse.errors import UsageError
     from moesparse.model_card import model_card
-    from moesparse.pruning import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
     from moesparse.pruning import prune as run
+    from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, DEFAULT_WEIGHTS, Recipe
 
     if not weights:
-        weights = "2:4" if experts is None and keep_experts is None else "none"
+        weights = DEFAULT_WEIGHTS if experts is None and keep_experts is None else "none"
+    elif target_bytes:
+        raise UsageError(f"--weights must be left out with --target-bytes, which chooses patterns, got {weights}")
     recipe = Recipe(
         weights=None if weights == "none" else weights,
+        target_bytes=target_bytes or None,
+        choices=choices.split(","),
+        compare_uniform=compare_uniform,
         saliency=saliency or DEFAULT_SALIENCY,
         update=update or DEFAULT_UPDATE,
         propagate=propagate,
@@ -145,12 +169,15 @@ def prune(
         raise UsageError("only one of --statistics and calibration text may be given, got both")
     target = resolve_device(device)
     source = model_source(model)
-    needs_data = recipe.saliency != "magnitude" or recipe.update != "none" or recipe.removes_experts
-    streams = needs_data and not recipe.removes_experts and not statistics and demonstrations_from_model is None
-    if not streams and (resume or dry_run or max_memory):
+    chooses = recipe.removes_experts or recipe.target_bytes is not None
+    needs_data = chooses or recipe.saliency != "magnitude" or recipe.update != "none"
+    streams = needs_data and not chooses and not statistics and demonstrations_from_model is None
+    shows_plan = dry_run and recipe.target_bytes is not None
+    if not streams and (resume or (dry_run and not shows_plan) or max_memory):
         raise UsageError(
             "--resume, --dry-run and --max-memory must be left out where the whole model is loaded: removing experts, "
-            "--statistics, --demonstrations-from-model, and magnitude without an update"
+            "--target-bytes (but for --dry-run), --statistics, --demonstrations-from-model, and magnitude without an "
+            "update"
         )
     if streams:
         with quiet_libraries():
@@ -193,16 +220,21 @@ def prune(
                     device=target,
                     progress=progress,
                 )
-            result = run(
-                network,
-                _load_statistics(statistics) if statistics else None if text is None else text.windows,
-                recipe,
-                domains=None if text is None else text.domains,
-                batch_size=batch_size,
-                device=target,
-                progress=progress,
-                allow_pruned=allow_pruned,
-            )
+            data: Any = _load_statistics(statistics) if statistics else None if text is None else text.windows
+            options: dict[str, Any] = {
+                "domains": None if text is None else text.domains,
+                "batch_size": batch_size,
+                "device": target,
+                "progress": progress,
+                "allow_pruned": allow_pruned,
+            }
+            if shows_plan:
+                plan = BudgetReport(plan_budget(network, data, recipe, **options))
+            else:
+                result = run(network, data, recipe, **options)
+        if shows_plan:
+            show_budget(plan.to_dict()) if not as_json else print_json(plan.to_dict())
+            return
         if demonstrations_from_model is not None:
             result.calibration |= {"tokens from the model": demonstrations_from_model, "temperature": temperature}
         card = model_card(model, result)
@@ -211,7 +243,7 @@ def prune(
             out,
             tokenizer=tokenizer,
             source=source,
-            recipe=recipe.to_dict(),
+            recipe=result.recipe,
             card=card,
             report=result.to_dict(),
         )
@@ -297,7 +329,38 @@ def _load_statistics(sources: list[str]) -> Any:
     return found if len(found) > 1 else next(iter(found.values()))
 
 
+def show_budget(budget: dict[str, Any]) -> None:
+    """The plan of a target in bytes: what each block keeps, and what that is estimated to cost."""
+    plan = budget[budget["kept"]]
+    share = plan["bytes"] / budget["dense"]
+    table = Table(
+        title=f"{budget['kept']} choice: {plan['keep']} of {budget['experts']} experts, {share:.4f} of the dense bytes",
+        box=SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    matrices = list(next(iter(plan["patterns"].values())))
+    for column in ("block", *matrices):
+        table.add_column(column, no_wrap=True)
+    for column in ("loss by removal", "by patterns"):
+        table.add_column(column, justify="right")
+    for block, patterns in plan["patterns"].items():
+        losses = f"{plan['drop_loss'][block]:.4f}", f"{plan['pattern_loss'][block]:.4f}"
+        table.add_row(block, *(patterns[name] for name in matrices), *losses)
+    console.print(table)
+    console.print(f"losses are estimates in nats per token, {plan['loss']:.4f} in all", highlight=False)
+    if not budget["met"]:
+        console.print(
+            f"the target is {budget['target'] / budget['dense']:.4f}: no choice that takes more of it is estimated to "
+            "lose less",
+            highlight=False,
+        )
+    console.print(budget["summary"], highlight=False)
+
+
 def _show(result: Any, out: Path) -> None:
+    if result.budget is not None:
+        show_budget(result.budget)
     if result.experts is not None:
         _show_experts(result)
     if result.blocks:
@@ -330,8 +393,9 @@ def _show_experts(result: Any) -> None:
 
 
 def _show_weights(result: Any) -> None:
+    pattern = result.recipe["weights"] or "mixed patterns"
     table = Table(
-        title=f"{result.recipe['saliency']} + {result.recipe['update']} at {result.recipe['weights']}",
+        title=f"{result.recipe['saliency']} + {result.recipe['update']} at {pattern}",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,

@@ -1,0 +1,150 @@
+"""What to prune and how: the one object that says all of it, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moesparse.budget import DEFAULT_CHOICES, DENSE, check_choices, check_target
+from moesparse.domains import DEFAULT_MIX, check_mix
+from moesparse.errors import UsageError
+from moesparse.masks import Pattern
+from moesparse.saliency.experts import check_criterion
+from moesparse.saliency.updates import parse_update
+from moesparse.saliency.weights import moments_needed
+from moesparse.selection import BUDGETS
+
+__all__ = ["DEFAULT_EXPERT_SALIENCY", "DEFAULT_SALIENCY", "DEFAULT_UPDATE", "DEFAULT_WEIGHTS", "Recipe"]
+
+DEFAULT_WEIGHTS = "2:4"
+DEFAULT_SALIENCY = "gated-admm"
+DEFAULT_UPDATE = "least-squares+rescale"
+DEFAULT_EXPERT_SALIENCY = "reap"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to prune and how. Checked when made; written into the pruned checkpoint's config.
+
+    Attributes:
+        weights: "n:m" (n of every m consecutive inputs of an output row stay), or the share removed from every output
+            row, in (0, 1); None leaves the weights of the experts that stay as they are.
+        saliency: the mask rule, one of moesparse.saliency.weights.MASK_RULES.
+        update: the weight rule, one of moesparse.saliency.updates.UPDATE_RULES; "none" is the papers' own.
+        propagate: the next block is calibrated on what the pruned blocks before it give (False: on the dense model).
+        seed: of the "random" mask rule and expert criterion; every other rule is deterministic.
+        experts: share of the experts removed from every block before the weights are pruned, in (0, 1), or
+        keep_experts: how many stay. With a weight rule that holds "least-squares" the kept ones are refitted.
+        expert_saliency: the criterion, one of moesparse.saliency.experts.EXPERT_CRITERIA.
+        refine_experts: swap experts after the first choice while the block's output error falls.
+        expert_mix: how the domains of the calibration text become one choice, one of moesparse.domains.MIXES.
+        expert_budget: "per-layer", or "global", which `prune` refuses for every format that states one count for all.
+        expert_floor: fewest experts of a block under the global budget.
+        protect_experts: super-experts, of extreme activations, stay whatever their score.
+        patterns: instead of weights, block name -> matrix name -> a pattern as above, or "dense"; names every block.
+        target_bytes: instead of weights and a share of experts, what the packed experts may take: a share of the dense
+            experts' bytes, 0.4, or bytes, "3.2GB". `prune` then searches for patterns and a count, see
+            moesparse.budget, and meets it to within 1% where the choices can.
+        choices: of that search, "drop", "dense" and patterns n:m.
+        compare_uniform: prune a copy of the model to the best uniform choice at those bytes too, measure both on text
+            kept aside, and keep the better; takes twice the time, and the memory of the copy.
+
+    Raises:
+        UsageError: a pattern, rule or combination that cannot be.
+    """
+
+    weights: str | float | None = DEFAULT_WEIGHTS
+    saliency: str = DEFAULT_SALIENCY
+    update: str = DEFAULT_UPDATE
+    propagate: bool = True
+    seed: int = 0
+    experts: float | None = None
+    keep_experts: int | None = None
+    expert_saliency: str = DEFAULT_EXPERT_SALIENCY
+    refine_experts: bool = False
+    expert_mix: str = DEFAULT_MIX
+    expert_budget: str = "per-layer"
+    expert_floor: int | None = None
+    protect_experts: bool = False
+    patterns: Mapping[str, Mapping[str, str]] | None = None
+    target_bytes: float | str | None = None
+    choices: Sequence[str] = DEFAULT_CHOICES
+    compare_uniform: bool = True
+
+    def __post_init__(self) -> None:
+        if self.target_bytes is not None:
+            self._check_target()
+        if self.patterns is not None:
+            self._check_patterns()
+        if self.weights is not None:
+            object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))
+        elif self.patterns is None and not self.removes_experts and self.target_bytes is None:
+            raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
+        if self.experts is not None and self.keep_experts is not None:
+            raise UsageError(
+                f"only one of experts and keep_experts may be given, got {self.experts} and {self.keep_experts}"
+            )
+        moments_needed(self.saliency, self.update)  # refuses an unknown rule
+        check_criterion(self.expert_saliency)
+        check_mix(self.expert_mix)
+        if self.expert_budget not in BUDGETS:
+            raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
+        if self.refine_experts and not self.removes_experts and self.target_bytes is None:
+            raise UsageError("refine_experts must come with experts or keep_experts, got neither")
+
+    def _check_target(self) -> None:
+        check_target(self.target_bytes)  # type: ignore[arg-type]
+        object.__setattr__(self, "choices", check_choices(self.choices))
+        weights = None if self.weights == DEFAULT_WEIGHTS else self.weights
+        given: dict[str, Any] = {"experts": self.experts, "keep_experts": self.keep_experts}
+        given |= {"patterns": self.patterns, "weights": weights}
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(f"{name} must be left out with target_bytes, which chooses it, got {value!r}")
+        object.__setattr__(self, "weights", None)
+
+    def _check_patterns(self) -> None:
+        assert self.patterns is not None
+        if self.weights not in (None, DEFAULT_WEIGHTS):
+            raise UsageError(f"weights must be left out with patterns, got {self.weights!r}")
+        object.__setattr__(self, "weights", None)
+        for matrices in self.patterns.values():
+            for pattern in matrices.values():
+                if pattern != DENSE:
+                    Pattern.parse(pattern)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The one pattern of all matrices."""
+        assert self.weights is not None
+        return Pattern.parse(self.weights)
+
+    @property
+    def prunes_weights(self) -> bool:
+        return self.weights is not None or self.patterns is not None
+
+    def pattern_of(self, block: str, matrix: str) -> Pattern | None:
+        """Of one matrix; None where its weights stay as they are.
+
+        Raises:
+            UsageError: `patterns` does not name it.
+        """
+        if self.patterns is None:
+            return None if self.weights is None else self.pattern
+        found = self.patterns.get(block, {}).get(matrix)
+        if found is None:
+            raise UsageError(f"patterns must name {block}.{matrix}, got {', '.join(self.patterns) or 'no block'}")
+        return None if found == DENSE else Pattern.parse(found)
+
+    @property
+    def removes_experts(self) -> bool:
+        return self.experts is not None or self.keep_experts is not None
+
+    @property
+    def refits_experts(self) -> bool:
+        return self.removes_experts and parse_update(self.update)[0] in ("least-squares", "asymmetric")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
