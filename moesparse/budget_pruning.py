@@ -305,7 +305,7 @@ def prune_to_budget(
             setattr(model, name, child)
         model.config = other.config
         report = other_report
-    filled = {name: report.recipe[name] for name in ("keep_experts", "patterns")}
+    filled = {name: report.recipe.get(name) for name in ("keep_experts", "patterns")}
     report.recipe = recipe.to_dict() | filled
     report.budget = result.to_dict()
     report.seconds = time.perf_counter() - started

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import UsageError
+from moesparse.masks import Pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,6 +156,45 @@ def bars(groups: Mapping[str, Mapping[str, float]], *, label: str, digits: str =
     if len(series) > 1:
         figure.legend(loc="outside upper right", ncols=len(series), fontsize=9, frameon=False)
     _open_frame(axes)
+    return figure
+
+
+def budget_map(
+    patterns: Sequence[Sequence[str]],
+    losses: Mapping[str, Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+) -> Figure:
+    """What each layer's matrices keep, and beside it what that is estimated to cost.
+
+    Args:
+        patterns: [layers][matrices], n:m or "dense"; printed in the cell, whose shade is the share kept.
+        losses: part -> [layers], stacked.
+        rows: label of each layer.
+        columns: label of each matrix.
+    """
+    layers = len(rows)
+    figure = new_figure(min(1.6 + 0.3 * layers, 14))
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3), sharey=True)
+    kept = [[1.0 if name == "dense" else Pattern.parse(name).density for name in row] for row in patterns]
+    left.imshow(kept, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    for layer, row in enumerate(patterns):
+        for matrix, name in enumerate(row):
+            left.text(matrix, layer, name, ha="center", va="center", fontsize=9 if layers <= _LABELLED else 6,
+                      color="white" if kept[layer][matrix] < 0.45 else "black")  # fmt: skip
+    left.set_xticks(range(len(columns)), list(columns), fontsize=8)
+    left.set_ylabel("layer")
+    start = [0.0] * layers
+    looks = [{"color": "white", "hatch": "////"}, {"color": BLUE}]
+    for (name, values), look in zip(losses.items(), looks, strict=True):
+        right.barh(range(layers), values, 0.7, left=start, edgecolor="black", linewidth=0.8, label=name, **look)
+        start = [a + b for a, b in zip(start, values, strict=True)]
+    _ticks(left, "y", rows)
+    right.tick_params(axis="y", left=False)
+    right.set_xlabel("estimated loss, nats per token")
+    right.set_xlim(0, 1.05 * max(*start, 1e-9))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9, frameon=False)
+    _open_frame(right)
     return figure
 
 

@@ -147,4 +147,8 @@ class Recipe:
         return self.removes_experts and parse_update(self.update)[0] in ("least-squares", "asymmetric")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Ready for JSON; what belongs to patterns or a target is left out where there are none."""
+        found = dataclasses.asdict(self) | {"choices": list(self.choices)}
+        unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
+        unused += [] if self.patterns is not None else ["patterns"]
+        return {name: value for name, value in found.items() if name not in unused}

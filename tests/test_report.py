@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from moesparse import report
+from moesparse import report, report_page
 from moesparse.calibration import calibrate
 from moesparse.checkpoint import REPORT_FILE, save_pretrained
 from moesparse.cli import main
@@ -92,14 +92,14 @@ class TestNumbers:
         assert Pattern.parse(0.5).packed_bytes(100, 2) == 200
 
     def test_ranges(self):
-        assert report._ranges([0, 1, 2, 5, 7, 8]) == "0-2 5 7 8"
-        assert report._ranges([]) == ""
+        assert report_page.ranges([0, 1, 2, 5, 7, 8]) == "0-2 5 7 8"
+        assert report_page.ranges([]) == ""
 
     @pytest.mark.parametrize(
         ("name", "label"), [("model.layers.12.mlp.experts", "12"), ("moe", "moe"), ("b3.x", "b3.x")]
     )
     def test_layer_labels(self, name, label):
-        assert report._layer(name) == label
+        assert report_page.layer_of(name) == label
 
 
 class TestWhatPruneLeaves:
@@ -176,7 +176,7 @@ class TestPage:
         text = text_of(build(Findings("bare", checkpoint)))
         assert f"the folder has no {REPORT_FILE} that says" in text
         for ids in checkpoint.kept.values():
-            assert report._ranges(ids) in text
+            assert report_page.ranges(ids) in text
         assert "its weights were not read" in text
 
     def test_an_expert_without_tokens_is_called_so(self, made):
@@ -274,3 +274,20 @@ class TestCommand:
         assert code == 2
         assert message in err
         assert not (tmp_path / "page.html").exists()
+
+
+def test_a_budget_is_drawn_with_its_choice_and_its_verdict(tmp_path):
+    model = tiny_model("mixtral")
+    windows = torch.randint(3, 60, (4, 20), generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(target_bytes=0.7, compare_uniform=False, saliency="moe-pruner", update="none")
+    result = prune(model, windows, recipe)
+    save_pretrained(model, tmp_path / "mixed", recipe=result.recipe, report=result.to_dict())
+    page = build(Findings("mixed", read_checkpoint(tmp_path / "mixed")))
+    text = page.to_html()
+    plan = result.budget["mixed"]
+    assert "How the bytes were spent" in text and "budget" in page.pngs()
+    share = plan["bytes"] / result.budget["dense"]
+    assert f"{share:.4f}" in text and result.budget["summary"][5:] in text
+    for block, patterns in plan["patterns"].items():
+        cells = [*patterns.values(), f"{plan['drop_loss'][block]:.4f}", f"{plan['pattern_loss'][block]:.4f}"]
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
