@@ -91,8 +91,10 @@ def distill(
       torchrun --nproc-per-node 8 -m moesparse distill mixtral-2to4 --teacher mixtral/ -o out --calibration c4.jsonl
     """
     from moesparse.distillation import DistillWarning
-    from moesparse.distillation.settings import resolve_settings
+    from moesparse.distillation.distributed import Processes
+    from moesparse.distillation.settings import check_mode, resolve_settings
 
+    check_mode(mode)
     started = _join_processes()
     try:
         changes = {
@@ -109,6 +111,7 @@ def distill(
             resolve_settings(preset or ("small" if small else "paper")),
             **{name: value for name, value in changes.items() if value is not None},  # type: ignore[arg-type]
         )
+        Processes.current().check(mode, settings)
         wanted: dict[str, Any] = {
             "samples": samples or (_EMBEDDED_WINDOWS if small and not calibration else _WINDOWS),
             "length": length,

@@ -18,7 +18,7 @@ from moesparse.distillation.blockwise import train_blockwise
 from moesparse.distillation.journal import Journal, StateFile
 from moesparse.distillation.matching import match
 from moesparse.distillation.report import DistillReport, count_zeros
-from moesparse.distillation.settings import MODES, Settings, resolve_settings
+from moesparse.distillation.settings import Settings, check_mode, resolve_settings
 from moesparse.distillation.whole import train_whole
 from moesparse.errors import UsageError
 from moesparse.memory import peak_memory, reset_peak_memory
@@ -80,8 +80,7 @@ def distill(
         UnsupportedModelError: no experts, or experts that cannot be trained.
     """
     numbers = resolve_settings(settings)
-    if mode not in MODES:
-        raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    check_mode(mode)
     if save_every < 1:
         raise UsageError(f"save_every must be at least 1, got {save_every}")
     if resume and state is None:

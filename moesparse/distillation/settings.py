@@ -9,7 +9,7 @@ from typing import Any
 
 from moesparse.errors import UsageError
 
-__all__ = ["MODES", "PRESETS", "Settings", "resolve_settings"]
+__all__ = ["MODES", "PRESETS", "Settings", "check_mode", "resolve_settings"]
 
 MODES = ("global", "blockwise")
 
@@ -71,6 +71,12 @@ PRESETS = {
     "small": Settings(learning_rate=2e-3, epochs=2, batch_size=8, micro_batch=8),
 }
 """By name: the paper's, and one that ends in minutes on two CPU cores for models of a few million parameters."""
+
+
+def check_mode(mode: str) -> None:
+    """Raise UsageError unless `mode` is one of MODES."""
+    if mode not in MODES:
+        raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
 def resolve_settings(settings: Settings | str) -> Settings:
