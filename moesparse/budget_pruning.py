@@ -44,8 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["BudgetReport", "measure_costs", "plan_budget", "prune_to_budget", "recipe_of"]
 
 _QUICK = {"admm": "wanda", "gated-admm": "moe-pruner"}
-"""Mask rules that stand in for the slow ones in the estimate: on the embedded model their errors are 1.1 to 2.5 times
-as large, for every pattern alike."""
+"""Mask rules that stand in for the slow ones in the estimate; their errors are larger, for every pattern alike."""
 
 _ASIDE = 8
 """One calibration window of so many is kept for the comparison."""
