@@ -2,10 +2,10 @@
 
 Which tensors belong to experts is not guessed from names. The model is built twice without memory (on the meta
 device), once from its own config and once from the config with the smaller count: whatever differs between the two,
-tensor dimensions and integer attributes, depends on the number of experts. That finds fused weights, biases, router
-rows, selection biases, per-expert scales and `out_features` alike, and proves beforehand that the saved folder will
-load: its shapes are those that transformers builds from its config. What differs in a way this module cannot place is
-refused by name, before anything is changed.
+tensor dimensions and integer attributes, depends on the number of experts (`moesparse.surgery_twins`). That finds fused
+weights, biases, router rows, selection biases, per-expert scales and `out_features` alike, and proves beforehand that
+the saved folder will load: its shapes are those that transformers builds from its config. What differs in a way this
+module cannot place is refused by name, before anything is changed.
 
 The pruned model computes what the whole one computes with the removed experts' router logits at -inf (and their
 selection scores, where a router adds a bias to them).
@@ -13,8 +13,6 @@ selection scores, where a router adds a bias to them).
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, find_moe_blocks
-from moesparse.errors import UnsupportedModelError, UsageError
+from moesparse.errors import UsageError
+from moesparse.surgery_twins import (
+    GROUP_KEYS,
+    Cut,
+    Setting,
+    compare_twins,
+    config_settings,
+    expert_tables,
+    inside,
+    named_tensors,
+)
 
 __all__ = [
     "BlockSurgery",
@@ -38,16 +46,6 @@ __all__ = [
 
 KEPT_KEY = "kept_experts"
 """In config.moesparse: {block name: ids the kept experts had in the dense model}, position = id now."""
-
-# num_experts, num_local_experts, n_routed_experts, moe_num_experts: never num_experts_per_tok or n_shared_experts.
-_COUNT_KEY = re.compile(r"(?:moe_)?(?:num|n)_(?:local_|routed_|moe_)?experts")
-_GROUP_KEYS = ("n_group", "num_expert_group", "num_group")
-
-# A table token id -> expert ids: values are experts, no dimension is.
-_HASH_TABLES = ("tid2eid",)
-
-# Routers with more rows than experts, the experts' first: inkling adds its shared experts, zaya one that skips.
-_EXTRA_ROWS_LAST = ("inkling", "inkling_text", "zaya")
 
 
 @dataclass(frozen=True)
@@ -129,29 +127,6 @@ class SurgeryReport:
         }
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """One tensor of a block and the dimensions to take the kept experts from."""
-
-    module: str
-    name: str
-    dims: tuple[int, ...]
-
-    @property
-    def path(self) -> str:
-        return f"{self.module}.{self.name}" if self.module else self.name
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """One attribute of a module (or of a config object) that says or follows from the number of experts."""
-
-    owner: Any
-    path: str
-    before: Any
-    after: Any
-
-
 @dataclass
 class RemovalPlan:
     """All that has to change, checked and not yet done.
@@ -163,11 +138,11 @@ class RemovalPlan:
     model: nn.Module
     blocks: list[MoEBlock]
     kept: list[Tensor]
-    cuts: list[list[_Cut]]
-    tables: list[list[_Cut]]
-    attributes: list[list[_Setting]]
-    model_attributes: list[_Setting]
-    config: list[_Setting]
+    cuts: list[list[Cut]]
+    tables: list[list[Cut]]
+    attributes: list[list[Setting]]
+    model_attributes: list[Setting]
+    config: list[Setting]
     done: dict[int, BlockSurgery] = field(default_factory=dict)
     bytes_before: int = 0
 
@@ -204,8 +179,8 @@ class RemovalPlan:
             kept: [K] ids, ascending.
         """
         block = self.blocks[position]
-        cuts = [cut for cut in self.cuts[position] if not _inside(cut.path, block.name)]
-        settings = [s for s in self.attributes[position] if not _inside(s.path, block.name)]
+        cuts = [cut for cut in self.cuts[position] if not inside(cut.path, block.name)]
+        settings = [s for s in self.attributes[position] if not inside(s.path, block.name)]
         old = [(cut, _tensor(self.model.get_submodule(cut.module), cut.name)) for cut in cuts]
         try:
             for cut, tensor in old:
@@ -239,7 +214,7 @@ class RemovalPlan:
             self.apply_block(position)
         return self.finish()
 
-    def _rewrite_table(self, block: MoEBlock, kept: Tensor, table: _Cut) -> int:
+    def _rewrite_table(self, block: MoEBlock, kept: Tensor, table: Cut) -> int:
         """Give the tokens of a removed expert to the kept one whose router row is most alike and not theirs already."""
         module = self.model.get_submodule(table.module)
         ids = _tensor(module, table.name)
@@ -292,15 +267,15 @@ def plan_removal(model: nn.Module, kept: Sequence[Tensor | Sequence[int]]) -> Re
     ids = [_check_kept(block, torch.as_tensor(entry)) for block, entry in zip(blocks, kept, strict=True)]
     groups = _groups_left(blocks, ids)
     counts = _new_counts(blocks, ids)
-    config = _config_settings(model, counts, groups)
-    cuts, attributes, model_attributes = _compare_twins(model, blocks, ids, config)
+    config = config_settings(model, counts, groups)
+    cuts, attributes, model_attributes = compare_twins(model, blocks, ids, config)
     return RemovalPlan(
         model=model,
         blocks=blocks,
         kept=ids,
         cuts=cuts,
         tables=[
-            _tables(model, block) if len(entry) < block.num_experts else []
+            expert_tables(model, block) if len(entry) < block.num_experts else []
             for block, entry in zip(blocks, ids, strict=True)
         ],
         attributes=attributes,
@@ -313,7 +288,7 @@ def plan_removal(model: nn.Module, kept: Sequence[Tensor | Sequence[int]]) -> Re
 def router_groups(block: MoEBlock) -> RouterGroups | None:
     """The groups a block's router is limited to; None when it chooses among all experts at once."""
     router = block.router
-    count = next((getattr(router, key) for key in _GROUP_KEYS if isinstance(getattr(router, key, None), int)), 1)
+    count = next((getattr(router, key) for key in GROUP_KEYS if isinstance(getattr(router, key, None), int)), 1)
     # DeepSeek-V2 has the numbers in its config and uses them with one of its methods only
     if count <= 1 or getattr(router, "topk_method", None) == "greedy":
         return None
@@ -375,180 +350,6 @@ def _new_counts(blocks: Sequence[MoEBlock], kept: Sequence[Tensor]) -> dict[int,
     return {before: after for before, after in counts.items() if before != after}
 
 
-def _configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every config object the model reads, with its path from model.config ("" for itself); each once."""
-    seen: set[int] = set()
-
-    def walk(path: str, config: Any) -> Iterator[tuple[str, Any]]:
-        if id(config) in seen or not hasattr(config, "to_diff_dict"):
-            return
-        seen.add(id(config))
-        yield path, config
-        for name, value in list(vars(config).items()):
-            yield from walk(f"{path}.{name}".lstrip("."), value)
-
-    yield from walk("", getattr(model, "config", None))
-    for name, module in model.named_modules():
-        # a copy that a submodule was built with: its settings must follow too
-        yield from walk(f"{name}.config", vars(module).get("config"))
-
-
-def _config_settings(model: nn.Module, counts: dict[int, int], groups: dict[int, int]) -> list[_Setting]:
-    settings = []
-    for path, config in _configs(model):
-        for key, value in list(vars(config).items()):
-            new = value
-            if _COUNT_KEY.fullmatch(key):
-                new = _mapped(value, counts)
-            elif key in _GROUP_KEYS:
-                new = _mapped(value, groups)
-            if new != value:
-                settings.append(_Setting(config, f"{path}.{key}".lstrip("."), value, new))
-    return settings
-
-
-def _mapped(value: Any, new: dict[int, int]) -> Any:
-    """A count replaced by its new value; lists hold one per layer or per kind of expert."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(item, new) for item in value)
-    return new.get(value, value) if type(value) is int else value
-
-
-def _compare_twins(
-    model: nn.Module, blocks: Sequence[MoEBlock], kept: Sequence[Tensor], config: Sequence[_Setting]
-) -> tuple[list[list[_Cut]], list[list[_Setting]], list[_Setting]]:
-    """What depends on the number of experts: tensors and attributes of each block, and attributes outside blocks."""
-    family = _family(model)
-    cuts: list[list[_Cut]] = [[] for _ in blocks]
-    attributes: list[list[_Setting]] = [[] for _ in blocks]
-    model_attributes: list[_Setting] = []
-    if all(len(ids) == block.num_experts for block, ids in zip(blocks, kept, strict=True)):
-        return cuts, attributes, model_attributes
-    dense = _twin(model, [])
-    pruned = _twin(model, config)
-    _check_same(family, model, dense)
-
-    shapes = dict(_named_tensors(pruned))
-    for path, before in _named_tensors(dense):
-        after = shapes.get(path)
-        if after is None or after.ndim != before.ndim:
-            raise UnsupportedModelError(f"{family}: {path} has another form with fewer experts, so it cannot be cut")
-        dims = tuple(d for d in range(before.ndim) if before.shape[d] != after.shape[d])
-        if not dims:
-            continue
-        position = _owner(family, blocks, path, before.shape)
-        _check_dims(family, blocks[position], len(kept[position]), path, before, after, dims)
-        module, _, name = path.rpartition(".")
-        cuts[position].append(_Cut(module, name, dims))
-
-    modules = dict(model.named_modules())
-    twins = dict(pruned.named_modules())
-    for path, module in dense.named_modules():
-        for key, before_value in vars(module).items():
-            after_value = vars(twins[path]).get(key)
-            if not _is_count(before_value) or before_value == after_value:
-                continue
-            actual = vars(modules[path]).get(key)
-            if actual != before_value:
-                raise UnsupportedModelError(
-                    f"{family}: {path}.{key} must be {before_value} as its config says, got {actual}"
-                )
-            setting = _Setting(modules[path], f"{path}.{key}".lstrip("."), before_value, after_value)
-            inside = [n for n, block in enumerate(blocks) if _inside(path, block.moe_name)]
-            (attributes[inside[0]] if inside else model_attributes).append(setting)
-
-    for block, ids, found in zip(blocks, kept, cuts, strict=True):
-        have = {cut.path for cut in found}
-        for matrix in block.matrices:
-            if len(ids) < block.num_experts and f"{block.name}.{matrix.name}" not in have:
-                raise UnsupportedModelError(
-                    f"{family}: no key of its config was found to set the number of experts of {block.name} "
-                    f"({block.num_experts}); looked for names like num_local_experts, n_routed_experts"
-                )
-    return cuts, attributes, model_attributes
-
-
-def _twin(model: nn.Module, settings: Sequence[_Setting]) -> nn.Module:
-    """The model as transformers builds it from its config with `settings` changed, on the meta device."""
-    build: Any = getattr(type(model), "_from_config", None)
-    family = _family(model)
-    if build is None:
-        raise UnsupportedModelError(f"{family}: model must be a transformers model, got {type(model).__name__}")
-    memo: dict[int, Any] = {}
-    config = copy.deepcopy(model.config, memo)
-    for setting in settings:
-        # a config object that only a submodule holds is rebuilt from the model's own
-        if id(setting.owner) in memo:
-            setattr(memo[id(setting.owner)], setting.path.rpartition(".")[2], setting.after)
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return build(config)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        changes = ", ".join(f"{s.path}={s.after}" for s in settings) or "its own config"
-        raise UnsupportedModelError(
-            f"{family}: transformers cannot build the model from {changes}: {reason}"
-        ) from error
-
-
-def _check_same(family: str, model: nn.Module, twin: nn.Module) -> None:
-    mine = {name: tuple(tensor.shape) for name, tensor in _named_tensors(model)}
-    built = {name: tuple(tensor.shape) for name, tensor in _named_tensors(twin)}
-    for name in [*mine, *built]:
-        if mine.get(name) != built.get(name):
-            raise UnsupportedModelError(
-                f"{family}: {name} must be {built.get(name, 'absent')} as built from the config, got "
-                f"{mine.get(name, 'none')}; merge adapters and undo changes to the model first"
-            )
-
-
-def _check_dims(
-    family: str, block: MoEBlock, count: int, path: str, before: Tensor, after: Tensor, dims: Sequence[int]
-) -> None:
-    for dim in dims:
-        exact = (before.shape[dim], after.shape[dim]) == (block.num_experts, count)
-        extra = before.shape[dim] - block.num_experts
-        known = family in _EXTRA_ROWS_LAST and extra > 0 and after.shape[dim] == count + extra
-        if not exact and not known:
-            raise UnsupportedModelError(
-                f"{family}: {path} {list(before.shape)} becomes {list(after.shape)} with {count} of "
-                f"{block.num_experts} experts, so which of its rows belong to which expert is not known"
-            )
-
-
-def _owner(family: str, blocks: Sequence[MoEBlock], path: str, shape: torch.Size) -> int:
-    """Position of the block a per-expert tensor belongs to: by its MoE module, else by its layer."""
-    for prefixes in ([block.moe_name for block in blocks], [block.layer for block in blocks]):
-        inside = [number for number, prefix in enumerate(prefixes) if _inside(path, prefix)]
-        if len(inside) == 1:
-            return inside[0]
-    raise UnsupportedModelError(
-        f"{family}: {path} {list(shape)} depends on the number of experts and belongs to no single block"
-    )
-
-
-def _tables(model: nn.Module, block: MoEBlock) -> list[_Cut]:
-    """Integer tensors beside the experts hold expert ids: known tables, or a refusal."""
-    family = _family(model)
-    scope = [(block.moe_name, block.moe, False)]
-    if block.router is not None:
-        scope.append((block.router_name or "", block.router, True))
-    tables: dict[str, _Cut] = {}
-    for prefix, module, recurse in scope:
-        for name, tensor in [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]:
-            if tensor.dtype.is_floating_point or tensor.numel() < 2:
-                continue
-            path = f"{prefix}.{name}".lstrip(".")
-            owner, _, last = path.rpartition(".")
-            if last not in _HASH_TABLES or tensor.ndim != 2 or not hasattr(model.get_submodule(owner), "weight"):
-                raise UnsupportedModelError(
-                    f"{family}: {path} holds {str(tensor.dtype).removeprefix('torch.')} values beside the experts; "
-                    f"whether they are expert ids is not known (a table must be called {' or '.join(_HASH_TABLES)})"
-                )
-            tables[path] = _Cut(owner, last, ())
-    return list(tables.values())
-
-
 def _rows(kept: Tensor, num_experts: int, length: int) -> Tensor:
     """Rows to keep of a dimension with one row per expert and, in a few routers, others after them."""
     return torch.cat([kept, torch.arange(num_experts, length)])
@@ -564,10 +365,6 @@ def _record_kept(model: nn.Module, blocks: Sequence[MoEBlock], kept: Sequence[Te
         for block, ids in zip(blocks, kept, strict=True)
     }
     config.moesparse = entry
-
-
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
@@ -593,23 +390,9 @@ def _restore(module: nn.Module, name: str, old: Tensor) -> None:
         module._buffers[name] = old
 
 
-def _set(setting: _Setting) -> None:
+def _set(setting: Setting) -> None:
     setattr(setting.owner, setting.path.rpartition(".")[2], setting.after)
 
 
-def _is_count(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(type(item) is int for item in value)
-    return type(value) is int
-
-
-def _inside(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(f"{prefix}.")
-
-
 def _size(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for _, tensor in _named_tensors(model))
-
-
-def _family(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(model))

@@ -282,7 +282,7 @@ def test_what_cannot_be_placed_is_refused_by_name_before_anything_changes(change
     if change == "extra":
         model.model.layers[0].mlp.scale = nn.Parameter(torch.ones(8))
     elif change == "no key":
-        monkeypatch.setattr("moesparse.surgery._config_settings", lambda *_: [])
+        monkeypatch.setattr("moesparse.surgery.config_settings", lambda *_: [])
     before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     with pytest.raises(UnsupportedModelError, match=message):
         remove_experts(model, [[0, 1, 2], [0, 1, 2]])
