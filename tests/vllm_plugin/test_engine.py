@@ -81,6 +81,9 @@ MODELS = {
     "qwen3_moe": lambda: prune_by_magnitude(tiny_model("qwen3_moe", num_experts=7, **SIZES)),
     # a shared expert beside the routed ones
     "qwen2_moe": lambda: prune_by_magnitude(tiny_model("qwen2_moe", **SIZES)),
+    # a sigmoid router with a bias that selects only
+    "glm4_moe": lambda: prune_by_magnitude(tiny_model("glm4_moe", **SIZES)),
+    "olmoe": lambda: prune_by_magnitude(tiny_model("olmoe", **SIZES)),
     "mixed": lambda: mixed(tiny_model("qwen3_moe", seed=1, **SIZES)),
     "removed": lambda: without_experts(tiny_model("mixtral", seed=2, **SIZES)),
 }
