@@ -112,7 +112,7 @@ def inspect_folder(folder: str | os.PathLike[str], *, verify: bool = False, prog
             if matrix.layout is None:
                 facts, problems = _dense(matrix, skeleton)
             else:
-                facts, problems = _packed(matrix, skeleton.shards)
+                facts, problems = _packed(matrix, skeleton.shards), []
                 if verify:
                     for piece in matrix.pieces(skeleton.shards):
                         index = piece.read(skeleton.shards, META_SUFFIX)
@@ -160,8 +160,12 @@ def _dense(matrix: StoredMatrix, skeleton: Skeleton) -> tuple[TensorFacts, list[
 
 def _claim(matrix: StoredMatrix, skeleton: Skeleton) -> Callable[[torch.Tensor, str], str | None] | None:
     """A check of the pattern that config.json claims for a dense matrix; None when it claims none."""
-    claimed = (skeleton.recipe or {}).get("weights")
-    if claimed is None:
+    recipe = skeleton.recipe or {}
+    claimed, mixed = recipe.get("weights"), recipe.get("patterns")
+    if isinstance(mixed, dict):
+        in_block = mixed.get(matrix.block)
+        claimed = in_block.get(matrix.name) if isinstance(in_block, dict) else None
+    if claimed is None or claimed == "dense":
         return None
     try:
         pattern = Pattern.parse(claimed)
@@ -177,15 +181,13 @@ def _claim(matrix: StoredMatrix, skeleton: Skeleton) -> Callable[[torch.Tensor, 
     return check
 
 
-def _packed(matrix: StoredMatrix, shards: Shards) -> tuple[TensorFacts, list[str]]:
+def _packed(matrix: StoredMatrix, shards: Shards) -> TensorFacts:
     layout = matrix.layout
     assert layout is not None
     values = [shards.tensors[key] for key in matrix.keys]
     size = sum(info.nbytes + shards.tensors[info.name + META_SUFFIX].nbytes for info in values)
     dense = sum(info.nbytes for info in values) // layout.n * layout.m
-    facts = TensorFacts(matrix.name, matrix.shape, 1 - layout.n / layout.m, layout.pattern, True, size, dense)
-    wrong = [info.name for info in values if info.torch_dtype != values[0].torch_dtype]
-    return facts, [f"{name} must be of the dtype of {values[0].name}" for name in wrong]
+    return TensorFacts(matrix.name, matrix.shape, 1 - layout.n / layout.m, layout.pattern, True, size, dense)
 
 
 def bad_groups(piece: Piece, index: torch.Tensor, layout: MatrixLayout) -> str | None:

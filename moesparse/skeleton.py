@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
-from moesparse.modules import META_SUFFIX, MatrixLayout
+from moesparse.modules import META_SUFFIX, PACKED_DTYPES, MatrixLayout
 from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json, read_weight_map
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Skeleton:
         """The matrices of a block.
 
         Raises:
-            CheckpointError: one is missing or of another shape than the model's.
+            CheckpointError: one is missing, of another shape than the model's, or packed in a dtype that cannot be.
             UnsupportedModelError: it is stored in a way that cannot be read expert by expert.
         """
         return [self._matrix(block, matrix.name, tuple(matrix.weight.shape)) for matrix in block.matrices]  # type: ignore[arg-type]
@@ -138,6 +138,16 @@ class Skeleton:
         metas = self._target(f"{block.name}.{name}{META_SUFFIX}")
         if metas.keys != tuple(key + META_SUFFIX for key in target.keys):
             raise CheckpointError(f"{target.keys[0]} must have its bitmask beside it, got {metas.keys[0]}")
+        tensors = self.shards.tensors
+        dtype = tensors[target.keys[0]].torch_dtype
+        for key in target.keys:
+            if dtype not in PACKED_DTYPES or tensors[key].torch_dtype != dtype:
+                raise CheckpointError(
+                    f"{key} must be of the one dtype of its matrix, BF16, F16 or F32, to be packed, got "
+                    f"{tensors[key].dtype} beside {tensors[target.keys[0]].dtype}"
+                )
+            if tensors[key + META_SUFFIX].dtype != "U8":
+                raise CheckpointError(f"{key}{META_SUFFIX} must be U8, got {tensors[key + META_SUFFIX].dtype}")
         layout = self.packing.layout(block.name, name, shape)
         return StoredMatrix(block.name, name, shape, layout, target.keys, False)
 

@@ -171,6 +171,17 @@ def test_zeros_that_do_not_hold_the_recipe_s_pattern_are_named(dense: Path):
         assert found.blocks[1].tensors[1].pattern == "18:32"
 
 
+def test_each_matrix_of_a_mixed_recipe_is_held_to_its_own_pattern(dense: Path):
+    first, second = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    patterns = {
+        first: {"gate_up_proj": "2:4", "down_proj": "1:4"},
+        second: {"gate_up_proj": "dense", "down_proj": "4:8"},
+    }
+    edit_json(dense / "config.json", moesparse={"recipe": {"weights": None, "patterns": patterns}})
+    (problem,) = inspect_folder(dense).problems
+    assert problem.startswith(f"{first}.down_proj does not hold 1:4 as config.json says: ")
+
+
 def rename(old: str, new: str):
     def edit(tensors):
         tensors[new] = tensors.pop(old)

@@ -96,7 +96,7 @@ def test_tensors_of_dtypes_without_torch_are_copied_as_bytes(tmp_path):
     header = json.dumps({"x": {"dtype": "F6_E2M3", "shape": [64], "data_offsets": [0, 48]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
     shards = Shards.open(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="x must be one of BF16, F16, F32, F64, U8, got F6_E2M3"):
+    with pytest.raises(UnsupportedModelError, match=r"x must be one of .*, got F6_E2M3"):
         shards.read("x")
     (tmp_path / "copy").mkdir()
     with ShardWriter(tmp_path / "copy", [shards.tensors["x"]], 10**9) as writer:
