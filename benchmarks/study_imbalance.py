@@ -4,10 +4,10 @@
 
 Writes study_imbalance.json and study_imbalance.png. The embedded model routes evenly, so its routers are skewed first:
 along the mean of its inputs every router gets an offset per expert, solved so that the r-th most popular of 16 experts
-is chosen in proportion to ratio^(-r / 15), in an order drawn by the seed; then the whole model is trained on for one
-pass over the embedded calibration text, so that the experts take up their new roles. Ratio None is trained on in the
-same way without a skew. Packed 2:4 weights take 9/16 of the bytes and so do 9 of 16 experts; 3:4 and 13 experts take
-13/16. Every loss is over the dense model of the same skew. Protocol otherwise: study_protocol.py.
+is chosen in proportion to ratio^(-r / 15), in an order drawn by the seed; then the whole model is trained on for 20
+steps of 8 windows of the embedded calibration text, so that the experts take up their new roles. Ratio None is trained
+on in the same way without a skew. Packed 2:4 weights take 9/16 of the bytes and so do 9 of 16 experts; 3:4 and 13
+experts take 13/16. Every loss is over the dense model of the same skew. Protocol otherwise: study_protocol.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RATIOS = (None, 3.0, 10.0)
 BUDGETS = {"9/16": ("2:4", 9), "13/16": ("3:4", 13)}
 WEIGHT_RULES = (("moe-pruner", "none"), ("gated-sparsegpt", "least-squares+rescale"))
 EXPERT_RULES = (("frequency", "none"), ("reap", "none"), ("reap", "least-squares"))
-STEPS, WINDOWS, RATE = 30, 8, 5e-4
+STEPS, WINDOWS, RATE = 20, 8, 5e-4
 
 
 def router_inputs(model: Any, block: MoEBlock, windows: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def skewed(study: Study, ratio: float | None, seed: int) -> Any:
     """The dense model at one ratio."""
     model = copy.deepcopy(study.model)
     if ratio is not None:
-        skew(model, ratio, seed, draw(6 if study.quick else 24, seed))
+        skew(model, ratio, seed, draw(study.calibration_windows, seed))
     train_on(model, seed, 2 if study.quick else STEPS)
     return model.eval()
 

@@ -1,7 +1,7 @@
 """What the studies share: texts, perplexity, rows that survive a stop, and the look of a figure.
 
-Every study calibrates on 30 windows of the embedded calibration text, as many of each domain, drawn by the seed, and
-scores 6 held-out windows of each domain, of 256 tokens, by themselves, the first token of each unscored: the geometric
+Every study calibrates on 24 windows of the embedded calibration text, as many of each domain, drawn by the seed, and
+scores 4 held-out windows of each domain, of 256 tokens, by themselves, the first token of each unscored: the geometric
 mean over the six domains of the perplexity. Held-out windows are spread evenly over each domain's documents and are the
 same for all.
 """
@@ -88,9 +88,9 @@ class Study:
         self.path = arguments.output / f"{name}.json"
         self.quick = arguments.quick
         self.seeds = range(1 if arguments.quick else arguments.seeds)
-        self.calibration_windows = 6 if self.quick else 30
+        self.calibration_windows = 6 if self.quick else 24
         self.model = demo.load()[0] if model is None else model
-        count = 1 if self.quick else 6
+        count = 1 if self.quick else 4
         self.heldout = {domain: spread(demo.windows("heldout", domain), count) for domain in demo.DOMAINS}
         self.protocol = {
             "model": model_fingerprint(self.model),
