@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ RULES = (
 CRITERIA = ("random", "frequency", "gate-sum", "ean", "reap", "man", "msan", "gated-norm", "gated-energy", "easy-ep")
 
 
-def load(folder: Path, quick: bool) -> dict[str, Any]:
-    """The trained variants by name.
+def load(folder: Path, variants: Sequence[str]) -> dict[str, Any]:
+    """Trained variants by name.
 
     Raises:
         SystemExit: one of them is missing.
@@ -56,7 +57,7 @@ def load(folder: Path, quick: bool) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     models = {}
-    for name in VARIANTS[: 2 if quick else None]:
+    for name in variants:
         path = folder / name / "model"
         if not (path / "config.json").is_file():
             raise SystemExit(f"--models must hold {name}/model, got {folder}: train it, {Path(__file__).name} says how")
@@ -67,17 +68,18 @@ def load(folder: Path, quick: bool) -> dict[str, Any]:
 def run(study: Study, models: dict[str, Any]) -> None:
     """Every method on every model."""
     rules, criteria = (RULES, CRITERIA) if not study.quick else (RULES[3:5], CRITERIA[1:3])
+    which = {name: {"variant": name, "model": model_fingerprint(model)} for name, model in models.items()}
     for variant, model in models.items():
-        study.measure(lambda model=model: {"perplexity": study.score(model)}, variant=variant, part="dense")
+        study.measure(lambda model=model: {"perplexity": study.score(model)}, **which[variant], part="dense")
     for seed in study.seeds:
         for variant, model in models.items():
             statistics = None
             for rule, update in rules:
                 recipe = Recipe(weights=PATTERN, saliency=rule, update=update, seed=seed)
-                setting = {"variant": variant, "part": "weights", "rule": rule, "update": update, "seed": seed}
+                setting = {**which[variant], "part": "weights", "rule": rule, "update": update, "seed": seed}
                 study.measure(partial(study.pruned, recipe, model=model), **setting)
             for criterion in criteria:
-                setting = {"variant": variant, "part": "experts", "rule": criterion, "seed": seed}
+                setting = {**which[variant], "part": "experts", "rule": criterion, "seed": seed}
                 if study.select(**setting):
                     continue
                 statistics = statistics or calibrate(model, draw(study.calibration_windows, seed), batch_size=BATCH)
@@ -162,11 +164,11 @@ def show(study: Study, variants: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options: argparse.ArgumentParser = parser(__doc__, seeds=2)
     options.add_argument("--models", type=Path, required=True, help="folder with VARIANT/model for every variant")
+    options.add_argument("--variants", nargs="+", choices=VARIANTS[1:], default=VARIANTS[1:], help="beside mixtral")
     chosen = options.parse_args(arguments)
     torch.manual_seed(0)
-    models = load(chosen.models, chosen.quick)
-    fingerprints = {name: model_fingerprint(model) for name, model in models.items()}
-    study = Study("study_architectures", chosen, model=models[REFERENCE], variants=fingerprints)
+    models = load(chosen.models, (REFERENCE, *chosen.variants))
+    study = Study("study_architectures", chosen, model=models[REFERENCE])
     run(study, models)
     show(study, list(models))
     print(study.save(figure(study, list(models))))

@@ -128,7 +128,7 @@ def test_quick_run_writes_rows_and_figure(name, tmp_path, request, capsys):
     out = tmp_path / "out"
     command = ["--quick", "-o", str(out)]
     if name == "architectures":
-        command += ["--models", str(request.getfixturevalue("variants"))]
+        command += ["--models", str(request.getfixturevalue("variants")), "--variants", "sigmoid-bias"]
     modules[name].main(command)
     written = json.loads((out / f"study_{name}.json").read_text())
     dense = written["rows"][0]["perplexity"]
