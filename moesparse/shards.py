@@ -51,7 +51,7 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-# those that experts or their bitmasks come in; tensors of the others are copied as bytes
+# those that can be read as tensors; the others are only copied, as bytes
 _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -93,7 +93,7 @@ class TensorInfo(TensorSpec):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None for a dtype that no expert comes in."""
+        """None for a dtype that is only copied."""
         return _TORCH_DTYPES.get(self.dtype)
 
 
@@ -282,7 +282,7 @@ class Shards:
         """One tensor, or its entry along the first dim; memory: that much.
 
         Raises:
-            UnsupportedModelError: a dtype that no expert comes in.
+            UnsupportedModelError: a dtype that is only copied.
             CheckpointError: the file has changed since it was opened.
         """
         info = self.tensors[name]
