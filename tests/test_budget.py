@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import moesparse.budget_pruning
 from moesparse.blocks import find_moe_blocks
-from moesparse.budget import BlockCosts, check_choices, check_target, search, target_in_bytes
+from moesparse.budget import BlockCosts, check_choices, check_target, packed_bytes, search, target_in_bytes
 from moesparse.budget_pruning import measure_costs, plan_budget
 from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError, UsageError
@@ -48,7 +48,7 @@ def first(count, blocks=3):
     return [torch.arange(count)] * blocks
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     share=st.floats(0.3, 0.98),
@@ -82,6 +82,12 @@ def test_sizes_without_a_common_divisor_are_rounded_up_never_down(monkeypatch):
     dense = sum(cost.bytes({"up": "dense", "down": "dense"}, 4) for cost in costs)
     for share in (0.4, 0.6, 0.9):
         assert search(costs, int(share * dense), [2, 3, 4], first).mixed.bytes <= share * dense
+
+
+def test_a_block_with_a_dense_matrix_is_stored_dense():
+    sizes = {"up": (96, 2), "down": (64, 2)}
+    assert packed_bytes(sizes, {"up": "2:4", "down": "dense"}, 3) == 3 * 2 * (96 + 64)
+    assert packed_bytes(sizes, {"up": "2:4", "down": "6:8"}, 3) == 3 * (96 + 96 // 8 + 96 + 64 // 8)
 
 
 def test_an_expert_that_does_nothing_goes_before_any_weight():
