@@ -34,8 +34,7 @@ from moesparse.selection import choose_experts
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_budget.json"
 TARGETS = (0.4571, 0.5625, 0.7)
-FINER = ("drop", "3:8", "4:8", "5:8", "6:8", DENSE)
-EVERY = ("drop", "2:4", "3:8", "4:8", "5:8", "6:8", DENSE)
+COARSER = ("drop", "2:4", "4:8", "6:8", DENSE)
 UNIFORM = ("2:4", "4:8", "6:8")
 
 
@@ -43,7 +42,7 @@ def run(study: Study) -> Iterator[list[dict[str, Any]]]:
     """After every seed, one row for each target and contender with its perplexities by seed."""
     rows: dict[tuple[float, str], dict[str, Any]] = {}
     for seed in range(study.seeds):
-        recipe = Recipe(saliency="moe-pruner", target_bytes=0.5, choices=EVERY, seed=seed)
+        recipe = Recipe(saliency="moe-pruner", target_bytes=0.5, seed=seed)
         windows = study.calibration(None, seed)
         costs, scores, _ = measure_costs(study.model, windows, None, recipe, batch_size=16)
         dense = sum(cost.bytes(dict.fromkeys(cost.sizes, DENSE), 16) for cost in costs)
@@ -63,8 +62,8 @@ def run(study: Study) -> Iterator[list[dict[str, Any]]]:
         for target in TARGETS:
             limit = int(target * dense)
             plans = {
+                "mixed, coarser": search(costs, limit, range(2, 17), keep, COARSER).mixed,
                 "mixed": search(costs, limit, range(2, 17), keep, DEFAULT_CHOICES).mixed,
-                "mixed, finer patterns": search(costs, limit, range(2, 17), keep, FINER).mixed,
             }
             for pattern in UNIFORM:
                 count = _most(costs, limit, pattern)

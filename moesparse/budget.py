@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 DENSE, DROP = "dense", "drop"
-DEFAULT_CHOICES = (DROP, "2:4", "4:8", "6:8", DENSE)
+DEFAULT_CHOICES = (DROP, "2:4", "3:8", "4:8", "5:8", "6:8", DENSE)
 
 TOLERANCE = 0.01
 """A plan meets a target when it takes at most this share of it less; it never takes more."""

@@ -25,6 +25,7 @@ from moesparse.recipe import Recipe
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (16, 20), generator=torch.Generator().manual_seed(3))
+CHOICES = ("drop", "2:4", "4:8", "6:8", "dense")
 QUICK = {"saliency": "moe-pruner", "update": "none"}
 
 
@@ -58,7 +59,7 @@ def test_no_other_plan_of_these_bytes_is_estimated_to_lose_less(seed, share, siz
     costs = made_up_costs(seed, sizes=sizes)
     dense = sum(cost.bytes({"up": "dense", "down": "dense"}, 4) for cost in costs)
     target = int(share * dense)
-    found = search(costs, target, [2, 3, 4], first)
+    found = search(costs, target, [2, 3, 4], first, CHOICES)
     assert found.dense == dense and found.mixed.bytes <= target
     pairs = [*itertools.product(("2:4", "4:8", "6:8"), repeat=2), ("dense", "dense")]
     best = min(
@@ -81,7 +82,7 @@ def test_sizes_without_a_common_divisor_are_rounded_up_never_down(monkeypatch):
     costs = made_up_costs(0, sizes=(1048, 520))
     dense = sum(cost.bytes({"up": "dense", "down": "dense"}, 4) for cost in costs)
     for share in (0.4, 0.6, 0.9):
-        assert search(costs, int(share * dense), [2, 3, 4], first).mixed.bytes <= share * dense
+        assert search(costs, int(share * dense), [2, 3, 4], first, CHOICES).mixed.bytes <= share * dense
 
 
 def test_a_block_with_a_dense_matrix_is_stored_dense():
@@ -95,9 +96,9 @@ def test_an_expert_that_does_nothing_goes_before_any_weight():
     for cost in costs:
         cost.energy[3] = 0
     dense = sum(cost.bytes({"up": "dense", "down": "dense"}, 4) for cost in costs)
-    found = search(costs, int(0.76 * dense), [2, 3, 4], first)
+    found = search(costs, int(0.76 * dense), [2, 3, 4], first, CHOICES)
     assert found.mixed.keep == 3 and found.mixed.loss == 0 and not found.met
-    assert search(costs, int(0.75 * dense), [2, 3, 4], first).met
+    assert search(costs, int(0.75 * dense), [2, 3, 4], first, CHOICES).met
 
 
 def test_costs_are_those_of_raw_activations():

@@ -78,7 +78,7 @@ def prune(
     target_bytes: Annotated[str, typer.Option(help=TARGET_HELP)] = "",
     choices: Annotated[
         str, typer.Option(help="Of the search for --target-bytes: drop (whole experts), dense and n:m, by commas.")
-    ] = "drop,2:4,4:8,6:8,dense",
+    ] = "drop,2:4,3:8,4:8,5:8,6:8,dense",
     compare_uniform: Annotated[
         bool,
         typer.Option(
