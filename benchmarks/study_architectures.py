@@ -105,11 +105,13 @@ def costs(study: Study, variant: str, part: str) -> dict[str, list[float]]:
 
 
 def agreement(one: dict[str, list[float]], other: dict[str, list[float]]) -> float:
-    """Kendall's tau of the mean costs: 1 the same order, 0 none in common, -1 the reverse."""
+    """Kendall's tau of the mean costs, ties left out: 1 the same order, 0 none in common, -1 the reverse."""
     a, b = ({name: mean_and_spread(values)[0] for name, values in held.items()} for held in (one, other))
     names = [name for name in a if name in b]
     pairs = [(x, y) for i, x in enumerate(names) for y in names[i + 1 :]]
-    return sum(1 if (a[x] - a[y]) * (b[x] - b[y]) > 0 else -1 for x, y in pairs) / len(pairs)
+    products = [(a[x] - a[y]) * (b[x] - b[y]) for x, y in pairs]
+    signs = [1 if product > 0 else -1 for product in products if product]
+    return sum(signs) / len(signs)
 
 
 def figure(study: Study, variants: list[str]) -> Any:
@@ -137,12 +139,13 @@ def figure(study: Study, variants: list[str]) -> Any:
             )
         panel.set_xticks(range(len(variants)), variants, fontsize=8)
         panel.set_yscale("log")
-        ticks = [5, 10, 20, 30, 50, 100, 200, 400]
+        ticks = [1, 2, 5, 10, 20, 30, 50, 100, 200, 400]
         panel.set_yticks(ticks, [str(tick) for tick in ticks])
         panel.set_yticks([], minor=True)
         panel.legend(fontsize=7, frameon=False, ncols=2, loc="upper right")
         finish(panel, title, "", "")
-        panel.margins(y=0.3)
+        low, high = panel.get_ylim()
+        panel.set_ylim(low, high * 6)
     panels[0].set_ylabel("held-out perplexity over dense, %")
     return drawn
 

@@ -27,7 +27,7 @@ from moesparse.calibration import calibrate
 from moesparse.figures import new_figure
 from moesparse.pruning import Recipe
 
-RATIOS = (None, 3.0, 10.0)
+RATIOS = (None, 3.0, 10.0, 30.0)
 BUDGETS = {"9/16": ("2:4", 9), "13/16": ("3:4", 13)}
 WEIGHT_RULES = (("moe-pruner", "none"), ("gated-sparsegpt", "least-squares+rescale"))
 EXPERT_RULES = (("frequency", "none"), ("reap", "none"), ("reap", "least-squares"))

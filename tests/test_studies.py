@@ -105,6 +105,7 @@ def test_bytes_and_agreement():
     assert study_architectures.agreement(order, order) == 1.0
     assert study_architectures.agreement(order, {"a": [9.0], "b": [8.0], "c": [7.0]}) == -1.0
     assert study_architectures.agreement(order, {"a": [1.0], "b": [5.0], "c": [3.0]}) == pytest.approx(1 / 3)
+    assert study_architectures.agreement(order, {"a": [1.0], "b": [1.0], "c": [3.0]}) == 1.0
 
 
 @pytest.fixture
