@@ -122,7 +122,9 @@ def figure(study: Study) -> Any:
         )
     right.axhline(0, color="#444444", linewidth=1)
     right.set_xticks(range(len(domains)), domains, fontsize=8)
-    right.legend(fontsize=7, frameon=False)
+    low, high = right.get_ylim()
+    right.set_ylim(low, high + 0.35 * (high - low))
+    right.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)
     finish(right, f"{PATTERN}, {BY_DOMAIN} sequences of one domain", "calibrated on", "perplexity over the mix's, %")
     return drawn
 
