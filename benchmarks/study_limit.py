@@ -91,29 +91,33 @@ def values(study: Study, pattern: str, mask: str, update: str) -> list[float]:
 
 
 def figure(study: Study) -> Any:
-    """Two panels: unstructured and n:m, perplexity over bytes, both logarithmic."""
-    drawn = new_figure(4.2, 10.0)
-    panels = drawn.subplots(1, 2, sharey=True)
+    """Two panels, perplexity logarithmic: unstructured over bytes, and the n:m patterns in the order of bytes."""
+    drawn = new_figure(4.4, 11.0)
+    left, right = drawn.subplots(1, 2, sharey=True)
     dense = study.select(pattern="dense")[0]["perplexity"]
-    for panel, patterns, title in zip(panels, (RATIOS, GROUPS), ("unstructured", "n:m"), strict=True):
-        for number, rule in enumerate(SHOWN):
-            points = {bytes_per_weight(p): values(study, p, *rule) for p in patterns if values(study, p, *rule)}
+    groups = sorted(GROUPS, key=lambda pattern: (bytes_per_weight(pattern), len(pattern), pattern))
+    for number, rule in enumerate(SHOWN):
+        label = " ".join(rule).removesuffix(" none")
+        shift = 0.09 * (number - len(SHOWN) / 2)
+        for panel, places, style in (
+            # not every ratio was distilled: a line would cross those left out
+            (left, {p: bytes_per_weight(p) for p in RATIOS}, {"linestyle": "none"} if "distilled" in rule[1] else {}),
+            (right, {p: place + shift for place, p in enumerate(groups)}, {"linestyle": "none"}),
+        ):
+            points = {place: values(study, p, *rule) for p, place in places.items() if values(study, p, *rule)}
             if points:
-                # 2:4 and 4:8 take the same bytes: a line through both would turn back on itself
-                style = {"linestyle": "none"} if patterns is GROUPS else {}
-                if patterns is GROUPS:
-                    offset = 1 + 0.006 * (number - len(SHOWN) / 2)
-                    points = {place * offset: held for place, held in points.items()}
-                curve(panel, points, number, " ".join(rule).removesuffix(" none"), **style)
+                curve(panel, points, number, label, **style)
+    for panel in (left, right):
         panel.axhline(dense, color="#444444", linestyle="--", linewidth=1)
-        finish(panel, title, "bytes per expert weight (bf16 dense: 2)", "")
-        panel.set_yscale("log")
-    panels[0].set_ylabel("held-out perplexity")
-    panels[0].set_yticks([17, 20, 25, 30, 40, 60, 100, 200], ["17", "20", "25", "30", "40", "60", "100", "200"])
-    panels[0].set_yticks([], minor=True)
-    panels[0].set_ylim(16, 260)
-    panels[0].annotate(f"dense {dense:.1f}", (0.4, dense), fontsize=8, va="bottom")
-    panels[1].legend(fontsize=8, frameon=False)
+    left.set_yscale("log")
+    ticks = [15, 17, 20, 25, 30, 40, 60, 100, 150]
+    left.set_yticks(ticks, [str(tick) for tick in ticks])
+    left.set_yticks([], minor=True)
+    left.annotate(f"dense {dense:.1f}", (0.35, dense), fontsize=8, va="bottom")
+    right.set_xticks(range(len(groups)), [f"{p}\n{bytes_per_weight(p):.2f}" for p in groups])
+    right.legend(fontsize=8, frameon=False)
+    finish(left, "unstructured", "bytes per expert weight (bf16 dense: 2)", "held-out perplexity")
+    finish(right, "n:m", "pattern and bytes per expert weight", "")
     return drawn
 
 
