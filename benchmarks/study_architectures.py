@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -105,13 +106,16 @@ def costs(study: Study, variant: str, part: str) -> dict[str, list[float]]:
 
 
 def agreement(one: dict[str, list[float]], other: dict[str, list[float]]) -> float:
-    """Kendall's tau of the mean costs, ties left out: 1 the same order, 0 none in common, -1 the reverse."""
+    """Kendall's tau of the mean costs, ties left out: 1 the same order, 0 none in common, -1 the reverse.
+
+    nan when every pair is a tie.
+    """
     a, b = ({name: mean_and_spread(values)[0] for name, values in held.items()} for held in (one, other))
     names = [name for name in a if name in b]
     pairs = [(x, y) for i, x in enumerate(names) for y in names[i + 1 :]]
     products = [(a[x] - a[y]) * (b[x] - b[y]) for x, y in pairs]
     signs = [1 if product > 0 else -1 for product in products if product]
-    return sum(signs) / len(signs)
+    return sum(signs) / len(signs) if signs else math.nan
 
 
 def figure(study: Study, variants: list[str]) -> Any:

@@ -73,7 +73,7 @@ class RunFolder:
         Args:
             folder: new, empty, or holding an unfinished run.
             inputs: JSON of everything the result depends on; a run goes on only with the same.
-            resume: go on where the journal ends; without a journal, start.
+            resume: go on where the journal ends; without a journal, or with no part finished, start.
 
         Raises:
             CheckpointError: another process is at work there, the folder holds something else, an unfinished run and
@@ -86,10 +86,12 @@ class RunFolder:
             check_output_folder(path)
         with contextlib.ExitStack() as stack:
             try:
+                stack.callback(_remove_if_empty, path, made=not path.exists())
                 path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(path))
                 journal = _read_journal(found, dict(inputs), resume) if found.exists() else _Journal(dict(inputs))
                 run = cls(path, journal, [])
+                stack.callback(run._leave_nothing_unfinished)
                 run._drop_damaged()
                 run._save()
                 yield run
@@ -189,6 +191,13 @@ class RunFolder:
         for left in self.path.glob("*.partial"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
+    def _leave_nothing_unfinished(self) -> None:
+        """A run that ends without a finished part leaves no trace."""
+        scratch = [*self.path.glob("*.partial"), self.path / JOURNAL_FILE]
+        if not self._journal.parts and set(self.path.iterdir()) <= {*scratch, self.path / _LOCK_FILE}:
+            for left in scratch:
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
     def _take_back(self) -> None:
         """Undo the renaming of shards that `assemble` began."""
         for old, new in (self._journal.final or {}).items():
@@ -201,6 +210,12 @@ class RunFolder:
         _write_whole(self.path / JOURNAL_FILE, json.dumps({"format": _FORMAT, **asdict(self._journal)}))
 
 
+def _remove_if_empty(folder: Path, *, made: bool) -> None:
+    with contextlib.suppress(OSError):  # not empty, or never made
+        if made:
+            folder.rmdir()
+
+
 def _read_journal(file: Path, inputs: dict[str, Any], resume: bool) -> _Journal:
     held = read_json(file, "a journal")
     try:
@@ -209,6 +224,8 @@ def _read_journal(file: Path, inputs: dict[str, Any], resume: bool) -> _Journal:
         journal = _Journal(held["inputs"], [Part(**part) for part in held["parts"]], held["final"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} must be a journal of this program, got {error!r}; remove the folder") from error
+    if not journal.parts:
+        return _Journal(inputs)
     done = f"OUT holds an unfinished run, {len(journal.parts)} parts done: {file.parent}"
     if not resume:
         raise CheckpointError(f"{done}. Go on with --resume, or remove the folder to start again")

@@ -169,11 +169,14 @@ def test_ctrl_c_leaves_no_output(tmp_path):
         # a test run in the background inherits it ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    time.sleep(9)
+    while not (tmp_path / "out").exists():  # it has begun, and is far from the end of its first layer
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in errors
+    assert "stopped: nothing was finished, and nothing is left" in " ".join(errors.split())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,7 +22,13 @@ def weights(folder):
 
 def stop(out, number):
     """Start a run and send it a signal when its second layer is written; what it said."""
-    process = subprocess.Popen(command(out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(out),
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background inherits it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (out / "layer-00001").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)

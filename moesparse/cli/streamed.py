@@ -99,9 +99,10 @@ def saying_what_is_left(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        done = len(list(out.glob("layer-*")))
+        done = len([each for each in out.glob("layer-*") if not each.name.endswith(".partial")])
+        kept = f"{done} finished layers are kept in {out}; the same command with --resume goes on"
         console.print(
-            f"[bold red]stopped:[/] {done} finished layers are kept in {out}; the same command with --resume goes on",
+            f"[bold red]stopped:[/] {kept if done else 'nothing was finished, and nothing is left'}",
             highlight=False,
             soft_wrap=True,
         )
