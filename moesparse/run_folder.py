@@ -245,22 +245,24 @@ def _locked(folder: Path) -> Iterator[None]:
     import fcntl
 
     path = folder / _LOCK_FILE
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise CheckpointError(
-                f"OUT must be free, got {folder}, where process {file.read().strip() or 'unknown'} is at work"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
+    ours = True
+    try:
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                ours = False
+                file.seek(0)
+                raise CheckpointError(
+                    f"OUT must be free, got {folder}, where process {file.read().strip() or 'unknown'} is at work"
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             yield
-        finally:
-            if not (folder / JOURNAL_FILE).exists():
-                path.unlink()
+    finally:
+        if ours and not (folder / JOURNAL_FILE).exists():
+            path.unlink(missing_ok=True)
 
 
 def _is_intact(path: Path, facts: Mapping[str, Any]) -> bool:

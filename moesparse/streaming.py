@@ -94,7 +94,7 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def hold(self, position: int, device: torch.device | None = None, shards: Shards | None = None) -> Iterator[None]:
-        """Have one layer in memory for the body.
+        """Have one layer in memory for the body; it stays there when the body ends by an exception.
 
         Args:
             position: of the layer.
@@ -102,10 +102,9 @@ class StreamedModel:
             shards: read it from here instead of the model's own folder, under the same keys.
         """
         self._fill(self._inside[position], device, shards or self.shards)
-        try:
-            yield
-        finally:
-            self._place({name: torch.empty_like(each, device="meta") for name, each in self.state(position).items()})
+        yield
+        # not behind an exception: whatever was interrupted may still hold a parameter, and then it cannot be swapped
+        self._place({name: torch.empty_like(each, device="meta") for name, each in self.state(position).items()})
 
     def signature(self) -> str:
         """Hash of the config, of name, dtype and shape of every tensor, and of 256 bytes out of each."""

@@ -169,7 +169,8 @@ def test_ctrl_c_leaves_no_output(tmp_path):
         # a test run in the background inherits it ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not (tmp_path / "out").exists():  # it has begun, and is far from the end of its first layer
+    journal = tmp_path / "out/moesparse_journal.json"
+    while not journal.exists():  # then it has begun, and is far from the end of its first layer
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
