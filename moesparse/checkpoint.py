@@ -154,11 +154,11 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         for file in work.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)  # safetensors and mkdtemp make theirs private
-                _flush(file)
-        _flush(work)
+                flush(file)
+        flush(work)
         work.chmod(0o755)
         os.replace(work, path)
-        _flush(path.absolute().parent)
+        flush(path.absolute().parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}. Nothing was left there") from error
     finally:
@@ -188,7 +188,8 @@ def _work_folder(path: Path) -> tuple[Path, int]:
         os.close(parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moesparse.checkpoint import JOURNAL_FILE, check_output_folder
+from moesparse.checkpoint import JOURNAL_FILE, check_output_folder, flush
 from moesparse.errors import CheckpointError
 from moesparse.manifest import file_hash, write_manifest_entries
 from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
@@ -128,7 +128,7 @@ class RunFolder:
             for key, tensor in tensors.items():
                 writer.write(key, tensor.cpu())
         files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in writer.files}
-        _flush(work)
+        flush(work)
         os.replace(work, home)
         part = Part(name, files, note)
         self._journal.parts.append(part)
@@ -164,15 +164,15 @@ class RunFolder:
         write_manifest_entries(others, hashes)
         whole = sorted(file.relative_to(others) for file in others.rglob("*") if file.is_file())
         for file in sorted(whole, key=lambda file: file.name == "config.json"):
-            _flush(others / file)
+            flush(others / file)
             (self.path / file).parent.mkdir(exist_ok=True)
             os.replace(others / file, self.path / file)
         shutil.rmtree(others)
         for part in self._journal.parts:
             shutil.rmtree(self.path / part.name, ignore_errors=True)
-        _flush(self.path)
+        flush(self.path)
         (self.path / JOURNAL_FILE).unlink()
-        _flush(self.path)
+        flush(self.path)
 
     def _place(self, part: Part, file: str) -> Path:
         moved = (self._journal.final or {}).get(f"{part.name}/{file}")
@@ -277,14 +277,6 @@ def _write_whole(path: Path, text: str) -> None:
     """Replace a file by another whole one, on the disk when this returns."""
     work = path.with_name(f"{path.name}.partial")
     work.write_text(text)
-    _flush(work)
+    flush(work)
     os.replace(work, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)

@@ -88,10 +88,6 @@ class StreamedModel:
         tied = getattr(self.model, "all_tied_weights_keys", {})
         return checkpoint_views(self.model, {name: state[name].data for name in names if name not in tied})
 
-    def layer_bytes(self, position: int) -> int:
-        """Bytes of a layer's parameters and saved buffers."""
-        return sum(tensor.nbytes for tensor in self.checkpoint_tensors(position).values())
-
     @contextlib.contextmanager
     def hold(self, position: int, device: torch.device | None = None, shards: Shards | None = None) -> Iterator[None]:
         """Have one layer in memory for the body; it stays there when the body ends by an exception.

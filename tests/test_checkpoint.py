@@ -153,10 +153,10 @@ def test_a_full_disk_leaves_the_old_state(tmp_path):
 def test_a_stop_in_the_middle_leaves_no_half_folder(tmp_path, stop):
     code = """
         import moesparse.checkpoint as checkpoint, time
-        def slowly(path, flush=checkpoint._flush):
+        def slowly(path, flush=checkpoint.flush):
             print("writing", flush=True)
             time.sleep(60)
-        checkpoint._flush = slowly
+        checkpoint.flush = slowly
         save_pretrained(model, sys.argv[1])
     """
     process = run_writer(code, tmp_path / "out")

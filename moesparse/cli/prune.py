@@ -122,7 +122,8 @@ def prune(
     Router, attention, norms, embeddings and shared experts stay as they were.
 
     Weights are pruned layer by layer from the checkpoint's files: the model need not fit in memory, and a run that was
-    stopped goes on with --resume. Removing experts, --statistics and --demonstrations-from-model load the whole model.
+    stopped goes on with --resume. Removing experts, --target-bytes, --statistics and --demonstrations-from-model load
+    the whole model.
 
     Examples:
 
