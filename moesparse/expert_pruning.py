@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.calibration import Recorder, record, window_sums
 from moesparse.domains import DEFAULT_MIX, DomainReport, check_mix, mixed_scores, split_windows, survey
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.layerwise import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.recorder import Recorder, record, window_sums
 from moesparse.refine import RefineReport, refine_choice
 from moesparse.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit
 from moesparse.residual import measure_angles

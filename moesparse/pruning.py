@@ -1,19 +1,11 @@
-"""Prune the experts of a model, block by block.
-
-For each decoder layer in turn: run the calibration set through it once and keep per-expert sums, choose the masks,
-solve for the kept weights, write them in place, and run the layer again so that the next layer sees what the pruned
-model will feed it. One layer's sums are held at a time.
-
-Source: one-shot block-wise pruning as in SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774) and MoE-Pruner (Xie et
-al. 2024, arXiv 2410.12013).
-"""
+"""Prune a model in memory: experts removed, weights pruned, and the report of both."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,28 +13,16 @@ import torch
 from torch import nn
 
 from moesparse._version import __version__
-from moesparse.blocks import ExpertMatrix, MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.budget import DENSE, matrix_sizes, packed_bytes
-from moesparse.calibration import CrossMoment, Recorder, check_dense, check_windows, record
+from moesparse.calibration import check_dense, check_windows
 from moesparse.errors import CalibrationError, MoESparseError
 from moesparse.expert_pruning import prune_experts
+from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
 from moesparse.layerwise import LayerStream
-from moesparse.masks import check_mask
-from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
-from moesparse.saliency.updates import (
-    PrunedInputs,
-    asymmetric_target,
-    match_output,
-    moments_of,
-    output_energy,
-    parse_update,
-    rescale_factor,
-    update_weights,
-)
-from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
-from moesparse.statistics import ExpertStatistics, ModelStatistics, memory_needed, model_fingerprint
+from moesparse.statistics import ModelStatistics, model_fingerprint
 
 __all__ = [
     "DEFAULT_EXPERT_SALIENCY",
@@ -55,45 +35,6 @@ __all__ = [
     "expert_sizes",
     "prune",
 ]
-
-
-@dataclass
-class TensorReport:
-    """One fused expert matrix after pruning.
-
-    Attributes:
-        name: parameter name in the experts module.
-        shape: (E, out, in), contraction last, whatever the family stores.
-        sparsity: share of exact zeros.
-        pattern: the pattern asked for, "dense" where the weights were left as they are.
-        holds: the pattern was found in every row after the weights were written back.
-        error_before: per expert, |(W - V) X| / |W X| of the masked dense weights on the calibration tokens; None where
-            the rules need no second moments.
-        error_after: the same once the kept weights were re-solved.
-        fallbacks: experts without calibration tokens, masked by magnitude.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    sparsity: float
-    pattern: str
-    holds: bool
-    error_before: list[float] | None = None
-    error_after: list[float] | None = None
-    fallbacks: list[int] = field(default_factory=list)
-
-
-@dataclass
-class BlockReport:
-    """One MoE block: its tensors, the tokens each expert saw, time and memory."""
-
-    name: str
-    experts: int
-    tokens_per_expert: list[int] | None
-    tensors: list[TensorReport]
-    rescale: list[float] | None
-    seconds: float
-    peak_bytes: int
 
 
 @dataclass
@@ -338,7 +279,7 @@ def _prune_from_weights(
     reports = []
     for done, block in enumerate(blocks):
         progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
-        reports.append(_prune_block(block, None, recipe, "none"))
+        reports.append(prune_block(block, None, recipe, "none"))
     return reports, {"windows": 0, "length": 0, "tokens": 0}
 
 
@@ -349,193 +290,5 @@ def _prune_from_statistics(
     reports = []
     for done, block in enumerate(blocks):
         progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
-        reports.append(_prune_block(block, statistics.blocks[block.name], recipe, recipe.update))
+        reports.append(prune_block(block, statistics.blocks[block.name], recipe, recipe.update))
     return reports, describe_calibration(statistics)
-
-
-def prune_layerwise(
-    stream: LayerStream,
-    model: nn.Module,
-    blocks: Sequence[MoEBlock],
-    recipe: Recipe,
-    progress: Progress,
-    *,
-    start: int = 0,
-    finish: Callable[[int, list[BlockReport]], None] | None = None,
-) -> list[BlockReport]:
-    """Prune the weights of a model whose hidden states a stream holds, layer by layer.
-
-    Args:
-        stream: at the input of layer `start`.
-        model: the model the stream runs.
-        blocks: of the model, all of them.
-        recipe: of the weights.
-        progress: called after every batch.
-        start: position of the first layer to prune; those before it are done.
-        finish: called for each layer in order, while it is in memory and pruned, with the reports of its blocks.
-
-    Returns:
-        The reports of the blocks pruned, in forward order.
-    """
-    names = {id(layer): position for position, layer in enumerate(stream.layers)}
-    at: dict[int, list[MoEBlock]] = {}
-    for block in blocks:
-        at.setdefault(names[id(model.get_submodule(block.layer))], []).append(block)
-    last = max(at)
-    # the factor is measured by running the pruned experts, which sees the loss in gate and up as well
-    solver, rescale = parse_update(recipe.update)
-    matches = solver == "asymmetric"
-    moments = moments_needed(recipe.saliency, recipe.update)
-    passes = sum(
-        1 + matches * len(at[position]) + rescale + recipe.propagate if position in at else 1
-        for position in range(start, last + 1)
-    )
-    total, done, tokens = passes * len(stream), 0, 0
-    reports: list[BlockReport] = []
-    memory = max(memory_needed(here, moments) for here in at.values())
-    first = at[min(position for position in at if position >= start)][0]
-    progress(ProgressEvent(f"calibrate {first.name}", 0, total, memory=memory))
-
-    def run(position: int, stage: str, recorders: Sequence[Recorder] = (), **where: Any) -> None:
-        nonlocal done, tokens
-
-        def aim(number: int) -> None:
-            for recorder in recorders:
-                recorder.token_mask = stream.token_masks[number]
-                recorder.first_window, recorder.window_length = stream.first_window[number], stream.length
-
-        for count in stream.run(position, before=aim, **where):
-            done, tokens = done + 1, tokens + count
-            progress(ProgressEvent(stage, done, total, tokens=tokens))
-
-    for position in range(start, last + 1):
-        with stream.on_device(position):
-            here = at.get(position)
-            if here is None:
-                run(position, f"layer {position}", keep=True)
-                if finish is not None:
-                    finish(position, [])
-                continue
-            started = time.perf_counter()
-            reset_peak_memory()
-            label = here[0].name
-            # the dense layer's outputs are there only now; its inputs are needed again for rescaling
-            dense_outputs = None if recipe.propagate else stream.hidden.fresh()
-            with record(here, moments) as recorders:
-                run(position, f"calibrate {label}", recorders, outputs=dense_outputs)
-            dense = [recorder.statistics for recorder in recorders]
-
-            def look_again(block: MoEBlock, up_before: torch.Tensor, at: int = position) -> Recorded:
-                cross = CrossMoment(block, up_before)
-                with record([block], moments) as (recorder,):
-                    recorder.row_observer = cross
-                    run(at, f"match {block.name}", [recorder])
-                return recorder.statistics, cross.total
-
-            measured = [
-                _prune_block(block, sums, recipe, solver, look_again if matches else None)
-                for block, sums in zip(here, dense, strict=True)
-            ]
-            if rescale:
-                with record(here) as recorders:
-                    run(position, f"rescale {label}", recorders)
-                for block, report, before, recorder in zip(here, measured, dense, recorders, strict=True):
-                    report.rescale = _rescale(block, before, recorder.statistics)
-            if dense_outputs is not None:
-                stream.hidden = dense_outputs
-            elif position < last:
-                run(position, f"propagate {label}", keep=True)
-            else:
-                done += len(stream)  # nothing after the last block needs its output
-            for report in measured:
-                report.seconds = (time.perf_counter() - started) / len(here)
-                report.peak_bytes = peak_memory()
-            reports += measured
-            if finish is not None:
-                finish(position, measured)
-    return reports
-
-
-Recorded = tuple[ExpertStatistics, torch.Tensor]
-"""Sums of a block whose gate and up are pruned, and the cross moment of its activations with those before."""
-
-
-def _prune_block(
-    block: MoEBlock,
-    statistics: ExpertStatistics | None,
-    recipe: Recipe,
-    update: str,
-    look_again: Callable[[MoEBlock, torch.Tensor], Recorded] | None = None,
-) -> BlockReport:
-    started = time.perf_counter()
-    up, down = block.matrices
-    if look_again is None:
-        tensors = [_prune_matrix(block, matrix, statistics, recipe, update) for matrix in block.matrices]
-    else:
-        assert statistics is not None
-        name = f"{block.name}.{down.name}"
-        energy = output_energy(down.weight, moments_of(statistics, "activation", "gated", name))
-        up_before = up.weight.clone()
-        tensors = [_prune_matrix(block, up, statistics, recipe, "least-squares")]
-        # the second look takes their room
-        statistics.moment.clear()
-        statistics.gated_moment.clear()
-        inputs = PrunedInputs(*look_again(block, up_before), energy)
-        tensors.append(_prune_matrix(block, down, inputs.stats, recipe, update, inputs))
-    return BlockReport(
-        name=block.name,
-        experts=block.num_experts,
-        tokens_per_expert=None if statistics is None else statistics.tokens.tolist(),
-        tensors=tensors,
-        rescale=None,
-        seconds=time.perf_counter() - started,
-        peak_bytes=peak_memory(),
-    )
-
-
-@torch.no_grad()
-def _prune_matrix(
-    block: MoEBlock,
-    matrix: ExpertMatrix,
-    statistics: Any,
-    recipe: Recipe,
-    update: str,
-    inputs: PrunedInputs | None = None,
-) -> TensorReport:
-    """Statistics are None only for rules that look at the weights alone, see _prune_from_weights."""
-    name = f"{block.name}.{matrix.name}"
-    weight = matrix.weight
-    pattern = recipe.pattern_of(block.name, matrix.name)
-    if pattern is None:
-        zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
-        return TensorReport(matrix.name, tuple(weight.shape), zeros, DENSE, True)  # type: ignore[arg-type]
-    target = weight if inputs is None else asymmetric_target(weight, inputs, name=name)
-    choice = choose_masks(target, recipe.saliency, pattern, statistics, matrix.input, seed=recipe.seed, name=name)
-    if inputs is not None:
-        result = match_output(weight, target, choice.mask, inputs, name=name)
-    else:
-        gate = obs_gate(recipe.saliency)
-        result = update_weights(weight, choice.mask, update, statistics, matrix.input, gate=gate, name=name)
-    weight.copy_(result.weight)
-    # looked at after the cast to the model's dtype: what is written is what is claimed
-    verdict = check_mask(weight, pattern)
-    if not verdict.holds:
-        raise AssertionError(f"{name}: pattern {pattern} does not hold after pruning")
-    return TensorReport(
-        name=matrix.name,
-        shape=tuple(weight.shape),  # type: ignore[arg-type]
-        sparsity=verdict.sparsity,
-        pattern=str(pattern),
-        holds=verdict.holds,
-        error_before=None if result.error_before is None else result.error_before.tolist(),
-        error_after=None if result.error_after is None else result.error_after.tolist(),
-        fallbacks=list(choice.fallback),
-    )
-
-
-@torch.no_grad()
-def _rescale(block: MoEBlock, dense: ExpertStatistics, pruned: ExpertStatistics) -> list[float]:
-    factor = rescale_factor(dense.gated_norm_sq_sum, pruned.gated_norm_sq_sum)
-    down = block.matrices[-1]
-    down.weight.mul_(factor.to(down.weight).view(-1, 1, 1))
-    return factor.tolist()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moesparse.saliency.experts import ANGLED_NORM_SUM
 
 if TYPE_CHECKING:
-    from moesparse.calibration import Recorder
+    from moesparse.recorder import Recorder
 
 
 @contextmanager

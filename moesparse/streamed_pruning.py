@@ -21,20 +21,12 @@ from moesparse._version import __version__
 from moesparse.calibration import Windows, check_dense, check_windows
 from moesparse.checkpoint import note_recipe, write_companions
 from moesparse.errors import MoESparseError, UsageError
+from moesparse.layer_pruning import BlockReport, TensorReport, prune_layerwise
 from moesparse.layerwise import LayerStream
 from moesparse.memory import available_memory
 from moesparse.plan import Plan, plan_pruning
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.pruning import (
-    BlockReport,
-    Recipe,
-    Report,
-    TensorReport,
-    default_device,
-    describe_calibration,
-    expert_sizes,
-    prune_layerwise,
-)
+from moesparse.pruning import Recipe, Report, default_device, describe_calibration, expert_sizes
 from moesparse.run_folder import RunFolder
 from moesparse.statistics import fingerprint_sample, model_fingerprint, windows_hash
 from moesparse.streaming import StreamedModel

@@ -8,10 +8,11 @@ import torch
 
 import moesparse
 from moesparse.blocks import find_moe_blocks
-from moesparse.calibration import calibrate, record
+from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 from moesparse.masks import check_mask
 from moesparse.pruning import Recipe, prune
+from moesparse.recorder import record
 from moesparse.testing import tiny_model
 
 # transposed, biased and interleaved; no gate; shared experts and dense first layers; state-space layers between
