@@ -11,13 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, find_moe_blocks
-from moesparse.errors import CalibrationError, UsageError
+from moesparse.errors import CalibrationError, MoESparseError, UsageError
+from moesparse.masks import all_finite
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.recorder import record, window_sums
 from moesparse.residual import measure_angles
 from moesparse.statistics import ModelStatistics, check_moments, memory_needed, model_fingerprint, windows_hash
 
-__all__ = ["Windows", "calibrate", "check_dense", "check_windows", "evaluating", "placed", "vocabulary_size"]
+__all__ = [
+    "Windows",
+    "calibrate",
+    "check_dense",
+    "check_finite",
+    "check_windows",
+    "evaluating",
+    "placed",
+    "vocabulary_size",
+]
 
 Windows = Tensor | tuple[Tensor, Tensor | None]
 
@@ -149,6 +159,18 @@ def check_windows(windows: Windows, vocabulary: int | None = None) -> tuple[Tens
         empty = int((~mask.any(dim=1)).nonzero()[0])
         raise UsageError(f"every window must hold a token, got only padding in window {empty}")
     return ids, None if mask.all() else mask
+
+
+def check_finite(blocks: Sequence[MoEBlock]) -> None:
+    """Refuse experts with a NaN or an infinity.
+
+    Raises:
+        MoESparseError: names the matrix.
+    """
+    for block in blocks:
+        for matrix in block.matrices:
+            if not all_finite(matrix.parameter):
+                raise MoESparseError(f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity")
 
 
 def check_dense(blocks: Sequence[MoEBlock]) -> None:

@@ -28,6 +28,7 @@ from moesparse.recipe import Recipe
 from moesparse.recorder import CrossMoment, Recorder, record
 from moesparse.saliency.updates import (
     PrunedInputs,
+    Update,
     asymmetric_target,
     match_output,
     moments_of,
@@ -36,7 +37,7 @@ from moesparse.saliency.updates import (
     rescale_factor,
     update_weights,
 )
-from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
+from moesparse.saliency.weights import COLUMN_RULES, choose_masks, moments_needed, obs_gate, prune_in_place
 from moesparse.statistics import ExpertStatistics, memory_needed
 
 __all__ = ["BlockReport", "TensorReport", "prune_block", "prune_layerwise"]
@@ -237,14 +238,19 @@ def _prune_matrix(
     if pattern is None:
         zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
         return TensorReport(matrix.name, tuple(weight.shape), zeros, DENSE, True)  # type: ignore[arg-type]
-    target = weight if inputs is None else asymmetric_target(weight, inputs, name=name)
-    choice = choose_masks(target, recipe.saliency, pattern, statistics, matrix.input, seed=recipe.seed, name=name)
-    if inputs is not None:
-        result = match_output(weight, target, choice.mask, inputs, name=name)
+    if update == "none" and recipe.saliency in COLUMN_RULES:
+        fallback = prune_in_place(weight, recipe.saliency, pattern, statistics, matrix.input, name=name)
+        result = Update(weight)
     else:
-        gate = obs_gate(recipe.saliency)
-        result = update_weights(weight, choice.mask, update, statistics, matrix.input, gate=gate, name=name)
-    weight.copy_(result.weight)
+        target = weight if inputs is None else asymmetric_target(weight, inputs, name=name)
+        choice = choose_masks(target, recipe.saliency, pattern, statistics, matrix.input, seed=recipe.seed, name=name)
+        fallback = choice.fallback
+        if inputs is not None:
+            result = match_output(weight, target, choice.mask, inputs, name=name)
+        else:
+            gate = obs_gate(recipe.saliency)
+            result = update_weights(weight, choice.mask, update, statistics, matrix.input, gate=gate, name=name)
+        weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed
     verdict = check_mask(weight, pattern)
     if not verdict.holds:
@@ -257,7 +263,7 @@ def _prune_matrix(
         holds=verdict.holds,
         error_before=None if result.error_before is None else result.error_before.tolist(),
         error_after=None if result.error_after is None else result.error_after.tolist(),
-        fallbacks=list(choice.fallback),
+        fallbacks=list(fallback),
     )
 
 

@@ -148,11 +148,10 @@ def mask_from_score(score: Tensor, pattern: Pattern, *, name: str = "score") -> 
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     if not mask.numel():
         return mask
-    chunk = _GPU_CHUNK if score.is_cuda else _CPU_CHUNK
-    rows = max(1, chunk // in_features)
     # leading dims are walked, not flattened: a transposed view stays a view
     for scores, masks in _matrices(score, mask):
-        for part, out in zip(scores.split(rows), masks.split(rows), strict=True):
+        for rows in _row_parts(scores):
+            part, out = scores[rows], masks[rows]
             if part.isnan().any():
                 raise MoESparseError(f"{name}: scores must be numbers, got NaN; the weights or the statistics hold NaN")
             if pattern.group:
@@ -171,6 +170,28 @@ def _matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     else:
         for group in zip(*(tensor.unbind(0) for tensor in tensors), strict=True):
             yield from _matrices(*group)
+
+
+def matrix_parts(weight: Tensor) -> Iterator[tuple[int, slice]]:
+    """Parts (expert, rows) of a weight [E, out, in]; on a CPU such that one stays in a core's cache."""
+    for expert in range(len(weight)):
+        for rows in _row_parts(weight[expert]):
+            yield expert, rows
+
+
+def _row_parts(matrix: Tensor) -> Iterator[slice]:
+    size = max(1, (_GPU_CHUNK if matrix.is_cuda else _CPU_CHUNK) // max(matrix.shape[1], 1))
+    for start in range(0, len(matrix), size):
+        yield slice(start, start + size)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Neither NaN nor infinity anywhere; one pass, and nothing of the tensor's size is allocated."""
+    if not tensor.numel():
+        return True
+    # a NaN becomes both the least and the greatest
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() & high.isfinite())
 
 
 def keep_in_groups(columns: Tensor, n: int) -> Tensor:

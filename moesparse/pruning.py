@@ -15,8 +15,8 @@ from torch import nn
 from moesparse._version import __version__
 from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.budget import DENSE, matrix_sizes, packed_bytes
-from moesparse.calibration import check_dense, check_windows
-from moesparse.errors import CalibrationError, MoESparseError
+from moesparse.calibration import check_dense, check_finite, check_windows
+from moesparse.errors import CalibrationError
 from moesparse.expert_pruning import prune_experts
 from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
 from moesparse.layerwise import LayerStream
@@ -148,8 +148,7 @@ def prune(
             pattern = recipe.pattern_of(block.name, matrix.name)
             if pattern is not None:
                 pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
-            if not matrix.parameter.isfinite().all():
-                raise MoESparseError(f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity")
+    check_finite(blocks)
     started = time.perf_counter()
     fingerprint, before = model_fingerprint(model), expert_sizes(model, blocks)
     removed = None

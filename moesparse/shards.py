@@ -8,11 +8,12 @@ comes, which is what keeps a model out of memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
@@ -298,6 +299,19 @@ class Shards:
             if file.readinto(data.numpy().data) != nbytes:
                 raise CheckpointError(f"{info.file} was changed while it was read: {name} is cut off")
         return data.view(info.torch_dtype).view(shape)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Have the system bring these tensors into its cache while this process computes; a hint that may be lost."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        by_file: dict[Path, list[TensorInfo]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(self.tensors[name])
+        for path, infos in by_file.items():
+            # a file that is gone is reported by the read that needs it
+            with contextlib.suppress(OSError, CheckpointError), _open_regular(path) as file:
+                for info in infos:
+                    os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of one tensor of any dtype, at most 16 MiB at a time.

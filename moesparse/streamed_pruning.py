@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moesparse._version import __version__
-from moesparse.calibration import Windows, check_dense, check_windows
+from moesparse.calibration import Windows, check_dense, check_finite, check_windows
 from moesparse.checkpoint import note_recipe, write_companions
-from moesparse.errors import MoESparseError, UsageError
+from moesparse.errors import UsageError
 from moesparse.layer_pruning import BlockReport, TensorReport, prune_layerwise
 from moesparse.layerwise import LayerStream
 from moesparse.memory import available_memory
@@ -116,12 +116,7 @@ def prune_checkpoint(
         def inspect(position: int) -> None:
             progress(ProgressEvent("check", position, len(streamed.layers), "layer"))
             here = [block for block in blocks if streamed.position(block.layer) == position]
-            for block in here:
-                for matrix in block.matrices:
-                    if not matrix.parameter.isfinite().all():
-                        raise MoESparseError(
-                            f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity"
-                        )
+            check_finite(here)
             if not allow_pruned:
                 check_dense(here)
             for name, tensor in streamed.state(position).items():

@@ -90,7 +90,9 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def hold(self, position: int, device: torch.device | None = None, shards: Shards | None = None) -> Iterator[None]:
-        """Have one layer in memory for the body; it stays there when the body ends by an exception.
+        """Have one layer in memory for the body, while the system reads ahead for the next.
+
+        It stays in memory when the body ends by an exception.
 
         Args:
             position: of the layer.
@@ -98,6 +100,8 @@ class StreamedModel:
             shards: read it from here instead of the model's own folder, under the same keys.
         """
         self._fill(self._inside[position], device, shards or self.shards)
+        if position + 1 < len(self.layers):
+            self.shards.read_ahead(key for key in self.checkpoint_tensors(position + 1) if key in self.shards.tensors)
         yield
         # not behind an exception: whatever was interrupted may still hold a parameter, and then it cannot be swapped
         self._place({name: torch.empty_like(each, device="meta") for name, each in self.state(position).items()})

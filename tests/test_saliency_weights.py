@@ -8,7 +8,7 @@ from expert_data import Sums, random_weight, routed
 
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 from moesparse.masks import Pattern, check_mask, mask_from_score
-from moesparse.saliency import MASK_RULES, UPDATE_RULES, choose_masks, moments_needed, solvers
+from moesparse.saliency import MASK_RULES, UPDATE_RULES, choose_masks, moments_needed, prune_in_place, solvers, weights
 
 TWO_FOUR = Pattern(n=2, m=4)
 PATTERNS = [TWO_FOUR, Pattern(n=3, m=8), Pattern(ratio=0.6)]
@@ -186,6 +186,41 @@ def test_slices_strides_and_dtypes_do_not_show(rule, monkeypatch):
             patched.setattr(solvers, "_CPU_BYTES", 3 * 40 * 136)
             assert torch.equal(choose_masks(weight, rule, pattern, sums, "hidden").mask, whole)
         assert torch.equal(choose_masks(weight, rule, pattern, sums, "hidden").mask, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("rule", weights.COLUMN_RULES)
+def test_pruning_in_place_leaves_what_the_mask_leaves(rule, pattern, dtype, monkeypatch):
+    # an expert without tokens, transposed storage, and parts of two rows
+    weight = random_weight(4, 20, 32).to(dtype)
+    sums = routed(32, experts=4, tokens=60, unseen=(2,)).sums()
+    choice = choose_masks(weight, rule, pattern, sums, "hidden")
+    want = weight.masked_fill(~choice.mask, 0.0)
+    stored = weight.mT.contiguous().mT
+    monkeypatch.setattr("moesparse.masks._CPU_CHUNK", 2 * 32)
+    assert prune_in_place(stored, rule, pattern, sums, "hidden") == choice.fallback
+    assert torch.equal(stored, want)
+    # what a GPU does, with the kernels' torch reference in the place of the kernels
+    monkeypatch.setattr(weights, "_prune_in_parts", weights._prune_on_gpu)
+    monkeypatch.setattr(solvers, "_CPU_BYTES", 2 * 100 * 20 * 32)
+    stored = weight.mT.contiguous().mT
+    prune_in_place(stored, rule, pattern, sums, "hidden")
+    assert torch.equal(stored, want)
+
+
+def test_pruning_in_place_refuses_and_leaves_the_weight():
+    weight, sums = random_weight(), routed().sums()
+    before = weight.clone()
+    with pytest.raises(UsageError, match="saliency must be one of magnitude, wanda, moe-pruner to prune in place"):
+        prune_in_place(weight, "gated-admm", TWO_FOUR, sums, "hidden")
+    sums.gated_energy["hidden"][1, 3] = torch.nan
+    with pytest.raises(MoESparseError, match=r"block\.up: the statistics must be finite"):
+        prune_in_place(weight, "moe-pruner", TWO_FOUR, sums, "hidden", name="block.up")
+    assert torch.equal(weight, before)
+    weight[1, 0, 0] = torch.inf
+    with pytest.raises(MoESparseError, match="weights must be finite"):
+        prune_in_place(weight, "magnitude", TWO_FOUR, sums, "hidden")
 
 
 @pytest.mark.parametrize("rule", MASK_RULES)

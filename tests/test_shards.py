@@ -266,3 +266,19 @@ def test_any_bytes_are_refused_or_read_as_safetensors_reads_them(data, tmp_path_
     for name, tensor in theirs.items():
         if shards.tensors[name].torch_dtype is not None:
             assert same(shards.read(name), tensor)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no hints")
+def test_reading_ahead_names_the_bytes_of_the_tensors(tmp_path, monkeypatch):
+    tensors = {name: random_bits((3, 5), torch.bfloat16, seed) for seed, name in enumerate("abc")}
+    write(tmp_path, tensors, max_shard_bytes=60)
+    shards = Shards.open(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, offset, size, advice: asked.append((os.pread(fd, size, offset), advice))
+    )
+    shards.read_ahead(["c", "a"])
+    want = [(bytes(tensors[name].view(torch.uint8).flatten().tolist()), os.POSIX_FADV_WILLNEED) for name in "ca"]
+    assert sorted(asked) == sorted(want)
+    shards.tensors["b"].file.unlink()
+    shards.read_ahead(["b"])

@@ -10,7 +10,7 @@ from moesparse.saliency.updates import (
     rescale_factor,
     update_weights,
 )
-from moesparse.saliency.weights import MASK_RULES, MaskChoice, choose_masks, moments_needed, obs_gate
+from moesparse.saliency.weights import MASK_RULES, MaskChoice, choose_masks, moments_needed, obs_gate, prune_in_place
 
 __all__ = [
     "MASK_RULES",
@@ -24,6 +24,7 @@ __all__ = [
     "moments_needed",
     "obs_gate",
     "output_energy",
+    "prune_in_place",
     "rescale_factor",
     "update_weights",
 ]

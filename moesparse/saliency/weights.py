@@ -11,6 +11,7 @@
 | random | anything: the control that every rule must beat | |
 
 The rules give masks only; `moesparse.saliency.updates` gives the weights, and each rule here goes with each one there.
+Rules that score a weight by |W| times a scale of its column can also prune in place, without a mask: `prune_in_place`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import MoESparseError, UsageError
-from moesparse.masks import Pattern, mask_from_score
+from moesparse.masks import Pattern, all_finite, mask_from_score, matrix_parts
 from moesparse.saliency import solvers
 from moesparse.saliency.updates import Gate, Statistics, moments_of, parse_update
+from moesparse_kernels import nm_prune, row_topk
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,18 +92,72 @@ def choose_masks(
     if rule not in _RULES:
         raise UsageError(f"saliency must be one of {', '.join(MASK_RULES)}, got {rule!r}")
     pattern.check_matrix(name, weight.shape[-1])
-    if not weight.isfinite().all():
+    if not all_finite(weight):
         raise MoESparseError(f"{name}: weights must be finite, got inf or NaN")
-    request = _Request(weight, pattern, stats, input, seed, damping, name)
-    choice = _RULES[rule].choose(request)
+    choice = _RULES[rule].choose(_Request(weight, pattern, stats, input, seed, damping, name))
     if rule in ("magnitude", "random"):
         return choice
-    # all scores of such an expert are equal, which would prune by index order
-    unseen = (stats.tokens.cpu() == 0) | (stats.energy[input].cpu().sum(-1) == 0)
-    fallback = tuple(unseen.nonzero().flatten().tolist())
+    fallback = _unseen(stats, input)
     for expert in fallback:
         choice.mask[expert] = mask_from_score(weight[expert].abs(), pattern, name=name)
     return MaskChoice(choice.mask, fallback, choice.damping)
+
+
+def prune_in_place(
+    weight: Tensor, rule: str, pattern: Pattern, stats: Statistics, input: str, *, name: str = "weight"
+) -> tuple[int, ...]:
+    """Make `weight` what `choose_masks` leaves of it, without ever holding a mask.
+
+    A GPU scores and chooses in one kernel (moesparse_kernels.nm_prune, row_topk); a CPU works on parts that stay in its
+    cache.
+
+    Args:
+        weight: [E, out, in], any float dtype, any strides; +0.0 where pruned afterwards.
+        rule: one of `COLUMN_RULES`.
+        pattern: unstructured or n:m.
+        stats: sums over the calibration tokens.
+        input: what the matrix multiplies, "hidden" or "activation".
+        name: of the tensor, for errors.
+
+    Returns:
+        the experts that were scored by magnitude, as `MaskChoice.fallback`.
+
+    Raises:
+        UsageError: another rule, or a pattern that does not fit the matrix.
+        MoESparseError: weights or statistics hold NaN; the weight is as it was.
+    """
+    if rule not in COLUMN_RULES:
+        raise UsageError(f"saliency must be one of {', '.join(COLUMN_RULES)} to prune in place, got {rule!r}")
+    pattern.check_matrix(name, weight.shape[-1])
+    if not all_finite(weight):
+        raise MoESparseError(f"{name}: weights must be finite, got inf or NaN")
+    fallback: tuple[int, ...] = ()
+    scale = None
+    if rule != "magnitude":
+        scale, fallback = _column_norm(rule, stats, input).to(weight.device), _unseen(stats, input)
+        if not all_finite(scale):
+            raise MoESparseError(f"{name}: the statistics must be finite, got inf or NaN")
+        scale[list(fallback)] = 1.0
+    (_prune_on_gpu if weight.is_cuda else _prune_in_parts)(weight, scale, pattern)
+    return fallback
+
+
+def _prune_on_gpu(weight: Tensor, scale: Tensor | None, pattern: Pattern) -> None:
+    if scale is None:
+        scale = torch.ones(len(weight), weight.shape[-1], device=weight.device)
+    for experts in solvers.expert_slices(weight):
+        if pattern.group:
+            kept = nm_prune(weight[experts], scale[experts], *pattern.group)
+        else:
+            kept = row_topk(weight[experts], scale[experts], pattern.kept(weight.shape[-1]))
+        weight[experts] = kept
+
+
+def _prune_in_parts(weight: Tensor, scale: Tensor | None, pattern: Pattern) -> None:
+    for expert, rows in matrix_parts(weight):
+        part = weight[expert, rows]
+        score = part.abs() if scale is None else part.abs().float() * scale[expert]
+        part.masked_fill_(~mask_from_score(score, pattern), 0.0)
 
 
 def moments_needed(saliency: str, update: str) -> str:
@@ -143,13 +199,24 @@ def _random(request: _Request) -> MaskChoice:
     return MaskChoice(torch.stack(masks).to(request.weight.device))
 
 
-def _column_energy(gate: Gate) -> Callable[[_Request], MaskChoice]:
+def _by_column(rule: str) -> Callable[[_Request], MaskChoice]:
     def choose(request: _Request) -> MaskChoice:
-        energy = (request.stats.gated_energy if gate == "gated" else request.stats.energy)[request.input]
-        norm = energy.to(request.weight.device).sqrt().float()[:, None]
+        norm = _column_norm(rule, request.stats, request.input).to(request.weight.device)[:, None]
         return _by_score(request, lambda experts: request.weight[experts].abs().float() * norm[experts])
 
     return choose
+
+
+def _column_norm(rule: str, stats: Statistics, input: str) -> Tensor:
+    """[E, in] float32: norm of every input over the expert's tokens, with the gate inside for moe-pruner."""
+    energy = stats.gated_energy if rule == "moe-pruner" else stats.energy
+    return energy[input].sqrt().float()
+
+
+def _unseen(stats: Statistics, input: str) -> tuple[int, ...]:
+    """Experts without tokens, or with zeros only: all their scores are equal, which would prune by index order."""
+    unseen = (stats.tokens.cpu() == 0) | (stats.energy[input].cpu().sum(-1) == 0)
+    return tuple(unseen.nonzero().flatten().tolist())
 
 
 def _by_score(request: _Request, score: Callable[[slice], Tensor]) -> MaskChoice:
@@ -208,8 +275,8 @@ class _Rule(NamedTuple):
 
 _RULES: dict[str, _Rule] = {
     "magnitude": _Rule(_magnitude),
-    "wanda": _Rule(_column_energy("plain")),
-    "moe-pruner": _Rule(_column_energy("gated")),
+    "wanda": _Rule(_by_column("wanda")),
+    "moe-pruner": _Rule(_by_column("moe-pruner")),
     "sparsegpt": _Rule(_sparsegpt("plain"), "plain"),
     "gated-sparsegpt": _Rule(_sparsegpt("gated"), "gated"),
     "admm": _Rule(_admm("plain"), "plain"),
@@ -217,3 +284,5 @@ _RULES: dict[str, _Rule] = {
     "random": _Rule(_random),
 }
 MASK_RULES = tuple(_RULES)
+COLUMN_RULES = ("magnitude", "wanda", "moe-pruner")
+"""Those that score a weight by |W| times a scale of its column."""
