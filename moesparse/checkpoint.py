@@ -129,8 +129,9 @@ def check_output_folder(folder: str | os.PathLike[str]) -> Path:
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"OUT must lie in a folder that can be written, got {path}")
+    for each in (parent, path):
+        if each.exists() and not os.access(each, os.W_OK):
+            raise CheckpointError(f"OUT must lie in a folder that can be written, got {path}: {each} is read-only")
     return path
 
 
@@ -258,7 +259,10 @@ def write_companions(
 ) -> None:
     """Write what stands beside weights and config in a checkpoint; the arguments are those of `save_pretrained`."""
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library gives a full disk no type of its own
+            raise error if isinstance(error, OSError) else OSError(f"the tokenizer: {error}") from error
     if source is not None and Path(source).is_dir():
         copy_small_files(Path(source), folder, leave=_OWN_FILES)
     if card is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, MutableSequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ class HiddenStates(MutableSequence[Tensor]):
 
     With a folder each batch is a file there, mapped into memory (on the CPU then): the system keeps as much of them in
     RAM as is free and writes the rest out. The files lose their names once they are mapped: however the process ends,
-    none is left.
+    none is left. A disk without room for one is an OSError; a mapping of what is not there would kill the process.
 
     Args:
         folder: existing, for the files; None keeps all in memory.
@@ -57,6 +58,11 @@ class HiddenStates(MutableSequence[Tensor]):
         if self._folder is None:
             return batch
         path = self._folder / "hidden.partial"
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, batch.nbytes)
+            else:  # macOS
+                file.truncate(batch.nbytes)
         mapped = torch.from_file(str(path), shared=True, size=batch.numel(), dtype=batch.dtype).view(batch.shape)
         path.unlink()  # the mapping keeps it
         return mapped.copy_(batch)

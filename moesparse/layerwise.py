@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesparse.errors import UnsupportedModelError
+from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.hidden_states import HiddenStates
 
 PROBE_TOKENS = 16
@@ -59,6 +59,7 @@ class LayerStream:
 
     Raises:
         UnsupportedModelError: running the layers one by one does not give what the model's own forward gives.
+        CalibrationError: a layer gives NaN or infinity for the first tokens; names the weights.
     """
 
     def __init__(
@@ -217,6 +218,8 @@ class LayerStream:
                     output = inside(*args, **kwargs)
                     self._tuple_length[position] = len(output) if isinstance(output, tuple) else None
                     want = _hidden_of(output)
+                    if not want.isfinite().all():
+                        raise _not_finite(layer, position, args, kwargs)
                     if hidden is not None:
                         call = calls[position]
                         hidden = _hidden_of(inside(hidden, *call.args, **call.kwargs))
@@ -262,6 +265,18 @@ def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
         return args[1:], dict(kwargs), args[0]
     kwargs = dict(kwargs)
     return (), kwargs, kwargs.pop("hidden_states")
+
+
+def _not_finite(layer: nn.Module, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CalibrationError:
+    """What is wrong with a layer whose output is not finite."""
+    spoiled = [name for name, tensor in layer.state_dict().items() if not tensor.isfinite().all()]
+    if not _take_hidden(args, kwargs)[2].isfinite().all():
+        where = "its input is not: look for NaN or infinity in the weights before it"
+    elif spoiled:
+        where = f"NaN or infinity in its {', '.join(spoiled[:3])}: repair the checkpoint"
+    else:
+        where = "its weights are finite: load the model in bfloat16 or float32"
+    return CalibrationError(f"decoder layer {position} must give finite hidden states, got others; {where}")
 
 
 def _hidden_of(output: Any) -> torch.Tensor:

@@ -9,22 +9,25 @@ run out; it is gone with the process that held it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moesparse.checkpoint import JOURNAL_FILE, check_output_folder, flush
-from moesparse.errors import CheckpointError
+from moesparse.errors import CheckpointError, MoESparseError
 from moesparse.manifest import file_hash, write_manifest_entries
 from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
 
-__all__ = ["JOURNAL_FILE", "Part", "RunFolder"]
+__all__ = ["JOURNAL_FILE", "Part", "RunFolder", "locked", "what_is_kept"]
 
 _LOCK_FILE = ".moesparse.lock"
 _FORMAT = 1
@@ -78,7 +81,7 @@ class RunFolder:
         Raises:
             CheckpointError: another process is at work there, the folder holds something else, an unfinished run and
                 not `resume`, or one with other inputs; whatever writing raises, with what to do. The finished parts
-                stay in every case.
+                stay in every case, and every MoESparseError of the body says so.
         """
         path = Path(folder)
         found = path / JOURNAL_FILE
@@ -88,17 +91,20 @@ class RunFolder:
             try:
                 stack.callback(_remove_if_empty, path, made=not path.exists())
                 path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(path))
+                stack.enter_context(locked(path))
                 journal = _read_journal(found, dict(inputs), resume) if found.exists() else _Journal(dict(inputs))
                 run = cls(path, journal, [])
                 stack.callback(run._leave_nothing_unfinished)
                 run._drop_damaged()
                 run._save()
-                yield run
-            except OSError as error:
+                with _saying_what_is_kept(path):
+                    yield run
+            except (OSError, SafetensorError) as error:
+                reason = getattr(error, "strerror", None) or error
+                kept = what_is_kept(path) or "No part was finished"
                 raise CheckpointError(
-                    f"cannot write {path}: {error.strerror or error}. {len(journal.parts)} finished parts are kept "
-                    "there: make room or mend it, and run the same again with --resume"
+                    f"cannot write {path}: {reason}. {kept}: make room there or mend it, and run the same again with "
+                    "--resume"
                 ) from error
 
     @property
@@ -131,8 +137,8 @@ class RunFolder:
         flush(work)
         os.replace(work, home)
         part = Part(name, files, note)
+        self._save(part)
         self._journal.parts.append(part)
-        self._save()
         return part
 
     def assemble(self, write_others: Callable[[Path], None]) -> None:
@@ -206,8 +212,28 @@ class RunFolder:
                 os.replace(self.path / new, self.path / old)
         self._journal.final = None
 
-    def _save(self) -> None:
-        _write_whole(self.path / JOURNAL_FILE, json.dumps({"format": _FORMAT, **asdict(self._journal)}))
+    def _save(self, *new: Part) -> None:
+        journal = dataclasses.replace(self._journal, parts=[*self._journal.parts, *new])
+        _write_whole(self.path / JOURNAL_FILE, json.dumps({"format": _FORMAT, **asdict(journal)}))
+
+
+def what_is_kept(folder: Path) -> str:
+    """A sentence about the finished parts that the journal of a folder lists; "" when there are none."""
+    file = folder / JOURNAL_FILE
+    done = len(read_json(file, "a journal")["parts"]) if file.exists() else 0
+    return f"{done} finished parts are kept in {folder}" if done else ""
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except MoESparseError as error:
+        kept = what_is_kept(folder)
+        if not kept:
+            raise
+        text = str(error).removesuffix(".")
+        raise type(error)(f"{text}. {kept}; the same again with --resume goes on from there") from error
 
 
 def _remove_if_empty(folder: Path, *, made: bool) -> None:
@@ -241,28 +267,44 @@ def _read_journal(file: Path, inputs: dict[str, Any], resume: bool) -> _Journal:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other run out of a folder for the body, by a lock that no dead process holds.
+
+    Raises:
+        CheckpointError: another process has it; names its id.
+    """
+    path = folder / _LOCK_FILE
+    file = _lock(path)
+    try:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+    finally:
+        if not (folder / JOURNAL_FILE).exists():
+            path.unlink(missing_ok=True)
+        file.close()
+
+
+def _lock(path: Path) -> TextIOWrapper:
     import fcntl
 
-    path = folder / _LOCK_FILE
-    ours = True
-    try:
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                ours = False
-                file.seek(0)
-                raise CheckpointError(
-                    f"OUT must be free, got {folder}, where process {file.read().strip() or 'unknown'} is at work"
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
-    finally:
-        if ours and not (folder / JOURNAL_FILE).exists():
-            path.unlink(missing_ok=True)
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise CheckpointError(
+                f"OUT must be free, got {path.parent}, where process {owner} is at work: wait for it, or name another"
+            ) from error
+        # its last owner may have removed it meanwhile, and then it keeps nobody out
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def _is_intact(path: Path, facts: Mapping[str, Any]) -> bool:

@@ -34,6 +34,7 @@ __all__ = [
     "read_header",
     "read_json",
     "read_weight_map",
+    "reading",
 ]
 
 SINGLE_FILE = "model.safetensors"
@@ -142,6 +143,18 @@ def _open_regular(path: Path) -> BufferedReader:
         file.close()
         raise CheckpointError(f"{path} must be a regular file, got another kind")
     return file
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BufferedReader]:
+    """A shard whose header was read before, open for its data."""
+    try:
+        with _open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} was there and cannot be read any more: {error.strerror or error}; put it back"
+        ) from error
 
 
 def _shown(name: str) -> str:
@@ -284,7 +297,7 @@ class Shards:
 
         Raises:
             UnsupportedModelError: a dtype that is only copied.
-            CheckpointError: the file has changed since it was opened.
+            CheckpointError: the file has gone or changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
         if info.torch_dtype is None:
@@ -294,7 +307,7 @@ class Shards:
             shape, nbytes = shape[1:], nbytes // shape[0]
             offset += entry * nbytes
         data = torch.empty(nbytes, dtype=torch.uint8)
-        with _open_regular(info.file) as file:
+        with reading(info.file) as file:
             file.seek(offset)
             if file.readinto(data.numpy().data) != nbytes:
                 raise CheckpointError(f"{info.file} was changed while it was read: {name} is cut off")
@@ -317,11 +330,11 @@ class Shards:
         """The bytes of one tensor of any dtype, at most 16 MiB at a time.
 
         Raises:
-            CheckpointError: the file has changed since it was opened.
+            CheckpointError: the file has gone or changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
         left = info.nbytes
-        with _open_regular(info.file) as file:
+        with reading(info.file) as file:
             file.seek(info.offset)
             while left:
                 data = file.read(min(left, _COPY_BYTES))

@@ -28,7 +28,7 @@ from moesparse.plan import Plan, plan_pruning
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import Recipe, Report, default_device, describe_calibration, expert_sizes
 from moesparse.run_folder import RunFolder
-from moesparse.statistics import fingerprint_sample, model_fingerprint, windows_hash
+from moesparse.statistics import fingerprint_sample, model_fingerprint, ordered_hash
 from moesparse.streaming import StreamedModel
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def prune_checkpoint(
     spills = _spills(plan, max_memory, on_gpu=home is not None and home.type != "cpu")
     inputs = {
         "source": streamed.signature(),
-        "windows": windows_hash(ids, mask),
+        "windows": ordered_hash(ids, mask),
         "recipe": recipe.to_dict(),
         "batch size": batch_size,
         "release": __version__,

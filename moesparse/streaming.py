@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moesparse.blocks import decoder_layers, find_moe_blocks
 from moesparse.checkpoint_keys import checkpoint_views
 from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.shards import Shards, TensorInfo
+from moesparse.shards import Shards, TensorInfo, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,7 +113,7 @@ class StreamedModel:
         for info in self.shards.tensors.values():
             by_file.setdefault(info.file, []).append(info)
         for path, infos in by_file.items():
-            with path.open("rb") as file:
+            with reading(path) as file:
                 for info in infos:
                     file.seek(info.offset + info.nbytes // 2)
                     digest.update(f"{info.name} {info.dtype} {info.shape}".encode())

@@ -41,7 +41,7 @@ def stop(out, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_says_what_is_left(number, tmp_path):
     said = stop(tmp_path / "out", number)
-    assert "finished layers are kept" in said
+    assert "finished parts are kept" in said
     assert "--resume" in said
     assert not (tmp_path / "out/config.json").exists()
     assert (tmp_path / "out/moesparse_journal.json").exists()

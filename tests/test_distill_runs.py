@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import SmallDisk, Watch, assert_same, at, fail, kill
 
 from moesparse import demo
 from moesparse.cli import main
@@ -21,7 +22,7 @@ from moesparse.distillation import Settings, distill, distill_checkpoint
 from moesparse.distillation import journal as journal_module
 from moesparse.distillation.matching import match
 from moesparse.distillation.teacher import cache_bytes
-from moesparse.errors import MoESparseError, UsageError
+from moesparse.errors import CheckpointError, MoESparseError, UsageError
 from moesparse.surgery import remove_experts
 from moesparse.testing import prune_by_magnitude, tiny_model
 
@@ -177,7 +178,7 @@ class TestCache:
     def test_another_teacher_or_text_is_refused_and_a_half_full_one_is_filled(self, tmp_path):
         student, teacher = student_and_teacher()
         first = distill(student, teacher, windows(), settings=SETTINGS, cache=tmp_path)
-        with pytest.raises(MoESparseError, match="cache must hold outputs of this windows, got those of another"):
+        with pytest.raises(MoESparseError, match="cache must hold outputs of the same windows, got those of others"):
             distill(student, teacher, windows(seed=1), settings=SETTINGS, cache=tmp_path)
         (tmp_path / "window-000003.safetensors").unlink()
         again = distill(student_and_teacher()[0], teacher, windows(), settings=SETTINGS, cache=tmp_path)
@@ -294,7 +295,7 @@ def test_states_are_replaced_as_a_whole(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(journal_module, "torch", types.SimpleNamespace(save=breaks, load=torch.load))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"disk full\. The state before it is kept: make room .*--resume"):
         file.save({"rows": [1, 2]})
     assert torch.load(Path(tmp_path) / "state.pt", weights_only=True)["rows"] == [1]
 
@@ -352,3 +353,100 @@ class TestFolders:
         with pytest.raises(MoESparseError, match=r"student's pattern must lie within the teacher's"):
             distill_checkpoint(student, tmp_path / "other", tmp_path / "out2", windows(), progress=steps.append)
         assert {event.stage for event in steps} == {"check"}
+
+
+def one_run_of_folders(folders, out, place, count):
+    """Blockwise from folder to folder, killed at a place (see faults.py)."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        progress = Watch(patch, at(place, kill, count)).progress
+        distill_checkpoint(*folders, out, windows(), settings=TestFolders.SETTINGS, progress=progress)
+
+
+class TestSurvival:
+    """What test_survival.py does to pruning, done to distillation."""
+
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory):
+        """Student and teacher, and what an undisturbed run makes of them."""
+        path = tmp_path_factory.mktemp("folders")
+        for model, name in zip(student_and_teacher(), ("student", "teacher"), strict=True):
+            model.save_pretrained(path / name)
+        self.run((path / "student", path / "teacher"), path / "whole")
+        return path / "student", path / "teacher", path / "whole"
+
+    def run(self, folders, out, **options):
+        return distill_checkpoint(*folders[:2], out, windows(), settings=TestFolders.SETTINGS, **options)
+
+    @pytest.mark.parametrize(
+        ("place", "count"),
+        [
+            pytest.param("progress check", 2, id="probe"),
+            pytest.param("progress distill", 7, id="a step of the second block"),
+            pytest.param("renamed out/layer-00001", 1, id="a part that is not in the journal"),
+            pytest.param("renamed out/model-00002-of-00003", 1, id="half of the shards have their names"),
+            pytest.param("rename out/config.json", 1, id="before it is a checkpoint"),
+        ],
+    )
+    def test_killed_at_a_named_step_it_goes_on_to_the_same_bits(self, folders, tmp_path, place, count):
+        child = processes.Process(target=one_run_of_folders, args=(folders[:2], tmp_path / "out", place, count))
+        child.start()
+        child.join(timeout=120)
+        assert child.exitcode == -signal.SIGKILL
+        self.run(folders, tmp_path / "out", resume=True)
+        assert_same(tmp_path / "out", folders[2])
+
+    def test_a_full_disk_keeps_the_finished_layers(self, folders, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch:
+            progress = Watch(patch, at("write layer-00001.partial", fail(), 5)).progress
+            with pytest.raises(
+                CheckpointError, match=r"No space left on device. 1 finished parts are kept .* --resume"
+            ):
+                self.run(folders, tmp_path / "out", progress=progress)
+        self.run(folders, tmp_path / "out", resume=True)
+        assert_same(tmp_path / "out", folders[2])
+
+
+class TestStates:
+    """The state folder of the modes that hold both models."""
+
+    def test_a_second_run_is_refused(self, tmp_path):
+        held = []
+
+        def second(event):
+            if event.done == 2:
+                with pytest.raises(CheckpointError, match=rf"process {os.getpid()} is at work") as refused:
+                    distill(*student_and_teacher(), windows(), settings=SETTINGS, state=tmp_path, resume=True)
+                held.append(refused)
+
+        distill(*student_and_teacher(), windows(), settings=SETTINGS, state=tmp_path, progress=second)
+        assert held
+        assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+    def test_a_full_disk_keeps_the_state_before(self, tmp_path):
+        size = None
+        with SmallDisk(tmp_path / "disk", "64m") as disk:
+            arguments = {"settings": SETTINGS, "state": disk.path / "state", "save_every": 1}
+
+            def fill(event):
+                nonlocal size
+                if event.done == 3 and size is None:
+                    size = (disk.path / "state" / "state.pt").stat().st_size
+                    disk.remount(f"size={size * 3 // 2}")
+
+            with pytest.raises(CheckpointError, match=r"The state before it is kept: make room there .*--resume"):
+                distill(*student_and_teacher(), windows(), progress=fill, **arguments)
+            disk.remount("size=64m")
+            resumed = distill(*student_and_teacher(), windows(), resume=True, **arguments)
+        assert resumed.rows == distill(*student_and_teacher(), windows(), settings=SETTINGS).rows
+
+    def test_a_damaged_state_is_named(self, tmp_path):
+        (tmp_path / "state.pt").write_bytes(b"half a file")
+        with pytest.raises(CheckpointError, match="must be the state of a run, got a damaged file; remove it"):
+            distill(*student_and_teacher(), windows(), settings=SETTINGS, state=tmp_path, resume=True)
+
+    def test_a_cache_of_the_same_windows_in_another_order_is_refused(self, tmp_path):
+        """Its files are found by the numbers of the windows."""
+        distill(*student_and_teacher(), windows(), settings=SETTINGS, cache=tmp_path)
+        with pytest.raises(MoESparseError, match="cache must hold outputs of the same windows"):
+            distill(*student_and_teacher(), windows().flip(0), settings=SETTINGS, cache=tmp_path)

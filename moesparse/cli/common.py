@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -74,6 +76,33 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
             )
 
         yield show
+
+
+@contextlib.contextmanager
+def saying_what_is_left(kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run with exit code 1 and one line.
+
+    Args:
+        kept: says what is finished and where; "" when nothing is.
+    """
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        found = kept()
+        console.print(
+            "[bold red]stopped:[/] "
+            + (f"{found}; the same command with --resume goes on" if found else "nothing was finished or written"),
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

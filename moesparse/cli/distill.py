@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +23,7 @@ from moesparse.cli.common import (
     progress_bar,
     quiet_libraries,
     resolve_device,
+    saying_what_is_left,
 )
 
 _WINDOWS = 1000
@@ -159,6 +158,7 @@ class _Run:
         from moesparse.checkpoint import CONFIG_KEY, check_output_folder, load_pretrained, save_pretrained
         from moesparse.distillation import distill
         from moesparse.distillation.distributed import Processes
+        from moesparse.errors import CheckpointError
         from moesparse.model_card import card_in_form, distilled_card
         from moesparse.packing import packed_blocks
 
@@ -166,7 +166,7 @@ class _Run:
         state = self.output.with_name(self.output.name + ".state")
         source = Path(model_source(self.student))
         speaks = Processes.current().first
-        with _saying_what_is_left(state), progress_bar(quiet=not speaks) as progress:
+        with saying_what_is_left(lambda: _kept_state(state)), progress_bar(quiet=not speaks) as progress:
             network, tokenizer = load_pretrained(source)
             dense, _ = load_pretrained(model_source(self.teacher))
             text = calibration_text(
@@ -190,31 +190,35 @@ class _Run:
         noted: dict[str, Any] = getattr(network.config, CONFIG_KEY, None) or {}
         stays_packed = packed or any(True for _ in packed_blocks(network))
         card = distilled_card(_card(source), self.teacher, report, *text.ids.shape)
-        save_pretrained(
-            network,
-            self.output,
-            tokenizer=tokenizer,
-            source=source,
-            recipe={**(noted.get("recipe") or {}), "distillation": report.summary(len(text.ids))},
-            packed=stays_packed,
-            card=card_in_form(card, stays_packed),
-            report=report.beside(source),
-        )
+        try:
+            save_pretrained(
+                network,
+                self.output,
+                tokenizer=tokenizer,
+                source=source,
+                recipe={**(noted.get("recipe") or {}), "distillation": report.summary(len(text.ids))},
+                packed=stays_packed,
+                card=card_in_form(card, stays_packed),
+                report=report.beside(source),
+            )
+        except CheckpointError as error:
+            kept = f"The trained state is kept in {state}: make room and run the same again with --resume"
+            raise CheckpointError(f"{error}. {kept}") from error
         shutil.rmtree(state)
         return report
 
     def by_layer(self) -> Any:
         """One layer of each model in memory at a time."""
         from moesparse.checkpoint import load_tokenizer
-        from moesparse.cli.streamed import saying_what_is_left
         from moesparse.distillation import distill_checkpoint
         from moesparse.model_card import distilled_card
+        from moesparse.run_folder import what_is_kept
         from moesparse.skeleton import local_folder
         from moesparse.streaming import meta_model
 
         source, dense = (local_folder(model_source(name)) for name in (self.student, self.teacher))
         tokenizer = load_tokenizer(source)
-        with saying_what_is_left(self.output), progress_bar() as progress:
+        with saying_what_is_left(lambda: what_is_kept(self.output)), progress_bar() as progress:
             text = calibration_text(self.calibration, tokenizer, str(dense), meta_model(dense), **self.wanted)
             return distill_checkpoint(
                 source,
@@ -231,20 +235,8 @@ class _Run:
             )
 
 
-@contextlib.contextmanager
-def _saying_what_is_left(state: Path) -> Iterator[None]:
-    """Ctrl-C ends the run with one line that says how to go on, once there is a state."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not any(state.glob("*.pt")):
-            raise
-        console.print(
-            f"[bold red]stopped:[/] the state is kept in {state}; the same command with --resume goes on",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(1) from None
+def _kept_state(state: Path) -> str:
+    return f"the state is kept in {state}" if any(state.glob("*.pt")) else ""
 
 
 def _card(folder: Path) -> str:

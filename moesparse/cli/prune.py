@@ -23,6 +23,7 @@ from moesparse.cli.common import (
     progress_bar,
     quiet_libraries,
     resolve_device,
+    saying_what_is_left,
     show_domains,
 )
 
@@ -279,8 +280,9 @@ def _prune_streamed(
 ) -> Any:
     """Print the plan, then prune layer by layer; None when the plan was all that was asked for."""
     from moesparse.checkpoint import load_tokenizer
-    from moesparse.cli.streamed import parse_bytes, plan_for, plan_with_time, saying_what_is_left, show_plan
+    from moesparse.cli.streamed import parse_bytes, plan_for, plan_with_time, show_plan
     from moesparse.model_card import model_card
+    from moesparse.run_folder import what_is_kept
     from moesparse.skeleton import local_folder
     from moesparse.streamed_pruning import prune_checkpoint
     from moesparse.streaming import meta_model
@@ -296,7 +298,7 @@ def _prune_streamed(
     if dry_run:
         return None
     tokenizer = load_tokenizer(folder)
-    with saying_what_is_left(out), progress_bar() as progress:
+    with saying_what_is_left(lambda: what_is_kept(out)), progress_bar() as progress:
         text = calibration_text(
             calibration, tokenizer, str(folder), meta_model(folder), samples=samples, length=length, seed=seed
         )

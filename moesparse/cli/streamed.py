@@ -1,14 +1,10 @@
-"""The half of `moesparse prune` that works layer by layer: plan, run, what a stop leaves."""
+"""The half of `moesparse prune` that works layer by layer: its plan, and what it may take."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -86,26 +82,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-@contextlib.contextmanager
-def saying_what_is_left(out: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run with one line that says what is finished and how to go on."""
-
-    def stop(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        done = len([each for each in out.glob("layer-*") if not each.name.endswith(".partial")])
-        kept = f"{done} finished layers are kept in {out}; the same command with --resume goes on"
-        console.print(
-            f"[bold red]stopped:[/] {kept if done else 'nothing was finished, and nothing is left'}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(1) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -24,7 +24,7 @@ from moesparse.errors import UsageError
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.packing import pack, packed_blocks, unpack
 from moesparse.progress import Progress, silent
-from moesparse.statistics import model_fingerprint, windows_hash
+from moesparse.statistics import model_fingerprint, ordered_hash
 
 __all__ = ["distill"]
 
@@ -100,11 +100,11 @@ def distill(
         key = {
             "student": model_fingerprint(student),
             "teacher": model_fingerprint(teacher),
-            "windows": windows_hash(ids, mask),
+            "windows": ordered_hash(ids, mask),
             "mode": mode,
             "settings": numbers.to_dict(),
         }
-        file = None if state is None else StateFile(state, key, resume)
+        file = None if state is None else StateFile(state, key, resume, writes=processes.first)
         resumed = file.state if file is not None else None
         steps = numbers.steps(len(ids)) * (len(pairs) if mode == "blockwise" else 1)
         rows = list(resumed["rows"]) if resumed else []
@@ -134,6 +134,8 @@ def distill(
                 train_blockwise(teacher, pairs, ids, mask, numbers, **common)
         finally:
             journal.close()
+            if file is not None:
+                file.close()
         match(student, teacher)  # the pattern holds as before
         return DistillReport(
             mode=mode,

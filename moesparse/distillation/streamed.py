@@ -24,7 +24,7 @@ from moesparse.layerwise import LayerStream
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.run_folder import RunFolder
-from moesparse.statistics import windows_hash
+from moesparse.statistics import ordered_hash
 from moesparse.streamed_pruning import assemble_checkpoint, write_layer, write_outside
 from moesparse.streaming import StreamedModel
 
@@ -84,7 +84,7 @@ def distill_checkpoint(
     inputs = {
         "student": ours.signature(),
         "teacher": theirs.signature(),
-        "windows": windows_hash(ids, mask),
+        "windows": ordered_hash(ids, mask),
         "settings": numbers.to_dict(),
     }
     at = {

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moesparse.dispatch import experts_run_by
 from moesparse.distillation.experts import Routed, TeacherExperts
 from moesparse.distillation.matching import Pair
-from moesparse.errors import MoESparseError
+from moesparse.errors import CheckpointError, MoESparseError
 from moesparse.progress import Progress, ProgressEvent
 
 __all__ = ["CachedTeacher", "LiveTeacher", "cache_bytes"]
@@ -83,7 +84,7 @@ class CachedTeacher:
             if held != key:
                 what = next(name for name in key if held.get(name) != key[name])
                 raise MoESparseError(
-                    f"cache must hold outputs of this {what}, got those of another in {self._folder}; "
+                    f"cache must hold outputs of the same {what}, got those of others in {self._folder}; "
                     "remove the folder or name another"
                 )
         else:
@@ -143,5 +144,11 @@ def cache_bytes(pairs: Sequence[Pair], tokens: int) -> int:
 def _replace_with(path: Path, write: Any) -> None:
     """Write a file under another name first: a file that is there is whole."""
     partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write {path}: {error}. What the cache holds is kept: make room there and run the same again"
+        ) from error

@@ -100,7 +100,9 @@ def train_whole(
                 tokens=settings.batch_size * ids.shape[1],
             )
             journal.check(0, settings.steps(len(ids)))
-            if file is not None and trainer.step_number % save_every == 0:
+            # the last one too: writing the checkpoint can still fail
+            due = trainer.step_number % save_every == 0 or trainer.step_number == settings.steps(len(ids))
+            if file is not None and due:
                 held = trainer.state(processes.whole)
                 if processes.first:
                     file.save({"rows": journal.rows, "expert_weight": weight, "trainer": held})
