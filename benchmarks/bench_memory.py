@@ -7,8 +7,8 @@ Synthetic Mixtral checkpoints (random weights, bf16) that differ in nothing but 
 each in a process of its own, by moe-pruner with rescaling (no second moments) and by gated-sparsegpt (with them). The
 peak is what the run adds to the resident memory of the process (VmHWM), measured after a run of a tiny model that has
 loaded every library. Beside it stand what the plan forecast, and the peak of the same work on the model as a whole.
-oneDNN keeps a compiled product for every shape it has met, and experts get ever other numbers of tokens: its cache is
-part of the peak, and grows a little with the depth until it is full. Checkpoints lie in a temporary folder.
+What torch's CPU libraries keep compiled is bounded as in the command line (moesparse.memory), and is part of the peak.
+Checkpoints lie in a temporary folder.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ _CHILD = (
 import json, sys, time, torch, transformers
 from transformers import AutoModelForCausalLM
 import moesparse
-from moesparse.memory import peak_memory, reset_peak_memory
+from moesparse.memory import bound_compiled_products, peak_memory, reset_peak_memory
 from moesparse.plan import plan_pruning
 from moesparse.streaming import meta_model
 source, tiny, out, saliency, update, whole = json.loads(sys.argv[1])
 torch.set_num_threads(1)
+bound_compiled_products()
 recipe = moesparse.Recipe(weights="2:4", saliency=saliency, update=update)
 windows = torch.randint(0, 1000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
 

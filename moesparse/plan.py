@@ -13,7 +13,7 @@ from torch import nn
 from moesparse.blocks import MoEBlock, decoder_layers
 from moesparse.pruning import Recipe
 from moesparse.saliency.updates import parse_update
-from moesparse.saliency.weights import moments_needed
+from moesparse.saliency.weights import COLUMN_RULES, moments_needed
 from moesparse.statistics import input_sizes, memory_needed
 
 __all__ = ["Plan", "gemm_rate", "plan_pruning"]
@@ -31,6 +31,8 @@ _PRODUCTS = {
 }
 # weights scored and chosen a second, for each GFLOP/s of the machine: the mask of a matrix is bound by memory
 _SELECT_FLOPS = 1500
+# compiled products and buffers that torch's CPU libraries keep, see moesparse.memory
+_KEPT_BY_LIBRARIES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Plan:
         outside: what lies outside of the decoder layers, in memory all the time.
         layer: the largest decoder layer.
         moments: second moments of the largest block, with the cross moment of the asymmetric rule.
-        workspace: the largest matrix while it is pruned: fp32 copies and factors.
+        workspace: the largest matrix while it is pruned: fp32 copies and factors; none where it is done in place.
         activations: of one batch in the widest part.
         hidden_states: of the calibration set between two layers.
         flops: multiply-adds times two: forward passes, second moments, solvers.
@@ -72,7 +74,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes in memory at most with the hidden states in a file: does not depend on the number of layers."""
-        return self.outside + self.layer + self.moments + max(self.workspace, self.activations)
+        return _KEPT_BY_LIBRARIES + self.outside + self.layer + self.moments + max(self.workspace, self.activations)
 
     @property
     def peak_in_memory(self) -> int:
@@ -116,7 +118,8 @@ def plan_pruning(
     active = parameters - experts + routed - embedding.weight.numel()
     hidden, item = embedding.weight.shape[1], embedding.weight.element_size()
     workspace = 0
-    for block in blocks:
+    in_place = parse_update(recipe.update)[0] == "none" and recipe.saliency in COLUMN_RULES
+    for block in [] if in_place else blocks:
         for matrix in block.matrices:
             E, out, size = matrix.weight.shape
             factor = 12 * E * size**2 if moments != "none" else 0  # fp64 copy and fp32 factor

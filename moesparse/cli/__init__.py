@@ -26,6 +26,7 @@ from moesparse.cli.prune import prune
 from moesparse.cli.report import report
 from moesparse.cli.serve import serve
 from moesparse.errors import MoESparseError, UsageError
+from moesparse.memory import bound_compiled_products
 
 _INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
@@ -71,6 +72,7 @@ def _options(
 
 def main() -> None:
     """Entry point: a user's mistake is one line and an exit code, never a traceback."""
+    bound_compiled_products()
     try:
         app()
     except MoESparseError as error:
