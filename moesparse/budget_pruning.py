@@ -28,7 +28,8 @@ from moesparse.budget import (
 from moesparse.calibration import check_dense, check_windows, placed
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate import perplexity
-from moesparse.expert_pruning import check_budget, choose_rule, layerwise_statistics, score_windows
+from moesparse.expert_pruning import check_budget, choose_rule, score_windows
+from moesparse.layer_statistics import layerwise_statistics
 from moesparse.layerwise import LayerStream
 from moesparse.masks import Pattern
 from moesparse.progress import Progress, ProgressEvent, silent

@@ -120,7 +120,7 @@ def calibrate(
                 "forward was replaced (a compiled or kernelized model?)"
             )
     if by_window is not None:
-        by_window |= window_sums(recorders, n)
+        by_window |= window_sums([recorder.window_sums or {} for recorder in recorders], n)
     return ModelStatistics(
         blocks={recorder.block.name: recorder.statistics.to("cpu") for recorder in recorders},
         fingerprint=fingerprint,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,14 +18,12 @@ from torch import Tensor, nn
 from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.domains import DEFAULT_MIX, DomainReport, check_mix, mixed_scores, split_windows, survey
 from moesparse.errors import CalibrationError, UsageError
+from moesparse.layer_statistics import layerwise_statistics
 from moesparse.layerwise import LayerStream
-from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.recorder import Recorder, record, window_sums
+from moesparse.progress import Progress, silent
 from moesparse.refine import RefineReport, refine_choice
 from moesparse.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit
-from moesparse.residual import measure_angles
 from moesparse.saliency.experts import (
-    ANGLED_NORM_SUM,
     Criterion,
     check_criterion,
     dead_experts,
@@ -35,10 +32,20 @@ from moesparse.saliency.experts import (
     super_experts,
 )
 from moesparse.selection import BUDGETS, choose_experts
-from moesparse.statistics import ExpertStatistics, ModelStatistics, model_fingerprint, windows_hash
+from moesparse.statistics import ModelStatistics, model_fingerprint
 from moesparse.surgery import SurgeryReport, remove_experts, router_groups
 
-__all__ = ["ExpertReport", "choose_from_statistics", "choose_rule", "layerwise_statistics", "prune_experts"]
+__all__ = [
+    "Choice",
+    "ExpertReport",
+    "check_budget",
+    "check_sums_suffice",
+    "choose_from_domains",
+    "choose_from_statistics",
+    "choose_from_windows",
+    "choose_rule",
+    "prune_experts",
+]
 
 ONE_DOMAIN = "all"
 """Name of the text in a report when its domains were not named."""
@@ -141,43 +148,130 @@ def prune_experts(
         check_refit(blocks, ridge)
     if isinstance(calibration, ModelStatistics):
         calibration = {ONE_DOMAIN: calibration}
+    rule: dict[str, Any] = {"keep": keep, "remove": remove, "protect_super": protect_super, "mix": mix, "seed": seed}
     if isinstance(calibration, Mapping):
-        if refit or refine:
-            what = "refit the experts that stay" if refit else "refine the choice"
-            raise CalibrationError(
-                f"calibration must be windows to {what}, got statistics: they are sums, and it needs the tokens; pass "
-                "the windows, or remove without it (update='none')"
-            )
-        if domains is not None:
-            raise UsageError("domains must be left out with statistics, which name their own")
-        statistics = merged_statistics(model, calibration)
-        sums = {name: stack_sums(part, criterion) for name, part in calibration.items()}
-        scores = mixed_scores(sums, criterion, mix, seed=seed)
+        check_sums_suffice(refit, refine, domains)
+        choice = choose_from_domains(blocks, model_fingerprint(model), calibration, criterion, **rule)
     else:
         ids, mask = calibration if isinstance(calibration, tuple) else (calibration, None)
         stream = LayerStream(model, decoder_layers(model, blocks)[0], ids, mask, batch_size, device)
         by_window: dict[str, Tensor] = {}
         statistics = layerwise_statistics(model, stream, ids, mask, progress, by_window)
-        sums, scores = score_windows(statistics, by_window, criterion, domains=domains, mix=mix, seed=seed)
-    protected = super_experts(statistics) if protect_super else []
-    choose = choose_rule(blocks, keep=keep, remove=remove, protect=protected)
-    found = survey(sums, criterion, choose, mix, seed=seed)
-    kept = choose(scores)
-    dead = dead_experts(statistics)
-    tokens = torch.stack([sums.tokens.cpu() for sums in statistics.blocks.values()])
+        choice = choose_from_windows(blocks, statistics, by_window, criterion, domains=domains, **rule)
+    kept = choice.kept
     refined: list[RefineReport] = []
     if refine and not isinstance(calibration, Mapping):
         if mask is not None:
             raise UsageError("windows must be without padding to refine the choice, got an attention mask")
-        kept, refined = refine_choice(model, kept, ids, protect=protected, progress=progress)
+        kept, refined = refine_choice(model, kept, ids, protect=choice.protected, progress=progress)
     if isinstance(calibration, Mapping) or not refit:
-        return ExpertReport(
-            criterion, remove_experts(model, kept), dead, [], refined, found, protected, scores.cpu(), tokens
-        )
+        return choice.report(remove_experts(model, kept), [], refined)
     surgery, fits = remove_and_refit(
         model, kept, calibration, ridge=ridge, batch_size=batch_size, device=device, progress=progress
     )
-    return ExpertReport(criterion, surgery, dead, fits, refined, found, protected, scores.cpu(), tokens)
+    return choice.report(surgery, fits, refined)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which experts stay, and why.
+
+    Attributes:
+        kept: ids per block.
+        criterion, dead, domains, protected, scores, tokens: see `ExpertReport`.
+    """
+
+    kept: list[Tensor]
+    criterion: Criterion
+    dead: list[list[int]]
+    domains: DomainReport
+    protected: list[tuple[int, int]]
+    scores: Tensor
+    tokens: Tensor
+
+    def report(
+        self, surgery: SurgeryReport, refit: list[RefitReport], refine: list[RefineReport] | None = None
+    ) -> ExpertReport:
+        """Of the choice once it was carried out."""
+        return ExpertReport(
+            self.criterion,
+            surgery,
+            self.dead,
+            refit,
+            refine or [],
+            self.domains,
+            self.protected,
+            self.scores.cpu(),
+            self.tokens,
+        )
+
+
+def choose_from_windows(
+    blocks: Sequence[MoEBlock],
+    statistics: ModelStatistics,
+    by_window: Mapping[str, Tensor],
+    criterion: Criterion,
+    *,
+    keep: int | None,
+    remove: float | None,
+    domains: Sequence[str] | None,
+    mix: str,
+    protect_super: bool,
+    seed: int,
+) -> Choice:
+    """From a pass over windows; the arguments are those of `prune_experts`."""
+    sums, scores = score_windows(statistics, by_window, criterion, domains=domains, mix=mix, seed=seed)
+    return _choose(blocks, statistics, sums, scores, criterion, keep, remove, mix, protect_super, seed)
+
+
+def choose_from_domains(
+    blocks: Sequence[MoEBlock],
+    fingerprint: str,
+    parts: Mapping[str, ModelStatistics],
+    criterion: Criterion,
+    *,
+    keep: int | None,
+    remove: float | None,
+    mix: str,
+    protect_super: bool,
+    seed: int,
+) -> Choice:
+    """From saved statistics by domain of the model with this fingerprint; the rest is that of `prune_experts`."""
+    statistics = merged_statistics(fingerprint, parts)
+    sums = {name: stack_sums(part, criterion) for name, part in parts.items()}
+    scores = mixed_scores(sums, criterion, mix, seed=seed)
+    return _choose(blocks, statistics, sums, scores, criterion, keep, remove, mix, protect_super, seed)
+
+
+def _choose(
+    blocks: Sequence[MoEBlock],
+    statistics: ModelStatistics,
+    sums: Mapping[str, Mapping[str, Tensor]],
+    scores: Tensor,
+    criterion: Criterion,
+    keep: int | None,
+    remove: float | None,
+    mix: str,
+    protect_super: bool,
+    seed: int,
+) -> Choice:
+    protected = super_experts(statistics) if protect_super else []
+    choose = choose_rule(blocks, keep=keep, remove=remove, protect=protected)
+    found = survey(sums, criterion, choose, mix, seed=seed)
+    tokens = torch.stack([each.tokens.cpu() for each in statistics.blocks.values()])
+    return Choice(choose(scores), criterion, dead_experts(statistics), found, protected, scores, tokens)
+
+
+def check_sums_suffice(refit: bool, refine: bool, domains: Sequence[str] | None) -> None:
+    """Refuse what needs the tokens themselves where there are only statistics."""
+    if refit or refine:
+        what = "refit the experts that stay" if refit else "refine the choice"
+        raise CalibrationError(
+            f"calibration must be windows to {what}, got statistics: they are sums, and it needs the tokens; pass "
+            "the windows, or remove without it (update='none')"
+        )
+    if domains is not None:
+        raise UsageError("domains must be left out with statistics, which name their own")
 
 
 def score_windows(
@@ -217,8 +311,8 @@ def check_budget(model: nn.Module, budget: str, floor: int | None) -> None:
         raise UsageError(f"floor must be left out with budget='per-layer', got {floor}")
 
 
-def merged_statistics(model: nn.Module, parts: Mapping[str, ModelStatistics]) -> ModelStatistics:
-    """The statistics of all domains together.
+def merged_statistics(fingerprint: str, parts: Mapping[str, ModelStatistics]) -> ModelStatistics:
+    """The statistics of all domains together, of the model with this fingerprint.
 
     Raises:
         CalibrationError: a domain's statistics come from another model; names it.
@@ -227,7 +321,7 @@ def merged_statistics(model: nn.Module, parts: Mapping[str, ModelStatistics]) ->
         raise UsageError("calibration must hold the statistics of at least one domain, got none")
     for name, part in parts.items():
         try:
-            part.check_model(model)
+            part.check_fingerprint(fingerprint)
         except CalibrationError as error:
             raise CalibrationError(str(error) if name == ONE_DOMAIN else f"domain {name!r}: {error}") from error
     first, *others = parts.values()
@@ -279,65 +373,3 @@ def choose_rule(
         floor=floor,
         protect=protect,
     )
-
-
-def layerwise_statistics(
-    model: nn.Module,
-    stream: LayerStream,
-    windows: Tensor,
-    mask: Tensor | None,
-    progress: Progress = silent,
-    by_window: dict[str, Tensor] | None = None,
-    *,
-    moments: str = "none",
-    visit: Callable[[MoEBlock, ExpertStatistics, Sequence[Tensor]], None] | None = None,
-) -> ModelStatistics:
-    """What `calibrate` gives, one layer on the device at a time; the stream is used up.
-
-    Args:
-        model: the model the stream was made from.
-        stream: over `windows`.
-        windows: [n, t] token ids.
-        mask: [n, t], 0 where there is padding, or None.
-        progress: called after every layer.
-        by_window: a dict to fill with the expert sums of every window, as in `calibrate`.
-        moments: second moments to collect for `visit`; they are gone from the result.
-        visit: called with each block, its statistics and the hidden states behind its layer, batch by batch, while the
-            layer is on the device.
-    """
-    blocks = find_moe_blocks(model)
-    positions = {id(layer): position for position, layer in enumerate(stream.layers)}
-    at = [positions[id(model.get_submodule(block.layer))] for block in blocks]
-    found: dict[str, ExpertStatistics] = {}
-    done: list[Recorder] = []
-    for position in range(max(at) + 1):
-        progress(ProgressEvent("score experts", position, max(at) + 1, "layer"))
-        here = [block for block, where in zip(blocks, at, strict=True) if where == position]
-        with stream.on_device(position), ExitStack() as stack:
-            recorders = stack.enter_context(record(here, moments))
-            if by_window is not None:
-                for recorder in recorders:
-                    recorder.window_sums = {}
-            stack.enter_context(measure_angles(model, recorders))
-
-            def aim(number: int, recorders: Sequence[Any] = recorders) -> None:
-                for recorder in recorders:
-                    recorder.token_mask = stream.token_masks[number]
-                    recorder.first_window, recorder.window_length = stream.first_window[number], stream.length
-
-            for _ in stream.run(position, keep=True, before=aim):
-                pass
-            for recorder in recorders:
-                if visit is not None:
-                    visit(recorder.block, recorder.statistics, stream.hidden)
-                recorder.statistics.moment.clear()
-                recorder.statistics.gated_moment.clear()
-        found |= {recorder.block.name: recorder.statistics.to("cpu") for recorder in recorders}
-        done += recorders
-    if not all(ANGLED_NORM_SUM in statistics.extra for statistics in found.values()):
-        for statistics in found.values():
-            statistics.extra.pop(ANGLED_NORM_SUM, None)
-    if by_window is not None:
-        by_window |= window_sums(done, len(windows))
-    tokens = windows.numel() if mask is None else int(mask.sum())
-    return ModelStatistics(found, model_fingerprint(model), windows_hash(windows, mask), None, tokens)

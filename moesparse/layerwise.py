@@ -82,12 +82,17 @@ class LayerStream:
         self._probe(windows[:1, :PROBE_TOKENS], inspect)
         self.length = windows.shape[1]
         self.first_window = list(range(0, len(windows), batch_size))
-        self.hidden = HiddenStates(spill)
+        self._windows, self._mask, self._batch_size, self._spill = windows, attention_mask, batch_size, spill
+        self.restart()
+
+    def restart(self) -> None:
+        """Back to the input of the first layer."""
+        self.hidden = HiddenStates(self._spill)
         self.token_masks: list[torch.Tensor | None] = []
         self._calls: list[list[LayerCall]] = []
         for start in self.first_window:
-            batch = windows[start : start + batch_size]
-            mask = None if attention_mask is None else attention_mask[start : start + batch_size]
+            batch = self._windows[start : start + self._batch_size]
+            mask = None if self._mask is None else self._mask[start : start + self._batch_size]
             hidden, calls = self._trace(batch, mask)
             if mask is None and self._calls and self.hidden[0].shape == hidden.shape:
                 calls = self._calls[0]  # equal shapes without padding: equal masks and rotary tables

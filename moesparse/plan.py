@@ -49,10 +49,13 @@ class Plan:
         outside: what lies outside of the decoder layers, in memory all the time.
         layer: the largest decoder layer.
         moments: second moments of the largest block, with the cross moment of the asymmetric rule.
-        workspace: the largest matrix while it is pruned: fp32 copies and factors; none where it is done in place.
+        workspace: the largest matrix while it is pruned, or block while it is refitted: fp32 copies and factors; none
+            where it is done in place.
         activations: of one batch in the widest part.
         hidden_states: of the calibration set between two layers.
         flops: multiply-adds times two: forward passes, second moments, solvers.
+        keep: experts of a block that stay; None for all.
+        sums: of all experts and windows, to choose by, in memory all the time.
     """
 
     layers: int
@@ -70,11 +73,14 @@ class Plan:
     activations: int
     hidden_states: int
     flops: dict[str, float]
+    keep: int | None = None
+    sums: int = 0
 
     @property
     def peak(self) -> int:
-        """Bytes in memory at most with the hidden states in a file: does not depend on the number of layers."""
-        return _KEPT_BY_LIBRARIES + self.outside + self.layer + self.moments + max(self.workspace, self.activations)
+        """Bytes in memory at most with the hidden states in a file: but for `sums` it does not grow with the layers."""
+        held = _KEPT_BY_LIBRARIES + self.outside + self.sums + self.layer + self.moments
+        return held + max(self.workspace, self.activations)
 
     @property
     def peak_in_memory(self) -> int:

@@ -6,7 +6,7 @@ combines them with, whatever the router did. It computes the experts as the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -330,16 +330,22 @@ class CrossMoment:
         self.total[expert] += weighted.T @ activation.to(dtype)
 
 
-def window_sums(recorders: Sequence[Recorder], windows: int) -> dict[str, Tensor]:
-    """What the recorders hold by window: name of a sum -> [windows, blocks, E] float64, of sums that all blocks have.
+def window_sums(held: Sequence[Mapping[str, Tensor]], windows: int) -> dict[str, Tensor]:
+    """The `Recorder.window_sums` of all blocks together.
+
+    Args:
+        held: of every block, [n, E] each, n up to the last window in which it had a token.
+        windows: how many there are.
+
+    Returns:
+        name of a sum -> [windows, blocks, E] float64, of sums that all blocks have.
 
     Raises:
         CalibrationError: the blocks differ in the number of experts.
     """
-    counts = sorted({recorder.block.num_experts for recorder in recorders})
+    counts = sorted({sums["tokens"].shape[1] for sums in held})
     if len(counts) != 1:
         raise CalibrationError(f"every block must have the same number of experts, got {counts}")
-    held = [recorder.window_sums or {} for recorder in recorders]
     everywhere = [name for name in held[0] if all(name in sums for sums in held)]
 
     def padded(tensor: Tensor) -> Tensor:

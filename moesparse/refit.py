@@ -28,9 +28,18 @@ from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.layerwise import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.surgery import SurgeryReport, plan_removal
+from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
 
-__all__ = ["DEFAULT_RIDGE", "RefitReport", "memory_for_refit", "refit_block", "remove_and_refit"]
+__all__ = [
+    "DEFAULT_RIDGE",
+    "RefitReport",
+    "check_refit",
+    "memory_for_refit",
+    "refit_block",
+    "refit_flops",
+    "remove_and_refit",
+    "remove_and_refit_block",
+]
 
 DEFAULT_RIDGE = 0.03
 """Of the mean diagonal of the features' Gram matrix; 1% to 10% differ little."""
@@ -40,6 +49,8 @@ MAX_TOKENS = 65536
 
 _TOLERANCE = 1e-4
 _MAX_ITERATIONS = 100
+# for the forecast of the time
+_USUAL_ITERATIONS = 30
 # E * I up to which the Gram matrix is formed: 128 MiB in float64, and a factorisation of a second
 _MAX_GRAM = 4096
 
@@ -92,6 +103,15 @@ def memory_for_refit(block: MoEBlock, kept: int, tokens: int) -> int:
     width = kept * block.intermediate_size
     features = 4 * (rows * block.intermediate_size + 4 * tokens * block.hidden_size)
     return features + 4 * 5 * width * block.hidden_size + (2 * 8 * width**2 if width <= _MAX_GRAM else 0)
+
+
+def refit_flops(block: MoEBlock, kept: int, tokens: int) -> float:
+    """Multiply-adds times two of a refit, about: arguments as for `memory_for_refit`."""
+    rows = min(tokens, MAX_TOKENS) * (block.top_k or 1)
+    width = kept * block.intermediate_size
+    if width <= _MAX_GRAM:
+        return 2.0 * rows * (block.top_k or 1) * block.intermediate_size**2 + width**3 / 3
+    return _USUAL_ITERATIONS * 4.0 * rows * block.intermediate_size * block.hidden_size
 
 
 def check_refit(blocks: Sequence[MoEBlock], ridge: float) -> None:
@@ -147,14 +167,29 @@ def remove_and_refit(
         with stream.on_device(position):
             for number in here:
                 progress(ProgressEvent("refit", number, len(blocks), "block", name=blocks[number].name))
-                dense = _capture(stream, position, plan.blocks[number])
-                plan.apply_block(number)
-                pruned = _capture(stream, position, plan.blocks[number])
-                reports.append(_refit(plan.blocks[number], pruned, dense.output, ridge))
+                reports.append(remove_and_refit_block(stream, position, plan, number, ridge))
             for _ in stream.run(position, keep=True):
                 pass
     progress(ProgressEvent("refit", len(blocks), len(blocks), "block"))
     return plan.finish(), reports
+
+
+def remove_and_refit_block(
+    stream: LayerStream, position: int, plan: RemovalPlan, number: int, ridge: float = DEFAULT_RIDGE
+) -> RefitReport:
+    """Remove the experts of one block and refit those that stay; the stream stays before the layer.
+
+    Args:
+        stream: at the input of the layer, which is in memory.
+        position: of the layer.
+        plan: of the removal.
+        number: of the block in the plan.
+        ridge: as in `remove_and_refit`.
+    """
+    dense = _capture(stream, position, plan.blocks[number])
+    plan.apply_block(number)
+    pruned = _capture(stream, position, plan.blocks[number])
+    return _refit(plan.blocks[number], pruned, dense.output, ridge)
 
 
 def refit_block(

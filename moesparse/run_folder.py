@@ -27,7 +27,7 @@ from moesparse.errors import CheckpointError, MoESparseError
 from moesparse.manifest import file_hash, write_manifest_entries
 from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
 
-__all__ = ["JOURNAL_FILE", "Part", "RunFolder", "locked", "what_is_kept"]
+__all__ = ["JOURNAL_FILE", "Part", "RunFolder", "check_inputs", "locked", "what_is_kept"]
 
 _LOCK_FILE = ".moesparse.lock"
 _FORMAT = 1
@@ -41,11 +41,13 @@ class Part:
         name: of its folder within the run's.
         files: file name -> {"bytes", "sha256"}.
         note: what the run said of it, JSON.
+        aside: it is there for the run to go on, and is no part of the checkpoint.
     """
 
     name: str
     files: dict[str, dict[str, Any]]
     note: Any
+    aside: bool = False
 
 
 @dataclass
@@ -109,14 +111,21 @@ class RunFolder:
 
     @property
     def parts(self) -> list[Part]:
-        """Finished, in the order they were written."""
-        return list(self._journal.parts)
+        """Finished parts of the checkpoint, in the order they were written."""
+        return [part for part in self._journal.parts if not part.aside]
+
+    @property
+    def aside(self) -> list[Part]:
+        """Finished parts that lie aside, in the order they were written."""
+        return [part for part in self._journal.parts if part.aside]
 
     def read(self, part: Part) -> Shards:
         """The tensors of a finished part."""
         return Shards([self._place(part, file) for file in part.files])
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], note: Any, *, max_shard_bytes: int) -> Part:
+    def write(
+        self, name: str, tensors: Mapping[str, Tensor], note: Any, *, max_shard_bytes: int, aside: bool = False
+    ) -> Part:
         """Finish a part: when this returns it will survive the machine.
 
         Args:
@@ -124,6 +133,7 @@ class RunFolder:
             tensors: key in the checkpoint -> tensor on any device, strided in any way; copied out one at a time.
             note: JSON to find again in `parts`.
             max_shard_bytes: of one file.
+            aside: it is no part of the checkpoint; it goes when that is made.
         """
         work, home = self.path / f"{name}.partial", self.path / name
         for left in (work, home):  # by a run that was stopped before it noted the part
@@ -136,7 +146,7 @@ class RunFolder:
         files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in writer.files}
         flush(work)
         os.replace(work, home)
-        part = Part(name, files, note)
+        part = Part(name, files, note, aside)
         self._save(part)
         self._journal.parts.append(part)
         return part
@@ -147,7 +157,7 @@ class RunFolder:
         Args:
             write_others: writes config.json and all that is not weights into the folder it is given.
         """
-        files = [(part, file) for part in self._journal.parts for file in part.files]
+        files = [(part, file) for part in self.parts for file in part.files]
         if self._journal.final is None:
             names = [SINGLE_FILE] if len(files) == 1 else _shard_names(len(files))
             self._journal.final = {f"{part.name}/{file}": name for (part, file), name in zip(files, names, strict=True)}
@@ -179,6 +189,20 @@ class RunFolder:
         flush(self.path)
         (self.path / JOURNAL_FILE).unlink()
         flush(self.path)
+
+    def hand_over(self, file: Path, target: Path) -> None:
+        """End a run whose result is one file: give it its name elsewhere on the disk, then remove what the run left.
+
+        Args:
+            file: in the folder, whole.
+            target: its new path; a file that is there is replaced.
+        """
+        flush(file)
+        os.replace(file, target)
+        flush(target.absolute().parent)
+        (self.path / JOURNAL_FILE).unlink()
+        for left in [each for each in self.path.iterdir() if each.is_dir()]:
+            shutil.rmtree(left)
 
     def _place(self, part: Part, file: str) -> Path:
         moved = (self._journal.final or {}).get(f"{part.name}/{file}")
@@ -253,17 +277,29 @@ def _read_journal(file: Path, inputs: dict[str, Any], resume: bool) -> _Journal:
     if not journal.parts:
         return _Journal(inputs)
     done = f"OUT holds an unfinished run, {len(journal.parts)} parts done: {file.parent}"
+    check_inputs(done, journal.inputs, inputs, resume=resume)
+    return journal
+
+
+def check_inputs(done: str, held: Mapping[str, Any], inputs: Mapping[str, Any], *, resume: bool) -> None:
+    """Refuse to go on with a run without being told to, or with another one's.
+
+    Args:
+        done: says what was found.
+        held: the inputs of the run that was stopped, as they were read from its JSON.
+        inputs: those of this one.
+        resume: go on where they are the same.
+    """
     if not resume:
         raise CheckpointError(f"{done}. Go on with --resume, or remove the folder to start again")
     # through JSON, as the old ones went
     inputs = json.loads(json.dumps(inputs))
-    for name in sorted(inputs.keys() | journal.inputs.keys()):
-        if inputs.get(name) != journal.inputs.get(name):
+    for name in sorted(inputs.keys() | held.keys()):
+        if inputs.get(name) != held.get(name):
             raise CheckpointError(
-                f"{done}, with another {name}: {journal.inputs.get(name)!r}, now {inputs.get(name)!r}. Give the same "
-                "again, or remove the folder"
+                f"{done}, with another {name}: {held.get(name)!r}, now {inputs.get(name)!r}. Give the same again, or "
+                "remove the folder"
             )
-    return journal
 
 
 @contextlib.contextmanager

@@ -354,13 +354,21 @@ class ShardWriter:
         folder: an existing folder without weights.
         specs: all tensors, in the order in which they are shared out to shards.
         max_shard_bytes: of the tensors in one file; a larger tensor has a file of its own.
+        metadata: of every file; None says that they are of torch, as transformers does.
 
     Raises:
         ValueError: two tensors have one name.
     """
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec], max_shard_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        specs: Sequence[TensorSpec],
+        max_shard_bytes: int,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = folder
+        self._metadata = {"format": "pt"} if metadata is None else dict(metadata)
         groups: list[list[TensorSpec]] = [[]]
         room = max_shard_bytes
         for spec in specs:
@@ -389,7 +397,7 @@ class ShardWriter:
     def _lay_out(self, file: Path, specs: Sequence[TensorSpec]) -> None:
         # as safetensors does it: larger items first, so that each tensor starts at a multiple of its item
         ordered = sorted(specs, key=lambda spec: -_BITS[spec.dtype])
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, Any] = {"__metadata__": self._metadata}
         at = 0
         for spec in ordered:
             entries[spec.name] = {

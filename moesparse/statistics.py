@@ -172,9 +172,9 @@ class ExpertStatistics:
         return {f"{_MAXIMA}.{key}": self.maxima[key] for key in sorted(self.maxima)}
 
     @classmethod
-    def from_named(cls, named: Mapping[str, Tensor]) -> ExpertStatistics:
+    def from_named(cls, named: Mapping[str, Tensor], *, by_column: bool = True) -> ExpertStatistics:
         """The inverse of `named_tensors` and `named_maxima` together; a missing, unknown or misshapen one is a
-        CalibrationError."""
+        CalibrationError. Without `by_column` the energies may be missing."""
         vectors: dict[str, Any] = {}
         groups: dict[str, Any] = {name: {} for name in (*_NAMED, _MAXIMA)}
         for name, tensor in named.items():
@@ -186,7 +186,7 @@ class ExpertStatistics:
             else:
                 raise CalibrationError(f"statistics hold a sum this version does not know: {name!r}")
         missing = [name for name in _VECTORS if name not in vectors]
-        missing += [name for name in _ENERGIES if not groups[name]]
+        missing += [name for name in _ENERGIES if by_column and not groups[name]]
         if missing:
             raise CalibrationError(f"statistics must hold every sum, missing {', '.join(missing)}")
         num_experts = vectors["tokens"].shape[0]
@@ -254,7 +254,10 @@ class ModelStatistics:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise CalibrationError unless the statistics were taken from this very model (see `model_fingerprint`)."""
-        found = model_fingerprint(model)
+        self.check_fingerprint(model_fingerprint(model))
+
+    def check_fingerprint(self, found: str) -> None:
+        """`check_model` for a model whose fingerprint is known."""
         if found != self.fingerprint:
             raise CalibrationError(
                 f"statistics must come from this model ({found}), got those of {self.fingerprint}: another model, "
@@ -295,7 +298,23 @@ class ModelStatistics:
         from safetensors.torch import save_file
 
         path = Path(path)
-        metadata = {
+        tensors = {
+            f"{name}/{block}": tensor.cpu().contiguous()
+            for block, statistics in self.blocks.items()
+            for name, tensor in (statistics.named_tensors() | statistics.named_maxima()).items()
+        }
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, self.metadata())
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"cannot write statistics to {path}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def metadata(self) -> dict[str, str]:
+        """What a file says of the statistics in it."""
+        return {
             "format": FORMAT,
             "schema_version": str(self.schema_version),
             "fingerprint": self.fingerprint,
@@ -304,19 +323,6 @@ class ModelStatistics:
             "tokens": str(self.tokens),
             "blocks": json.dumps(list(self.blocks)),
         }
-        tensors = {
-            f"{name}/{block}": tensor.cpu().contiguous()
-            for block, statistics in self.blocks.items()
-            for name, tensor in (statistics.named_tensors() | statistics.named_maxima()).items()
-        }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, metadata)
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot write statistics to {path}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ModelStatistics:

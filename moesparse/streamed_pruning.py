@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from moesparse.plan import Plan, plan_pruning
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import Recipe, Report, default_device, describe_calibration, expert_sizes
 from moesparse.run_folder import RunFolder
-from moesparse.statistics import fingerprint_sample, model_fingerprint, ordered_hash
+from moesparse.statistics import ModelStatistics, fingerprint_sample, model_fingerprint, ordered_hash
 from moesparse.streaming import StreamedModel
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ MAX_SHARD_BYTES = 5 * 10**9
 def prune_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    calibration: Windows,
+    calibration: Windows | ModelStatistics | Mapping[str, ModelStatistics],
     recipe: Recipe | None = None,
     *,
+    domains: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: Callable[[Report], str] | None = None,
     batch_size: int = 8,
@@ -54,8 +55,9 @@ def prune_checkpoint(
     allow_pruned: bool = False,
     max_memory: int | None = None,
     progress: Progress = silent,
+    complete: Callable[[Report], Report] = lambda report: report,
 ) -> Report:
-    """Prune the weights of a checkpoint's experts into a new checkpoint, dense with zeros.
+    """Prune the experts of a checkpoint into a new checkpoint, dense with zeros.
 
     Holds what lies outside of the decoder layers, one layer with its sums (see `moesparse.prune`) and the hidden
     states of the calibration set; nothing that grows with the number of layers. Reads the source twice.
@@ -63,8 +65,10 @@ def prune_checkpoint(
     Args:
         source: a folder with safetensors under the names that transformers saves.
         out: a new or empty folder, or with `resume` one that holds an unfinished run.
-        calibration: (n, t) int64 windows, or (windows, attention mask).
-        recipe: what to do; its experts must all stay.
+        calibration: (n, t) int64 windows, or (windows, attention mask). To remove experts without a refit also saved
+            statistics, see `moesparse.streamed_experts`.
+        recipe: what to do: weights of one pattern, the removal of experts, or both.
+        domains: of each window, for the choice of experts; None is one domain.
         tokenizer: saved beside the weights.
         card: gives the text of README.md.
         batch_size: windows in one forward.
@@ -74,21 +78,41 @@ def prune_checkpoint(
         max_memory: bytes of RAM to stay within; None is what is available now. The hidden states go to a file in `out`
             when they would not fit beside the rest.
         progress: called with every step.
+        complete: what the report is to be, given what this run alone would report.
 
     Returns:
         The report; the seconds are those of this run, peak memory and seconds of a block those of the run that did it.
 
     Raises:
-        UsageError: a recipe that removes experts, a pattern that does not divide a matrix, or a `max_memory` below what
-            the run needs, which is named.
+        UsageError: a recipe that needs the whole model, a pattern that does not divide a matrix, or a `max_memory`
+            below what the run needs, which is named.
         CheckpointError: the source cannot be read, `out` cannot be written, is in use, or holds another run.
         UnsupportedModelError: the model cannot be handled layer by layer; named.
         CalibrationError: the windows do not fit the model, or it was pruned before.
     """
     recipe = recipe or Recipe()
-    if recipe.weights is None or recipe.removes_experts:
+    if recipe.removes_experts:
+        from moesparse.streamed_experts import remove_experts_of_checkpoint
+
+        return remove_experts_of_checkpoint(
+            source,
+            out,
+            calibration,
+            recipe,
+            domains=domains,
+            tokenizer=tokenizer,
+            card=card,
+            batch_size=batch_size,
+            device=device,
+            resume=resume,
+            allow_pruned=allow_pruned,
+            max_memory=max_memory,
+            progress=progress,
+        )
+    if recipe.weights is None or isinstance(calibration, ModelStatistics | Mapping):
         raise UsageError(
-            f"recipe must prune weights and keep all experts to run layer by layer, got {recipe.to_dict()}"
+            "recipe must remove experts, or have one pattern for all weights and windows to calibrate on, to run layer "
+            f"by layer, got {recipe.to_dict()} and {type(calibration).__name__}"
         )
     started = time.perf_counter()
     streamed = StreamedModel(source)
@@ -100,7 +124,7 @@ def prune_checkpoint(
     ids, mask = check_windows(calibration, embedding.weight.shape[0])
     home = torch.device(device) if device is not None else default_device()
     plan = plan_pruning(model, blocks, recipe, windows=len(ids), length=ids.shape[1], batch_size=batch_size)
-    spills = _spills(plan, max_memory, on_gpu=home is not None and home.type != "cpu")
+    spill = spills(plan, max_memory, on_gpu=home is not None and home.type != "cpu")
     inputs = {
         "source": streamed.signature(),
         "windows": ordered_hash(ids, mask),
@@ -131,7 +155,7 @@ def prune_checkpoint(
             home,
             hold=streamed.hold,
             inspect=inspect,
-            spill=run.path if spills else None,
+            spill=run.path if spill else None,
         )
         before = expert_sizes(model, blocks)
 
@@ -153,22 +177,23 @@ def prune_checkpoint(
                 finish(position, [])
         if len(run.parts) == len(streamed.layers):
             write_outside(run, streamed)
-        report = Report(
-            recipe=recipe.to_dict(),
-            version=__version__,
-            blocks=[_block_report(entry) for part in run.parts for entry in part.note],
-            calibration=describe_calibration(ids),
-            seconds=time.perf_counter() - started,
-            fingerprint=model_fingerprint(model, samples),
-            sizes={"before": before, "after": expert_sizes(model, blocks, recipe)},
+        report = complete(
+            Report(
+                recipe=recipe.to_dict(),
+                version=__version__,
+                blocks=[_block_report(entry) for part in run.parts for entry in part.note],
+                calibration=describe_calibration(ids),
+                seconds=time.perf_counter() - started,
+                fingerprint=model_fingerprint(model, samples),
+                sizes={"before": before, "after": expert_sizes(model, blocks, recipe)},
+            )
         )
-
         text = None if card is None else card(report)
-        assemble_checkpoint(run, streamed, recipe.to_dict(), tokenizer=tokenizer, card=text, report=report.to_dict())
+        assemble_checkpoint(run, streamed, report.recipe, tokenizer=tokenizer, card=text, report=report.to_dict())
     return report
 
 
-def _spills(plan: Plan, max_memory: int | None, *, on_gpu: bool) -> bool:
+def spills(plan: Plan, max_memory: int | None, *, on_gpu: bool) -> bool:
     """Whether the hidden states go to a file.
 
     Raises:
@@ -180,8 +205,9 @@ def _spills(plan: Plan, max_memory: int | None, *, on_gpu: bool) -> bool:
     if max_memory is not None and needed > max_memory:
         raise UsageError(
             f"max_memory must be at least {needed:,} bytes for this run ({plan.outside:,} outside of the layers, "
-            f"{plan.layer:,} for a layer, {plan.moments:,} for second moments, {plan.workspace:,} to prune a matrix), "
-            f"got {max_memory:,}. A saliency and update without second moments, or a smaller batch_size, needs less"
+            f"{plan.layer:,} for a layer, {plan.moments:,} for second moments, {plan.workspace:,} to prune a matrix or "
+            f"refit a block), got {max_memory:,}. A saliency and update without second moments, or a smaller "
+            "batch_size, needs less"
         )
     return room is not None and needed + plan.hidden_states > room
 

@@ -106,6 +106,16 @@ class StreamedModel:
         # not behind an exception: whatever was interrupted may still hold a parameter, and then it cannot be swapped
         self._place({name: torch.empty_like(each, device="meta") for name, each in self.state(position).items()})
 
+    def refill(self, position: int, device: torch.device | None, shards: Shards) -> None:
+        """Read a layer that is held again, in the shapes it has now.
+
+        Args:
+            position: of the layer.
+            device: where to; None is the CPU.
+            shards: hold it under the keys of the checkpoint.
+        """
+        self._fill(self._inside[position], device, shards)
+
     def signature(self) -> str:
         """Hash of the config, of name, dtype and shape of every tensor, and of 256 bytes out of each."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())

@@ -198,9 +198,9 @@ def test_a_folder_with_other_files_is_refused_and_left(source, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_recipe_that_removes_experts_is_refused(source, tmp_path):
-    with pytest.raises(UsageError, match="keep all experts"):
-        prune_checkpoint(source, tmp_path / "out", WINDOWS, Recipe(weights="2:4", experts=0.25))
+def test_a_recipe_of_many_patterns_is_refused(source, tmp_path):
+    with pytest.raises(UsageError, match="one pattern for all weights"):
+        prune_checkpoint(source, tmp_path / "out", WINDOWS, Recipe(target_bytes=0.5))
 
 
 def test_hidden_states_in_a_file_change_nothing(source, tmp_path, pruned, monkeypatch):

@@ -1,0 +1,109 @@
+"""Statistics of a model layer by layer: what `calibrate` gives, with one layer on the device at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from torch import Tensor, nn
+
+from moesparse.blocks import MoEBlock, find_moe_blocks
+from moesparse.layerwise import LayerStream
+from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.recorder import Recorder, record, window_sums
+from moesparse.residual import measure_angles
+from moesparse.saliency.experts import ANGLED_NORM_SUM
+from moesparse.statistics import ExpertStatistics, ModelStatistics, model_fingerprint, windows_hash
+
+__all__ = ["drop_lone_angles", "layerwise_statistics", "record_layer"]
+
+
+def layerwise_statistics(
+    model: nn.Module,
+    stream: LayerStream,
+    windows: Tensor,
+    mask: Tensor | None,
+    progress: Progress = silent,
+    by_window: dict[str, Tensor] | None = None,
+    *,
+    moments: str = "none",
+    visit: Callable[[MoEBlock, ExpertStatistics, Sequence[Tensor]], None] | None = None,
+) -> ModelStatistics:
+    """What `calibrate` gives, one layer on the device at a time; the stream is used up.
+
+    Args:
+        model: the model the stream was made from.
+        stream: over `windows`.
+        windows: [n, t] token ids.
+        mask: [n, t], 0 where there is padding, or None.
+        progress: called after every layer.
+        by_window: a dict to fill with the expert sums of every window, as in `calibrate`.
+        moments: second moments to collect for `visit`; they are gone from the result.
+        visit: called with each block, its statistics and the hidden states behind its layer, batch by batch, while the
+            layer is on the device.
+    """
+    blocks = find_moe_blocks(model)
+    positions = {id(layer): position for position, layer in enumerate(stream.layers)}
+    at = [positions[id(model.get_submodule(block.layer))] for block in blocks]
+    found: dict[str, ExpertStatistics] = {}
+    done: list[Recorder] = []
+    for position in range(max(at) + 1):
+        progress(ProgressEvent("score experts", position, max(at) + 1, "layer"))
+        here = [block for block, where in zip(blocks, at, strict=True) if where == position]
+        with stream.on_device(position):
+            recorders = record_layer(model, stream, position, here, moments=moments, by_window=by_window is not None)
+            for recorder in recorders:
+                if visit is not None:
+                    visit(recorder.block, recorder.statistics, stream.hidden)
+                recorder.statistics.moment.clear()
+                recorder.statistics.gated_moment.clear()
+        found |= {recorder.block.name: recorder.statistics.to("cpu") for recorder in recorders}
+        done += recorders
+    drop_lone_angles(found)
+    if by_window is not None:
+        by_window |= window_sums([recorder.window_sums or {} for recorder in done], len(windows))
+    tokens = windows.numel() if mask is None else int(mask.sum())
+    return ModelStatistics(found, model_fingerprint(model), windows_hash(windows, mask), None, tokens)
+
+
+def record_layer(
+    model: nn.Module,
+    stream: LayerStream,
+    position: int,
+    blocks: Sequence[MoEBlock],
+    *,
+    moments: str = "none",
+    by_window: bool = False,
+) -> list[Recorder]:
+    """Run one layer, which is in memory, over all batches and record its blocks; the hidden states move on behind it.
+
+    Args:
+        model: the model the stream was made from.
+        stream: at the input of the layer.
+        position: of the layer.
+        blocks: those inside of it, none in a dense layer.
+        moments: second moments to collect.
+        by_window: fill `Recorder.window_sums`.
+    """
+    with ExitStack() as stack:
+        recorders = stack.enter_context(record(blocks, moments))
+        if by_window:
+            for recorder in recorders:
+                recorder.window_sums = {}
+        stack.enter_context(measure_angles(model, recorders))
+
+        def aim(number: int) -> None:
+            for recorder in recorders:
+                recorder.token_mask = stream.token_masks[number]
+                recorder.first_window, recorder.window_length = stream.first_window[number], stream.length
+
+        for _ in stream.run(position, keep=True, before=aim):
+            pass
+    return recorders
+
+
+def drop_lone_angles(found: Mapping[str, ExpertStatistics]) -> None:
+    """Take the sum of easy-ep from all blocks where one has none: a criterion compares the blocks alike."""
+    if not all(ANGLED_NORM_SUM in statistics.extra for statistics in found.values()):
+        for statistics in found.values():
+            statistics.extra.pop(ANGLED_NORM_SUM, None)

@@ -1,0 +1,279 @@
+"""Statistics of a checkpoint that need not fit in memory: one decoder layer at a time, resumable.
+
+Every layer's statistics are a part of the run (moesparse.run_folder) once the calibration set has gone through it. A
+run that was stopped sends the windows through the finished layers again, for what they feed the next one, and records
+from there on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesparse._version import __version__
+from moesparse.blocks import MoEBlock
+from moesparse.calibration import Windows, check_dense, check_finite, check_windows
+from moesparse.errors import CheckpointError, UsageError
+from moesparse.layer_statistics import drop_lone_angles, record_layer
+from moesparse.layerwise import LayerStream
+from moesparse.plan_experts import plan_calibration
+from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.pruning import default_device
+from moesparse.recorder import Recorder, window_sums
+from moesparse.run_folder import RunFolder
+from moesparse.shards import SINGLE_FILE, Shards, ShardWriter, TensorSpec
+from moesparse.statistics import (
+    ExpertStatistics,
+    ModelStatistics,
+    check_moments,
+    fingerprint_sample,
+    model_fingerprint,
+    ordered_hash,
+    windows_hash,
+)
+from moesparse.streamed_pruning import MAX_SHARD_BYTES, spills
+from moesparse.streaming import StreamedModel
+
+__all__ = ["Inspection", "calibrate_checkpoint", "read_sums", "record_layers", "unfinished_folder"]
+
+_BY_WINDOW = "by_window."
+# of every column, or of every pair of them: what a choice of experts does not read
+_BY_COLUMN = ("energy.", "gated_energy.", "moment.", "gated_moment.")
+
+
+class Inspection:
+    """Looks at every layer of a streamed model once, while it is in memory, before any work.
+
+    Args:
+        streamed: the model.
+        allow_pruned: accept experts that were pruned before.
+        progress: called with every layer.
+
+    Attributes:
+        samples: `fingerprint_sample` of every tensor seen.
+    """
+
+    def __init__(self, streamed: StreamedModel, allow_pruned: bool, progress: Progress) -> None:
+        self._streamed, self._allow_pruned, self._progress = streamed, allow_pruned, progress
+        self.samples: dict[str, Tensor] = {}
+
+    def __call__(self, position: int) -> None:
+        """Look at one, which is held.
+
+        Raises:
+            MoESparseError: a weight of an expert is not finite. CalibrationError: experts were pruned before.
+        """
+        self._progress(ProgressEvent("check", position, len(self._streamed.layers), "layer"))
+        here = blocks_of(self._streamed, position)
+        check_finite(here)
+        if not self._allow_pruned:
+            check_dense(here)
+        for name, tensor in self._streamed.state(position).items():
+            self.samples[name] = fingerprint_sample(tensor)
+
+    @property
+    def fingerprint(self) -> str:
+        """`model_fingerprint`, once every layer was seen."""
+        return model_fingerprint(self._streamed.model, self.samples)
+
+
+def blocks_of(streamed: StreamedModel, position: int) -> list[MoEBlock]:
+    """The blocks of one layer."""
+    return [block for block in streamed.blocks if streamed.position(block.layer) == position]
+
+
+def record_layers(
+    run: RunFolder, streamed: StreamedModel, stream: LayerStream, progress: Progress, *, moments: str = "none"
+) -> None:
+    """Have the statistics of every layer as parts of the run, aside; the stream is used up where one was missing.
+
+    Holds one layer, its sums and those of its windows.
+    """
+    done = len(run.aside)
+    count = 1 + max(streamed.position(block.layer) for block in streamed.blocks)
+    if done == count:
+        return
+    for position in range(count):
+        progress(ProgressEvent("score experts", position, count, "layer"))
+        missing = position >= done
+        with stream.on_device(position):
+            # the finished ones are recorded again: a recorder adds up in the order of the model's own loop, and the
+            # layers behind must see the same bits
+            recorders = record_layer(
+                streamed.model,
+                stream,
+                position,
+                blocks_of(streamed, position),
+                moments=moments if missing else "none",
+                by_window=missing,
+            )
+        if missing:
+            tensors = {key: tensor for recorder in recorders for key, tensor in _tensors(recorder).items()}
+            run.write(f"statistics-{position:05d}", tensors, None, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
+
+
+def _tensors(recorder: Recorder) -> dict[str, Tensor]:
+    statistics = recorder.statistics
+    by_window = {f"{_BY_WINDOW}{name}": tensor for name, tensor in (recorder.window_sums or {}).items()}
+    named = statistics.named_tensors() | statistics.named_maxima() | by_window
+    return {f"{name}/{recorder.block.name}": tensor for name, tensor in named.items()}
+
+
+def read_sums(run: RunFolder, windows: int) -> tuple[dict[str, ExpertStatistics], dict[str, Tensor]]:
+    """What `record_layers` has left, but for what there is of every column.
+
+    Args:
+        run: with the statistics of every layer.
+        windows: of the calibration set.
+
+    Returns:
+        block -> its sums, in forward order, and name of a sum -> [windows, blocks, E] float64.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    held: dict[str, dict[str, Tensor]] = {}
+    for part in run.aside:
+        shards = run.read(part)
+        for key in shards.tensors:
+            name, _, block = key.partition("/")
+            if name.startswith(_BY_WINDOW):
+                held.setdefault(block, {})[name.removeprefix(_BY_WINDOW)] = shards.read(key)
+            elif not name.startswith(_BY_COLUMN):
+                found.setdefault(block, {})[name] = shards.read(key)
+    statistics = {block: ExpertStatistics.from_named(named, by_column=False) for block, named in found.items()}
+    drop_lone_angles(statistics)
+    return statistics, window_sums(list(held.values()), windows)
+
+
+def calibrate_checkpoint(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    windows: Windows,
+    *,
+    moments: str = "none",
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    by_window: dict[str, Tensor] | None = None,
+    resume: bool = False,
+    allow_pruned: bool = False,
+    max_memory: int | None = None,
+    progress: Progress = silent,
+) -> ModelStatistics:
+    """Statistics of a checkpoint, layer by layer, into a file: the one that `calibrate` and `save` give.
+
+    Holds what lies outside of the decoder layers, one layer with its sums and the hidden states of the calibration set;
+    of the other layers a few numbers per expert and window. Reads the source twice.
+
+    Args:
+        source: a folder with safetensors under the names that transformers saves.
+        path: the new file. Until it is there, a folder of this name with ".unfinished" behind it holds what is done.
+        windows: (n, t) int64 windows, or (windows, attention mask).
+        moments: second moments to collect as well: "none", "plain", "gated" or "both".
+        batch_size: windows in one forward.
+        device: where the layer at work goes; None takes the GPU when there is one.
+        seed: the seed the windows were drawn with, kept in the file.
+        by_window: a dict to fill with `window_sums`.
+        resume: go on with an unfinished run for this file; all arguments above must be the same.
+        allow_pruned: accept a model that carries pruned experts.
+        max_memory: bytes of RAM to stay within, as in `prune_checkpoint`.
+        progress: called with every step.
+
+    Returns:
+        The statistics without what they hold of every column (energies and moments): that is in the file.
+
+    Raises:
+        UsageError: a `max_memory` below what the run needs.
+        CheckpointError: `path` is there already; the source cannot be read; nothing can be written; or there is another
+            run for this file, finished in part or at work.
+        UnsupportedModelError: the model cannot be handled layer by layer; named.
+        CalibrationError: the windows do not fit the model, it was pruned before, or an activation is not finite.
+    """
+    path = Path(path)
+    check_moments(moments)
+    check_statistics_file(path)
+    streamed = StreamedModel(source)
+    embedding: Any = streamed.model.get_input_embeddings()
+    ids, mask = check_windows(windows, embedding.weight.shape[0])
+    home = torch.device(device) if device is not None else default_device()
+    plan = plan_calibration(
+        streamed.model, streamed.blocks, moments, windows=len(ids), length=ids.shape[1], batch_size=batch_size
+    )
+    spill = spills(plan, max_memory, on_gpu=home is not None and home.type != "cpu")
+    inputs = {
+        "work": "calibrate",
+        "source": streamed.signature(),
+        "windows": ordered_hash(ids, mask),
+        "seed": seed,
+        "moments": moments,
+        "batch size": batch_size,
+        "release": __version__,
+    }
+    folder = unfinished_folder(path)
+    with RunFolder.open(folder, inputs, resume=resume) as run:
+        inspection = Inspection(streamed, allow_pruned, progress)
+        stream = LayerStream(
+            streamed.model,
+            streamed.layers,
+            ids,
+            mask,
+            batch_size,
+            home,
+            hold=streamed.hold,
+            inspect=inspection,
+            spill=run.path if spill else None,
+        )
+        record_layers(run, streamed, stream, progress, moments=moments)
+        blocks, sums = read_sums(run, len(ids))
+        if by_window is not None:
+            by_window |= sums
+        tokens = ids.numel() if mask is None else int(mask.sum())
+        found = ModelStatistics(blocks, inspection.fingerprint, windows_hash(ids, mask), seed, tokens)
+        run.hand_over(_write_file(run, found), path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return found
+
+
+def unfinished_folder(path: Path) -> Path:
+    """Where the run for a file of statistics keeps what is finished."""
+    return path.with_name(f"{path.name}.unfinished")
+
+
+def check_statistics_file(path: Path) -> None:
+    """Refuse a file that is there: whether it is of this model, text and seed is not for a program to guess.
+
+    Raises:
+        UsageError: it is a folder. CheckpointError: it is there.
+    """
+    if path.is_dir():
+        raise UsageError(f"STATISTICS must be a file to write, got the folder {path}")
+    if path.exists():
+        raise CheckpointError(
+            f"STATISTICS must be a new file, got {path}, which is there: old statistics are neither used again nor "
+            "written over. Remove it or name another"
+        )
+
+
+def _write_file(run: RunFolder, statistics: ModelStatistics) -> Path:
+    """All parts as one file of `ModelStatistics.save`, tensor by tensor."""
+    places: dict[str, Shards] = {}
+    for part in run.aside:
+        shards = run.read(part)
+        for key in shards.tensors:
+            name, _, block = key.partition("/")
+            lone = name.startswith("extra.") and name.removeprefix("extra.") not in statistics.blocks[block].extra
+            if not name.startswith(_BY_WINDOW) and not lone:
+                places[key] = shards
+    specs = [TensorSpec(key, shards.tensors[key].dtype, shards.tensors[key].shape) for key, shards in places.items()]
+    work = run.path / "file.partial"
+    work.mkdir()
+    with ShardWriter(work, specs, sys.maxsize, statistics.metadata()) as writer:
+        for key, shards in places.items():
+            writer.copy(key, shards.chunks(key))
+    return work / SINGLE_FILE
