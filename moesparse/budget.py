@@ -17,8 +17,8 @@ For every count the best patterns within the target are found exactly, by dynami
 
 from __future__ import annotations
 
+import contextlib
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -31,6 +31,7 @@ from torch import Tensor
 from moesparse.blocks import MoEBlock
 from moesparse.errors import UsageError
 from moesparse.masks import Pattern
+from moesparse.sizes import parse_size
 
 __all__ = [
     "DEFAULT_CHOICES",
@@ -57,8 +58,6 @@ DROP_WEIGHT = 2.0
 """Loss of an error by removal over that of the same error by a pattern. With 2 the estimate for removed experts came
 within 14% of what was measured, refit included (benchmarks/study_budget.py, docs/budgets.md)."""
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
-          "TIB": 2**40}  # fmt: skip
 # levels of bytes the search tells apart when the blocks' sizes have no large common divisor
 _LEVELS = 1 << 16
 
@@ -73,17 +72,15 @@ def check_target(target: float | str) -> float | int:
         UsageError: neither.
     """
     wanted = "must be a share of the dense experts' bytes between 0 and 1, or bytes with a unit such as 3.2GB or 3GiB"
-    text = str(target).strip()
-    found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]+)", text)
+    text = str(target)
     try:
-        if found:
-            count = round(float(found[1]) * _UNITS[found[2].upper()])
-            if count > 0:
-                return count
-        elif 0 < float(text) < 1:
-            return float(text)
-    except (ValueError, KeyError, OverflowError):
-        pass
+        share = float(text)
+    except ValueError:
+        with contextlib.suppress(ValueError, OverflowError):
+            return parse_size(text)
+    else:
+        if 0 < share < 1:
+            return share
     raise UsageError(f"target_bytes {wanted}, got {target!r}")
 
 

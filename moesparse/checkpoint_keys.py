@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from moesparse.errors import UnsupportedModelError
+from moesparse.errors import NotInPiecesError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ def checkpoint_views(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dic
         On meta tensors, keys, shapes and dtypes alone.
 
     Raises:
-        UnsupportedModelError: a tensor is computed on saving, not cut out of a parameter.
+        NotInPiecesError: a tensor is computed on saving, not cut out of a parameter.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -51,7 +51,7 @@ def checkpoint_views(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dic
     owners = {tensor.untyped_storage()._cdata for tensor in state.values()}
     for key, view in views.items():
         if view.untyped_storage()._cdata not in owners:
-            raise UnsupportedModelError(
+            raise NotInPiecesError(
                 f"{type(model).__name__} computes {key} when it is saved: it cannot be read or written piece by piece"
             )
     return views

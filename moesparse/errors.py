@@ -19,3 +19,7 @@ class CalibrationError(MoESparseError):
 
 class CheckpointError(MoESparseError):
     """A folder cannot be read or written as a checkpoint; names the file."""
+
+
+class NotInPiecesError(UnsupportedModelError, CheckpointError):
+    """A checkpoint that cannot be read layer by layer: its tensors are not those that transformers would save."""

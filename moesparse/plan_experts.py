@@ -85,7 +85,9 @@ def plan_calibration(
     )
     flops = {"forward": 2.0 * base.tokens * base.active_parameters, "moments": products}
     return dataclasses.replace(
-        _nothing(base, blocks),
+        base,
+        packed=0,
+        workspace=0,
         moments=max(memory_needed([block], moments) for block in blocks),
         sums=_sums(blocks, windows),
         flops={**base.flops, "solvers": 0.0, "masks": 0.0} | flops,

@@ -40,7 +40,7 @@ from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import Report, default_device, describe_calibration, expert_sizes
 from moesparse.recipe import Recipe
 from moesparse.refit import RefitReport, check_refit, remove_and_refit_block
-from moesparse.run_folder import RunFolder, check_inputs
+from moesparse.run_folder import RunFolder, check_inputs, what_is_kept
 from moesparse.shards import read_json
 from moesparse.statistics import ModelStatistics, ordered_hash
 from moesparse.streamed_pruning import assemble_checkpoint, prune_checkpoint, spills, write_layer, write_outside
@@ -51,7 +51,7 @@ from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["experts_folder", "remove_experts_of_checkpoint"]
+__all__ = ["experts_folder", "remove_experts_of_checkpoint", "what_is_left"]
 
 Calibration = Windows | ModelStatistics | Mapping[str, ModelStatistics]
 
@@ -138,6 +138,13 @@ def experts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.experts")
 
 
+def what_is_left(out: Path) -> str:
+    """What a stopped run has left for going on, in a sentence; "" when nothing."""
+    between = experts_folder(out)
+    whole = f"the smaller model is kept in {between}" if (between / "config.json").exists() else ""
+    return what_is_kept(out) or what_is_kept(between) or whole
+
+
 class _Removal:
     """A run that removes experts and no more.
 
@@ -183,7 +190,7 @@ class _Removal:
             named = {ONE_DOMAIN: calibration} if isinstance(calibration, ModelStatistics) else calibration
             self.parts = named
             text: Any = {name: [part.text_hash, part.seed, part.fingerprint] for name, part in named.items()}
-            windows, length = 1, 1
+            windows, length = 0, 1
         else:
             embedding: Any = streamed.model.get_input_embeddings()
             self.ids, self.mask = check_windows(calibration, embedding.weight.shape[0])

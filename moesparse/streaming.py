@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moesparse.blocks import decoder_layers, find_moe_blocks
 from moesparse.checkpoint_keys import checkpoint_views
-from moesparse.errors import CheckpointError, UnsupportedModelError
+from moesparse.errors import CheckpointError, NotInPiecesError, UnsupportedModelError
 from moesparse.shards import Shards, TensorInfo, reading
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class StreamedModel:
             dtype: of the weights; "auto" takes the checkpoint's own.
 
         Raises:
-            CheckpointError: a tensor is missing, unknown to the model or of another shape.
+            CheckpointError: a tensor is missing or of another shape. NotInPiecesError: it has another name than
+                transformers would save it under; transformers may still load such a checkpoint.
             UnsupportedModelError: no experts, or experts or a checkpoint that cannot be handled in pieces; named.
         """
         self.folder = Path(folder)
@@ -144,9 +145,10 @@ class StreamedModel:
                 )
             if key not in held and key not in tied and tied.get(key) not in held:
                 other = f" but {strange[0]}, which the model has no place for" if strange else ""
-                raise CheckpointError(f"the checkpoint {self.folder} must hold {key}, got none{other}")
+                kind = NotInPiecesError if strange else CheckpointError
+                raise kind(f"the checkpoint {self.folder} must hold {key}, got none{other}")
         if strange:
-            raise CheckpointError(f"the checkpoint {self.folder} holds {strange[0]}, which the model has no place for")
+            raise NotInPiecesError(f"the checkpoint {self.folder} holds {strange[0]}, which the model has no place for")
 
     @torch.no_grad()
     def _fill(self, names: Sequence[str], device: torch.device | None, shards: Shards) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import signal
 import sys
 
 import pytest
 import torch
+from faults import Watch, assert_same, at
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from moesparse.calibration import calibrate
 from moesparse.cli import main
@@ -219,3 +226,114 @@ def test_target_bytes_takes_the_place_of_a_pattern(folder, tmp_path, monkeypatch
         assert code == 2 and f"{names} must be left out with" in err
     code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", "--target-bytes", "a lot")
     assert code == 2 and "must be a share" in err
+
+
+def hashes(out):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "options", [("--experts", 0.25), ("--experts", 0.25, "--weights", "2:4"), ("--update", "none")]
+)
+def test_the_same_command_gives_the_same_bits(folder, tmp_path, monkeypatch, capsys, options):
+    for name in ("one", "two"):
+        code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / name, *options)
+        assert code == 0, err
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two") != {}
+
+
+def test_layer_by_layer_and_whole_give_the_same(folder, tmp_path, monkeypatch, capsys):
+    for name, whole in (("layers", ()), ("whole", ("--whole",))):
+        arguments = (tmp_path / name, "--experts", 0.5, "--weights", "2:4", *whole)
+        code, _, err = run(monkeypatch, capsys, folder, "prune", *arguments, text=domains(folder, "law", "code"))
+        assert code == 0, err
+        code, _, err = run(monkeypatch, capsys, folder, "calibrate", tmp_path / f"{name}.stats", *whole)
+        assert code == 0, err
+    assert_same(tmp_path / "layers", tmp_path / "whole")
+    one, other = (load_file(tmp_path / f"{name}.stats") for name in ("layers", "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_checkpoint_that_transformers_would_save_otherwise_needs_whole(folder, tmp_path, monkeypatch, capsys):
+    """Its experts are fused already, as the model holds them."""
+    shutil.copytree(folder / "dense", tmp_path / "dense")
+    state = AutoModelForCausalLM.from_pretrained(folder / "dense").state_dict()
+    save_file(state, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    text = ["--calibration", str(folder / "text.txt")]
+    for command, *arguments in (("prune", "--experts", 0.5), ("calibrate",)):
+        code, _, err = run(monkeypatch, capsys, tmp_path, command, tmp_path / command, *arguments, text=text)
+        assert code == 1
+        assert "which the model has no place for. So it is not read layer by layer; --whole loads it" in err
+        code, _, err = run(monkeypatch, capsys, tmp_path, command, tmp_path / command, *arguments, "--whole", text=text)
+        assert code == 0, err
+
+
+def test_plans_of_removal_and_calibration(folder, tmp_path, monkeypatch, capsys):
+    plans = {}
+    for command, *arguments in (
+        ("prune", "--experts", 0.25),
+        ("prune", "--experts", 0.25, "--update", "none"),
+        ("prune", "--experts", 0.25, "--weights", "2:4"),
+        ("calibrate", "--moments", "gated"),
+    ):
+        options = (tmp_path / "out", *arguments, "--dry-run", "--json")
+        code, out, err = run(monkeypatch, capsys, folder, command, *options)
+        assert code == 0, err
+        plans[" ".join(map(str, (command, *arguments)))] = json.loads(out)
+    refit, cut, both, moments = plans.values()
+    assert refit["keep"] == cut["keep"] == both["keep"] == 6 and moments["keep"] is None
+    dense = 2 * 8 * 3 * 32 * 96 * 4
+    assert refit["packed"] == cut["packed"] == dense * 6 // 8
+    assert both["packed"] < refit["packed"]
+    assert refit["flops"]["forward"] == 4 * cut["flops"]["forward"] == 4 * 2 * 256 * cut["active_parameters"]
+    assert both["flops"]["forward"] > refit["flops"]["forward"]
+    # [E, H, H] and [E, I, I] in float64
+    assert moments["moments"] == 8 * 8 * (32**2 + 96**2)
+    assert moments["sums"] == 2 * 8 * 8 * (8 + 7 * 8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_that_cannot_be_kept_is_refused(folder, tmp_path, monkeypatch, capsys):
+    for command, *arguments in (("prune", "--experts", 0.25), ("calibrate",)):
+        options = (tmp_path / "out", *arguments, "--max-memory", "1MB")
+        code, _, err = run(monkeypatch, capsys, folder, command, *options)
+        assert code == 2
+        assert "max_memory must be at least" in err and "got 1,000,000" in err
+        code, _, err = run(monkeypatch, capsys, folder, command, tmp_path / "out", *arguments, "--max-memory", "1 heap")
+        assert code == 2
+        assert "--max-memory must be a size such as 24GiB or 8GB, got '1 heap'" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_old_statistics_are_neither_used_nor_written_over(folder, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "s.stats"
+    code, _, err = run(monkeypatch, capsys, folder, "calibrate", path, "--seed", 3)
+    assert code == 0, err
+    held = path.read_bytes()
+    code, _, err = run(monkeypatch, capsys, folder, "calibrate", path, "--seed", 4)
+    assert code == 1
+    assert "STATISTICS must be a new file, got" in err
+    assert path.read_bytes() == held
+    arguments = ("--experts", 0.5, "--update", "none")
+    for seed, expected in ((3, 0), (4, 2)):
+        text = ["--statistics", str(path), "--seed", str(seed)]
+        code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / f"out{seed}", *arguments, text=text)
+        assert code == expected, err
+    assert "--seed must be 3, by which the text of" in err
+
+
+def test_a_calibration_that_was_stopped_goes_on(folder, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "s.stats"
+    with monkeypatch.context() as patch:
+        Watch(patch, at("write statistics-00001", lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        code, _, err = run(monkeypatch, capsys, folder, "calibrate", path)
+    assert code == 1
+    assert "1 finished parts are kept in" in err and "the same command with --resume goes on" in err
+    assert not path.exists()
+    code, _, err = run(monkeypatch, capsys, folder, "calibrate", path)
+    assert code == 1 and "unfinished run, 1 parts done" in err
+    code, _, err = run(monkeypatch, capsys, folder, "calibrate", path, "--resume")
+    assert code == 0, err
+    code, _, err = run(monkeypatch, capsys, folder, "calibrate", tmp_path / "whole.stats")
+    assert path.read_bytes() == (tmp_path / "whole.stats").read_bytes()

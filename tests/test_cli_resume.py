@@ -57,6 +57,8 @@ def test_it_goes_on_to_what_an_uninterrupted_run_gives(tmp_path):
 
 
 def test_what_loads_the_whole_model_cannot_be_resumed(tmp_path):
-    done = subprocess.run(command(tmp_path / "out", "--experts", "0.25", "--resume"), capture_output=True, text=True)
+    done = subprocess.run(
+        command(tmp_path / "out", "--experts", "0.25", "--refine-experts", "--resume"), capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "must be left out where the whole model is loaded" in " ".join(done.stderr.split())

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
 from moesparse import Recipe, find_moe_blocks
-from moesparse.cli.streamed import parse_bytes
+from moesparse.cli.streamed import parse_limit
 from moesparse.errors import UsageError
 from moesparse.plan import gemm_rate, plan_pruning
 from moesparse.testing import tiny_model
@@ -110,13 +110,13 @@ def test_the_rate_is_that_of_a_product():
     ("text", "count"), [("24GiB", 24 * GIB), ("8GB", 8 * 10**9), ("1.5 MiB", 1572864), ("4096", 4096), ("2kb", 2000)]
 )
 def test_sizes(text, count):
-    assert parse_bytes(text) == count
+    assert parse_limit(text) == count
 
 
 @pytest.mark.parametrize("text", ["many", "-1GB", "GB", "1 parsec", "0"])
 def test_what_is_no_size(text):
     with pytest.raises(UsageError, match="--max-memory must be"):
-        parse_bytes(text)
+        parse_limit(text)
 
 
 def test_a_dry_run_needs_config_json_alone(tmp_path):

@@ -133,6 +133,13 @@ MIX_HELP = (
     "Several domains become one choice of experts by the sums of all text (pooled), or by the mean of their scores, "
     "each normalised to sum 1 in every block (equal)."
 )
+WHOLE_HELP = (
+    "Load the whole model at once instead of layer by layer: for a checkpoint whose tensors transformers renames when "
+    "it loads them. Not with --resume, --dry-run and --max-memory."
+)
+RESUME_HELP = "Go on with the unfinished run that was left there."
+DRY_RUN_HELP = "Only print the plan: memory, bytes, time. config.json is enough."
+MAX_MEMORY_HELP = "RAM to stay within, such as 24GiB; refused when it cannot be."
 PROTECT_HELP = "Keep super-experts, those with extreme outputs (arXiv 2507.23279), whatever their score."
 
 
@@ -150,47 +157,47 @@ class CalibrationText:
         return self.ids if self.mask is None else (self.ids, self.mask)
 
 
-def calibration_text(
-    sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
-    source: str,
-    network: Any,
-    *,
-    samples: int,
-    length: int,
-    seed: int,
-    from_model: int | None = None,
-    temperature: float = 0.0,
-    batch_size: int = 8,
-    device: Any = None,
-    progress: Progress = silent,
-) -> CalibrationText:
-    """The calibration windows of a run; with `from_model` the model writes that many tokens of each itself."""
-    from moesparse.demonstrations import check_new_tokens, continue_prompts
-    from moesparse.evaluate import context_length
+@dataclass(frozen=True)
+class TextOptions:
+    """What the options of a command say of its calibration text."""
 
-    context = context_length(network)
-    if from_model is None:
-        ids, domains = calibration_windows(
-            sources, tokenizer, source, samples=samples, length=length, seed=seed, context=context
+    sources: Sequence[str]
+    samples: int
+    length: int
+    seed: int
+    from_model: int | None = None
+    temperature: float = 0.0
+    batch_size: int = 8
+    device: Any = None
+
+    def read(
+        self, tokenizer: PreTrainedTokenizerBase | None, source: str, network: Any, progress: Progress = silent
+    ) -> CalibrationText:
+        """The windows of a run; with `from_model` the model writes that many tokens of each itself."""
+        from moesparse.demonstrations import check_new_tokens, continue_prompts
+        from moesparse.evaluate import context_length
+
+        context = context_length(network)
+        wanted: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "context": context}
+        if self.from_model is None:
+            ids, domains = calibration_windows(self.sources, tokenizer, source, length=self.length, **wanted)
+            return CalibrationText(ids, None, domains)
+        length = min(self.length, context or self.length)
+        check_new_tokens(self.from_model, length, self.temperature)
+        prompts, domains = calibration_windows(
+            self.sources, tokenizer, source, length=length - self.from_model, **wanted
         )
-        return CalibrationText(ids, None, domains)
-    length = min(length, context or length)
-    check_new_tokens(from_model, length, temperature)
-    prompts, domains = calibration_windows(
-        sources, tokenizer, source, samples=samples, length=length - from_model, seed=seed, context=context
-    )
-    ids, mask = continue_prompts(
-        network,
-        prompts,
-        from_model,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        progress=progress,
-    )
-    return CalibrationText(ids, mask, domains)
+        ids, mask = continue_prompts(
+            network,
+            prompts,
+            self.from_model,
+            temperature=self.temperature,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=self.device,
+            progress=progress,
+        )
+        return CalibrationText(ids, mask, domains)
 
 
 def show_domains(found: Mapping[str, Any], criterion: Any) -> None:

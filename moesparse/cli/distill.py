@@ -14,7 +14,7 @@ import typer
 
 from moesparse.cli.common import (
     CALIBRATION_HELP,
-    calibration_text,
+    TextOptions,
     console,
     embedded_texts,
     format_bytes,
@@ -169,9 +169,8 @@ class _Run:
         with saying_what_is_left(lambda: _kept_state(state)), progress_bar(quiet=not speaks) as progress:
             network, tokenizer = load_pretrained(source)
             dense, _ = load_pretrained(model_source(self.teacher))
-            text = calibration_text(
-                self.calibration, tokenizer, model_source(self.teacher), network, progress=progress, **self.wanted
-            )
+            wanted = TextOptions(self.calibration, **self.wanted)
+            text = wanted.read(tokenizer, model_source(self.teacher), network, progress)
             report = distill(
                 network,
                 dense,
@@ -219,7 +218,7 @@ class _Run:
         source, dense = (local_folder(model_source(name)) for name in (self.student, self.teacher))
         tokenizer = load_tokenizer(source)
         with saying_what_is_left(lambda: what_is_kept(self.output)), progress_bar() as progress:
-            text = calibration_text(self.calibration, tokenizer, str(dense), meta_model(dense), **self.wanted)
+            text = TextOptions(self.calibration, **self.wanted).read(tokenizer, str(dense), meta_model(dense))
             return distill_checkpoint(
                 source,
                 dense,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,15 @@ from rich.table import Table
 
 from moesparse.cli.common import (
     CALIBRATION_HELP,
+    DRY_RUN_HELP,
     FROM_MODEL_HELP,
+    MAX_MEMORY_HELP,
     MIX_HELP,
     PROTECT_HELP,
+    RESUME_HELP,
     TEMPERATURE_HELP,
-    calibration_text,
+    WHOLE_HELP,
+    TextOptions,
     console,
     format_bytes,
     model_source,
@@ -99,20 +104,20 @@ def prune(
     temperature: Annotated[float, typer.Option(help=TEMPERATURE_HELP)] = 0.0,
     samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a window; bounded by the model's context.", min=2)] = 2048,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the choice of windows, 0 when left out; with --statistics it must be theirs."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward.", min=1)] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1: where the layer at work goes.")] = "auto",
     propagate: Annotated[
         bool, typer.Option("--propagate/--no-propagate", help="Feed each block what the pruned blocks before it give.")
     ] = True,
     allow_pruned: Annotated[bool, typer.Option("--allow-pruned", help="Accept a model with pruned experts.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run that OUT holds.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print the plan: memory, bytes, time. config.json is enough.")
-    ] = False,
-    max_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="RAM to stay within, such as 24GiB; refused when it cannot be.")
-    ] = "",
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
+    max_memory: Annotated[str, typer.Option(metavar="SIZE", help=MAX_MEMORY_HELP)] = "",
+    whole: Annotated[bool, typer.Option("--whole", help=WHOLE_HELP)] = False,
     report: Annotated[Path | None, typer.Option(help="Also write the report as JSON to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
@@ -122,9 +127,9 @@ def prune(
     are re-solved, and the result is saved dense with zeros under the standard names: plain transformers loads it.
     Router, attention, norms, embeddings and shared experts stay as they were.
 
-    Weights are pruned layer by layer from the checkpoint's files: the model need not fit in memory, and a run that was
-    stopped goes on with --resume. Removing experts, --target-bytes, --statistics and --demonstrations-from-model load
-    the whole model.
+    Weights are pruned and experts removed layer by layer from the checkpoint's files: the model need not fit in memory,
+    and a run that was stopped goes on with --resume. --target-bytes, --refine-experts, --demonstrations-from-model and
+    magnitude without an update load the whole model, and so does --whole.
 
     Examples:
 
@@ -157,7 +162,7 @@ def prune(
         saliency=saliency or DEFAULT_SALIENCY,
         update=update or DEFAULT_UPDATE,
         propagate=propagate,
-        seed=seed,
+        seed=seed or 0,
         experts=experts,
         keep_experts=keep_experts,
         expert_saliency=expert_saliency or DEFAULT_EXPERT_SALIENCY,
@@ -171,28 +176,36 @@ def prune(
         raise UsageError("only one of --statistics and calibration text may be given, got both")
     target = resolve_device(device)
     source = model_source(model)
+    text_options = TextOptions(
+        calibration or [],
+        samples,
+        length,
+        seed or 0,
+        from_model=demonstrations_from_model,
+        temperature=temperature,
+        batch_size=batch_size,
+        device=target,
+    )
     chooses = recipe.removes_experts or recipe.target_bytes is not None
     needs_data = chooses or recipe.saliency != "magnitude" or recipe.update != "none"
-    streams = needs_data and not chooses and not statistics and demonstrations_from_model is None
+    writes = recipe.target_bytes is not None or demonstrations_from_model is not None
+    streams = needs_data and not whole and not writes and not refine_experts
     shows_plan = dry_run and recipe.target_bytes is not None
     if not streams and (resume or (dry_run and not shows_plan) or max_memory):
         raise UsageError(
-            "--resume, --dry-run and --max-memory must be left out where the whole model is loaded: removing experts, "
-            "--target-bytes (but for --dry-run), --statistics, --demonstrations-from-model, and magnitude without an "
-            "update"
+            "--resume, --dry-run and --max-memory must be left out where the whole model is loaded: --whole, "
+            "--target-bytes (but for --dry-run), --refine-experts, --demonstrations-from-model, and magnitude without "
+            "an update"
         )
+    saved = _load_statistics(statistics, seed) if statistics else None
     if streams:
         with quiet_libraries():
             result = _prune_streamed(
                 model,
                 out,
                 recipe,
-                calibration or [],
-                samples=samples,
-                length=length,
-                seed=seed,
-                batch_size=batch_size,
-                device=target,
+                saved,
+                text_options,
                 resume=resume,
                 dry_run=dry_run,
                 max_memory=max_memory,
@@ -208,21 +221,8 @@ def prune(
         with progress_bar() as progress:
             text = None
             if needs_data and not statistics:
-                text = calibration_text(
-                    calibration or [],
-                    tokenizer,
-                    source,
-                    network,
-                    samples=samples,
-                    length=length,
-                    seed=seed,
-                    from_model=demonstrations_from_model,
-                    temperature=temperature,
-                    batch_size=batch_size,
-                    device=target,
-                    progress=progress,
-                )
-            data: Any = _load_statistics(statistics) if statistics else None if text is None else text.windows
+                text = text_options.read(tokenizer, source, network, progress)
+            data: Any = saved if text is None else text.windows
             options: dict[str, Any] = {
                 "domains": None if text is None else text.domains,
                 "batch_size": batch_size,
@@ -265,13 +265,9 @@ def _prune_streamed(
     model: str,
     out: Path,
     recipe: Any,
-    calibration: list[str],
+    statistics: Any,
+    text: TextOptions,
     *,
-    samples: int,
-    length: int,
-    seed: int,
-    batch_size: int,
-    device: Any,
     resume: bool,
     dry_run: bool,
     max_memory: str,
@@ -280,37 +276,32 @@ def _prune_streamed(
 ) -> Any:
     """Print the plan, then prune layer by layer; None when the plan was all that was asked for."""
     from moesparse.checkpoint import load_tokenizer
-    from moesparse.cli.streamed import parse_bytes, plan_for, plan_with_time, show_plan
+    from moesparse.cli.streamed import naming_the_whole, parse_limit, plan_for, read_text, tell_plan
     from moesparse.model_card import model_card
-    from moesparse.run_folder import what_is_kept
     from moesparse.skeleton import local_folder
+    from moesparse.streamed_experts import what_is_left
     from moesparse.streamed_pruning import prune_checkpoint
-    from moesparse.streaming import meta_model
 
-    limit = parse_bytes(max_memory) if max_memory else None
+    limit = parse_limit(max_memory)
     folder = local_folder(model_source(model))
-    plan = plan_with_time(plan_for(folder, recipe, samples, length, batch_size), device)
-    if dry_run and as_json:
-        print_json(plan)
+    plan = plan_for(folder, recipe, text if statistics is None else replace(text, samples=0, length=1))
+    if tell_plan(plan, text.device, dry_run=dry_run, as_json=as_json):
         return None
-    if not as_json:
-        show_plan(plan)
-    if dry_run:
-        return None
-    tokenizer = load_tokenizer(folder)
-    with saying_what_is_left(lambda: what_is_kept(out)), progress_bar() as progress:
-        text = calibration_text(
-            calibration, tokenizer, str(folder), meta_model(folder), samples=samples, length=length, seed=seed
-        )
+    with saying_what_is_left(lambda: what_is_left(out)), naming_the_whole(), progress_bar() as progress:
+        if statistics is None:
+            found, tokenizer = read_text(text, folder, progress)
+        else:
+            tokenizer = load_tokenizer(folder)
         return prune_checkpoint(
             folder,
             out,
-            text.windows,
+            statistics if statistics is not None else found.windows,
             recipe,
+            domains=None if statistics is not None else found.domains,
             tokenizer=tokenizer,
             card=lambda report: model_card(model, report),
-            batch_size=batch_size,
-            device=device,
+            batch_size=text.batch_size,
+            device=text.device,
             resume=resume,
             allow_pruned=allow_pruned,
             max_memory=limit,
@@ -318,8 +309,8 @@ def _prune_streamed(
         )
 
 
-def _load_statistics(sources: list[str]) -> Any:
-    """Statistics by domain, or those of the one file without a name of its own."""
+def _load_statistics(sources: list[str], seed: int | None) -> Any:
+    """Statistics by domain, or those of the one file without a name of its own; their text was drawn by the seed."""
     from moesparse.errors import UsageError
     from moesparse.statistics import ModelStatistics
     from moesparse.text import parse_source
@@ -329,6 +320,13 @@ def _load_statistics(sources: list[str]) -> Any:
     if len(set(domains)) != len(domains):
         raise UsageError(f"--statistics must name each domain once, got {', '.join(domains)}: give FILE=DOMAIN")
     found = {one.domain: ModelStatistics.load(one.path) for one in named}
+    for one in named:
+        drawn = found[one.domain].seed
+        if seed is not None and drawn is not None and drawn != seed:
+            raise UsageError(
+                f"--seed must be {drawn}, by which the text of {one.path} was drawn, or left out, got {seed}; old "
+                "statistics do not become those of another seed"
+            )
     return found if len(found) > 1 else next(iter(found.values()))
 
 

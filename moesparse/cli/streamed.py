@@ -1,47 +1,92 @@
-"""The half of `moesparse prune` that works layer by layer: its plan, and what it may take."""
+"""What the commands that work layer by layer share: plans, limits, text."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from moesparse.cli.common import console, format_bytes
-from moesparse.errors import UsageError
+from moesparse.cli.common import console, format_bytes, print_json
+from moesparse.errors import NotInPiecesError, UsageError
+from moesparse.sizes import parse_size
 
 if TYPE_CHECKING:
+    from moesparse.cli.common import CalibrationText, TextOptions
     from moesparse.plan import Plan
-    from moesparse.pruning import Recipe
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {unit.replace("B", "IB"): 2 ** (10 * power) for power, unit in enumerate(("KB", "MB", "GB", "TB"), start=1)}
+    from moesparse.progress import Progress
+    from moesparse.recipe import Recipe
 
 
-def parse_bytes(text: str) -> int:
-    """ "24GiB", "8GB", "500000000" as bytes."""
-    digits = text.strip().rstrip("BbIiKkMmGgTt").rstrip()
-    unit = text.strip()[len(digits) :].strip().upper()
+def parse_limit(text: str) -> int | None:
+    """--max-memory: "24GiB", "8GB", or "500000000", which are bytes; None for ""."""
+    if not text:
+        return None
     try:
-        count = float(digits) * _UNITS[unit]
-    except (ValueError, KeyError) as error:
+        return parse_size(f"{text}B" if text.strip()[-1:].isdigit() else text)
+    except ValueError as error:
         raise UsageError(f"--max-memory must be a size such as 24GiB or 8GB, got {text!r}") from error
-    if count < 1:
-        raise UsageError(f"--max-memory must be positive, got {text!r}")
-    return int(count)
 
 
-def plan_for(folder: Path, recipe: Recipe, samples: int, length: int, batch_size: int) -> Plan:
-    """The plan of a run from config.json alone, for windows of at most the model's context."""
+def plan_for(folder: Path, recipe: Recipe, text: TextOptions) -> Plan:
+    """The plan of a run that prunes, from config.json alone."""
+    from moesparse.plan_experts import plan_run
+
+    model, blocks, sizes = _planned_for(folder, text)
+    return plan_run(model, blocks, recipe, **sizes)
+
+
+def calibration_plan_for(folder: Path, moments: str, text: TextOptions) -> Plan:
+    """The plan of a run that calibrates, from config.json alone."""
+    from moesparse.plan_experts import plan_calibration
+
+    model, blocks, sizes = _planned_for(folder, text)
+    return plan_calibration(model, blocks, moments, **sizes)
+
+
+def _planned_for(folder: Path, text: TextOptions) -> tuple[Any, Any, dict[str, int]]:
+    """The model without weights, its blocks, and the windows: of at most its context."""
     from moesparse.blocks import find_moe_blocks
     from moesparse.evaluate import context_length
-    from moesparse.plan import plan_pruning
     from moesparse.streaming import meta_model
 
     model = meta_model(folder)
-    length = min(length, context_length(model))
-    return plan_pruning(model, find_moe_blocks(model), recipe, windows=samples, length=length, batch_size=batch_size)
+    length = min(text.length, context_length(model))
+    return model, find_moe_blocks(model), {"windows": text.samples, "length": length, "batch_size": text.batch_size}
+
+
+def tell_plan(plan: Plan, device: Any, *, dry_run: bool, as_json: bool) -> bool:
+    """Show what a run will take; whether that was all that was asked for."""
+    facts = plan_with_time(plan, device)
+    if dry_run and as_json:
+        print_json(facts)
+    elif not as_json:
+        show_plan(facts)
+    return dry_run
+
+
+def read_text(text: TextOptions, folder: Path, progress: Progress) -> tuple[CalibrationText, Any]:
+    """Calibration text for a checkpoint of which no weight is read, and its tokenizer."""
+    from moesparse.checkpoint import load_tokenizer
+    from moesparse.streaming import meta_model
+
+    tokenizer = load_tokenizer(folder)
+    return text.read(tokenizer, str(folder), meta_model(folder), progress), tokenizer
+
+
+@contextlib.contextmanager
+def naming_the_whole() -> Iterator[None]:
+    """A checkpoint that cannot be read layer by layer may still be one that can be loaded: the error says how."""
+    try:
+        yield
+    except NotInPiecesError as error:
+        raise NotInPiecesError(
+            f"{error}. So it is not read layer by layer; --whole loads it at once, as transformers does, if it fits in "
+            "memory"
+        ) from error
 
 
 def plan_with_time(plan: Plan, device: Any) -> dict[str, Any]:
@@ -58,7 +103,8 @@ def show_plan(facts: dict[str, Any]) -> None:
     table.add_column("what")
     table.add_column("how much", justify="right", no_wrap=True)
     table.add_row("decoder layers, with experts", f"{facts['layers']}, {facts['blocks']}")
-    table.add_row("experts of a block", str(facts["experts"]))
+    keep = "" if facts["keep"] is None else f", {facts['keep']} stay"
+    table.add_row("experts of a block", f"{facts['experts']}{keep}")
     table.add_row("parameters, active for a token", f"{facts['parameters']:.3g}, {facts['active_parameters']:.3g}")
     table.add_row("calibration tokens", f"{facts['tokens']:,}")
     for what, key in (
@@ -67,12 +113,14 @@ def show_plan(facts: dict[str, Any]) -> None:
         ("in memory: outside of the layers", "outside"),
         ("  one layer", "layer"),
         ("  its second moments", "moments"),
-        ("  to prune its largest matrix", "workspace"),
+        ("  to prune its largest matrix, or to refit it", "workspace"),
+        ("  sums of all experts and windows", "sums"),
         ("  hidden states (in a file when RAM is short)", "hidden_states"),
         ("  at most, with the hidden states", "peak_in_memory"),
         ("  at most, without", "peak"),
     ):
-        table.add_row(what, format_bytes(facts[key]))
+        if facts[key]:
+            table.add_row(what, format_bytes(facts[key]))
     table.add_row("time, within a factor of three", _duration(facts["seconds"]))
     console.print(table)
 
