@@ -1,20 +1,21 @@
 """Peak memory of pruning a checkpoint layer by layer, against the depth of the model.
 
-    python benchmarks/bench_memory.py                 # Mixtral blocks of 101 MB, 12 and 48 of them (6.2 GB of disk)
-    python benchmarks/bench_memory.py --quick         # small blocks, for CI
+    python -m benchmarks.bench_memory                 # 12 and 48 layers of 106 MB (13 GB of disk); 15 CPU minutes
+    python -m benchmarks.bench_memory --quick         # small layers: it runs, the figures mean little
 
-Synthetic Mixtral checkpoints (random weights, bf16) that differ in nothing but the number of layers are pruned to 2:4,
-each in a process of its own, by moe-pruner with rescaling (no second moments) and by gated-sparsegpt (with them). The
-peak is what the run adds to the resident memory of the process (VmHWM), measured after a run of a tiny model that has
-loaded every library. Beside it stand what the plan forecast, and the peak of the same work on the model as a whole.
-What torch's CPU libraries keep compiled is bounded as in the command line (moesparse.memory), and is part of the peak.
-Checkpoints lie in a temporary folder.
+Synthetic Mixtral checkpoints (random weights, bf16) that differ in nothing but the number of layers are pruned to
+2:4, each in a process of its own, by moe-pruner with rescaling (no second moments) and, with layers of a quarter of
+the size, by gated-sparsegpt (with them). The peak is what the run adds to the resident memory of the process (VmHWM),
+measured after a run of a tiny model that has loaded every library. Beside it stand what the plan forecast, and the
+peak of the same work on the model as a whole. What torch's CPU libraries keep compiled is bounded as in the command
+line (moesparse.memory), and is part of the peak. Checkpoints lie in a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS
+from benchmarks.synthetic import make_checkpoint
 from moesparse.benchmarking import environment
 
-RECIPES = {"moe-pruner": "rescale", "gated-sparsegpt": "none"}
+# saliency -> update, hidden, intermediate
+RECIPES = {"moe-pruner": ("rescale", 1024, 2048), "gated-sparsegpt": ("none", 512, 1024)}
 WINDOWS, LENGTH, BATCH = 16, 128, 4
 
 _CHILD = (
@@ -34,6 +37,7 @@ _CHILD = (
 import json, sys, time, torch, transformers
 from transformers import AutoModelForCausalLM
 import moesparse
+from benchmarks.synthetic import random_windows
 from moesparse.memory import bound_compiled_products, peak_memory, reset_peak_memory
 from moesparse.plan import plan_pruning
 from moesparse.streaming import meta_model
@@ -41,7 +45,7 @@ source, tiny, out, saliency, update, whole = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 bound_compiled_products()
 recipe = moesparse.Recipe(weights="2:4", saliency=saliency, update=update)
-windows = torch.randint(0, 1000, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+windows = random_windows(WINDOWS, LENGTH)
 
 
 def run(source, out):
@@ -69,41 +73,9 @@ print(json.dumps({"peak": peak, "seconds": seconds, "planned": plan.peak_in_memo
 )
 
 
-def make_checkpoint(folder: Path, layers: int, hidden: int, intermediate: int) -> None:
-    """A random Mixtral, written one layer at a time."""
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    from moesparse.checkpoint_keys import checkpoint_views
-    from moesparse.shards import ShardWriter, TensorSpec
-
-    config = MixtralConfig(
-        vocab_size=1000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        dtype=torch.bfloat16,
-        architectures=["MixtralForCausalLM"],
-    )
-    folder.mkdir()
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    views = checkpoint_views(model, model.state_dict())
-    random = torch.Generator().manual_seed(0)
-    specs = [TensorSpec.of(key, view.dtype, view.shape) for key, view in views.items()]
-    with ShardWriter(folder, specs, 500 * 10**6) as writer:
-        for key, view in views.items():
-            tensor = torch.ones(view.shape) if view.ndim == 1 else 0.02 * torch.randn(view.shape, generator=random)
-            writer.write(key, tensor.bfloat16())
-    writer.write_index()
-
-
 def measure(source: Path, tiny: Path, out: Path, saliency: str, *, whole: bool) -> dict[str, Any]:
     """Peak bytes over the imports, seconds, and what was planned, from a process of its own."""
-    arguments = json.dumps([str(source), str(tiny), str(out), saliency, RECIPES[saliency], whole])
+    arguments = json.dumps([str(source), str(tiny), str(out), saliency, RECIPES[saliency][0], whole])
     done = subprocess.run([sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -116,17 +88,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="blocks of 1.6 MB: it runs, the figures mean little")
     parser.add_argument("-o", "--output", type=Path, help="result file (results/cpu/bench_memory.json)")
     options = parser.parse_args()
-    hidden, intermediate = (128, 256) if options.quick else (1024, 2048)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
         tiny = Path(work) / "tiny"
         make_checkpoint(tiny, 2, 128, 256)
-        for layers in options.depths:
-            source = Path(work) / f"model-{layers}"
-            make_checkpoint(source, layers, hidden, intermediate)
-            for saliency in RECIPES:
+        for saliency, (_, hidden, intermediate) in RECIPES.items():
+            for layers in options.depths:
+                source, out = Path(work) / "model", Path(work) / "out"
+                make_checkpoint(source, layers, *((128, 256) if options.quick else (hidden, intermediate)))
                 for whole in (False, True):
-                    found = measure(source, tiny, Path(work) / f"{layers}-{saliency}-{whole}", saliency, whole=whole)
+                    found = measure(source, tiny, out, saliency, whole=whole)
+                    shutil.rmtree(out)
+                    shutil.rmtree(f"{out}-tiny")
                     rows.append({"layers": layers, "saliency": saliency, "whole": whole, **found})
                     print(
                         f"{layers} layers, {found['weights'] / 1e6:,.0f} MB, {saliency:15} "
@@ -134,6 +107,7 @@ def main() -> None:
                         f"{found['planned'] / 1e6:7,.0f} MB, {found['seconds']:.0f} s",
                         flush=True,
                     )
+                shutil.rmtree(source)
     streamed = {(row["layers"], row["saliency"]): row["peak"] for row in rows if not row["whole"]}
     few, many = options.depths
     for saliency in RECIPES:

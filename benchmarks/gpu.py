@@ -12,6 +12,8 @@
     decode     the expert layer at batch 1-256
     prefill    the expert layer at 512-16k tokens
     dispatch   the backend by load, from decode and prefill, into the same table
+    cost       pruning whole blocks of published shapes, folder to folder
+    generate   tokens a second of a whole model, dense against packed
     figures    roofline and speed-ups, from the result files
 
 Every part is a process of its own: one that fails, or loses the device, does not take the others along. Nothing needs
@@ -109,6 +111,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "decode": _script("bench_layer", "decode"),
     "prefill": _script("bench_layer", "prefill"),
     "dispatch": _script("tune", "dispatch"),
+    "cost": _script("bench_cost"),
+    "generate": _script("bench_generate"),
     "figures": _figures,
 }
 

@@ -149,11 +149,11 @@ def plan_pruning(
         workspace=workspace,
         activations=batch_size * length * (6 * hidden + 4 * widest) * max(item, 4),
         hidden_states=tokens * hidden * item,
-        flops=_flops(blocks, recipe, tokens, active, moments),
+        flops=_flops(blocks, recipe, tokens, active - _head_size(model), moments),
     )
 
 
-def _flops(blocks: Sequence[MoEBlock], recipe: Recipe, tokens: int, active: int, moments: str) -> dict[str, float]:
+def _flops(blocks: Sequence[MoEBlock], recipe: Recipe, tokens: int, passed: int, moments: str) -> dict[str, float]:
     solver, rescale = parse_update(recipe.update)
     asymmetric = solver == "asymmetric"
     passes = 1 + rescale + recipe.propagate + asymmetric
@@ -168,7 +168,13 @@ def _flops(blocks: Sequence[MoEBlock], recipe: Recipe, tokens: int, active: int,
             E, out, size = matrix.weight.shape
             solve += 2.0 * products * E * out * size**2
             select += float(_SELECT_FLOPS * E * out * size)
-    return {"forward": 2.0 * passes * tokens * active, "moments": sums, "solvers": solve, "masks": select}
+    return {"forward": 2.0 * passes * tokens * passed, "moments": sums, "solvers": solve, "masks": select}
+
+
+def _head_size(model: nn.Module) -> int:
+    """Parameters of a head of its own: calibration computes no logits."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    return 0 if head is None or head.weight is embedding.weight else head.weight.numel()
 
 
 def _bytes(module: nn.Module) -> int:

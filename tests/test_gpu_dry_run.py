@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import bench_cost
+from benchmarks.gpu import PARTS
 from moesparse.benchmarking import SHAPES, Ceilings, Shape, bench_layer, contenders_for, measure, time_call
 from moesparse.benchmarking.layer import Contender, RoutedCall, make_layer, make_routing
 from moesparse_kernels.tuning import GroupedConfig
@@ -47,9 +49,28 @@ def rows_of(folder, name):
 
 def test_every_part_runs_and_is_named(dry_run):
     _, output = dry_run
-    for part in ("tests", "ceilings", "kernels", "tune", "decode", "prefill", "dispatch", "figures"):
+    for part in PARTS:
         assert f"== {part}" in output
-        assert any(line.split()[0] == part and line.endswith("yes") for line in output.splitlines()[-8:])
+        assert any(line.split()[0] == part and line.endswith("yes") for line in output.splitlines()[-len(PARTS) :])
+
+
+def test_the_cost_model_finds_what_made_the_seconds():
+    rows = [
+        {"passes": passes, "tokens": tokens, "active": active, "weights": weights}
+        for passes, tokens, active, weights in [(2, 100, 10, 300), (2, 200, 10, 300), (3, 100, 40, 900)]
+    ]
+    for row in rows:
+        row["seconds"] = bench_cost.forecast(row, 3e-4, 2e-3)
+    assert bench_cost.fit(rows) == pytest.approx((3e-4, 2e-3))
+
+
+def test_a_packed_model_generates_what_the_dense_one_does(dry_run):
+    rows = rows_of(dry_run[0], "generate")
+    assert [row["contender"] for row in rows[::3]] == ["grouped_mm", "batched_mm", "packed"]
+    assert min(row["agree"] for row in rows) > 0.8  # nearly equal logits
+    dense, packed = rows[0]["weight_bytes"], rows[-1]["weight_bytes"]
+    experts = 2 * 8 * 3 * 64 * 64 * 2
+    assert dense - packed == experts - experts * 9 // 16
 
 
 @pytest.mark.parametrize("part", ["decode", "prefill"])

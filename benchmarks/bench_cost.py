@@ -1,0 +1,181 @@
+"""What pruning a checkpoint costs: seconds = a * tokens * active parameters + b * weights, fitted and checked.
+
+    python -m benchmarks.bench_cost                     # three sizes and three calibration sets on a CPU, 6 minutes
+    python -m benchmarks.bench_cost --dry --results out # tiny: everything runs, the figures mean nothing
+    make gpu PART=cost                                  # whole blocks of published shapes on the GPU
+
+Synthetic Mixtral checkpoints (random weights, bf16) are pruned to 2:4 from folder to folder, reading and writing
+included. A token passes each active parameter of the decoder layers once for the sums and once for the next layer's
+input, and once more to rescale; weights are those of the experts. a and b are fitted by least squares of the relative
+error to all runs but those of the largest size, which the fit then forecasts. On a CPU seconds are CPU seconds of one
+thread, on a GPU those of the clock. gated-sparsegpt adds second moments and a factorisation, whose cost grows with the
+matrices' width: the formula does not hold for it, and its rows show by how much.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moesparse
+from benchmarks.common import parser
+from benchmarks.results import RESULTS, device_folder
+from benchmarks.synthetic import make_checkpoint, random_windows
+from moesparse.benchmarking import environment
+from moesparse.memory import bound_compiled_products, peak_memory, reset_peak_memory
+from moesparse.plan import gemm_rate, plan_pruning
+from moesparse.streaming import meta_model
+
+RECIPES = (("moe-pruner", "none"), ("moe-pruner", "rescale"), ("gated-sparsegpt", "none"))
+# layers, hidden, intermediate, experts, top_k, heads
+CPU_SIZES = {"small": (3, 512, 1024, 8, 2, 8), "medium": (3, 1024, 2048, 8, 2, 8), "large": (2, 1536, 3072, 8, 2, 12)}
+GPU_SIZES = {
+    "OLMoE-1B-7B": (2, 2048, 1024, 64, 8, 16),
+    "Qwen3-30B-A3B": (2, 2048, 768, 128, 8, 32),
+    "Mixtral-8x7B": (1, 4096, 14336, 8, 2, 32),
+}
+DRY_SIZES = {"small": (1, 64, 64, 4, 2, 4), "medium": (1, 64, 128, 4, 2, 4), "large": (2, 64, 128, 4, 2, 4)}
+LENGTH = {"cpu": 256, "cuda": 2048}
+WINDOWS = {"cpu": (8, 16, 32), "cuda": (32, 128)}
+BATCH = 8
+
+
+def measure(source: Path, out: Path, recipe: moesparse.Recipe, windows: torch.Tensor, device: str) -> dict[str, Any]:
+    """Seconds and peak bytes of one run, and what the plan knew of it before."""
+    model = meta_model(source)
+    blocks = moesparse.find_moe_blocks(model)
+    plan = plan_pruning(model, blocks, recipe, windows=len(windows), length=windows.shape[1], batch_size=BATCH)
+    passes = 3 if recipe.update == "rescale" else 2
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    reset_peak_memory()
+    began = clock()
+    report = moesparse.prune_checkpoint(source, out, windows, recipe, batch_size=BATCH, device=device)
+    seconds = clock() - began
+    shutil.rmtree(out)
+    return {
+        "tokens": plan.tokens,
+        "passes": passes,
+        "active": round(plan.flops["forward"] / (2 * passes * plan.tokens)),
+        "weights": sum(matrix.weight.numel() for block in blocks for matrix in block.matrices),
+        "seconds": seconds,
+        "block_seconds": [block.seconds for block in report.blocks],
+        "planned_seconds": plan.seconds(gemm_rate(torch.device(device))),
+        "peak": peak_memory(),
+    }
+
+
+def fit(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """a, seconds for a token, an active parameter and a pass; b, seconds for a weight."""
+    work = torch.tensor([[row["passes"] * row["tokens"] * row["active"], row["weights"]] for row in rows]).double()
+    seconds = torch.tensor([row["seconds"] for row in rows]).double()
+    a, b = torch.linalg.lstsq(work / seconds[:, None], torch.ones(len(rows), 1).double()).solution.flatten().tolist()
+    return a, b
+
+
+def forecast(row: dict[str, Any], a: float, b: float) -> float:
+    return a * row["passes"] * row["tokens"] * row["active"] + b * row["weights"]
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Measured against forecast, one marker for a recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.6, 4.4))
+    for (saliency, update), marker in zip(RECIPES, "osD", strict=True):
+        rows = [row for row in result["rows"] if (row["saliency"], row["update"]) == (saliency, update)]
+        for hollow in (False, True):
+            chosen = [row for row in rows if (row["size"] == result["held_out"]) == hollow]
+            axes.plot(
+                [row["forecast"] for row in chosen],
+                [row["seconds"] for row in chosen],
+                marker,
+                color={"o": "#0072B2", "s": "#D55E00", "D": "#009E73"}[marker],
+                fillstyle="none" if hollow else "full",
+                label=f"{saliency}, {update}" + (f" ({result['held_out']}, not fitted)" if hollow else ""),
+            )
+    ends = [min(row["seconds"] for row in result["rows"]), max(row["seconds"] for row in result["rows"])]
+    axes.plot(ends, ends, color="#444444", linewidth=1, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("a * tokens * active * passes + b * weights, seconds")
+    axes.set_ylabel("measured, seconds")
+    axes.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table of docs/performance.md."""
+    print(f"\na = {result['a']:.3g} s per token, active parameter and pass; b = {result['b']:.3g} s per weight")
+    print("\n| size | saliency, update | tokens | active | weights | seconds | a, b say | plan says | peak MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        print(
+            f"| {row['size']} | {row['saliency']}, {row['update']} | {row['tokens']:,} | {row['active'] / 1e6:.1f} M | "
+            f"{row['weights'] / 1e6:.0f} M | {row['seconds']:.1f} | {row['forecast']:.1f} | "
+            f"{row['planned_seconds']:.1f} | {row['peak'] / 1e6:,.0f} |"
+        )
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), help="the GPU when there is one")
+    options = arguments.parse_args()
+    if options.dry and options.results is None:
+        raise SystemExit("--dry needs --results FOLDER: its numbers do not belong in benchmarks/results")
+    device = options.device or ("cuda" if torch.cuda.is_available() and not options.dry else "cpu")
+    sizes = DRY_SIZES if options.dry else CPU_SIZES if device == "cpu" else GPU_SIZES
+    if options.shapes:
+        sizes = {name: size for name, size in sizes.items() if name in options.shapes}
+        if len(sizes) < 2:
+            raise SystemExit(f"--shapes must name two sizes at least, to fit and to check; got {options.shapes}")
+    bound_compiled_products()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        for size, (layers, hidden, intermediate, experts, top_k, heads) in sizes.items():
+            source = Path(work) / size
+            make_checkpoint(source, layers, hidden, intermediate, experts=experts, top_k=top_k, heads=heads)
+            for saliency, update in RECIPES:
+                recipe = moesparse.Recipe(weights="2:4", saliency=saliency, update=update)
+                counts = (2, 4) if options.dry else WINDOWS[device]
+                if not rows:  # libraries load, kernels compile
+                    measure(source, Path(work) / "out", recipe, random_windows(counts[0], LENGTH[device]), device)
+                for count in counts:
+                    windows = random_windows(count, 64 if options.dry else LENGTH[device])
+                    row = {"size": size, "saliency": saliency, "update": update}
+                    rows.append(row | measure(source, Path(work) / "out", recipe, windows, device))
+                    print(json.dumps(rows[-1]), flush=True)
+            shutil.rmtree(source)
+    held_out = list(sizes)[-1]
+    a, b = fit([row for row in rows if row["size"] != held_out and row["saliency"] == "moe-pruner"])
+    for row in rows:
+        row["forecast"] = forecast(row, a, b)
+    result = {
+        "benchmark": "cost",
+        "environment": environment(torch.device(device)),
+        "gemm_flops": gemm_rate(torch.device(device)),
+        "a": a,
+        "b": b,
+        "held_out": held_out,
+        "rows": rows,
+    }
+    folder = device_folder(options.results or RESULTS, torch.device(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
+    draw(result, folder / "cost.png")
+
+
+if __name__ == "__main__":
+    main()

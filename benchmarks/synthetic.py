@@ -1,0 +1,61 @@
+"""Mixtral checkpoints with random weights, of any size, written one layer at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+__all__ = ["VOCABULARY", "make_checkpoint", "random_windows"]
+
+VOCABULARY = 1000
+
+
+def make_checkpoint(
+    folder: Path, layers: int, hidden: int, intermediate: int, *, experts: int = 8, top_k: int = 2, heads: int = 8
+) -> None:
+    """Write a bf16 Mixtral; the same arguments give the same weights.
+
+    Args:
+        folder: new.
+        layers: of the decoder.
+        hidden: size, a multiple of `heads`.
+        intermediate: size of an expert.
+        experts: of a layer.
+        top_k: of them work on a token.
+        heads: of the attention, a quarter of them for keys and values.
+    """
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    from moesparse.checkpoint_keys import checkpoint_views
+    from moesparse.shards import ShardWriter, TensorSpec
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 4, 1),
+        num_local_experts=experts,
+        num_experts_per_tok=top_k,
+        dtype=torch.bfloat16,
+        architectures=["MixtralForCausalLM"],
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    views = checkpoint_views(model, model.state_dict())
+    random = torch.Generator().manual_seed(0)
+    specs = [TensorSpec.of(key, view.dtype, view.shape) for key, view in views.items()]
+    with ShardWriter(folder, specs, 500 * 10**6) as writer:
+        for key, view in views.items():
+            tensor = torch.ones(view.shape) if view.ndim == 1 else 0.02 * torch.randn(view.shape, generator=random)
+            writer.write(key, tensor.bfloat16())
+    writer.write_index()
+
+
+def random_windows(count: int, length: int) -> torch.Tensor:
+    """Token ids [count, length], the same every time."""
+    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
