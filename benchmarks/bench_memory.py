@@ -5,10 +5,11 @@
 
 Synthetic Mixtral checkpoints (random weights, bf16) that differ in nothing but the number of layers are pruned to
 2:4, each in a process of its own, by moe-pruner with rescaling (no second moments) and, with layers of a quarter of
-the size, by gated-sparsegpt (with them). The peak is what the run adds to the resident memory of the process (VmHWM),
-measured after a run of a tiny model that has loaded every library. Beside it stand what the plan forecast, and the
-peak of the same work on the model as a whole. What torch's CPU libraries keep compiled is bounded as in the command
-line (moesparse.memory), and is part of the peak. Checkpoints lie in a temporary folder.
+the size, by gated-sparsegpt (with them); and a quarter of their experts is removed with refit. The peak is what the
+run adds to the resident memory of the process (VmHWM), measured after a run of a tiny model that has loaded every
+library. Beside it stand what the plan forecast, and the peak of the same work on the model as a whole. What torch's CPU
+libraries keep compiled is bounded as in the command line (moesparse.memory), and is part of the peak. Checkpoints lie
+in a temporary folder.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from benchmarks.common import RESULTS
 from benchmarks.synthetic import make_checkpoint
 from moesparse.benchmarking import environment
 
-# saliency -> update, hidden, intermediate
-RECIPES = {"moe-pruner": ("rescale", 1024, 2048), "gated-sparsegpt": ("none", 512, 1024)}
+# name -> recipe, hidden, intermediate
+RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "moe-pruner": ({"weights": "2:4", "saliency": "moe-pruner", "update": "rescale"}, 1024, 2048),
+    "gated-sparsegpt": ({"weights": "2:4", "saliency": "gated-sparsegpt", "update": "none"}, 512, 1024),
+    "experts": ({"weights": None, "experts": 0.25}, 512, 1024),
+}
 WINDOWS, LENGTH, BATCH = 16, 128, 4
 
 _CHILD = (
@@ -39,12 +44,12 @@ from transformers import AutoModelForCausalLM
 import moesparse
 from benchmarks.synthetic import random_windows
 from moesparse.memory import bound_compiled_products, peak_memory, reset_peak_memory
-from moesparse.plan import plan_pruning
+from moesparse.plan_experts import plan_run
 from moesparse.streaming import meta_model
-source, tiny, out, saliency, update, whole = json.loads(sys.argv[1])
+source, tiny, out, rules, whole = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 bound_compiled_products()
-recipe = moesparse.Recipe(weights="2:4", saliency=saliency, update=update)
+recipe = moesparse.Recipe(**rules)
 windows = random_windows(WINDOWS, LENGTH)
 
 
@@ -63,9 +68,7 @@ before, started = peak_memory(), time.perf_counter()
 run(source, out)
 seconds, peak = time.perf_counter() - started, peak_memory() - before
 model = meta_model(source)
-plan = plan_pruning(
-    model, moesparse.find_moe_blocks(model), recipe, windows=WINDOWS, length=LENGTH, batch_size=BATCH
-)
+plan = plan_run(model, moesparse.find_moe_blocks(model), recipe, windows=WINDOWS, length=LENGTH, batch_size=BATCH)
 print(json.dumps({"peak": peak, "seconds": seconds, "planned": plan.peak_in_memory, "weights": plan.weights}))
 """.replace("WINDOWS", str(WINDOWS))
     .replace("LENGTH", str(LENGTH))
@@ -73,9 +76,9 @@ print(json.dumps({"peak": peak, "seconds": seconds, "planned": plan.peak_in_memo
 )
 
 
-def measure(source: Path, tiny: Path, out: Path, saliency: str, *, whole: bool) -> dict[str, Any]:
+def measure(source: Path, tiny: Path, out: Path, recipe: str, *, whole: bool) -> dict[str, Any]:
     """Peak bytes over the imports, seconds, and what was planned, from a process of its own."""
-    arguments = json.dumps([str(source), str(tiny), str(out), saliency, RECIPES[saliency][0], whole])
+    arguments = json.dumps([str(source), str(tiny), str(out), RECIPES[recipe][0], whole])
     done = subprocess.run([sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -87,32 +90,34 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs=2, default=(12, 48), metavar="LAYERS")
     parser.add_argument("--quick", action="store_true", help="blocks of 1.6 MB: it runs, the figures mean little")
     parser.add_argument("-o", "--output", type=Path, help="result file (results/cpu/bench_memory.json)")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
         tiny = Path(work) / "tiny"
         make_checkpoint(tiny, 2, 128, 256)
-        for saliency, (_, hidden, intermediate) in RECIPES.items():
+        for recipe in options.recipes:
+            _, hidden, intermediate = RECIPES[recipe]
             for layers in options.depths:
                 source, out = Path(work) / "model", Path(work) / "out"
                 make_checkpoint(source, layers, *((128, 256) if options.quick else (hidden, intermediate)))
                 for whole in (False, True):
-                    found = measure(source, tiny, out, saliency, whole=whole)
+                    found = measure(source, tiny, out, recipe, whole=whole)
                     shutil.rmtree(out)
                     shutil.rmtree(f"{out}-tiny")
-                    rows.append({"layers": layers, "saliency": saliency, "whole": whole, **found})
+                    rows.append({"layers": layers, "recipe": recipe, "whole": whole, **found})
                     print(
-                        f"{layers} layers, {found['weights'] / 1e6:,.0f} MB, {saliency:15} "
+                        f"{layers} layers, {found['weights'] / 1e6:,.0f} MB, {recipe:15} "
                         f"{'whole' if whole else 'streamed':8} peak {found['peak'] / 1e6:7,.0f} MB, planned "
                         f"{found['planned'] / 1e6:7,.0f} MB, {found['seconds']:.0f} s",
                         flush=True,
                     )
                 shutil.rmtree(source)
-    streamed = {(row["layers"], row["saliency"]): row["peak"] for row in rows if not row["whole"]}
+    streamed = {(row["layers"], row["recipe"]): row["peak"] for row in rows if not row["whole"]}
     few, many = options.depths
-    for saliency in RECIPES:
-        growth = streamed[many, saliency] / streamed[few, saliency]
-        print(f"{saliency}: {many} layers take {growth:.2f} of the peak of {few}")
+    for recipe in options.recipes:
+        growth = streamed[many, recipe] / streamed[few, recipe]
+        print(f"{recipe}: {many} layers take {growth:.2f} of the peak of {few}")
     file = options.output or RESULTS / "cpu" / "bench_memory.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     result = {"benchmark": "bench_memory", "environment": environment(torch.device("cpu")), "rows": rows}

@@ -27,7 +27,7 @@ from moesparse.errors import CheckpointError, MoESparseError
 from moesparse.manifest import file_hash, write_manifest_entries
 from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
 
-__all__ = ["JOURNAL_FILE", "Part", "RunFolder", "check_inputs", "locked", "what_is_kept"]
+__all__ = ["JOURNAL_FILE", "Part", "RunFolder", "check_inputs", "claimed", "locked", "what_is_kept"]
 
 _LOCK_FILE = ".moesparse.lock"
 _FORMAT = 1
@@ -309,20 +309,37 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process has it; names its id.
     """
-    path = folder / _LOCK_FILE
-    file = _lock(path)
+    file = _lock(folder / _LOCK_FILE, folder)
     try:
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
         yield
     finally:
         if not (folder / JOURNAL_FILE).exists():
-            path.unlink(missing_ok=True)
+            (folder / _LOCK_FILE).unlink(missing_ok=True)
         file.close()
 
 
-def _lock(path: Path) -> TextIOWrapper:
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """`locked` for an output that appears as a whole in the end: the lock lies beside it.
+
+    Raises:
+        CheckpointError: another process is at work on it, or there is no writing there.
+    """
+    path = out.absolute().with_name(f".{out.name}{_LOCK_FILE}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _lock(path, out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path.parent}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _lock(path: Path, out: Path) -> TextIOWrapper:
+    """A lock file that is held, with the id of this process in it."""
     import fcntl
 
     while True:
@@ -334,11 +351,14 @@ def _lock(path: Path) -> TextIOWrapper:
             owner = file.read().strip() or "unknown"
             file.close()
             raise CheckpointError(
-                f"OUT must be free, got {path.parent}, where process {owner} is at work: wait for it, or name another"
+                f"OUT must be free, got {out}, where process {owner} is at work: wait for it, or name another"
             ) from error
         # its last owner may have removed it meanwhile, and then it keeps nobody out
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
                 return file
         file.close()
 

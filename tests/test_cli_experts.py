@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from moesparse.calibration import calibrate
 from moesparse.cli import main
+from moesparse.run_folder import claimed
 from moesparse.saliency.experts import expert_scores
 from moesparse.statistics import ModelStatistics
 from moesparse.testing import tiny_model
@@ -337,3 +338,28 @@ def test_a_calibration_that_was_stopped_goes_on(folder, tmp_path, monkeypatch, c
     assert code == 0, err
     code, _, err = run(monkeypatch, capsys, folder, "calibrate", tmp_path / "whole.stats")
     assert path.read_bytes() == (tmp_path / "whole.stats").read_bytes()
+
+
+def test_a_second_run_that_loads_the_model_is_refused(folder, tmp_path, monkeypatch, capsys):
+    arguments = ("--experts", 0.25, "--whole")
+    with claimed(tmp_path / "out"):
+        code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", *arguments)
+        assert code == 1
+        assert f"out, where process {os.getpid()} is at work" in err
+        code, _, err = run(monkeypatch, capsys, folder, "calibrate", tmp_path / "out", "--whole")
+        assert code == 1
+    (tmp_path / ".out.moesparse.lock").write_text("4194305")  # left by a process that is dead
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", *arguments)
+    assert code == 0, err
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_loads_the_model_and_is_stopped_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+    def stop(*_arguments, **_options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("moesparse.pruning.prune", stop)
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", "--experts", 0.25, "--whole")
+    assert code == 1
+    assert "stopped: nothing was finished or written" in err
+    assert not list(tmp_path.iterdir())

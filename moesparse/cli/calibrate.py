@@ -202,9 +202,10 @@ class _Run:
         """Load the model."""
         from moesparse.calibration import calibrate as run
         from moesparse.checkpoint import load_pretrained
+        from moesparse.run_folder import claimed
 
         source = model_source(self.model)
-        with saying_what_is_left(lambda: ""), progress_bar() as progress:
+        with saying_what_is_left(lambda: ""), claimed(self.statistics), progress_bar() as progress:
             network, tokenizer = load_pretrained(source)
             choose = self._choose(network)
             text = self.text.read(tokenizer, source, network, progress)
@@ -219,7 +220,6 @@ class _Run:
                 seed=self.text.seed,
                 by_window=by_window if choose else None,
             )
-            self.statistics.parent.mkdir(parents=True, exist_ok=True)
             result.save(self.statistics)
         return result, by_window, text.domains, choose
 

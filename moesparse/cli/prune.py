@@ -149,6 +149,7 @@ def prune(
     from moesparse.model_card import model_card
     from moesparse.pruning import prune as run
     from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, DEFAULT_WEIGHTS, Recipe
+    from moesparse.run_folder import claimed
 
     if not weights:
         weights = DEFAULT_WEIGHTS if experts is None and keep_experts is None else "none"
@@ -216,7 +217,7 @@ def prune(
             _finish(result, out, report, as_json)
         return
     check_output_folder(out)
-    with quiet_libraries():
+    with quiet_libraries(), saying_what_is_left(lambda: ""), claimed(out):
         network, tokenizer = load_pretrained(source)
         with progress_bar() as progress:
             text = None
