@@ -11,6 +11,7 @@
     tune       launch sizes into kernels/moesparse_kernels/configs/<gpu>.json
     decode     the expert layer at batch 1-256
     prefill    the expert layer at 512-16k tokens
+    sparse_mma the sparse tensor cores from Gluon: operand order, then a bound on what a kernel could reach
     dispatch   the backend by load, from decode and prefill, into the same table
     cost       pruning whole blocks of published shapes, folder to folder
     generate   tokens a second of a whole model, dense against packed
@@ -110,6 +111,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "tune": _script("tune", "launch"),
     "decode": _script("bench_layer", "decode"),
     "prefill": _script("bench_layer", "prefill"),
+    "sparse_mma": _script("bench_sparse_mma"),
     "dispatch": _script("tune", "dispatch"),
     "cost": _script("bench_cost"),
     "generate": _script("bench_generate"),

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .layout import NMWeight
 from .moe_reference import Routing, activate_torch
 
-__all__ = ["down_semi_structured", "reason_unavailable", "up_semi_structured"]
+__all__ = ["compressed_experts", "down_semi_structured", "linear", "reason_unavailable", "up_semi_structured"]
 
 # compressed experts, by the tensor that holds the packed values
 _COMPRESSED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -50,7 +50,8 @@ def reason_unavailable(weight: NMWeight) -> str | None:
     return None
 
 
-def _compressed(weight: NMWeight) -> list[torch.Tensor]:
+def compressed_experts(weight: NMWeight) -> list[torch.Tensor]:
+    """Every expert (N, K) in the library's own form, made at first use and kept as long as the weight lives."""
     experts = _COMPRESSED.get(weight.values)
     if experts is None:
         experts = [torch.sparse.to_sparse_semi_structured(weight.unpack_expert(e)) for e in range(weight.shape[0])]
@@ -58,7 +59,7 @@ def _compressed(weight: NMWeight) -> list[torch.Tensor]:
     return experts
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear with the fastest algorithm for the size, searched the first time it is seen."""
     if _has_cusparselt() and hasattr(weight, "alg_id_cusparselt") and hasattr(torch, "_cslt_sparse_mm_search"):
         # the search is worth sharing between neighbouring row counts; powers of two keep the table small
@@ -81,14 +82,14 @@ def up_semi_structured(
     gated: bool,
 ) -> torch.Tensor:
     """`moe_reference.up_reference` on sparse tensor cores; same arguments and result."""
-    experts, top_k = _compressed(weight), routing.row_of.shape[1]
+    experts, top_k = compressed_experts(weight), routing.row_of.shape[1]
     out = torch.empty(routing.slot_of.numel(), weight.shape[1] // (2 if gated else 1), dtype=x.dtype, device=x.device)
     bounds = routing.offsets.tolist()
     gathered = x.index_select(0, torch.div(routing.slot_of[: bounds[-1]], top_k, rounding_mode="floor"))
     for e, expert in enumerate(experts):
         if bounds[e] < bounds[e + 1]:
             rows = slice(bounds[e], bounds[e + 1])
-            projected = _linear(gathered[rows], expert, None if bias is None else bias[e])
+            projected = linear(gathered[rows], expert, None if bias is None else bias[e])
             out[rows] = activate_torch(projected, activation, gated)
     return out
 
@@ -97,11 +98,11 @@ def down_semi_structured(
     rows: torch.Tensor, routing: Routing, weight: NMWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Second projection of every row, (R, I) -> (R, H); gates and sum are `epilogue.combine`'s."""
-    experts = _compressed(weight)
+    experts = compressed_experts(weight)
     out = torch.empty(rows.shape[0], weight.shape[1], dtype=rows.dtype, device=rows.device)
     bounds = routing.offsets.tolist()
     for e, expert in enumerate(experts):
         if bounds[e] < bounds[e + 1]:
             span = slice(bounds[e], bounds[e + 1])
-            out[span] = _linear(rows[span], expert, None if bias is None else bias[e])
+            out[span] = linear(rows[span], expert, None if bias is None else bias[e])
     return out

@@ -32,6 +32,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -114,7 +115,8 @@ def _source(kernel: triton.JITFunction, arguments: Mapping[str, str], constants:
         if divisor:
             attributes[(position,)] = [["tt.divisibility", int(divisor)]]
     constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return ASTSource(kernel, signature, constexprs, attributes)
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return source(kernel, signature, constexprs, attributes)
 
 
 def compile_kernel(
@@ -127,7 +129,7 @@ def compile_kernel(
     """Compile and disassemble.
 
     Args:
-        kernel: a `@triton.jit` function.
+        kernel: a `@triton.jit` or `@gluon.jit` function.
         arguments: Triton type of each runtime argument: "*bf16", "i32", "fp32", ... A suffix ":16" says that the
             pointer or integer is divisible by 16, as a launch would find out; without it there are no 16-byte loads.
         constants: the `tl.constexpr` arguments, and any other that a launch would turn into a constant (1 or None).
