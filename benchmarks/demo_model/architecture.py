@@ -7,7 +7,7 @@ checks for every variant that both compute the same logits and gradients.
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -90,39 +90,47 @@ class Unsort(torch.autograd.Function):
 
 
 class CausalAttention(torch.autograd.Function):
-    """Softmax attention with the probabilities kept, one sequence at a time so that they stay in cache."""
+    """Softmax attention with the probabilities kept."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, heads, T, D), k and v (B, kv_heads, T, D); returns (B, heads, T, D)."""
         batch, heads, length, dim = q.shape
         kv_heads = k.shape[1]
-        mask = torch.full((length, length), -math.inf, dtype=q.dtype).triu(1).repeat(heads // kv_heads, 1)
-        out = torch.empty_like(q)
-        probs = q.new_empty(batch, kv_heads, heads // kv_heads * length, length)
+        mask = torch.full((length, length), -math.inf, dtype=q.dtype, device=q.device).triu(1)
         # the query heads that share a key head are stacked along the length: one product for all of them
-        grouped_q, grouped_out = (x.view(batch, kv_heads, -1, dim) for x in (q, out))
-        for b in range(batch):
-            scores = torch.baddbmm(mask.expand_as(probs[b]), grouped_q[b], k[b].mT, alpha=dim**-0.5)
-            torch.softmax(scores, -1, out=probs[b])
-            torch.bmm(probs[b], v[b], out=grouped_out[b])
-        ctx.save_for_backward(grouped_q, k, v, probs)
-        ctx.shape = q.shape
+        rows = heads // kv_heads * length
+        mask = mask.repeat(heads // kv_heads, 1)
+        out = torch.empty_like(q)
+        probs = q.new_empty(batch * kv_heads, rows, length)
+        # one sequence at a time, so that its scores stay in a CPU's cache; all of them on a GPU
+        together = kv_heads if q.device.type == "cpu" else batch * kv_heads
+        q, k, v = q.reshape(-1, rows, dim), k.reshape(-1, length, dim), v.reshape(-1, length, dim)
+        for q_, k_, v_, p, o in _pieces(together, q, k, v, probs, out.view(-1, rows, dim)):
+            scores = torch.baddbmm(mask.expand_as(p), q_, k_.mT, alpha=dim**-0.5)
+            torch.softmax(scores, -1, out=p)
+            torch.bmm(p, v_, out=o)
+        ctx.save_for_backward(q, k, v, probs)
+        ctx.shapes, ctx.together = (out.shape, (batch, kv_heads, length, dim)), together
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, probs = ctx.saved_tensors
-        grad = grad.reshape(q.shape)
-        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-        for b in range(q.shape[0]):
-            p = probs[b]
-            torch.bmm(p.mT, grad[b], out=grad_v[b])
+        grads = tuple(torch.empty_like(x) for x in (q, k, v))
+        for q_, k_, v_, p, g, dq, dk, dv in _pieces(ctx.together, q, k, v, probs, grad.reshape(q.shape), *grads):
+            torch.bmm(p.mT, g, out=dv)
             # p * (g - sum(p * g)) in one pass, as autograd itself calls it
-            grad_scores = torch._softmax_backward_data(grad[b] @ v[b].mT, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
-            torch.bmm(grad_scores, k[b], out=grad_q[b])
-            torch.bmm(grad_scores.mT, q[b], out=grad_k[b])
-        return grad_q.view(ctx.shape), grad_k, grad_v
+            grad_scores = torch._softmax_backward_data(g @ v_.mT, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
+            torch.bmm(grad_scores, k_, out=dq)
+            torch.bmm(grad_scores.mT, q_, out=dk)
+        query, key = ctx.shapes
+        return grads[0].view(query), grads[1].view(key), grads[2].view(key)
+
+
+def _pieces(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of `size` places along the first dim, of all tensors at once."""
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -131,9 +139,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
         """hidden (T, H) and weight (V, H) in one dtype, labels (T,) int64; returns () fp32."""
-        total = torch.zeros((), dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         chunks = zip(hidden.split(chunk), labels.split(chunk), grad_hidden.split(chunk), strict=True)
         for rows, targets, grad_rows in chunks:
             logits = (rows @ weight.T).float()
@@ -222,8 +230,8 @@ def forward_hidden(model: PreTrainedModel, ids: Tensor, dtype: torch.dtype) -> t
     dim, eps = model.model.layers[0].self_attn.head_dim, config.rms_norm_eps
     activation = _ACTIVATIONS[config.hidden_act]
 
-    frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)
-    angles = torch.outer(torch.arange(length), frequencies).repeat(1, 2)
+    frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2, device=ids.device) / dim)
+    angles = torch.outer(torch.arange(length, device=ids.device), frequencies).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     x = F.embedding(ids, model.model.embed_tokens.weight)
@@ -241,7 +249,7 @@ def forward_hidden(model: PreTrainedModel, ids: Tensor, dtype: torch.dtype) -> t
         block, num_experts, top_k = layer.mlp, layer.mlp.experts.num_experts, layer.mlp.gate.top_k
         scores, gates, experts = route(block, y)
         order = experts.flatten().argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         counts = torch.bincount(experts.flatten(), minlength=num_experts)
         rows = Dispatch.apply(y.to(dtype), order, inverse, top_k)
         rows = GroupedLinear.apply(rows, block.experts.gate_up_proj.to(dtype), counts.tolist())

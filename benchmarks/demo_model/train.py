@@ -142,7 +142,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def export(model: PreTrainedModel, folder: Path) -> None:
     """Write the bf16 checkpoint as transformers does for the family, a Mixtral with w1, w2, w3 of each expert apart."""
     config = model.config
-    state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.bfloat16().cpu() for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
         copy = type(model)(config)
     copy.load_state_dict(state, assign=True)
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--decay", type=float, default=0.6, help="share of the steps in which the rate falls to zero")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; only the CPU's run is the shipped model's")
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
     args = parser.parse_args()
 
@@ -193,13 +194,14 @@ def main() -> None:
     for domain in DOMAINS:
         text = (args.assets / "text" / "heldout" / f"{domain}.txt").read_text(encoding="utf-8")
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-        heldout[domain] = ids[: len(ids) // args.length * args.length].view(-1, args.length)
+        heldout[domain] = ids[: len(ids) // args.length * args.length].view(-1, args.length).to(args.device)
 
-    model = make_model(args, len(tokenizer), tokenizer.eos_token_id)
+    # drawn on the CPU, so that a device starts from the same weights
+    model = make_model(args, len(tokenizer), tokenizer.eos_token_id).to(args.device)
     optimizers = make_optimizers(model, args)
     step, seconds = 0, 0.0
     if args.resume:
-        state = torch.load(args.out / "state.pt")
+        state = torch.load(args.out / "state.pt", map_location=args.device)
         step, seconds = state["step"], state["seconds"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -229,7 +231,7 @@ def main() -> None:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
-        batch = next(stream)
+        batch = next(stream).to(args.device)
         hidden, balance, shares = forward_hidden(model, batch[:, :-1], torch.bfloat16)
         loss = LinearCrossEntropy.apply(hidden, model.lm_head.weight.to(hidden.dtype), batch[:, 1:].flatten())
         (loss + args.balance * balance).backward()
