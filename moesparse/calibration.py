@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, find_moe_blocks
+from moesparse.cpu_products import fast_products
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 from moesparse.masks import all_finite
 from moesparse.progress import Progress, ProgressEvent
@@ -98,6 +99,7 @@ def calibrate(
         torch.inference_mode(),
         record(blocks, moments, moments_device=_moments_device(place, needed)) as recorders,
         measure_angles(model, recorders),
+        fast_products(model),
     ):
         if by_window is not None:
             for recorder in recorders:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesparse.cpu_products import fast_products
 from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.hidden_states import HiddenStates
 
@@ -144,7 +145,8 @@ class LayerStream:
             if before is not None:
                 before(number)
             call = _to_device(self._calls[number][position], device)
-            out = layer(hidden.to(device), *call.args, **call.kwargs)
+            with fast_products(layer):
+                out = layer(hidden.to(device), *call.args, **call.kwargs)
             if keep:
                 self.hidden[number] = _hidden_of(out)
             elif outputs is not None:
@@ -217,7 +219,7 @@ class LayerStream:
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 nonlocal hidden
-                with self._hold(position, None):
+                with self._hold(position, None), fast_products(layer):
                     if inspect is not None:
                         inspect(position)
                     output = inside(*args, **kwargs)
