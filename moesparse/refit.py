@@ -8,8 +8,9 @@ problem with the dense block's output Y as the target,
     min over W of sum_t |Y_t - y_t|^2 + ridge * mean diagonal * |W - W_dense|^2,
 
 solved for the change of W. Where the (E * I)^2 Gram matrix is small it is formed, block by block from the tokens that
-two experts share, and factorised; else it is never formed, and conjugate gradients with the diagonal as preconditioner
-apply the features and their transpose, expert by expert.
+two experts share, and factorised; where the tokens are fewer, the T^2 matrix of their inner products is, which gives
+the same change; else neither is formed, and conjugate gradients with the diagonal as preconditioner apply the features
+and their transpose, expert by expert.
 
 This needs no training and no gradient. Ours; the ridge keeps experts with few tokens near what they were.
 """
@@ -51,7 +52,7 @@ _TOLERANCE = 1e-4
 _MAX_ITERATIONS = 100
 # for the forecast of the time
 _USUAL_ITERATIONS = 30
-# E * I up to which the Gram matrix is formed: 128 MiB in float64, and a factorisation of a second
+# E * I or T up to which a matrix of that side is formed: 128 MiB in float64, and a factorisation of a second
 _MAX_GRAM = 4096
 
 
@@ -65,7 +66,7 @@ class RefitReport:
             tokens.
         after: the same with the new down projections, as stored in the model's dtype.
         tokens: fitted on.
-        iterations: of conjugate gradients; 0 where the Gram matrix was factorised.
+        iterations: of conjugate gradients; 0 where a matrix was factorised.
     """
 
     name: str
@@ -91,7 +92,7 @@ class _Calls:
 
 def memory_for_refit(block: MoEBlock, kept: int, tokens: int) -> int:
     """Bytes a refit holds at its peak: float32 features and outputs of the tokens, five kept down projections, and the
-    Gram matrix with its factor where they are small.
+    matrix that is factorised with its factor.
 
     Args:
         block: the block, whole.
@@ -102,15 +103,19 @@ def memory_for_refit(block: MoEBlock, kept: int, tokens: int) -> int:
     rows = tokens * (block.top_k or 1)
     width = kept * block.intermediate_size
     features = 4 * (rows * block.intermediate_size + 4 * tokens * block.hidden_size)
-    return features + 4 * 5 * width * block.hidden_size + (2 * 8 * width**2 if width <= _MAX_GRAM else 0)
+    side = min(width, tokens)
+    return features + 4 * 5 * width * block.hidden_size + (2 * 8 * side**2 if side <= _MAX_GRAM else 0)
 
 
 def refit_flops(block: MoEBlock, kept: int, tokens: int) -> float:
     """Multiply-adds times two of a refit, about: arguments as for `memory_for_refit`."""
-    rows = min(tokens, MAX_TOKENS) * (block.top_k or 1)
+    tokens = min(tokens, MAX_TOKENS)
+    rows = tokens * (block.top_k or 1)
     width = kept * block.intermediate_size
-    if width <= _MAX_GRAM:
+    if width <= min(tokens, _MAX_GRAM):
         return 2.0 * rows * (block.top_k or 1) * block.intermediate_size**2 + width**3 / 3
+    if tokens <= _MAX_GRAM:
+        return 2.0 * rows**2 / kept * block.intermediate_size + 2.0 * tokens**2 * block.hidden_size + tokens**3 / 3
     return _USUAL_ITERATIONS * 4.0 * rows * block.intermediate_size * block.hidden_size
 
 
@@ -276,8 +281,10 @@ class _Features:
         damping = ridge * float(diagonal.mean())
         if damping == 0:
             return torch.zeros(self.experts, self.shape[1], diagonal.shape[1], device=residual.device), 0
-        if diagonal.numel() <= _MAX_GRAM:
+        if diagonal.numel() <= min(self.shape[0], _MAX_GRAM):
             return self._factorise(residual, damping), 0
+        if self.shape[0] <= _MAX_GRAM:
+            return self._factorise_tokens(residual, damping), 0
         return self._iterate(residual, diagonal, damping)
 
     def _factorise(self, residual: Tensor, damping: float) -> Tensor:
@@ -300,6 +307,16 @@ class _Features:
         right = self.transpose(residual).transpose(1, 2).reshape(E * I, H).double()
         solution = torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
         return solution.view(E, I, H).transpose(1, 2).float()
+
+    def _factorise_tokens(self, residual: Tensor, damping: float) -> Tensor:
+        """By one of Phi Phi^T + damping, float64 [T, T]: D = Phi^T (Phi Phi^T + damping)^-1 R."""
+        T = self.shape[0]
+        gram = torch.zeros(T, T, dtype=torch.float64, device=residual.device)
+        for token, rows in zip(self.tokens, self.rows, strict=True):
+            # a token is at most once with an expert, so that no entry is written twice
+            gram[token[:, None], token] += (rows @ rows.T).double()
+        gram.diagonal().add_(damping)
+        return self.transpose(torch.cholesky_solve(residual.double(), torch.linalg.cholesky(gram)).float())
 
     def _iterate(self, residual: Tensor, diagonal: Tensor, damping: float) -> tuple[Tensor, int]:
         """By conjugate gradients, from no change; each row of D until its residual is _TOLERANCE of the first."""

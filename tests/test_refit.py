@@ -21,7 +21,7 @@ def hidden_of(model, windows):
 
 
 # with expert biases and transposed weights: gpt_oss
-@pytest.mark.parametrize("solver", ["factorisation", "conjugate gradients"])
+@pytest.mark.parametrize("solver", ["factorisation", "factorisation over tokens", "conjugate gradients"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_the_solvers_find_the_ridge_solution(family, solver, monkeypatch):
     if solver == "conjugate gradients":
@@ -30,7 +30,8 @@ def test_the_solvers_find_the_ridge_solution(family, solver, monkeypatch):
     model = tiny_model(family)
     remove_experts(model, [[0, 3, 5]] * 2)
     block = find_moe_blocks(model)[0]
-    T, K = 200, 2
+    # as many features as tokens at most, or fewer tokens
+    T, K = (40 if solver == "factorisation over tokens" else 200), 2
     hidden = torch.randn(T, block.hidden_size)
     index = torch.stack([torch.randperm(3)[:K] for _ in range(T)])
     gates = torch.rand(T, K)
@@ -117,6 +118,7 @@ def test_what_cannot_be_refitted_changes_nothing(monkeypatch):
 def test_memory_is_stated_for_a_mixtral_sized_block():
     model = tiny_model("mixtral")
     block = find_moe_blocks(model)[0]
-    # 100 tokens, top 2, I = 96, H = 32, 6 kept
-    gram = 16 * (6 * 96) ** 2
-    assert memory_for_refit(block, 6, 100) == 4 * (200 * 96 + 4 * 100 * 32) + 20 * 6 * 32 * 96 + gram
+    # top 2, I = 96, H = 32, 6 kept; the matrix factorised has the smaller side of features and tokens
+    for tokens, side in ((100, 100), (1000, 6 * 96)):
+        features = 4 * (2 * tokens * 96 + 4 * tokens * 32)
+        assert memory_for_refit(block, 6, tokens) == features + 20 * 6 * 32 * 96 + 16 * side**2
