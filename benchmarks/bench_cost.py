@@ -1,15 +1,18 @@
 """What pruning a checkpoint costs: seconds = a * tokens * active parameters + b * weights, fitted and checked.
 
-    python -m benchmarks.bench_cost                     # three sizes and three calibration sets on a CPU, 6 minutes
+    python -m benchmarks.bench_cost                     # four sizes on a CPU, 9 minutes
+    python -m benchmarks.bench_cost --shapes small medium --windows 8 --name cost_small    # 1 minute
     python -m benchmarks.bench_cost --dry --results out # tiny: everything runs, the figures mean nothing
     make gpu PART=cost                                  # whole blocks of published shapes on the GPU
 
 Synthetic Mixtral checkpoints (random weights, bf16) are pruned to 2:4 from folder to folder, reading and writing
 included. A token passes each active parameter of the decoder layers once for the sums and once for the next layer's
-input, and once more to rescale; weights are those of the experts. a and b are fitted by least squares of the relative
-error to all runs but those of the largest size, which the fit then forecasts. On a CPU seconds are CPU seconds of one
-thread, on a GPU those of the clock. gated-sparsegpt adds second moments and a factorisation, whose cost grows with the
-matrices' width: the formula does not hold for it, and its rows show by how much.
+input (but for the last one), and once more to rescale; weights are those of the experts. a and b are fitted by least
+squares of the relative error to the moe-pruner runs of the first two sizes; the others are forecast: a larger one, and
+one of many small experts. On a CPU seconds are CPU seconds of one thread, on a GPU those of the clock. gated-sparsegpt
+adds second moments and a factorisation, whose cost grows with the matrices' width: the formula does not hold for it,
+and its rows show by how much. A quarter of the experts is removed as well: by their sums alone, which is one pass and
+no work on weights, and with the refit, which the formula leaves out.
 """
 
 from __future__ import annotations
@@ -29,12 +32,26 @@ from benchmarks.results import RESULTS, device_folder
 from benchmarks.synthetic import make_checkpoint, random_windows
 from moesparse.benchmarking import environment
 from moesparse.memory import bound_compiled_products, peak_memory, reset_peak_memory
-from moesparse.plan import gemm_rate, plan_pruning
+from moesparse.plan import gemm_rate
+from moesparse.plan_experts import plan_run
 from moesparse.streaming import meta_model
 
-RECIPES = (("moe-pruner", "none"), ("moe-pruner", "rescale"), ("gated-sparsegpt", "none"))
+# recipe, passes over all layers, passes less over the last one
+RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "moe-pruner, none": ({"weights": "2:4", "saliency": "moe-pruner", "update": "none"}, 2, 1),
+    "moe-pruner, rescale": ({"weights": "2:4", "saliency": "moe-pruner", "update": "rescale"}, 3, 1),
+    "gated-sparsegpt, obs": ({"weights": "2:4", "saliency": "gated-sparsegpt", "update": "obs"}, 2, 1),
+    "reap 25%": ({"weights": None, "experts": 0.25, "update": "none"}, 1, 0),
+    "reap 25%, refit": ({"weights": None, "experts": 0.25, "update": "least-squares"}, 4, 0),
+}
+FITTED = ("moe-pruner, none", "moe-pruner, rescale")
 # layers, hidden, intermediate, experts, top_k, heads
-CPU_SIZES = {"small": (3, 512, 1024, 8, 2, 8), "medium": (3, 1024, 2048, 8, 2, 8), "large": (2, 1536, 3072, 8, 2, 12)}
+CPU_SIZES = {
+    "small": (3, 512, 1024, 8, 2, 8),
+    "medium": (3, 1024, 2048, 8, 2, 8),
+    "large": (2, 1536, 3072, 8, 2, 12),
+    "many experts": (2, 768, 288, 64, 8, 12),
+}
 GPU_SIZES = {
     "OLMoE-1B-7B": (2, 2048, 1024, 64, 8, 16),
     "Qwen3-30B-A3B": (2, 2048, 768, 128, 8, 32),
@@ -42,29 +59,31 @@ GPU_SIZES = {
 }
 DRY_SIZES = {"small": (1, 64, 64, 4, 2, 4), "medium": (1, 64, 128, 4, 2, 4), "large": (2, 64, 128, 4, 2, 4)}
 LENGTH = {"cpu": 256, "cuda": 2048}
-WINDOWS = {"cpu": (8, 16, 32), "cuda": (32, 128)}
+WINDOWS = {"cpu": (4, 8, 16), "cuda": (32, 128)}
 BATCH = 8
 
 
-def measure(source: Path, out: Path, recipe: moesparse.Recipe, windows: torch.Tensor, device: str) -> dict[str, Any]:
+def measure(source: Path, out: Path, name: str, windows: torch.Tensor, device: str) -> dict[str, Any]:
     """Seconds and peak bytes of one run, and what the plan knew of it before."""
+    rules, passes, less = RECIPES[name]
+    recipe = moesparse.Recipe(**rules)
     model = meta_model(source)
     blocks = moesparse.find_moe_blocks(model)
-    plan = plan_pruning(model, blocks, recipe, windows=len(windows), length=windows.shape[1], batch_size=BATCH)
-    passes = 3 if recipe.update == "rescale" else 2
+    plan = plan_run(model, blocks, recipe, windows=len(windows), length=windows.shape[1], batch_size=BATCH)
+    head: Any = model.get_output_embeddings()
     clock = time.process_time if device == "cpu" else time.perf_counter
     reset_peak_memory()
     began = clock()
-    report = moesparse.prune_checkpoint(source, out, windows, recipe, batch_size=BATCH, device=device)
+    moesparse.prune_checkpoint(source, out, windows, recipe, batch_size=BATCH, device=device)
     seconds = clock() - began
     shutil.rmtree(out)
     return {
+        "recipe": name,
         "tokens": plan.tokens,
-        "passes": passes,
-        "active": round(plan.flops["forward"] / (2 * passes * plan.tokens)),
+        "passes": passes - less / plan.layers,
+        "active": plan.active_parameters - head.weight.numel(),
         "weights": sum(matrix.weight.numel() for block in blocks for matrix in block.matrices),
         "seconds": seconds,
-        "block_seconds": [block.seconds for block in report.blocks],
         "planned_seconds": plan.seconds(gemm_rate(torch.device(device))),
         "peak": peak_memory(),
     }
@@ -90,18 +109,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.6, 4.4))
-    for (saliency, update), marker in zip(RECIPES, "osD", strict=True):
-        rows = [row for row in result["rows"] if (row["saliency"], row["update"]) == (saliency, update)]
-        for hollow in (False, True):
-            chosen = [row for row in rows if (row["size"] == result["held_out"]) == hollow]
-            axes.plot(
-                [row["forecast"] for row in chosen],
-                [row["seconds"] for row in chosen],
-                marker,
-                color={"o": "#0072B2", "s": "#D55E00", "D": "#009E73"}[marker],
-                fillstyle="none" if hollow else "full",
-                label=f"{saliency}, {update}" + (f" ({result['held_out']}, not fitted)" if hollow else ""),
-            )
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+    for name, marker, colour in zip(RECIPES, "osD^v", colours, strict=True):
+        for fitted in (True, False):
+            chosen = [row for row in result["rows"] if row["recipe"] == name and row["fitted"] == fitted]
+            if chosen:
+                axes.plot(
+                    [row["forecast"] for row in chosen],
+                    [row["seconds"] for row in chosen],
+                    marker,
+                    color=colour,
+                    fillstyle="full" if fitted else "none",
+                    label=name + ("" if fitted else " (not fitted)"),
+                )
     ends = [min(row["seconds"] for row in result["rows"]), max(row["seconds"] for row in result["rows"])]
     axes.plot(ends, ends, color="#444444", linewidth=1, linestyle="--")
     axes.set_xscale("log")
@@ -116,18 +136,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def show(result: dict[str, Any]) -> None:
     """The table of docs/performance.md."""
     print(f"\na = {result['a']:.3g} s per token, active parameter and pass; b = {result['b']:.3g} s per weight")
-    print("\n| size | saliency, update | tokens | active | weights | seconds | a, b say | plan says | peak MB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("\n| size | recipe | tokens | active | weights | seconds | a, b say | plan says |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in result["rows"]:
         print(
-            f"| {row['size']} | {row['saliency']}, {row['update']} | {row['tokens']:,} | {row['active'] / 1e6:.1f} M | "
+            f"| {row['size']} | {row['recipe']} | {row['tokens']:,} | {row['active'] / 1e6:.1f} M | "
             f"{row['weights'] / 1e6:.0f} M | {row['seconds']:.1f} | {row['forecast']:.1f} | "
-            f"{row['planned_seconds']:.1f} | {row['peak'] / 1e6:,.0f} |"
+            f"{row['planned_seconds']:.1f} |"
         )
 
 
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.add_argument("--windows", type=int, nargs="+", help="sizes of the calibration set")
+    arguments.add_argument("--name", default="cost", help="of the result file and the figure (cost)")
     arguments.add_argument("--device", choices=("cpu", "cuda"), help="the GPU when there is one")
     options = arguments.parse_args()
     if options.dry and options.results is None:
@@ -146,35 +168,35 @@ def main() -> None:
         for size, (layers, hidden, intermediate, experts, top_k, heads) in sizes.items():
             source = Path(work) / size
             make_checkpoint(source, layers, hidden, intermediate, experts=experts, top_k=top_k, heads=heads)
-            for saliency, update in RECIPES:
-                recipe = moesparse.Recipe(weights="2:4", saliency=saliency, update=update)
-                counts = (2, 4) if options.dry else WINDOWS[device]
+            for name in RECIPES:
+                counts = options.windows or ((2, 4) if options.dry else WINDOWS[device])
+                length = 64 if options.dry else LENGTH[device]
                 if not rows:  # libraries load, kernels compile
-                    measure(source, Path(work) / "out", recipe, random_windows(counts[0], LENGTH[device]), device)
+                    measure(source, Path(work) / "out", name, random_windows(counts[0], length), device)
                 for count in counts:
-                    windows = random_windows(count, 64 if options.dry else LENGTH[device])
-                    row = {"size": size, "saliency": saliency, "update": update}
-                    rows.append(row | measure(source, Path(work) / "out", recipe, windows, device))
+                    row = measure(source, Path(work) / "out", name, random_windows(count, length), device)
+                    rows.append({"size": size, **row})
                     print(json.dumps(rows[-1]), flush=True)
             shutil.rmtree(source)
-    held_out = list(sizes)[-1]
-    a, b = fit([row for row in rows if row["size"] != held_out and row["saliency"] == "moe-pruner"])
+    seen = list(sizes)[:2]
     for row in rows:
-        row["forecast"] = forecast(row, a, b)
+        row["fitted"] = row["size"] in seen and row["recipe"] in FITTED
+    a, b = fit([row for row in rows if row["fitted"]])
+    for row in rows:
+        row["forecast"] = forecast(row, a, b if RECIPES[row["recipe"]][0]["weights"] else 0.0)
     result = {
         "benchmark": "cost",
         "environment": environment(torch.device(device)),
         "gemm_flops": gemm_rate(torch.device(device)),
         "a": a,
         "b": b,
-        "held_out": held_out,
         "rows": rows,
     }
     folder = device_folder(options.results or RESULTS, torch.device(device))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     show(result)
-    draw(result, folder / "cost.png")
+    draw(result, folder / f"{options.name}.png")
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def run(source, out):
 
 run(tiny, out + "-tiny")
 reset_peak_memory()
-before, started = peak_memory(), time.perf_counter()
+before, started = peak_memory(), time.process_time()
 run(source, out)
-seconds, peak = time.perf_counter() - started, peak_memory() - before
+seconds, peak = time.process_time() - started, peak_memory() - before
 model = meta_model(source)
 plan = plan_run(model, moesparse.find_moe_blocks(model), recipe, windows=WINDOWS, length=LENGTH, batch_size=BATCH)
 print(json.dumps({"peak": peak, "seconds": seconds, "planned": plan.peak_in_memory, "weights": plan.weights}))
@@ -77,7 +77,7 @@ print(json.dumps({"peak": peak, "seconds": seconds, "planned": plan.peak_in_memo
 
 
 def measure(source: Path, tiny: Path, out: Path, recipe: str, *, whole: bool) -> dict[str, Any]:
-    """Peak bytes over the imports, seconds, and what was planned, from a process of its own."""
+    """Peak bytes over the imports, CPU seconds, and what was planned, from a process of its own."""
     arguments = json.dumps([str(source), str(tiny), str(out), RECIPES[recipe][0], whole])
     done = subprocess.run([sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
