@@ -398,10 +398,22 @@ def _stable(entries: Any) -> Any:
 
 def fingerprint_sample(tensor: Tensor) -> Tensor:
     """About _SAMPLES evenly strided elements as float32 on the CPU."""
-    flat = tensor.detach().reshape(-1)
+    return tensor.detach().reshape(-1)[:: _sample_stride(tensor)].to("cpu", torch.float32)
+
+
+def _sample_stride(tensor: Tensor) -> int:
     # odd, or with widths that are powers of two every sample would lie in the same few columns
-    stride = max(1, flat.numel() // _SAMPLES) | 1
-    return flat[::stride].to("cpu", torch.float32)
+    return max(1, tensor.numel() // _SAMPLES) | 1
+
+
+def room_for_samples(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Room for the `fingerprint_sample` of each of these tensors, which may be on the meta device, in one piece.
+
+    Samples that are made while large tensors come and go would lie between them, and what was freed around them could
+    not be used again: the memory of a process grew with the number of layers.
+    """
+    sizes = [len(range(0, tensor.numel(), _sample_stride(tensor))) for tensor in tensors.values()]
+    return dict(zip(tensors, torch.empty(sum(sizes)).split(sizes), strict=True))
 
 
 def windows_hash(windows: Tensor, attention_mask: Tensor | None = None) -> str:

@@ -28,7 +28,13 @@ from moesparse.plan import Plan, plan_pruning
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import Recipe, Report, default_device, describe_calibration, expert_sizes
 from moesparse.run_folder import RunFolder
-from moesparse.statistics import ModelStatistics, fingerprint_sample, model_fingerprint, ordered_hash
+from moesparse.statistics import (
+    ModelStatistics,
+    fingerprint_sample,
+    model_fingerprint,
+    ordered_hash,
+    room_for_samples,
+)
 from moesparse.streaming import StreamedModel
 
 if TYPE_CHECKING:
@@ -135,7 +141,7 @@ def prune_checkpoint(
     with RunFolder.open(out, inputs, resume=resume) as run:
         if run.redone:
             progress(ProgressEvent(f"redo {run.redone[0]} and what follows: it was damaged", 0, 1, "layer"))
-        samples: dict[str, torch.Tensor] = {}
+        samples = room_for_samples(streamed.inside())
 
         def inspect(position: int) -> None:
             progress(ProgressEvent("check", position, len(streamed.layers), "layer"))
@@ -144,7 +150,7 @@ def prune_checkpoint(
             if not allow_pruned:
                 check_dense(here)
             for name, tensor in streamed.state(position).items():
-                samples[name] = fingerprint_sample(tensor)
+                samples[name].copy_(fingerprint_sample(tensor))
 
         stream = LayerStream(
             model,

@@ -35,6 +35,7 @@ from moesparse.statistics import (
     fingerprint_sample,
     model_fingerprint,
     ordered_hash,
+    room_for_samples,
     windows_hash,
 )
 from moesparse.streamed_pruning import MAX_SHARD_BYTES, spills
@@ -56,12 +57,12 @@ class Inspection:
         progress: called with every layer.
 
     Attributes:
-        samples: `fingerprint_sample` of every tensor seen.
+        samples: `fingerprint_sample` of every tensor of the layers, once it was seen.
     """
 
     def __init__(self, streamed: StreamedModel, allow_pruned: bool, progress: Progress) -> None:
         self._streamed, self._allow_pruned, self._progress = streamed, allow_pruned, progress
-        self.samples: dict[str, Tensor] = {}
+        self.samples = room_for_samples(streamed.inside())
 
     def __call__(self, position: int) -> None:
         """Look at one, which is held.
@@ -75,7 +76,7 @@ class Inspection:
         if not self._allow_pruned:
             check_dense(here)
         for name, tensor in self._streamed.state(position).items():
-            self.samples[name] = fingerprint_sample(tensor)
+            self.samples[name].copy_(fingerprint_sample(tensor))
 
     @property
     def fingerprint(self) -> str:

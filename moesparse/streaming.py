@@ -79,6 +79,11 @@ class StreamedModel:
         state = self.model.state_dict()
         return {name: state[name] for name in self._inside[position]}
 
+    def inside(self) -> dict[str, Tensor]:
+        """Name in the state dict -> tensor of all layers, on the meta device but for the layer that is held."""
+        state, outside = self.model.state_dict(), set(self.outside)
+        return {name: tensor for name, tensor in state.items() if name not in outside}
+
     def checkpoint_tensors(self, position: int | None) -> dict[str, Tensor]:
         """Key in a checkpoint -> view of the tensors of a layer, or of what lies outside (None).
 
