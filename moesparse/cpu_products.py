@@ -53,10 +53,13 @@ def _mm(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor | None:
         return None
     out = a.new_empty(len(a), b.shape[1])
     wide = a.float()
-    step = max(1, _PART // max(len(b), 1))
+    step = min(max(1, _PART // max(len(b), 1)), b.shape[1])
+    # one buffer for all parts, in the layout of a linear layer's weight
+    buffer = wide.new_empty(step, len(b)).t()
     for left in range(0, b.shape[1], step):
         columns = slice(left, left + step)
-        part = wide @ b[:, columns].float()
+        weights = b[:, columns]
+        part = wide @ buffer[:, : weights.shape[1]].copy_(weights)
         out[:, columns] = part if start is None else part.add_(start[..., columns])
     return out
 

@@ -243,13 +243,15 @@ def _prune_matrix(
         result = Update(weight)
     else:
         target = weight if inputs is None else asymmetric_target(weight, inputs, name=name)
-        choice = choose_masks(target, recipe.saliency, pattern, statistics, matrix.input, seed=recipe.seed, name=name)
+        options: dict[str, Any] = {"seed": recipe.seed, "keep_solved": update == "obs", "name": name}
+        choice = choose_masks(target, recipe.saliency, pattern, statistics, matrix.input, **options)
         fallback = choice.fallback
         if inputs is not None:
             result = match_output(weight, target, choice.mask, inputs, name=name)
         else:
             gate = obs_gate(recipe.saliency)
-            result = update_weights(weight, choice.mask, update, statistics, matrix.input, gate=gate, name=name)
+            found: dict[str, Any] = {"gate": gate, "solved": choice.solved, "name": name}
+            result = update_weights(weight, choice.mask, update, statistics, matrix.input, **found)
         weight.copy_(result.weight)
     # looked at after the cast to the model's dtype: what is written is what is claimed
     verdict = check_mask(weight, pattern)

@@ -200,6 +200,11 @@ def keep_in_groups(columns: Tensor, n: int) -> Tensor:
     A weight stays when fewer than n of its group beat it; each comparison of a column with the later ones is one pass.
     """
     m = len(columns)
+    if (n, m) == (2, 4) and columns.is_cpu:
+        keep = columns >= _second_of_four(columns)
+        # more stay where two are equal at the bar
+        if keep.sum() * m == keep.numel() * n:
+            return keep
     beaten_by = torch.zeros(columns.shape, dtype=torch.int8, device=columns.device)
     for i in range(m - 1):
         # >=: of two equal scores the lower column wins
@@ -207,6 +212,13 @@ def keep_in_groups(columns: Tensor, n: int) -> Tensor:
         beaten_by[i + 1 :] += wins
         beaten_by[i] += (m - 1 - i) - wins.sum(0, dtype=torch.int8)
     return beaten_by < n
+
+
+def _second_of_four(columns: Tensor) -> Tensor:
+    """The second largest of four columns: five passes, where counting takes fifteen."""
+    a, b, c, d = columns
+    better = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+    return torch.maximum(better, torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
 
 
 def keep_in_rows(score: Tensor, kept: int) -> Tensor:
@@ -309,4 +321,9 @@ def detect_patterns(weight: Tensor) -> tuple[Pattern, ...]:
 
 def _counts(matrix: Tensor, size: int) -> Tensor:
     """Non-zeros in each run of `size` columns of [R, K]: int32 [R, K / size]."""
-    return (matrix != 0).unflatten(-1, (-1, size)).sum(-1, dtype=torch.int32)
+    kept = matrix != 0
+    if size % 4 == 0:
+        # four bytes of 0 or 1 are a word, whose multiple has their sum in its highest byte
+        fours = (kept.contiguous().view(torch.int32) * 0x01010101) >> 24
+        return fours if size == 4 else fours.unflatten(-1, (-1, size // 4)).sum(-1, dtype=torch.int32)
+    return kept.unflatten(-1, (-1, size)).sum(-1, dtype=torch.int32)

@@ -9,6 +9,8 @@ from expert_data import Sums, random_weight, routed
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 from moesparse.masks import Pattern, check_mask, mask_from_score
 from moesparse.saliency import MASK_RULES, UPDATE_RULES, choose_masks, moments_needed, prune_in_place, solvers, weights
+from moesparse.saliency.updates import update_weights
+from moesparse.saliency.weights import obs_gate
 
 TWO_FOUR = Pattern(n=2, m=4)
 PATTERNS = [TWO_FOUR, Pattern(n=3, m=8), Pattern(ratio=0.6)]
@@ -255,6 +257,24 @@ def test_moments_that_are_not_positive_definite_get_more_damping(rule):
     sums.gated_moment["hidden"] = sums.moment["hidden"]
     with pytest.raises(CalibrationError, match="second moments must be positive semi-definite"):
         choose_masks(random_weight(), rule, TWO_FOUR, sums, "hidden")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("rule", ["sparsegpt", "gated-sparsegpt"])
+def test_what_sparsegpt_solves_on_the_way_is_the_obs_update_to_the_bit(rule, pattern):
+    sums, weight = routed().sums(), random_weight()
+    # an expert without tokens, whose mask is by magnitude and whose weights stay
+    sums.tokens[2] = 0
+    for group in (sums.energy, sums.gated_energy, sums.moment, sums.gated_moment):
+        group["hidden"][2] = 0
+    choice = choose_masks(weight, rule, pattern, sums, "hidden", keep_solved=True)
+    options = {"gate": obs_gate(rule)}
+    want = update_weights(weight, choice.mask, "obs", sums, "hidden", **options)
+    got = update_weights(weight, choice.mask, "obs", sums, "hidden", solved=choice.solved, **options)
+    assert choice.solved is not None
+    assert torch.equal(got.weight, want.weight)
+    assert torch.equal(got.error_after, want.error_after)
+    assert choose_masks(weight, rule, pattern, sums, "hidden").solved is None
 
 
 def test_what_is_wrong_is_said():

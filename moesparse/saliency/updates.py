@@ -85,6 +85,7 @@ def update_weights(
     input: str,
     *,
     gate: Gate = "gated",
+    solved: Tensor | None = None,
     damping: float = DAMPING,
     iterations: int = 15,
     name: str = "weight",
@@ -101,6 +102,7 @@ def update_weights(
         stats: `gated_moment[input]` (or `moment[input]`) is needed by every rule but "none".
         input: what the matrix multiplies, "hidden" or "activation".
         gate: moment of obs: "gated", or "plain" for published SparseGPT. least-squares and rescale take the gated one.
+        solved: `MaskChoice.solved` of this mask with this moment and damping, which obs then takes as it is.
         damping: added to the moment's diagonal, as a share of its mean.
         iterations: of least-squares, at most.
         name: of the tensor, for errors.
@@ -134,27 +136,29 @@ def update_weights(
         masked = dense.masked_fill(~keep, 0.0)
         moment = moments[experts].to(dense.device)
         hessian = layer_hessian(moment, damping, name=name)
-        solved = masked
-        if solver == "obs":
+        new = masked
+        if solver == "obs" and solved is not None:
+            new = solved[experts]
+        elif solver == "obs":
             factor, used = factorise(hessian, damping)
             dampings += used
-            solved = obs(dense, factor, keep)[1]
+            new = obs(dense, factor, keep)[1]
         elif solver == "least-squares":
-            solved = least_squares(dense, keep, hessian, iterations=iterations)
+            new = least_squares(dense, keep, hessian, iterations=iterations)
         # errors are those of the data: the damping comes off again
         seen = moment.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         hessian.diagonal(dim1=-2, dim2=-1).sub_(torch.where(seen, damping, 0.0)[:, None])
         undamped = hessian.float()
-        errors = [row_error(dense - masked, undamped), row_error(dense - solved, undamped)]
+        errors = [row_error(dense - masked, undamped), row_error(dense - new, undamped)]
         total = row_error(dense, undamped).sum(-1)
         for result, error in zip((before, after), errors, strict=True):
             result[experts] = torch.where(total > 0, error.sum(-1) / total, 0.0).sqrt().cpu()
         if rescale:
             # an expert without tokens is left alone: nothing is known of its outputs
-            factor_of = rescale_factor(total * seen, row_error(solved, undamped).sum(-1))
+            factor_of = rescale_factor(total * seen, row_error(new, undamped).sum(-1))
             scales.append(factor_of.cpu())
-            solved = solved * factor_of[:, None, None].float()
-        updated[experts] = solved.to(weight.dtype)
+            new = new * factor_of[:, None, None].float()
+        updated[experts] = new.to(weight.dtype)
     return Update(updated, before, after, tuple(dampings) or None, torch.cat(scales) if scales else None)
 
 

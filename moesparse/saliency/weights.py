@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import MoESparseError, UsageError
-from moesparse.masks import Pattern, all_finite, mask_from_score, matrix_parts
+from moesparse.masks import Pattern, all_finite, keep_in_groups, mask_from_score, matrix_parts
 from moesparse.saliency import solvers
 from moesparse.saliency.updates import Gate, Statistics, moments_of, parse_update
 from moesparse_kernels import nm_prune, row_topk
@@ -39,11 +39,14 @@ class MaskChoice:
         mask: bool [E, out, in], True where the weight stays.
         fallback: experts that saw no token (or only zeros) and were scored by magnitude.
         damping: what each expert's factorisation needed, a share of the mean diagonal; None without one.
+        solved: [E, out, in] float32, the weights that a sparsegpt rule has found on the way, when asked to keep them:
+            those of the "obs" update for this mask.
     """
 
     mask: Tensor
     fallback: tuple[int, ...] = ()
     damping: tuple[float, ...] | None = None
+    solved: Tensor | None = None
 
 
 class _Request(NamedTuple):
@@ -55,6 +58,7 @@ class _Request(NamedTuple):
     input: str
     seed: int
     damping: float
+    keep_solved: bool
     name: str
 
 
@@ -67,6 +71,7 @@ def choose_masks(
     *,
     seed: int = 0,
     damping: float = solvers.DAMPING,
+    keep_solved: bool = False,
     name: str = "weight",
 ) -> MaskChoice:
     """Choose what stays of every expert's matrix.
@@ -79,6 +84,7 @@ def choose_masks(
         input: what the matrix multiplies, "hidden" or "activation".
         seed: of "random"; no other rule draws numbers.
         damping: of the second moments, as a share of their mean diagonal; raised per expert where it does not suffice.
+        keep_solved: keep what is `MaskChoice.solved`; 4 bytes for each weight.
         name: of the tensor, for errors.
 
     Returns:
@@ -94,13 +100,16 @@ def choose_masks(
     pattern.check_matrix(name, weight.shape[-1])
     if not all_finite(weight):
         raise MoESparseError(f"{name}: weights must be finite, got inf or NaN")
-    choice = _RULES[rule].choose(_Request(weight, pattern, stats, input, seed, damping, name))
+    choice = _RULES[rule].choose(_Request(weight, pattern, stats, input, seed, damping, keep_solved, name))
     if rule in ("magnitude", "random"):
         return choice
     fallback = _unseen(stats, input)
     for expert in fallback:
         choice.mask[expert] = mask_from_score(weight[expert].abs(), pattern, name=name)
-    return MaskChoice(choice.mask, fallback, choice.damping)
+        if choice.solved is not None:
+            # nothing is known of its inputs: the update leaves what stays as it is
+            choice.solved[expert] = weight[expert].masked_fill(~choice.mask[expert], 0.0)
+    return MaskChoice(choice.mask, fallback, choice.damping, choice.solved)
 
 
 def prune_in_place(
@@ -155,9 +164,22 @@ def _prune_on_gpu(weight: Tensor, scale: Tensor | None, pattern: Pattern) -> Non
 
 def _prune_in_parts(weight: Tensor, scale: Tensor | None, pattern: Pattern) -> None:
     for expert, rows in matrix_parts(weight):
-        part = weight[expert, rows]
-        score = part.abs() if scale is None else part.abs().float() * scale[expert]
-        part.masked_fill_(~mask_from_score(score, pattern), 0.0)
+        part, factor = weight[expert, rows], None if scale is None else scale[expert]
+        if pattern.group:
+            _prune_groups(part, factor, *pattern.group)
+        else:
+            score = part.abs() if factor is None else part.abs().float() * factor
+            part.masked_fill_(~mask_from_score(score, pattern), 0.0)
+
+
+def _prune_groups(part: Tensor, factor: Tensor | None, n: int, m: int) -> None:
+    """Prune [out, in] by |W| times a factor of each column, all of them finite, in the layout of `keep_in_groups`."""
+    groups = part.unflatten(-1, (-1, m))
+    columns = groups.permute(2, 0, 1).contiguous()
+    score = columns.abs()
+    if factor is not None:
+        score = score.float().mul_(factor.view(-1, m).t().contiguous()[:, None])
+    groups.copy_(columns.masked_fill_(~keep_in_groups(score, n), 0.0).permute(1, 2, 0))
 
 
 def moments_needed(saliency: str, update: str) -> str:
@@ -230,9 +252,9 @@ def _by_score(request: _Request, score: Callable[[slice], Tensor]) -> MaskChoice
 
 def _sparsegpt(gate: Gate) -> Callable[[_Request], MaskChoice]:
     def choose(request: _Request) -> MaskChoice:
-        def solve(weight: Tensor, hessian: Tensor) -> tuple[Tensor, list[float]]:
+        def solve(weight: Tensor, hessian: Tensor) -> _Solution:
             factor, used = solvers.factorise(hessian, request.damping)
-            return solvers.obs(weight, factor, request.pattern)[0], used
+            return *solvers.obs(weight, factor, request.pattern), used
 
         return _by_moment(request, gate, solve)
 
@@ -241,31 +263,38 @@ def _sparsegpt(gate: Gate) -> Callable[[_Request], MaskChoice]:
 
 def _admm(gate: Gate) -> Callable[[_Request], MaskChoice]:
     def choose(request: _Request) -> MaskChoice:
-        def solve(weight: Tensor, hessian: Tensor) -> tuple[Tensor, list[float]]:
+        def solve(weight: Tensor, hessian: Tensor) -> _Solution:
             _, used = solvers.factorise(hessian, request.damping)
             more = torch.tensor(used, dtype=hessian.dtype, device=hessian.device) - request.damping
             hessian.diagonal(dim1=-2, dim2=-1).add_(more[:, None])
-            return solvers.admm(weight, hessian, request.pattern, name=request.name), used
+            return solvers.admm(weight, hessian, request.pattern, name=request.name), None, used
 
         return _by_moment(request, gate, solve)
 
     return choose
 
 
-def _by_moment(
-    request: _Request, gate: Gate, solve: Callable[[Tensor, Tensor], tuple[Tensor, list[float]]]
-) -> MaskChoice:
-    """Run `solve(weight, hessian) -> (mask, dampings)` over the experts, as many at once as memory allows."""
+_Solution = tuple[Tensor, Tensor | None, list[float]]
+"""A mask, the weights found with it, and the dampings."""
+
+
+def _by_moment(request: _Request, gate: Gate, solve: Callable[[Tensor, Tensor], _Solution]) -> MaskChoice:
+    """Run `solve(weight, hessian)` over the experts, as many at once as memory allows."""
     weight = request.weight
     moments = moments_of(request.stats, request.input, gate, request.name)
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    solved = torch.empty(weight.shape, dtype=torch.float32, device=weight.device) if request.keep_solved else None
     damping: list[float] = []
     for experts in solvers.expert_slices(weight):
         moment = moments[experts].to(weight.device)
         hessian = solvers.layer_hessian(moment, request.damping, name=request.name)
-        mask[experts], used = solve(weight[experts].float(), hessian)
+        mask[experts], found, used = solve(weight[experts].float(), hessian)
+        if solved is not None and found is not None:
+            solved[experts] = found
+        else:
+            solved = None
         damping += used
-    return MaskChoice(mask, damping=tuple(damping) or None)
+    return MaskChoice(mask, damping=tuple(damping) or None, solved=solved)
 
 
 class _Rule(NamedTuple):
