@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from moesparse.blocks import MoEBlock, decoder_layers
+from moesparse.cpu_products import fast_products
 from moesparse.pruning import Recipe
 from moesparse.saliency.updates import parse_update
 from moesparse.saliency.weights import COLUMN_RULES, moments_needed
 from moesparse.statistics import input_sizes, memory_needed
 
-__all__ = ["Plan", "gemm_rate", "plan_pruning"]
+__all__ = ["Plan", "gemm_rate", "head_size", "plan_pruning"]
 
 # a rule's work on a matrix [out, in] in units of 2 * out * in^2 multiply-adds (one product with the second moment),
 # from the seconds that benchmarks/bench_prune.py measured for 14336 x 4096 and the fp32 GEMM rate of that machine
@@ -87,9 +88,15 @@ class Plan:
         """The same with the hidden states in memory."""
         return self.peak + self.hidden_states
 
-    def seconds(self, flops_per_second: float) -> float:
-        """An estimate, good to a factor of two or three; `gemm_rate` gives the rate."""
-        return sum(self.flops.values()) / flops_per_second
+    def seconds(self, flops_per_second: float, forward: float | None = None) -> float:
+        """An estimate, good to a factor of two or three; `gemm_rate` gives the rates.
+
+        Args:
+            flops_per_second: of float32.
+            forward: of the model's dtype, in which it is run; None where that is the same.
+        """
+        others = sum(flops for name, flops in self.flops.items() if name != "forward")
+        return self.flops["forward"] / (forward or flops_per_second) + others / flops_per_second
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "peak": self.peak, "peak_in_memory": self.peak_in_memory}
@@ -149,7 +156,7 @@ def plan_pruning(
         workspace=workspace,
         activations=batch_size * length * (6 * hidden + 4 * widest) * max(item, 4),
         hidden_states=tokens * hidden * item,
-        flops=_flops(blocks, recipe, tokens, active - _head_size(model), moments),
+        flops=_flops(blocks, recipe, tokens, active - head_size(model), moments),
     )
 
 
@@ -171,7 +178,7 @@ def _flops(blocks: Sequence[MoEBlock], recipe: Recipe, tokens: int, passed: int,
     return {"forward": 2.0 * passes * tokens * passed, "moments": sums, "solvers": solve, "masks": select}
 
 
-def _head_size(model: nn.Module) -> int:
+def head_size(model: nn.Module) -> int:
     """Parameters of a head of its own: calibration computes no logits."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     return 0 if head is None or head.weight is embedding.weight else head.weight.numel()
@@ -182,16 +189,21 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def gemm_rate(device: torch.device | None = None) -> float:
-    """Multiply-adds times two a second of a float32 product of 1024 x 1024 on a device, measured now in about 0.1 s."""
-    a = torch.randn(1024, 1024, device=device)
-    for _ in range(2):
-        a @ a
+def gemm_rate(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> float:
+    """Multiply-adds times two a second of a product of 1024 x 1024 on a device, measured now in about 0.1 s.
+
+    In half precision it is measured as layers are run, see moesparse.cpu_products.
+    """
+    layer = nn.Linear(1024, 1024, bias=False, device=device, dtype=dtype)
+    x = torch.randn(1024, 1024, device=device).to(dtype)
     count, seconds = 0, 0.0
-    while seconds < 0.1:
-        started = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for a GPU
-        seconds += time.perf_counter() - started
-        count += 1
+    with torch.no_grad(), fast_products(layer):
+        for _ in range(2):
+            layer(x)
+        while seconds < 0.1:
+            started = time.perf_counter()
+            product = layer(x)
+            float(product[0, 0])  # waits for a GPU
+            seconds += time.perf_counter() - started
+            count += 1
     return 2 * 1024**3 * count / seconds

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock
 from moesparse.expert_pruning import choose_rule
-from moesparse.plan import Plan, plan_pruning
+from moesparse.plan import Plan, head_size, plan_pruning
 from moesparse.recipe import Recipe
 from moesparse.refit import memory_for_refit, refit_flops
 from moesparse.statistics import input_sizes, memory_needed
@@ -55,7 +55,7 @@ def plan_run(
         passes += 3
         solve = sum(refit_flops(block, keep, base.tokens) for block in blocks)
     flops = dict(base.flops)
-    flops["forward"] += 2.0 * passes * base.tokens * base.active_parameters
+    flops["forward"] += 2.0 * passes * base.tokens * (base.active_parameters - head_size(model))
     flops["solvers"] += solve
     return dataclasses.replace(
         base, keep=keep, workspace=max(base.workspace, workspace), sums=_sums(blocks, windows), flops=flops
@@ -83,7 +83,8 @@ def plan_calibration(
         for block in blocks
         for size in input_sizes(block).values()
     )
-    flops = {"forward": 2.0 * base.tokens * base.active_parameters, "moments": products}
+    passed = base.active_parameters - head_size(model)
+    flops = {"forward": 2.0 * base.tokens * passed, "moments": products}
     return dataclasses.replace(
         base,
         packed=0,

@@ -104,8 +104,16 @@ def test_the_arithmetic_on_a_tiny_model():
     assert plan.flops["moments"] == plan.flops["solvers"] == 0
 
 
-def test_the_rate_is_that_of_a_product():
-    assert 1e8 < gemm_rate() < 1e14
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rate_is_that_of_a_product(dtype):
+    assert 1e8 < gemm_rate(dtype=dtype) < 1e14
+
+
+def test_forward_passes_have_a_rate_of_their_own():
+    plan = plan_of(MixtralConfig(num_hidden_layers=2), saliency="gated-sparsegpt", update="obs")
+    forward, all_of_it = plan.flops["forward"], sum(plan.flops.values())
+    assert plan.seconds(1e12) == pytest.approx(all_of_it / 1e12)
+    assert plan.seconds(1e12, forward=1e14) == pytest.approx(forward / 1e14 + (all_of_it - forward) / 1e12)
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,15 @@ def naming_the_whole() -> Iterator[None]:
 
 def plan_with_time(plan: Plan, device: Any) -> dict[str, Any]:
     """The plan for JSON, with an estimate of the time at the speed of this machine."""
+    import torch
+
     from moesparse.plan import gemm_rate
 
     rate = gemm_rate(device)
-    return {**plan.to_dict(), "flops_per_second": rate, "seconds": plan.seconds(rate)}
+    half = plan.weights < 3 * plan.parameters
+    forward = gemm_rate(device, torch.bfloat16) if half else rate
+    rates = {"flops_per_second": rate, "forward_flops_per_second": forward}
+    return {**plan.to_dict(), **rates, "seconds": plan.seconds(rate, forward)}
 
 
 def show_plan(facts: dict[str, Any]) -> None:
