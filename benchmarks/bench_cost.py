@@ -1,6 +1,6 @@
 """What pruning a checkpoint costs: seconds = a * tokens * active parameters + b * weights, fitted and checked.
 
-    python -m benchmarks.bench_cost                     # four sizes on a CPU, 9 minutes
+    python -m benchmarks.bench_cost                     # four sizes on a CPU, 6 minutes
     python -m benchmarks.bench_cost --shapes small medium --windows 8 --name cost_small    # 1 minute
     python -m benchmarks.bench_cost --dry --results out # tiny: everything runs, the figures mean nothing
     make gpu PART=cost                                  # whole blocks of published shapes on the GPU
@@ -59,7 +59,7 @@ GPU_SIZES = {
 }
 DRY_SIZES = {"small": (1, 64, 64, 4, 2, 4), "medium": (1, 64, 128, 4, 2, 4), "large": (2, 64, 128, 4, 2, 4)}
 LENGTH = {"cpu": 256, "cuda": 2048}
-WINDOWS = {"cpu": (4, 8, 16), "cuda": (32, 128)}
+WINDOWS = {"cpu": (4, 12), "cuda": (32, 128)}
 BATCH = 8
 
 
