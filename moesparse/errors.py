@@ -21,5 +21,9 @@ class CheckpointError(MoESparseError):
     """A folder cannot be read or written as a checkpoint; names the file."""
 
 
+class ProcessError(MoESparseError):
+    """Another process that shares the work has ended or cannot be reached."""
+
+
 class NotInPiecesError(UnsupportedModelError, CheckpointError):
     """A checkpoint that cannot be read layer by layer: its tensors are not those that transformers would save."""

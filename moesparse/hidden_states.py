@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, MutableSequence
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,14 @@ class HiddenStates(MutableSequence[Tensor]):
     def _kept(self, batch: Tensor) -> Tensor:
         if self._folder is None:
             return batch
-        path = self._folder / "hidden.partial"
-        with path.open("wb") as file:
+        # a name of its own: other processes may keep theirs in the same folder
+        with tempfile.NamedTemporaryFile(
+            "wb", dir=self._folder, prefix="hidden-", suffix=".partial", delete=False
+        ) as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, batch.nbytes)
             else:  # macOS
                 file.truncate(batch.nbytes)
-        mapped = torch.from_file(str(path), shared=True, size=batch.numel(), dtype=batch.dtype).view(batch.shape)
-        path.unlink()  # the mapping keeps it
+        mapped = torch.from_file(file.name, shared=True, size=batch.numel(), dtype=batch.dtype).view(batch.shape)
+        os.unlink(file.name)  # the mapping keeps it
         return mapped.copy_(batch)

@@ -23,6 +23,7 @@ from moesparse.budget import DENSE
 from moesparse.layerwise import LayerStream
 from moesparse.masks import check_mask
 from moesparse.memory import peak_memory, reset_peak_memory
+from moesparse.processes import Processes
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.recipe import Recipe
 from moesparse.recorder import CrossMoment, Recorder, record
@@ -94,6 +95,9 @@ def prune_layerwise(
 ) -> list[BlockReport]:
     """Prune the weights of a model whose hidden states a stream holds, layer by layer.
 
+    Processes that share the stream add up their sums and prune the experts of a block between them; every one of them
+    has the whole pruned layer in the end, and the reports.
+
     Args:
         stream: at the input of layer `start`.
         model: the model the stream runs.
@@ -106,6 +110,7 @@ def prune_layerwise(
     Returns:
         The reports of the blocks pruned, in forward order.
     """
+    processes = stream.processes
     names = {id(layer): position for position, layer in enumerate(stream.layers)}
     at: dict[int, list[MoEBlock]] = {}
     for block in blocks:
@@ -153,22 +158,24 @@ def prune_layerwise(
             with record(here, moments) as recorders:
                 run(position, f"calibrate {label}", recorders, outputs=dense_outputs)
             dense = [recorder.statistics for recorder in recorders]
+            own = [statistics.combine(processes) for statistics in dense]
 
             def look_again(block: MoEBlock, up_before: torch.Tensor, at: int = position) -> Recorded:
                 cross = CrossMoment(block, up_before)
                 with record([block], moments) as (recorder,):
                     recorder.row_observer = cross
                     run(at, f"match {block.name}", [recorder])
-                return recorder.statistics, cross.total
+                return recorder.statistics.combine(processes), processes.reduce(cross.total)
 
             measured = [
-                prune_block(block, sums, recipe, solver, look_again if matches else None)
-                for block, sums in zip(here, dense, strict=True)
+                prune_block(block, sums, recipe, solver, look_again if matches else None, processes)
+                for block, sums in zip(here, own, strict=True)
             ]
             if rescale:
                 with record(here) as recorders:
                     run(position, f"rescale {label}", recorders)
                 for block, report, before, recorder in zip(here, measured, dense, recorders, strict=True):
+                    recorder.statistics.combine(processes)
                     report.rescale = _rescale(block, before, recorder.statistics)
             if dense_outputs is not None:
                 stream.hidden = dense_outputs
@@ -195,31 +202,57 @@ def prune_block(
     recipe: Recipe,
     update: str,
     look_again: Callable[[MoEBlock, torch.Tensor], Recorded] | None = None,
+    processes: Processes | None = None,
 ) -> BlockReport:
+    """Prune the matrices of a block in place.
+
+    Args:
+        block: in memory.
+        statistics: its sums; None for rules that look at the weights alone.
+        recipe: of the weights.
+        update: the solver.
+        look_again: records the block with its pruned gate and up; for the asymmetric rule.
+        processes: between which the experts are shared; `statistics` and what `look_again` gives are then of the own
+            experts alone.
+    """
+    processes = processes or Processes()
     started = time.perf_counter()
     up, down = block.matrices
+    tokens = None if statistics is None else statistics.tokens.tolist()
     if look_again is None:
-        tensors = [_prune_matrix(block, matrix, statistics, recipe, update) for matrix in block.matrices]
+        tensors = [_prune_matrix(block, matrix, statistics, recipe, update, processes) for matrix in block.matrices]
     else:
         assert statistics is not None
         name = f"{block.name}.{down.name}"
-        energy = output_energy(down.weight, moments_of(statistics, "activation", "gated", name))
+        mine = down.weight[processes.own(block.num_experts)]
+        energy = output_energy(mine, moments_of(statistics, "activation", "gated", name))
         up_before = up.weight.clone()
-        tensors = [_prune_matrix(block, up, statistics, recipe, "least-squares")]
+        tensors = [_prune_matrix(block, up, statistics, recipe, "least-squares", processes)]
         # the second look takes their room
         statistics.moment.clear()
         statistics.gated_moment.clear()
         inputs = PrunedInputs(*look_again(block, up_before), energy)
-        tensors.append(_prune_matrix(block, down, inputs.stats, recipe, update, inputs))
+        tensors.append(_prune_matrix(block, down, inputs.stats, recipe, update, processes, inputs))
     return BlockReport(
         name=block.name,
         experts=block.num_experts,
-        tokens_per_expert=None if statistics is None else statistics.tokens.tolist(),
+        tokens_per_expert=None if tokens is None else _joined(processes.gather(tokens)),
         tensors=tensors,
         rescale=None,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_memory(),
     )
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    """What became of some experts of a matrix; the fields are those of `TensorReport`."""
+
+    zeros: int
+    holds: bool
+    error_before: list[float] | None
+    error_after: list[float] | None
+    fallbacks: list[int]
 
 
 @torch.no_grad()
@@ -229,22 +262,54 @@ def _prune_matrix(
     statistics: Any,
     recipe: Recipe,
     update: str,
+    processes: Processes,
     inputs: PrunedInputs | None = None,
 ) -> TensorReport:
-    """Statistics are None only for rules that look at the weights alone, see _prune_from_weights."""
-    name = f"{block.name}.{matrix.name}"
     weight = matrix.weight
     pattern = recipe.pattern_of(block.name, matrix.name)
     if pattern is None:
         zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
         return TensorReport(matrix.name, tuple(weight.shape), zeros, DENSE, True)  # type: ignore[arg-type]
+    experts, mine = processes.own(len(weight)), None
+    if experts.start < experts.stop:
+        mine = _prune_experts(block, matrix, experts, statistics, recipe, update, inputs)
+    processes.collect(matrix.parameter.detach())
+    found = [each for each in processes.gather(mine) if each is not None]
+    return TensorReport(
+        name=matrix.name,
+        shape=tuple(weight.shape),  # type: ignore[arg-type]
+        sparsity=sum(each.zeros for each in found) / weight.numel(),
+        pattern=str(pattern),
+        holds=all(each.holds for each in found),
+        error_before=_joined([each.error_before for each in found]),
+        error_after=_joined([each.error_after for each in found]),
+        fallbacks=_joined([each.fallbacks for each in found]) or [],
+    )
+
+
+def _prune_experts(
+    block: MoEBlock,
+    matrix: ExpertMatrix,
+    experts: slice,
+    statistics: Any,
+    recipe: Recipe,
+    update: str,
+    inputs: PrunedInputs | None,
+) -> _Pruned:
+    """Prune some experts of a matrix in place, at least one; statistics and inputs are theirs."""
+    name = f"{block.name}.{matrix.name}"
+    weight = matrix.weight[experts]
+    pattern = recipe.pattern_of(block.name, matrix.name)
+    assert pattern is not None
     if update == "none" and recipe.saliency in COLUMN_RULES:
         fallback = prune_in_place(weight, recipe.saliency, pattern, statistics, matrix.input, name=name)
         result = Update(weight)
     else:
         target = weight if inputs is None else asymmetric_target(weight, inputs, name=name)
         options: dict[str, Any] = {"seed": recipe.seed, "keep_solved": update == "obs", "name": name}
-        choice = choose_masks(target, recipe.saliency, pattern, statistics, matrix.input, **options)
+        choice = choose_masks(
+            target, recipe.saliency, pattern, statistics, matrix.input, first=experts.start, **options
+        )
         fallback = choice.fallback
         if inputs is not None:
             result = match_output(weight, target, choice.mask, inputs, name=name)
@@ -257,16 +322,20 @@ def _prune_matrix(
     verdict = check_mask(weight, pattern)
     if not verdict.holds:
         raise AssertionError(f"{name}: pattern {pattern} does not hold after pruning")
-    return TensorReport(
-        name=matrix.name,
-        shape=tuple(weight.shape),  # type: ignore[arg-type]
-        sparsity=verdict.sparsity,
-        pattern=str(pattern),
+    return _Pruned(
+        zeros=verdict.zeros,
         holds=verdict.holds,
         error_before=None if result.error_before is None else result.error_before.tolist(),
         error_after=None if result.error_after is None else result.error_after.tolist(),
-        fallbacks=list(fallback),
+        fallbacks=[experts.start + expert for expert in fallback],
     )
+
+
+def _joined(parts: Sequence[list[Any] | None]) -> list[Any] | None:
+    """One list of the experts of all processes; None where one has none."""
+    if any(part is None for part in parts):
+        return None
+    return [value for part in parts for value in part or []]
 
 
 @torch.no_grad()

@@ -84,6 +84,8 @@ def record_layer(
         blocks: those inside of it, none in a dense layer.
         moments: second moments to collect.
         by_window: fill `Recorder.window_sums`.
+
+    Processes that share the stream add up what they record; second moments in the first one alone.
     """
     with ExitStack() as stack:
         recorders = stack.enter_context(record(blocks, moments))
@@ -99,6 +101,9 @@ def record_layer(
 
         for _ in stream.run(position, keep=True, before=aim):
             pass
+    for recorder in recorders:
+        recorder.statistics = recorder.statistics.combine(stream.processes, to_first=True)
+        recorder.combine(stream.processes, stream.windows)
     return recorders
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from moesparse.cpu_products import fast_products
 from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.hidden_states import HiddenStates
+from moesparse.processes import Processes
 
 PROBE_TOKENS = 16
 
@@ -57,6 +58,11 @@ class LayerStream:
         hold: how a layer comes into memory; None for a model that is there.
         inspect: called once for each layer, in order, while it is held for the probe: to refuse it before any work.
         spill: a folder for the hidden states that wait; None keeps them in memory.
+        processes: that share the windows, batch by batch: a stream holds and runs the batches of its own process.
+
+    Attributes:
+        first_window: of every batch that this process runs.
+        windows, tokens: of all processes, padding included.
 
     Raises:
         UnsupportedModelError: running the layers one by one does not give what the model's own forward gives.
@@ -74,15 +80,18 @@ class LayerStream:
         hold: Hold | None = None,
         inspect: Callable[[int], None] | None = None,
         spill: Path | None = None,
+        processes: Processes | None = None,
     ):
         self.layers = list(layers)
         self.device = device
+        self.processes = processes or Processes()
         self._model = model
         self._hold = hold or self._moved
         self._tuple_length: list[int | None] = [None] * len(self.layers)
         self._probe(windows[:1, :PROBE_TOKENS], inspect)
         self.length = windows.shape[1]
-        self.first_window = list(range(0, len(windows), batch_size))
+        self.windows, self.tokens = len(windows), windows.numel()
+        self.first_window = self.processes.share(range(0, len(windows), batch_size))
         self._windows, self._mask, self._batch_size, self._spill = windows, attention_mask, batch_size, spill
         self.restart()
 
@@ -102,7 +111,7 @@ class LayerStream:
             self._calls.append(calls)
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Number of batches that this process runs."""
         return len(self.hidden)
 
     def on_device(self, position: int) -> AbstractContextManager[Any]:

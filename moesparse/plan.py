@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -53,10 +54,11 @@ class Plan:
         workspace: the largest matrix while it is pruned, or block while it is refitted: fp32 copies and factors; none
             where it is done in place.
         activations: of one batch in the widest part.
-        hidden_states: of the calibration set between two layers.
+        hidden_states: of the calibration set between two layers, as far as one process holds them.
         flops: multiply-adds times two: forward passes, second moments, solvers.
         keep: experts of a block that stay; None for all.
         sums: of all experts and windows, to choose by, in memory all the time.
+        processes: that share the work; what is in memory is in that of each.
     """
 
     layers: int
@@ -76,6 +78,7 @@ class Plan:
     flops: dict[str, float]
     keep: int | None = None
     sums: int = 0
+    processes: int = 1
 
     @property
     def peak(self) -> int:
@@ -89,21 +92,29 @@ class Plan:
         return self.peak + self.hidden_states
 
     def seconds(self, flops_per_second: float, forward: float | None = None) -> float:
-        """An estimate, good to a factor of two or three; `gemm_rate` gives the rates.
+        """An estimate, good to a factor of two or three; `gemm_rate` gives the rates, of one process.
 
         Args:
             flops_per_second: of float32.
             forward: of the model's dtype, in which it is run; None where that is the same.
         """
         others = sum(flops for name, flops in self.flops.items() if name != "forward")
-        return self.flops["forward"] / (forward or flops_per_second) + others / flops_per_second
+        seconds = self.flops["forward"] / (forward or flops_per_second) + others / flops_per_second
+        return seconds / self.processes
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "peak": self.peak, "peak_in_memory": self.peak_in_memory}
 
 
 def plan_pruning(
-    model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe, *, windows: int, length: int, batch_size: int
+    model: nn.Module,
+    blocks: Sequence[MoEBlock],
+    recipe: Recipe,
+    *,
+    windows: int,
+    length: int,
+    batch_size: int,
+    processes: int = 1,
 ) -> Plan:
     """Plan a run from shapes alone.
 
@@ -114,6 +125,7 @@ def plan_pruning(
         windows: of the calibration set, of `length` tokens.
         length: tokens of a window.
         batch_size: windows in one forward.
+        processes: that share the work.
     """
     layers, _ = decoder_layers(model, list(blocks))
     sizes = [_bytes(layer) for layer in layers]
@@ -135,8 +147,10 @@ def plan_pruning(
     for block in [] if in_place else blocks:
         for matrix in block.matrices:
             E, out, size = matrix.weight.shape
+            E = math.ceil(E / processes)
             factor = 12 * E * size**2 if moments != "none" else 0  # fp64 copy and fp32 factor
             workspace = max(workspace, 3 * 4 * E * out * size + factor)
+    held = min(windows, math.ceil(windows / batch_size / processes) * batch_size)
     widest = max(max(input_sizes(block).values()) * (block.top_k or 1) for block in blocks)
     return Plan(
         layers=len(layers),
@@ -155,8 +169,9 @@ def plan_pruning(
         ),
         workspace=workspace,
         activations=batch_size * length * (6 * hidden + 4 * widest) * max(item, 4),
-        hidden_states=tokens * hidden * item,
+        hidden_states=held * length * hidden * item,
         flops=_flops(blocks, recipe, tokens, active - head_size(model), moments),
+        processes=processes,
     )
 
 

@@ -22,13 +22,20 @@ _SUMS = 8
 
 
 def plan_run(
-    model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe, *, windows: int, length: int, batch_size: int
+    model: nn.Module,
+    blocks: Sequence[MoEBlock],
+    recipe: Recipe,
+    *,
+    windows: int,
+    length: int,
+    batch_size: int,
+    processes: int = 1,
 ) -> Plan:
     """`plan_pruning` for recipes that may remove experts first.
 
     Args and result are its own; bytes are the most of both steps, operations their sum.
     """
-    sizes = {"windows": windows, "length": length, "batch_size": batch_size}
+    sizes = {"windows": windows, "length": length, "batch_size": batch_size, "processes": processes}
     if not recipe.removes_experts:
         return plan_pruning(model, blocks, recipe, **sizes)
     keep = len(any_choice(blocks, recipe)[0])
@@ -63,7 +70,14 @@ def plan_run(
 
 
 def plan_calibration(
-    model: nn.Module, blocks: Sequence[MoEBlock], moments: str, *, windows: int, length: int, batch_size: int
+    model: nn.Module,
+    blocks: Sequence[MoEBlock],
+    moments: str,
+    *,
+    windows: int,
+    length: int,
+    batch_size: int,
+    processes: int = 1,
 ) -> Plan:
     """The plan of `calibrate_checkpoint`.
 
@@ -74,9 +88,11 @@ def plan_calibration(
         windows: of the calibration set, of `length` tokens.
         length: tokens of a window.
         batch_size: windows in one forward.
+        processes: that share the work.
     """
     rules = Recipe(saliency="magnitude", update="none")
-    base = plan_pruning(model, blocks, rules, windows=windows, length=length, batch_size=batch_size)
+    sizes = {"windows": windows, "length": length, "batch_size": batch_size, "processes": processes}
+    base = plan_pruning(model, blocks, rules, **sizes)
     kinds = {"none": 0, "plain": 1, "gated": 1, "both": 2}[moments]
     products = sum(
         2.0 * kinds * base.tokens * (block.top_k or block.num_experts) * size**2

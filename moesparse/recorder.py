@@ -16,6 +16,7 @@ from torch import Tensor
 from moesparse.blocks import ExpertMatrix, MoEBlock
 from moesparse.dispatch import experts_run_by
 from moesparse.errors import CalibrationError, UsageError
+from moesparse.processes import Processes
 from moesparse.statistics import ExpertStatistics, input_sizes
 
 __all__ = ["ROW_SUMS", "CrossMoment", "Recorder", "record", "window_sums"]
@@ -157,6 +158,24 @@ class Recorder:
             held = torch.cat((held, held.new_zeros(missing, E)))
         held.index_put_((window.cpu(), expert.cpu()), values.cpu(), accumulate=True)
         self.window_sums[name] = held
+
+    def combine(self, processes: Processes, windows: int) -> None:
+        """Give every process the `window_sums` that each has recorded of its own windows.
+
+        Args:
+            processes: all of which have recorded this block.
+            windows: how many there are in all.
+        """
+        if processes.count == 1 or self.window_sums is None:
+            return
+        E, held = self.block.num_experts, self.window_sums
+        named = [set(names) for names in processes.gather(list(held)) if names]
+        whole = {name: torch.zeros(windows, E, dtype=torch.float64) for name in sorted(set.intersection(*named))}
+        for name, sums in whole.items():
+            if name in held:
+                sums[: len(held[name])] = held[name]
+        processes.add_up(list(whole.values()))
+        self.window_sums = whole
 
     def _sorted_rows(self, T: int, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         """Token and gate of every (slot, token) pair, sorted by expert, the rows to record before the padding.

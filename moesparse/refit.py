@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.layerwise import LayerStream
+from moesparse.processes import Batch
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
 
@@ -184,6 +185,8 @@ def remove_and_refit_block(
 ) -> RefitReport:
     """Remove the experts of one block and refit those that stay; the stream stays before the layer.
 
+    Where processes share the stream the first one solves, for the tokens of all.
+
     Args:
         stream: at the input of the layer, which is in memory.
         position: of the layer.
@@ -191,10 +194,18 @@ def remove_and_refit_block(
         number: of the block in the plan.
         ridge: as in `remove_and_refit`.
     """
-    dense = _capture(stream, position, plan.blocks[number])
+    block, processes = plan.blocks[number], stream.processes
+    dense = processes.to_first([calls[-1:] for calls in _capture(stream, position, block)])
     plan.apply_block(number)
-    pruned = _capture(stream, position, plan.blocks[number])
-    return _refit(plan.blocks[number], pruned, dense.output, ridge)
+    pruned = processes.to_first(_capture(stream, position, block))
+
+    def solve() -> RefitReport:
+        calls = _Calls(*(torch.cat(tensors) for tensors in zip(*pruned, strict=True)))
+        return _refit(block, calls, torch.cat([output for (output,) in dense]), ridge)
+
+    report = processes.from_first(solve)
+    processes.spread(block.matrices[-1].parameter.detach())
+    return report
 
 
 def refit_block(
@@ -342,11 +353,10 @@ class _Features:
         return solution, _MAX_ITERATIONS
 
 
-def _capture(stream: LayerStream, position: int, block: MoEBlock) -> _Calls:
-    """Run one layer over all batches and note what its experts are called with, at most MAX_TOKENS evenly spaced."""
-    total = sum(hidden.shape[0] * hidden.shape[1] for hidden in stream.hidden)
-    every = -(-total // MAX_TOKENS)
-    parts: list[tuple[Tensor, ...]] = []
+def _capture(stream: LayerStream, position: int, block: MoEBlock) -> list[Batch]:
+    """Run one layer over all batches and note the fields of `_Calls` of each, for at most MAX_TOKENS evenly spaced."""
+    every = -(-stream.tokens // MAX_TOKENS)
+    parts: list[Batch] = []
     with _watched(block, parts):
         for number, _ in enumerate(stream.run(position, keep=False)):
             chosen = slice(None, None, every)
@@ -354,11 +364,11 @@ def _capture(stream: LayerStream, position: int, block: MoEBlock) -> _Calls:
             # masked tokens are computed by the model and must not steer the fit
             keep = slice(None) if real is None else real[chosen].to(parts[-1][0].device)
             parts[-1] = tuple(tensor[chosen][keep].clone() for tensor in parts[-1])
-    return _Calls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return parts
 
 
 @contextmanager
-def _watched(block: MoEBlock, parts: list[tuple[Tensor, ...]]) -> Iterator[None]:
+def _watched(block: MoEBlock, parts: list[Batch]) -> Iterator[None]:
     def note(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         names = ("hidden_states", "top_k_index", "top_k_weights")
         values = [*args, *(kwargs[name] for name in names[len(args) :])]

@@ -4,6 +4,8 @@ A run finishes its output part by part (a part is the tensors of one decoder lay
 disk, hashed, and noted in a journal with what the run said of it. Only `assemble` makes the folder a checkpoint: until
 then it has no config.json and no index, and no program takes it for one. A lock of the operating system keeps a second
 run out; it is gone with the process that held it.
+
+Of several processes that share a run the first one locks and writes; the others call the same functions and are told.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from moesparse.checkpoint import JOURNAL_FILE, check_output_folder, flush
-from moesparse.errors import CheckpointError, MoESparseError
+from moesparse.errors import CheckpointError, MoESparseError, UsageError
 from moesparse.manifest import file_hash, write_manifest_entries
+from moesparse.processes import Processes
 from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
 
 __all__ = ["JOURNAL_FILE", "Part", "RunFolder", "check_inputs", "claimed", "locked", "what_is_kept"]
@@ -65,42 +68,43 @@ class RunFolder:
         redone: parts that an earlier run noted and that are missing or damaged: they and those behind are done again.
     """
 
-    def __init__(self, path: Path, journal: _Journal, redone: list[str]) -> None:
+    def __init__(self, path: Path, journal: _Journal, redone: list[str], processes: Processes) -> None:
         self.path = path
         self.redone = redone
         self._journal = journal
+        self._processes = processes
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: str | os.PathLike[str], inputs: Mapping[str, Any], *, resume: bool) -> Iterator[RunFolder]:
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        inputs: Mapping[str, Any],
+        *,
+        resume: bool,
+        processes: Processes | None = None,
+    ) -> Iterator[RunFolder]:
         """Start a run, or go on with one.
 
         Args:
             folder: new, empty, or holding an unfinished run.
             inputs: JSON of everything the result depends on; a run goes on only with the same.
             resume: go on where the journal ends; without a journal, or with no part finished, start.
+            processes: that share the run.
 
         Raises:
+            UsageError: the inputs of the processes differ.
             CheckpointError: another process is at work there, the folder holds something else, an unfinished run and
                 not `resume`, or one with other inputs; whatever writing raises, with what to do. The finished parts
                 stay in every case, and every MoESparseError of the body says so.
         """
-        path = Path(folder)
-        found = path / JOURNAL_FILE
-        if not found.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= {_LOCK_FILE}):
-            check_output_folder(path)
+        path, processes = Path(folder), processes or Processes()
+        _check_alike(processes, inputs)
         with contextlib.ExitStack() as stack:
             try:
-                stack.callback(_remove_if_empty, path, made=not path.exists())
-                path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(path))
-                journal = _read_journal(found, dict(inputs), resume) if found.exists() else _Journal(dict(inputs))
-                run = cls(path, journal, [])
-                stack.callback(run._leave_nothing_unfinished)
-                run._drop_damaged()
-                run._save()
+                journal, redone = processes.from_first(lambda: cls._start(path, dict(inputs), resume, stack))
                 with _saying_what_is_kept(path):
-                    yield run
+                    yield cls(path, journal, redone, processes)
             except (OSError, SafetensorError) as error:
                 reason = getattr(error, "strerror", None) or error
                 kept = what_is_kept(path) or "No part was finished"
@@ -108,6 +112,24 @@ class RunFolder:
                     f"cannot write {path}: {reason}. {kept}: make room there or mend it, and run the same again with "
                     "--resume"
                 ) from error
+
+    @classmethod
+    def _start(
+        cls, path: Path, inputs: dict[str, Any], resume: bool, stack: contextlib.ExitStack
+    ) -> tuple[_Journal, list[str]]:
+        """The journal to go on with, locked until the stack is left, and the parts to do again."""
+        found = path / JOURNAL_FILE
+        if not found.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= {_LOCK_FILE}):
+            check_output_folder(path)
+        stack.callback(_remove_if_empty, path, made=not path.exists())
+        path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(path))
+        journal = _read_journal(found, inputs, resume) if found.exists() else _Journal(inputs)
+        run = cls(path, journal, [], Processes())
+        stack.callback(run._leave_nothing_unfinished)
+        run._drop_damaged()
+        run._save()
+        return journal, run.redone
 
     @property
     def parts(self) -> list[Part]:
@@ -135,6 +157,11 @@ class RunFolder:
             max_shard_bytes: of one file.
             aside: it is no part of the checkpoint; it goes when that is made.
         """
+        part = self._processes.from_first(lambda: self._write(name, tensors, note, max_shard_bytes, aside))
+        self._journal.parts.append(part)
+        return part
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], note: Any, max_shard_bytes: int, aside: bool) -> Part:
         work, home = self.path / f"{name}.partial", self.path / name
         for left in (work, home):  # by a run that was stopped before it noted the part
             shutil.rmtree(left, ignore_errors=True)
@@ -148,7 +175,6 @@ class RunFolder:
         os.replace(work, home)
         part = Part(name, files, note, aside)
         self._save(part)
-        self._journal.parts.append(part)
         return part
 
     def assemble(self, write_others: Callable[[Path], None]) -> None:
@@ -157,6 +183,9 @@ class RunFolder:
         Args:
             write_others: writes config.json and all that is not weights into the folder it is given.
         """
+        self._processes.from_first(lambda: self._assemble(write_others))
+
+    def _assemble(self, write_others: Callable[[Path], None]) -> None:
         files = [(part, file) for part in self.parts for file in part.files]
         if self._journal.final is None:
             names = [SINGLE_FILE] if len(files) == 1 else _shard_names(len(files))
@@ -190,13 +219,16 @@ class RunFolder:
         (self.path / JOURNAL_FILE).unlink()
         flush(self.path)
 
-    def hand_over(self, file: Path, target: Path) -> None:
+    def hand_over(self, make: Callable[[], Path], target: Path) -> None:
         """End a run whose result is one file: give it its name elsewhere on the disk, then remove what the run left.
 
         Args:
-            file: in the folder, whole.
+            make: writes the file into the folder, whole.
             target: its new path; a file that is there is replaced.
         """
+        self._processes.from_first(lambda: self._hand_over(make(), target))
+
+    def _hand_over(self, file: Path, target: Path) -> None:
         flush(file)
         os.replace(file, target)
         flush(target.absolute().parent)
@@ -246,6 +278,17 @@ def what_is_kept(folder: Path) -> str:
     file = folder / JOURNAL_FILE
     done = len(read_json(file, "a journal")["parts"]) if file.exists() else 0
     return f"{done} finished parts are kept in {folder}" if done else ""
+
+
+def _check_alike(processes: Processes, inputs: Mapping[str, Any]) -> None:
+    """All processes must do the same work."""
+    for rank, held in enumerate(processes.gather(dict(inputs))):
+        for name in inputs:
+            if held.get(name) != inputs[name]:
+                raise UsageError(
+                    f"all {processes.count} processes must be given the same {name}, got {inputs[name]!r} and, in the "
+                    f"process of rank {rank}, {held.get(name)!r}"
+                )
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import CalibrationError, UsageError
+from moesparse.processes import Processes
 
 if TYPE_CHECKING:
     from moesparse.blocks import MoEBlock
@@ -202,6 +203,41 @@ class ExpertStatistics:
         """The same sums on `device`, second moments included; tensors already there are shared, not copied."""
         everything = self.named_tensors() | self.named_maxima()
         return self.from_named({name: tensor.to(device) for name, tensor in everything.items()})
+
+    def combine(self, processes: Processes, *, to_first: bool = False) -> ExpertStatistics:
+        """Add up what the processes have recorded, each of its own batches.
+
+        Afterwards this object holds the sums of all, in every process, but second moments no more: each expert's are
+        added up in one process alone, one matrix travelling at a time. With one process nothing changes.
+
+        Args:
+            processes: all of which have recorded the same block.
+            to_first: the first process gets all second moments.
+
+        Returns:
+            The sums of this process's experts (`Processes.own` of E) with their second moments; with `to_first` those
+            of all experts, with second moments in the first process only.
+        """
+        if processes.count == 1:
+            return self
+        E = self.num_experts
+        # a process without batches has no sum that an observer adds
+        named = [set(names) for names in processes.gather(list(self.extra)) if names]
+        names = sorted(set.intersection(*named)) if named else []
+        self.extra = {name: self.extra.get(name, torch.zeros_like(self.gate_sum)) for name in names}
+        parts = [slice(0, E if rank == 0 else 0) for rank in range(processes.count)] if to_first else None
+        moments = {}
+        for group in _MOMENTS:
+            held = getattr(self, group)
+            for key in sorted(held):
+                reduced = processes.reduce(held.pop(key), parts)
+                if len(reduced) or not to_first:
+                    moments[f"{group}.{key}"] = reduced
+        processes.add_up(self.tensors())
+        processes.largest(list(self.named_maxima().values()))
+        mine = slice(0, E) if to_first else processes.own(E)
+        sums = {name: tensor[mine] for name, tensor in (self.named_tensors() | self.named_maxima()).items()}
+        return self.from_named(sums | moments)
 
     def __add__(self, other: ExpertStatistics) -> ExpertStatistics:
         """The statistics of both texts together: every sum added, of every maximum the larger one.

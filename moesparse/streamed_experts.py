@@ -36,6 +36,7 @@ from moesparse.expert_pruning import (
 )
 from moesparse.layerwise import LayerStream
 from moesparse.plan_experts import any_choice, plan_run, without_experts
+from moesparse.processes import Processes
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import Report, default_device, describe_calibration, expert_sizes
 from moesparse.recipe import Recipe
@@ -93,7 +94,7 @@ def remove_experts_of_checkpoint(
             "refine_experts must be False to run layer by layer, got True: swaps are tried on the whole model; load it "
             "and call moesparse.prune"
         )
-    out = Path(out)
+    out, processes = Path(out), Processes.current()
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
     options |= {"resume": resume, "allow_pruned": allow_pruned, "max_memory": max_memory}
     if not recipe.prunes_weights:
@@ -102,10 +103,14 @@ def remove_experts_of_checkpoint(
     if isinstance(calibration, ModelStatistics | Mapping):
         check_sums_suffice(refit=True, refine=False, domains=None)
     between = experts_folder(out)
-    if (out / "config.json").exists() and not (out / JOURNAL_FILE).exists():
-        shutil.rmtree(between, ignore_errors=True)  # killed behind its last step but one
-    if not (out / JOURNAL_FILE).exists():
-        check_output_folder(out)
+
+    def clear() -> None:
+        if (out / "config.json").exists() and not (out / JOURNAL_FILE).exists():
+            shutil.rmtree(between, ignore_errors=True)  # killed behind its last step but one
+        if not (out / JOURNAL_FILE).exists():
+            check_output_folder(out)
+
+    processes.from_first(clear)
     first = _Removal(source, calibration, recipe, dataclasses.replace(recipe, weights=None), domains, **options)
     removed = first.between(between)
 
@@ -129,7 +134,7 @@ def remove_experts_of_checkpoint(
         complete=whole,
         **options,
     )
-    shutil.rmtree(between)
+    processes.from_first(lambda: shutil.rmtree(between))
     return report
 
 
@@ -197,8 +202,17 @@ class _Removal:
             text = ordered_hash(self.ids, self.mask)
             windows, length = self.ids.shape
         self.described = describe_calibration(calibration)
-        plan = plan_run(streamed.model, streamed.blocks, whole, windows=windows, length=length, batch_size=batch_size)
-        self.spill = spills(plan, max_memory, on_gpu=self.home is not None and self.home.type != "cpu")
+        self.processes = Processes.current()
+        plan = plan_run(
+            streamed.model,
+            streamed.blocks,
+            whole,
+            windows=windows,
+            length=length,
+            batch_size=batch_size,
+            processes=self.processes.count,
+        )
+        self.spill = spills(plan, max_memory, self.processes, on_gpu=self.home is not None and self.home.type != "cpu")
         self.inputs = {
             "source": streamed.signature(),
             "windows": text,
@@ -236,7 +250,7 @@ class _Removal:
         """
         started = time.perf_counter()
         streamed, model = self.streamed, self.streamed.model
-        with RunFolder.open(out, self.inputs, resume=self.resume) as run:
+        with RunFolder.open(out, self.inputs, resume=self.resume, processes=self.processes) as run:
             if run.redone:
                 self.progress(ProgressEvent(f"redo {run.redone[0]} and what follows: it was damaged", 0, 1, "layer"))
             inspection = Inspection(streamed, self.allow_pruned, self.progress)
@@ -280,6 +294,7 @@ class _Removal:
             hold=streamed.hold,
             inspect=inspection,
             spill=run.path if self.spill else None,
+            processes=self.processes,
         )
 
     def _choose(self, run: RunFolder, stream: LayerStream | None, fingerprint: str) -> Choice:

@@ -25,6 +25,7 @@ from moesparse.layer_pruning import BlockReport, TensorReport, prune_layerwise
 from moesparse.layerwise import LayerStream
 from moesparse.memory import available_memory
 from moesparse.plan import Plan, plan_pruning
+from moesparse.processes import Processes
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import Recipe, Report, default_device, describe_calibration, expert_sizes
 from moesparse.run_folder import RunFolder
@@ -67,6 +68,10 @@ def prune_checkpoint(
 
     Holds what lies outside of the decoder layers, one layer with its sums (see `moesparse.prune`) and the hidden
     states of the calibration set; nothing that grows with the number of layers. Reads the source twice.
+
+    Where torch.distributed's default group is there, its processes share the work: all must call with the same
+    arguments, and see `source` and `out`. Each runs its own batches and prunes its own experts; the first one writes.
+    A process that ends is a ProcessError in the others.
 
     Args:
         source: a folder with safetensors under the names that transformers saves.
@@ -121,6 +126,7 @@ def prune_checkpoint(
             f"by layer, got {recipe.to_dict()} and {type(calibration).__name__}"
         )
     started = time.perf_counter()
+    processes = Processes.current()
     streamed = StreamedModel(source)
     model, blocks = streamed.model, streamed.blocks
     for block in blocks:
@@ -129,8 +135,16 @@ def prune_checkpoint(
     embedding: Any = model.get_input_embeddings()
     ids, mask = check_windows(calibration, embedding.weight.shape[0])
     home = torch.device(device) if device is not None else default_device()
-    plan = plan_pruning(model, blocks, recipe, windows=len(ids), length=ids.shape[1], batch_size=batch_size)
-    spill = spills(plan, max_memory, on_gpu=home is not None and home.type != "cpu")
+    plan = plan_pruning(
+        model,
+        blocks,
+        recipe,
+        windows=len(ids),
+        length=ids.shape[1],
+        batch_size=batch_size,
+        processes=processes.count,
+    )
+    spill = spills(plan, max_memory, processes, on_gpu=home is not None and home.type != "cpu")
     inputs = {
         "source": streamed.signature(),
         "windows": ordered_hash(ids, mask),
@@ -138,7 +152,7 @@ def prune_checkpoint(
         "batch size": batch_size,
         "release": __version__,
     }
-    with RunFolder.open(out, inputs, resume=resume) as run:
+    with RunFolder.open(out, inputs, resume=resume, processes=processes) as run:
         if run.redone:
             progress(ProgressEvent(f"redo {run.redone[0]} and what follows: it was damaged", 0, 1, "layer"))
         samples = room_for_samples(streamed.inside())
@@ -162,6 +176,7 @@ def prune_checkpoint(
             hold=streamed.hold,
             inspect=inspect,
             spill=run.path if spill else None,
+            processes=processes,
         )
         before = expert_sizes(model, blocks)
 
@@ -199,13 +214,20 @@ def prune_checkpoint(
     return report
 
 
-def spills(plan: Plan, max_memory: int | None, *, on_gpu: bool) -> bool:
+def spills(plan: Plan, max_memory: int | None, processes: Processes, *, on_gpu: bool) -> bool:
     """Whether the hidden states go to a file.
+
+    Args:
+        plan: of one process.
+        max_memory: bytes of RAM for one process; None is its part of what this machine has free.
+        processes: that share the work.
+        on_gpu: the layer at work lies on a GPU.
 
     Raises:
         UsageError: what cannot go there takes more than `max_memory`.
     """
-    room = available_memory() if max_memory is None else max_memory
+    free = available_memory()
+    room = max_memory if max_memory is not None or free is None else free // processes.here
     # on a GPU the layer at work, its sums and its factors lie there; it is written from RAM
     needed = plan.outside + plan.layer if on_gpu else plan.peak
     if max_memory is not None and needed > max_memory:

@@ -23,6 +23,7 @@ from moesparse.errors import CheckpointError, UsageError
 from moesparse.layer_statistics import drop_lone_angles, record_layer
 from moesparse.layerwise import LayerStream
 from moesparse.plan_experts import plan_calibration
+from moesparse.processes import Processes
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import default_device
 from moesparse.recorder import Recorder, window_sums
@@ -169,7 +170,8 @@ def calibrate_checkpoint(
     """Statistics of a checkpoint, layer by layer, into a file: the one that `calibrate` and `save` give.
 
     Holds what lies outside of the decoder layers, one layer with its sums and the hidden states of the calibration set;
-    of the other layers a few numbers per expert and window. Reads the source twice.
+    of the other layers a few numbers per expert and window. Reads the source twice. Processes of torch.distributed's
+    default group share the work, as in `prune_checkpoint`.
 
     Args:
         source: a folder with safetensors under the names that transformers saves.
@@ -197,15 +199,22 @@ def calibrate_checkpoint(
     """
     path = Path(path)
     check_moments(moments)
+    processes = Processes.current()
     check_statistics_file(path)
     streamed = StreamedModel(source)
     embedding: Any = streamed.model.get_input_embeddings()
     ids, mask = check_windows(windows, embedding.weight.shape[0])
     home = torch.device(device) if device is not None else default_device()
     plan = plan_calibration(
-        streamed.model, streamed.blocks, moments, windows=len(ids), length=ids.shape[1], batch_size=batch_size
+        streamed.model,
+        streamed.blocks,
+        moments,
+        windows=len(ids),
+        length=ids.shape[1],
+        batch_size=batch_size,
+        processes=processes.count,
     )
-    spill = spills(plan, max_memory, on_gpu=home is not None and home.type != "cpu")
+    spill = spills(plan, max_memory, processes, on_gpu=home is not None and home.type != "cpu")
     inputs = {
         "work": "calibrate",
         "source": streamed.signature(),
@@ -216,7 +225,7 @@ def calibrate_checkpoint(
         "release": __version__,
     }
     folder = unfinished_folder(path)
-    with RunFolder.open(folder, inputs, resume=resume) as run:
+    with RunFolder.open(folder, inputs, resume=resume, processes=processes) as run:
         inspection = Inspection(streamed, allow_pruned, progress)
         stream = LayerStream(
             streamed.model,
@@ -228,6 +237,7 @@ def calibrate_checkpoint(
             hold=streamed.hold,
             inspect=inspection,
             spill=run.path if spill else None,
+            processes=processes,
         )
         record_layers(run, streamed, stream, progress, moments=moments)
         blocks, sums = read_sums(run, len(ids))
@@ -235,7 +245,7 @@ def calibrate_checkpoint(
             by_window |= sums
         tokens = ids.numel() if mask is None else int(mask.sum())
         found = ModelStatistics(blocks, inspection.fingerprint, windows_hash(ids, mask), seed, tokens)
-        run.hand_over(_write_file(run, found), path)
+        run.hand_over(lambda: _write_file(run, found), path)
     with contextlib.suppress(OSError):
         folder.rmdir()
     return found

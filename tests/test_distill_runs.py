@@ -17,12 +17,12 @@ from faults import SmallDisk, Watch, assert_same, at, fail, kill
 
 from moesparse import demo
 from moesparse.cli import main
-from moesparse.cli.distill import _join_processes
 from moesparse.distillation import Settings, distill, distill_checkpoint
 from moesparse.distillation import journal as journal_module
 from moesparse.distillation.matching import match
 from moesparse.distillation.teacher import cache_bytes
 from moesparse.errors import CheckpointError, MoESparseError, UsageError
+from moesparse.processes import join
 from moesparse.surgery import remove_experts
 from moesparse.testing import prune_by_magnitude, tiny_model
 
@@ -42,7 +42,7 @@ def one_run(results, mode, state, slow, environment):
     """A run as a process of its own; puts what it found into the queue `results`."""
     torch.set_num_threads(1)
     os.environ.update(environment)
-    joined = _join_processes()
+    joined = join() is not None
     student, teacher = prune_by_magnitude(tiny_model("mixtral")), tiny_model("mixtral")
     report = distill(
         student,

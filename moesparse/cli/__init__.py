@@ -22,6 +22,7 @@ from moesparse.cli.distill import distill
 from moesparse.cli.evaluate import evaluate
 from moesparse.cli.inspect import inspect
 from moesparse.cli.pack import pack, unpack
+from moesparse.cli.processes import one_voice
 from moesparse.cli.prune import prune
 from moesparse.cli.report import report
 from moesparse.cli.serve import serve
@@ -73,27 +74,28 @@ def _options(
 def main() -> None:
     """Entry point: a user's mistake is one line and an exit code, never a traceback."""
     bound_compiled_products()
-    try:
-        app()
-    except MoESparseError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:
-            console.print("[bold red]interrupted:[/] nothing was written", soft_wrap=True)
+    with one_voice():
+        try:
+            app()
+        except MoESparseError as error:
+            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            sys.exit(2 if isinstance(error, UsageError) else 1)
+        except SystemExit as stop:
+            if stop.code == _INTERRUPTED:
+                console.print("[bold red]interrupted:[/] nothing was written", soft_wrap=True)
+                sys.exit(1)
+            raise
+        except BrokenPipeError:
+            # the reader of our output went away (| head): no message, and no second error while flushing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        raise
-    except BrokenPipeError:
-        # the reader of our output went away (| head): no message, and no second error while flushing
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if os.environ.get("MOESPARSE_TRACEBACK"):
-            traceback.print_exc()
-        console.print(
-            f"[bold red]unexpected {type(error).__name__}:[/] {escape(str(error))}\n"
-            "This is a defect of moesparse; MOESPARSE_TRACEBACK=1 shows where it happened.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        sys.exit(1)
+        except Exception as error:
+            if os.environ.get("MOESPARSE_TRACEBACK"):
+                traceback.print_exc()
+            console.print(
+                f"[bold red]unexpected {type(error).__name__}:[/] {escape(str(error))}\n"
+                "This is a defect of moesparse; MOESPARSE_TRACEBACK=1 shows where it happened.",
+                highlight=False,
+                soft_wrap=True,
+            )
+            sys.exit(1)

@@ -28,6 +28,7 @@ from moesparse.cli.common import (
     saying_what_is_left,
     show_domains,
 )
+from moesparse.cli.processes import job, joined, refuse_several
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +70,7 @@ def calibrate(
 
     The checkpoint is read layer by layer: it need not fit in memory, and a run that was stopped goes on with --resume
     from what it has left in STATISTICS.unfinished. --demonstrations-from-model and --whole load the whole model. A file
-    that is there is neither used again nor written over.
+    that is there is neither used again nor written over. With torchrun several processes share the text.
 
     From Python, moesparse.ModelStatistics.load reads the file, and files of the same model add up.
 
@@ -98,6 +99,8 @@ def calibrate(
             "--resume, --dry-run and --max-memory must be left out where the whole model is loaded: --whole and "
             "--demonstrations-from-model"
         )
+    if whole or demonstrations_from_model is not None:
+        refuse_several("--whole" if whole else "--demonstrations-from-model")
     run = _Run(
         model,
         statistics,
@@ -166,7 +169,7 @@ class _Run:
     text: TextOptions
 
     def by_layer(self, *, resume: bool, dry_run: bool, max_memory: str, as_json: bool) -> Done | None:
-        """One layer in memory at a time; None when the plan was all that was asked for."""
+        """One layer in memory at a time; None where there is no more to tell."""
         from moesparse.cli.streamed import calibration_plan_for, naming_the_whole, parse_limit, read_text, tell_plan
         from moesparse.run_folder import what_is_kept
         from moesparse.skeleton import local_folder
@@ -179,7 +182,12 @@ class _Run:
         if tell_plan(plan, self.text.device, dry_run=dry_run, as_json=as_json):
             return None
         kept = unfinished_folder(self.statistics)
-        with saying_what_is_left(lambda: what_is_kept(kept)), naming_the_whole(), progress_bar() as progress:
+        with (
+            joined(self.text.device),
+            saying_what_is_left(lambda: what_is_kept(kept)),
+            naming_the_whole(),
+            progress_bar() as progress,
+        ):
             choose = self._choose(meta_model(folder))
             text, _ = read_text(self.text, folder, progress)
             by_window: dict[str, Tensor] = {}
@@ -196,7 +204,7 @@ class _Run:
                 max_memory=limit,
                 progress=progress,
             )
-        return result, by_window, text.domains, choose
+        return (result, by_window, text.domains, choose) if job.rank == 0 else None
 
     def whole(self) -> Done:
         """Load the model."""

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from moesparse.errors import CalibrationError, UsageError
+from moesparse.cli.processes import job
+from moesparse.errors import CalibrationError, ProcessError, UsageError
 from moesparse.progress import Progress, ProgressEvent, silent
 
 if TYPE_CHECKING:
@@ -80,29 +81,42 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def saying_what_is_left(kept: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run with exit code 1 and one line.
+    """Ctrl-C and SIGTERM end the run with exit code 1 and one line, and so does the end of a process that shares it.
 
     Args:
         kept: says what is finished and where; "" when nothing is.
     """
 
     def stop(_number: int, _frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        found = kept()
-        console.print(
-            "[bold red]stopped:[/] "
-            + (f"{found}; the same command with --resume goes on" if found else "nothing was finished or written"),
-            highlight=False,
-            soft_wrap=True,
-        )
+    except (KeyboardInterrupt, ProcessError) as error:
+        # torchrun stops all processes when one has ended, and that may come while it is being told
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if job.claim():
+            found = kept()
+            console.print(
+                f"[bold red]stopped:[/] {_why(error)}"
+                + (f"{found}; the same command with --resume goes on" if found else "nothing was finished or written"),
+                highlight=False,
+                soft_wrap=True,
+            )
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _why(error: BaseException) -> str:
+    """Which process has ended, where one has: the beginning of a sentence."""
+    unreached = isinstance(error, ProcessError)
+    gone = job.lost(seconds=2.0 if unreached else 0.0)
+    if gone:
+        return f"the process of rank {', '.join(map(str, gone))} of {len(job.peers)} has ended; "
+    return "another process has ended or cannot be reached; " if unreached else ""
 
 
 @contextlib.contextmanager
@@ -139,7 +153,7 @@ WHOLE_HELP = (
 )
 RESUME_HELP = "Go on with the unfinished run that was left there."
 DRY_RUN_HELP = "Only print the plan: memory, bytes, time. config.json is enough."
-MAX_MEMORY_HELP = "RAM to stay within, such as 24GiB; refused when it cannot be."
+MAX_MEMORY_HELP = "RAM to stay within, such as 24GiB; refused when it cannot be. Under torchrun of each process."
 PROTECT_HELP = "Keep super-experts, those with extreme outputs (arXiv 2507.23279), whatever their score."
 
 

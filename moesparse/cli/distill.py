@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -25,6 +24,7 @@ from moesparse.cli.common import (
     resolve_device,
     saying_what_is_left,
 )
+from moesparse.cli.processes import job, joined
 
 _WINDOWS = 1000
 _EMBEDDED_WINDOWS = 240
@@ -90,12 +90,12 @@ def distill(
       torchrun --nproc-per-node 8 -m moesparse distill mixtral-2to4 --teacher mixtral/ -o out --calibration c4.jsonl
     """
     from moesparse.distillation import DistillWarning
-    from moesparse.distillation.distributed import Processes
+    from moesparse.distillation.distributed import TrainingProcesses
     from moesparse.distillation.settings import check_mode, resolve_settings
 
     check_mode(mode)
-    started = _join_processes()
-    try:
+    target = resolve_device(device)
+    with joined(target):
         changes = {
             "learning_rate": learning_rate,
             "epochs": epochs,
@@ -110,13 +110,13 @@ def distill(
             resolve_settings(preset or ("small" if small else "paper")),
             **{name: value for name, value in changes.items() if value is not None},  # type: ignore[arg-type]
         )
-        Processes.current().check(mode, settings)
+        TrainingProcesses.current().check(mode, settings)
         wanted: dict[str, Any] = {
             "samples": samples or (_EMBEDDED_WINDOWS if small and not calibration else _WINDOWS),
             "length": length,
             "seed": seed,
         }
-        run = _Run(student, teacher, output, settings, resolve_device(device), calibration or [], wanted, resume, logs)
+        run = _Run(student, teacher, output, settings, target, calibration or [], wanted, resume, logs)
         # a packed student is small enough to be unpacked: only what is stored dense is read layer by layer
         folders = mode == "blockwise" and not packed and not _is_packed(sources[student])
         with quiet_libraries(), warnings.catch_warnings():
@@ -126,11 +126,6 @@ def distill(
                 report = run.by_layer()
             else:
                 report = run.whole(mode, packed, checkpointing=checkpointing, cache=cache, save_every=save_every)
-    finally:
-        if started:
-            import torch.distributed
-
-            torch.distributed.destroy_process_group()
     if report is None:
         return
     if as_json:
@@ -157,7 +152,6 @@ class _Run:
         """Load both models; None in every process but the first."""
         from moesparse.checkpoint import CONFIG_KEY, check_output_folder, load_pretrained, save_pretrained
         from moesparse.distillation import distill
-        from moesparse.distillation.distributed import Processes
         from moesparse.errors import CheckpointError
         from moesparse.model_card import card_in_form, distilled_card
         from moesparse.packing import packed_blocks
@@ -165,8 +159,7 @@ class _Run:
         check_output_folder(self.output)
         state = self.output.with_name(self.output.name + ".state")
         source = Path(model_source(self.student))
-        speaks = Processes.current().first
-        with saying_what_is_left(lambda: _kept_state(state)), progress_bar(quiet=not speaks) as progress:
+        with saying_what_is_left(lambda: _kept_state(state)), progress_bar() as progress:
             network, tokenizer = load_pretrained(source)
             dense, _ = load_pretrained(model_source(self.teacher))
             wanted = TextOptions(self.calibration, **self.wanted)
@@ -184,7 +177,7 @@ class _Run:
                 progress=progress,
                 **options,
             )
-        if not speaks:
+        if job.rank:
             return None
         noted: dict[str, Any] = getattr(network.config, CONFIG_KEY, None) or {}
         stays_packed = packed or any(True for _ in packed_blocks(network))
@@ -246,19 +239,6 @@ def _card(folder: Path) -> str:
 def _is_packed(folder: str) -> bool:
     file = Path(folder) / "config.json"
     return file.is_file() and "quantization_config" in json.loads(file.read_text())
-
-
-def _join_processes() -> bool:
-    """Under torchrun: start the process group; True when this call has."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return False
-    import torch
-    import torch.distributed as dist
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return True
 
 
 def _show(report: Any, output: Path) -> None:

@@ -31,6 +31,7 @@ from moesparse.cli.common import (
     saying_what_is_left,
     show_domains,
 )
+from moesparse.cli.processes import job, joined, refuse_several
 
 SALIENCY_HELP = (
     "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm (the "
@@ -131,6 +132,9 @@ def prune(
     and a run that was stopped goes on with --resume. --target-bytes, --refine-experts, --demonstrations-from-model and
     magnitude without an update load the whole model, and so does --whole.
 
+    With torchrun several processes share the work: the batches of the text and the experts of a block. What loads the
+    whole model does not.
+
     Examples:
 
       moesparse prune demo out/demo-2to4
@@ -142,6 +146,8 @@ def prune(
       moesparse prune demo out/twelve-experts --keep-experts 12
 
       moesparse prune demo out/demo-0.7 --target-bytes 0.7
+
+      torchrun --nproc-per-node 8 -m moesparse prune mixtral/ out/mixtral --calibration c4.jsonl
     """
     from moesparse.budget_pruning import BudgetReport, plan_budget
     from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
@@ -198,6 +204,14 @@ def prune(
             "--target-bytes (but for --dry-run), --refine-experts, --demonstrations-from-model, and magnitude without "
             "an update"
         )
+    if not streams:
+        loading = {
+            "--whole": whole,
+            "--target-bytes": recipe.target_bytes is not None,
+            "--demonstrations-from-model": demonstrations_from_model is not None,
+            "--refine-experts": refine_experts,
+        }
+        refuse_several(", ".join(name for name, given in loading.items() if given) or "magnitude without an update")
     saved = _load_statistics(statistics, seed) if statistics else None
     if streams:
         with quiet_libraries():
@@ -275,7 +289,7 @@ def _prune_streamed(
     allow_pruned: bool,
     as_json: bool,
 ) -> Any:
-    """Print the plan, then prune layer by layer; None when the plan was all that was asked for."""
+    """Print the plan, then prune layer by layer; None where there is no more to tell."""
     from moesparse.checkpoint import load_tokenizer
     from moesparse.cli.streamed import naming_the_whole, parse_limit, plan_for, read_text, tell_plan
     from moesparse.model_card import model_card
@@ -288,12 +302,17 @@ def _prune_streamed(
     plan = plan_for(folder, recipe, text if statistics is None else replace(text, samples=0, length=1))
     if tell_plan(plan, text.device, dry_run=dry_run, as_json=as_json):
         return None
-    with saying_what_is_left(lambda: what_is_left(out)), naming_the_whole(), progress_bar() as progress:
+    with (
+        joined(text.device),
+        saying_what_is_left(lambda: what_is_left(out)),
+        naming_the_whole(),
+        progress_bar() as progress,
+    ):
         if statistics is None:
             found, tokenizer = read_text(text, folder, progress)
         else:
             tokenizer = load_tokenizer(folder)
-        return prune_checkpoint(
+        report = prune_checkpoint(
             folder,
             out,
             statistics if statistics is not None else found.windows,
@@ -308,6 +327,7 @@ def _prune_streamed(
             max_memory=limit,
             progress=progress,
         )
+    return report if job.rank == 0 else None
 
 
 def _load_statistics(sources: list[str], seed: int | None) -> Any:

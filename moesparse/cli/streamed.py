@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from moesparse.cli.common import console, format_bytes, print_json
+from moesparse.cli.processes import count
 from moesparse.errors import NotInPiecesError, UsageError
 from moesparse.sizes import parse_size
 
@@ -55,7 +56,8 @@ def _planned_for(folder: Path, text: TextOptions) -> tuple[Any, Any, dict[str, i
 
     model = meta_model(folder)
     length = min(text.length, context_length(model))
-    return model, find_moe_blocks(model), {"windows": text.samples, "length": length, "batch_size": text.batch_size}
+    sizes = {"windows": text.samples, "length": length, "batch_size": text.batch_size, "processes": count()}
+    return model, find_moe_blocks(model), sizes
 
 
 def tell_plan(plan: Plan, device: Any, *, dry_run: bool, as_json: bool) -> bool:
@@ -112,6 +114,8 @@ def show_plan(facts: dict[str, Any]) -> None:
     table.add_row("experts of a block", f"{facts['experts']}{keep}")
     table.add_row("parameters, active for a token", f"{facts['parameters']:.3g}, {facts['active_parameters']:.3g}")
     table.add_row("calibration tokens", f"{facts['tokens']:,}")
+    if facts["processes"] > 1:
+        table.add_row("processes, each with what is in memory below", str(facts["processes"]))
     for what, key in (
         ("checkpoint", "weights"),
         ("experts of the result, packed", "packed"),

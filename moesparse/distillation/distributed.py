@@ -8,14 +8,12 @@ step are dealt out, so losses are those of one process with the same settings, t
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
@@ -25,42 +23,16 @@ from moesparse.distillation.settings import Settings
 from moesparse.distillation.teacher import LiveTeacher
 from moesparse.distillation.training import master_weights
 from moesparse.errors import UsageError
+from moesparse.processes import Processes
 
-__all__ = ["Processes"]
+__all__ = ["TrainingProcesses"]
 
 AtWork = tuple[nn.Module, list[Pair], dict[str, nn.Parameter]]
 """The model that trains, the pairs with its blocks, and its trained parameters by name."""
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a run.
-
-    Attributes:
-        rank: of this one.
-        count: of all.
-    """
-
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def current(cls) -> Processes:
-        """Those of torch.distributed's default group, or this one alone."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return cls()
-        return cls(dist.get_rank(), dist.get_world_size())
-
-    @property
-    def first(self) -> bool:
-        """Whether this process speaks and writes."""
-        return self.rank == 0
-
-    def device(self) -> torch.device:
-        """Where this process trains unless told otherwise."""
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.count > 1 else torch.device("cuda")
+class TrainingProcesses(Processes):
+    """The processes of a training run."""
 
     def check(self, mode: str, settings: Settings) -> None:
         """UsageError where several processes cannot share the work."""
@@ -80,19 +52,6 @@ class Processes:
                 f"cache must be complete with {self.count} processes, got {missing} windows without outputs: fill it "
                 "in one process first"
             )
-
-    def share(self, forwards: Sequence[Tensor]) -> list[Tensor]:
-        """This process's forwards of a step."""
-        return list(forwards[self.rank :: self.count])
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over processes of a small float64 tensor on the CPU."""
-        if self.count == 1:
-            return values
-        place = torch.device("cpu") if dist.get_backend() == "gloo" else self.device()
-        total = values.to(place)
-        dist.all_reduce(total)
-        return total.cpu() / self.count
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A sharded tensor made whole; every process must call."""

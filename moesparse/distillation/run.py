@@ -90,7 +90,7 @@ def distill(
     ids, mask = check_windows(windows, vocabulary_size(student))
     if ids.shape[1] < 2:
         raise UsageError("windows must have at least 2 tokens to predict one, got 1")
-    processes = distributed.Processes.current()
+    processes = distributed.TrainingProcesses.current()
     processes.check(mode, numbers)
     packed = any(True for _ in packed_blocks(student))
     if packed:

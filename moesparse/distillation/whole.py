@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from moesparse.blocks import decoder_layers
 from moesparse.calibration import evaluating
 from moesparse.dispatch import experts_run_by
-from moesparse.distillation.distributed import Processes
+from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.experts import Routed, StudentExperts
 from moesparse.distillation.journal import Journal, StateFile
 from moesparse.distillation.matching import Pair
@@ -34,7 +34,7 @@ def train_whole(
     ids: Tensor,
     mask: Tensor | None,
     settings: Settings,
-    processes: Processes,
+    processes: TrainingProcesses,
     *,
     journal: Journal,
     file: StateFile | None,
@@ -155,7 +155,7 @@ class _Losses:
 
 
 @torch.no_grad()
-def _balance(losses: _Losses, settings: Settings, windows: int, processes: Processes) -> float:
+def _balance(losses: _Losses, settings: Settings, windows: int, processes: TrainingProcesses) -> float:
     """lambda: as asked for, or what makes both parts of the loss equal at step 0."""
     if settings.expert_weight is not None:
         return settings.expert_weight

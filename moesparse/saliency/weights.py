@@ -60,6 +60,7 @@ class _Request(NamedTuple):
     damping: float
     keep_solved: bool
     name: str
+    first: int
 
 
 def choose_masks(
@@ -73,6 +74,7 @@ def choose_masks(
     damping: float = solvers.DAMPING,
     keep_solved: bool = False,
     name: str = "weight",
+    first: int = 0,
 ) -> MaskChoice:
     """Choose what stays of every expert's matrix.
 
@@ -86,6 +88,7 @@ def choose_masks(
         damping: of the second moments, as a share of their mean diagonal; raised per expert where it does not suffice.
         keep_solved: keep what is `MaskChoice.solved`; 4 bytes for each weight.
         name: of the tensor, for errors.
+        first: number of the first expert where `weight` is a part of a matrix: "random" draws as for the whole.
 
     Returns:
         exactly the pattern's count in every row or group.
@@ -100,7 +103,7 @@ def choose_masks(
     pattern.check_matrix(name, weight.shape[-1])
     if not all_finite(weight):
         raise MoESparseError(f"{name}: weights must be finite, got inf or NaN")
-    choice = _RULES[rule].choose(_Request(weight, pattern, stats, input, seed, damping, keep_solved, name))
+    choice = _RULES[rule].choose(_Request(weight, pattern, stats, input, seed, damping, keep_solved, name, first))
     if rule in ("magnitude", "random"):
         return choice
     fallback = _unseen(stats, input)
@@ -214,6 +217,8 @@ def _magnitude(request: _Request) -> MaskChoice:
 def _random(request: _Request) -> MaskChoice:
     # the name makes matrices of one model differ; the draw is on the CPU, so that devices agree
     generator = torch.Generator().manual_seed(request.seed ^ zlib.crc32(request.name.encode()))
+    for _ in range(request.first):
+        torch.rand(request.weight.shape[1:], generator=generator)
     masks = [
         mask_from_score(torch.rand(expert.shape, generator=generator), request.pattern, name=request.name)
         for expert in request.weight
