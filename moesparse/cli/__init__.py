@@ -22,7 +22,7 @@ from moesparse.cli.distill import distill
 from moesparse.cli.evaluate import evaluate
 from moesparse.cli.inspect import inspect
 from moesparse.cli.pack import pack, unpack
-from moesparse.cli.processes import one_voice
+from moesparse.cli.processes import job, one_voice
 from moesparse.cli.prune import prune
 from moesparse.cli.report import report
 from moesparse.cli.serve import serve
@@ -78,7 +78,8 @@ def main() -> None:
         try:
             app()
         except MoESparseError as error:
-            console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            job.claim()
+            console.print(f"[bold red]error:[/] {job.name}{escape(str(error))}", highlight=False, soft_wrap=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
         except SystemExit as stop:
             if stop.code == _INTERRUPTED:
@@ -90,10 +91,11 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
+            job.claim()
             if os.environ.get("MOESPARSE_TRACEBACK"):
                 traceback.print_exc()
             console.print(
-                f"[bold red]unexpected {type(error).__name__}:[/] {escape(str(error))}\n"
+                f"[bold red]unexpected {type(error).__name__}:[/] {job.name}{escape(str(error))}\n"
                 "This is a defect of moesparse; MOESPARSE_TRACEBACK=1 shows where it happened.",
                 highlight=False,
                 soft_wrap=True,

@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from moesparse.errors import MoESparseError, UsageError
+from moesparse.errors import UsageError
 
 __all__ = ["count", "job", "joined", "one_voice", "refuse_several"]
 
-# an error that all processes have alike is told by the first one
+# seconds in which the first process may tell what others have met as well: in the job, and where they have not joined
 _FIRST_REFUSAL = 0.5
+_WITHOUT_STORE = 20.0
 
 
 def count() -> int:
@@ -46,14 +45,18 @@ class Job:
     """The processes of this command, this one among them.
 
     Attributes:
-        rank: of this one.
         store: that they share; None before they have joined, and where this one is alone.
         peers: machine and process id of each.
     """
 
-    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")) if count() > 1 else 0)
     store: Any = None
     peers: list[tuple[str, int]] = field(default_factory=list)
+    _claimed: bool | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
     def join(self, device: Any) -> None:
         """Start the process group, where there are several."""
@@ -65,19 +68,24 @@ class Job:
 
     def claim(self) -> bool:
         """Leave the job; True for the one process that may say why, on standard error."""
+        if self._claimed is None:
+            self._claimed = self._claim()
+            if count() > 1:
+                sys.stderr = sys.__stderr__ if self._claimed else Path(os.devnull).open("w")  # noqa: SIM115
+        return self._claimed
+
+    def _claim(self) -> bool:
         if self.store is None:
-            return self.rank == 0
-        if self.rank:
-            time.sleep(_FIRST_REFUSAL)
+            # torchrun ends this one as soon as the first has told the same
+            time.sleep(_WITHOUT_STORE if self.rank else 0)
+            return True
+        time.sleep(_FIRST_REFUSAL if self.rank else 0)
         try:
             self.store.add(f"left/{self.rank}", 1)
-            claimed = self.store.add("claimed", 1) == 1
+            return self.store.add("claimed", 1) == 1
         except RuntimeError:
             # the store went with the first process
-            claimed = self.rank == 1
-        if claimed and sys.__stderr__ is not None:
-            sys.stderr = sys.__stderr__
-        return claimed
+            return self.rank == 1
 
     def lost(self, seconds: float = 0.0) -> list[int]:
         """Ranks of the processes on this machine that have ended without leaving the job.
@@ -97,7 +105,7 @@ class Job:
     @property
     def name(self) -> str:
         """What an error of this process begins with: "" for the first, which speaks for all."""
-        return f"process of rank {self.rank} of {len(self.peers)}: " if self.rank and self.peers else ""
+        return f"process of rank {self.rank} of {count()}: " if self.rank else ""
 
 
 job = Job()
@@ -105,23 +113,14 @@ job = Job()
 
 
 @contextlib.contextmanager
-def joined(device: Any) -> Iterator[Job]:
+def joined(device: Any) -> Iterator[None]:
     """Under torchrun be one of the processes of the job for the body.
 
     Args:
         device: torch device to work on, or None.
     """
     job.join(device)
-    try:
-        yield job
-    except typer.Exit:
-        raise
-    except MoESparseError as error:
-        job.claim()
-        raise type(error)(f"{job.name}{error}") from error
-    except Exception:
-        job.claim()
-        raise
+    yield
     if job.store is not None:
         import torch.distributed
 
@@ -139,6 +138,10 @@ def one_voice() -> Iterator[None]:
         sys.stdout = sys.stderr = nowhere
         try:
             yield
+        except SystemExit as stop:
+            if stop.code:
+                job.claim()
+            raise
         finally:
             sys.stdout, sys.stderr = before
 
