@@ -12,9 +12,17 @@ VOCABULARY = 1000
 
 
 def make_checkpoint(
-    folder: Path, layers: int, hidden: int, intermediate: int, *, experts: int = 8, top_k: int = 2, heads: int = 8
+    folder: Path,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    experts: int = 8,
+    top_k: int = 2,
+    heads: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Write a bf16 Mixtral; the same arguments give the same weights.
+    """Write a Mixtral; the same arguments give the same weights.
 
     Args:
         folder: new.
@@ -24,6 +32,7 @@ def make_checkpoint(
         experts: of a layer.
         top_k: of them work on a token.
         heads: of the attention, a quarter of them for keys and values.
+        dtype: of the weights.
     """
     from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -39,20 +48,20 @@ def make_checkpoint(
         num_key_value_heads=max(heads // 4, 1),
         num_local_experts=experts,
         num_experts_per_tok=top_k,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         architectures=["MixtralForCausalLM"],
     )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     views = checkpoint_views(model, model.state_dict())
     random = torch.Generator().manual_seed(0)
     specs = [TensorSpec.of(key, view.dtype, view.shape) for key, view in views.items()]
     with ShardWriter(folder, specs, 500 * 10**6) as writer:
         for key, view in views.items():
             tensor = torch.ones(view.shape) if view.ndim == 1 else 0.02 * torch.randn(view.shape, generator=random)
-            writer.write(key, tensor.bfloat16())
+            writer.write(key, tensor.to(dtype))
     writer.write_index()
 
 
