@@ -434,7 +434,8 @@ def _stable(entries: Any) -> Any:
 
 def fingerprint_sample(tensor: Tensor) -> Tensor:
     """About _SAMPLES evenly strided elements as float32 on the CPU."""
-    return tensor.detach().reshape(-1)[:: _sample_stride(tensor)].to("cpu", torch.float32)
+    # a copy even where dtype and device are these: a view would hold all of the tensor
+    return tensor.detach().reshape(-1)[:: _sample_stride(tensor)].to("cpu", torch.float32, copy=True)
 
 
 def _sample_stride(tensor: Tensor) -> int:

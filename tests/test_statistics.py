@@ -12,7 +12,14 @@ from slow_sums import assert_same_bits, assert_same_sums, sums_of, windows
 
 from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError
-from moesparse.statistics import FORMAT, ExpertStatistics, ModelStatistics, model_fingerprint, windows_hash
+from moesparse.statistics import (
+    FORMAT,
+    ExpertStatistics,
+    ModelStatistics,
+    fingerprint_sample,
+    model_fingerprint,
+    windows_hash,
+)
 from moesparse.testing import prune_by_magnitude, tiny_model
 
 
@@ -248,3 +255,9 @@ def test_the_text_hash_is_of_the_windows_not_of_their_order():
     assert windows_hash(ids) != windows_hash(ids.flip(1))
     twice = torch.cat([ids, ids])
     assert windows_hash(twice) != windows_hash(ids)
+
+
+def test_a_fingerprint_sample_holds_no_weights():
+    # also of a tensor that is float32 on the CPU already, or a run layer by layer would keep every layer
+    weight = torch.zeros(64, 4096)
+    assert fingerprint_sample(weight).untyped_storage().nbytes() < weight.nbytes / 16

@@ -1,4 +1,4 @@
-"""Seconds, CPU seconds and peak memory of a run from folder to folder. Plain Python: every peer's environment has it."""
+"""Seconds, CPU seconds and peak memory of a run from folder to folder; plain Python, for every environment."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ class Clock:
         }
 
 
-def serve(run: Callable[[dict[str, Any], Clock], Any], versions: dict[str, str]) -> None:
+def serve(
+    run: Callable[[dict[str, Any], Clock], Any],
+    versions: dict[str, str],
+    look: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
     """Do the job of this process's one argument and print its row as the last line.
 
     The job: {"source": folder, "out": folder, "windows": file, "batch_size": int, "options": {...}, "warm_up": {...}},
@@ -56,9 +60,14 @@ def serve(run: Callable[[dict[str, Any], Clock], Any], versions: dict[str, str])
     Args:
         run: does a job; a clock has been started for it.
         versions: of what does the work.
+        look: finds out about the job what its folder does not tell, once it is done and measured, where the job has
+            "look".
     """
     job = json.loads(sys.argv[1])
     run({**job, **job["warm_up"]}, Clock())
     clock = Clock()
     run(job, clock)
-    print(json.dumps({**clock.row(), "versions": versions}))
+    row = {**clock.row(), "versions": versions}
+    if look is not None and job.get("look"):
+        row["looked"] = look(job)
+    print(json.dumps(row))

@@ -52,11 +52,10 @@ def _plain(rule: str) -> Contender:
 def _llm_compressor(
     modifier: str, fair: bool, save: str = "repacked", parts: tuple[str, ...] = ("quality", "cost")
 ) -> Contender:
-    how = (
-        {"wanda": "experts, routed", "sparsegpt": "experts, routed", "reap": "routed"}[modifier] if fair else "defaults"
-    )
-    name = f"llm-compressor {modifier}, {how}" + ("" if save == "repacked" else ", saved as it is")
-    task = "experts" if modifier == "reap" else "2:4"
+    task, settings = ("experts", "routed") if modifier == "reap" else ("2:4", "experts, routed")
+    name = f"llm-compressor {modifier}, {settings if fair else 'defaults'}"
+    if save != "repacked":
+        name += ", saved as it is"
     options = {"modifier": modifier, "fair": fair, "save": save}
     like = _LIKE[modifier] if save == "repacked" else None
     return Contender(name, "benchmarks.peers.llm_compressor.run", options, task, "llm-compressor", parts, like)

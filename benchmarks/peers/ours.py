@@ -35,9 +35,4 @@ def run(job: dict[str, Any], clock: Clock) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     bound_compiled_products()
-    versions = {
-        "moesparse": moesparse.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
-    serve(run, versions)
+    serve(run, {package.__name__: package.__version__ for package in (moesparse, transformers, torch)})

@@ -156,14 +156,12 @@ def draw(rows: Rows, path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(6.2 * len(panels), 5.0), squeeze=False)
     for axis, (part, key, unit, title) in zip(axes[0], panels, strict=True):
         # a folder whose experts are drawn at random has a perplexity that would leave nothing else to see
-        names = [
-            name for name in _names(rows, part) if _of(rows, part, name) and not _of(rows, part, name)[0]["missing"]
-        ]
+        whole = {row["contender"] for row in _of(rows, part) if not row.get("missing")}
+        names = [name for name in _names(rows, part) if name in whole]
         values = [(_median(_of(rows, part, name), key) or 0.0) / unit for name in names]
         bars = axis.barh(range(len(names)), values, color=[COLOURS[_side(name)] for name in names])
-        axis.bar_label(
-            bars, labels=[_number(value, 0 if value >= 100 else 1) for value in values], fontsize=8, padding=3
-        )
+        labels = [_number(value, 0 if value >= 100 else 1) for value in values]
+        axis.bar_label(bars, labels=labels, fontsize=8, padding=3)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.15)
