@@ -35,6 +35,9 @@ gpu: ## GPU tests, benchmarks, figures: PART="tests decode ..." SHAPES=... AGAIN
 		$(if $(PART),--parts $(PART)) $(if $(SHAPES),--shapes $(SHAPES)) $(if $(AGAIN),--again) \
 		$(if $(DRY),--dry --results $(or $(RESULTS),out/gpu-dry-run),$(if $(RESULTS),--results $(RESULTS)))
 
+peers: $(STAMP) ## side by side with llm-compressor and plain baselines, in environments of their own
+	$(BIN)/python -m benchmarks.peers
+
 .venv-triton-3.6/.installed: TRITON = $(TRITON_OLDEST)
 .venv-triton-newest/.installed: TRITON = $(TRITON_NEWEST)
 # --no-deps, because torch names the one Triton it was built with
@@ -85,6 +88,6 @@ format: $(STAMP) ## ruff's fixes and layout
 	$(BIN)/ruff format .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .venv-triton-* .venv-vllm-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test test-triton test-vllm gpu lint format clean
+.PHONY: help demo test test-triton test-vllm gpu peers lint format clean
