@@ -201,6 +201,34 @@ def test_a_step_is_adamw_on_the_mean_of_its_forwards():
         assert close.float().mean() > 0.999, name
 
 
+def test_logits_stand_in_for_the_text():
+    """CE, KL and the loss against the models' own logits in float64; padding is left out."""
+    student, teacher, ids = student_of(), tiny_model("mixtral"), windows()
+    mask = torch.ones_like(ids)
+    mask[:, 12:] = 0
+    with torch.no_grad():
+        ours, theirs = (
+            model(ids, attention_mask=mask).logits[:, :11].double().log_softmax(-1) for model in (student, teacher)
+        )
+    kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    ce = -float(ours.gather(-1, ids[:, 1:12, None]).mean())
+    settings = Settings(1e-2, epochs=8, batch_size=8, micro_batch=8, expert_weight=0.0, logit_share=0.75)
+    report = distill(student, teacher, (ids, mask), settings=settings)
+    first, last = report.rows[0], report.rows[-1]
+    assert first["kl"] == pytest.approx(kl, rel=1e-4)
+    assert first["ce"] == pytest.approx(ce, rel=1e-5)
+    assert first["loss"] == pytest.approx(0.25 * ce + 0.75 * kl, rel=1e-4)
+    assert first["experts"] == report.expert_weight == 0.0
+    assert last["loss"] < 0.9 * first["loss"]
+    assert report.zeros[0] == report.zeros[1]
+    # lambda balances what stands in the place of CE
+    student = student_of()
+    report = distill(student, teacher, (ids, mask), settings=dataclasses.replace(settings, expert_weight=None))
+    assert report.expert_weight * report.rows[0]["experts"] == pytest.approx(0.25 * ce + 0.75 * kl, rel=1e-4)
+    alone = dataclasses.replace(settings, epochs=1, logit_share=1.0)
+    assert distill(student_of(), teacher, (ids, mask), settings=alone).rows[0]["loss"] == pytest.approx(kl, rel=1e-4)
+
+
 def test_gradient_checkpointing_changes_memory_only():
     rows = []
     for checkpointing in (False, True):
@@ -272,6 +300,11 @@ class TestEarlyWarnings:
         with pytest.warns(DistillWarning, match=r"the expert loss went from .* within 10 steps: the learning rate"):
             report = distill(student_of(), tiny_model("mixtral"), windows(), settings=settings)
         assert len(report.warnings) == 1
+
+    def test_logits_that_come_no_closer(self):
+        settings = Settings(1e-9, epochs=10, batch_size=8, micro_batch=8, expert_weight=0.0, logit_share=1.0)
+        with pytest.warns(DistillWarning, match=r"^KL went from .* within 10 steps: the learning rate"):
+            distill(student_of(), tiny_model("mixtral"), windows(), settings=settings)
 
     def test_batches_that_differ_are_no_plateau(self):
         noise = torch.randn(100, generator=torch.Generator().manual_seed(0)).tolist()
@@ -365,6 +398,11 @@ class TestRefusals:
             ({"settings": "large"}, "settings must be Settings or one of paper, small, got 'large'"),
             ({"resume": True}, "resume must come with the state folder"),
             ({"mode": "blockwise", "checkpointing": True}, "belong to mode='global', got mode='blockwise'"),
+            (
+                {"mode": "blockwise", "settings": Settings(logit_share=0.5)},
+                "logit_share must be 0 in blockwise mode, which has no logits, got 0.5",
+            ),
+            ({"settings": Settings(logit_share=1.0), "cache": "c"}, "cache must be None with logit_share 1.0, got c"),
             ({"save_every": 0}, "save_every must be at least 1, got 0"),
             ({"windows": torch.zeros(2, 1, dtype=torch.long)}, "at least 2 tokens"),
             ({"windows": torch.full((2, 8), 10**6)}, "token ids must lie in"),
@@ -380,6 +418,7 @@ class TestRefusals:
             ({"epochs": 0}, "epochs must be at least 1"),
             ({"batch_size": 6, "micro_batch": 4}, "batch_size must be a multiple of micro_batch=4, got 6"),
             ({"expert_weight": -1.0}, "expert_weight must be at least 0"),
+            ({"logit_share": 1.5}, "logit_share must be from 0 to 1, got 1.5"),
         ):
             with pytest.raises(UsageError, match=message):
                 Settings(**wrong)

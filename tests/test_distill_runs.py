@@ -1,5 +1,6 @@
 """Runs that are killed, cached, logged, spread over processes, or started from the command line."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -38,7 +39,7 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["moesparse.cli.distill", "moesparse.distillation", "transformers.models.mixtral"])
 
 
-def one_run(results, mode, state, slow, environment):
+def one_run(results, mode, state, slow, environment, settings):
     """A run as a process of its own; puts what it found into the queue `results`."""
     torch.set_num_threads(1)
     os.environ.update(environment)
@@ -49,7 +50,7 @@ def one_run(results, mode, state, slow, environment):
         teacher,
         windows(),
         mode,
-        settings=SETTINGS,
+        settings=settings,
         state=state,
         save_every=1,
         resume=state is not None,
@@ -61,9 +62,9 @@ def one_run(results, mode, state, slow, environment):
         torch.distributed.destroy_process_group()
 
 
-def start(mode, state=None, slow=0.0, environment=None):
+def start(mode, state=None, slow=0.0, environment=None, settings=SETTINGS):
     results = processes.Queue()
-    process = processes.Process(target=one_run, args=(results, mode, state, slow, environment or {}))
+    process = processes.Process(target=one_run, args=(results, mode, state, slow, environment or {}, settings))
     process.start()
     return process, results
 
@@ -94,13 +95,16 @@ def test_a_run_killed_by_9_goes_on_to_the_same_losses(mode, tmp_path):
     assert resumed == whole
 
 
-def test_two_processes_with_fsdp_give_the_losses_of_one():
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_two_processes_with_fsdp_give_the_losses_of_one(share):
+    settings = dataclasses.replace(SETTINGS, logit_share=share)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    both = [start("global", environment=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    one = finish(start("global"))
+    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    both = [start("global", environment=rank, settings=settings) for rank in ranks]
+    one = finish(start("global", settings=settings))
     for two in [finish(each) for each in both]:
         assert two["weight"] == pytest.approx(one["weight"], rel=1e-5)
         for mine, theirs in zip(one["rows"], two["rows"], strict=True):

@@ -53,6 +53,10 @@ def distill(
     expert_weight: Annotated[
         float | None, typer.Option("--lambda", help="Weight of the expert loss; cross-entropy / expert loss at step 0.")
     ] = None,
+    logit_share: Annotated[
+        float | None,
+        typer.Option("--logits", help="Share of the cross-entropy that KL to the teacher's logits replaces, 0 to 1."),
+    ] = None,
     calibration: Annotated[list[str] | None, typer.Option(help=CALIBRATION_HELP)] = None,
     samples: Annotated[
         int | None, typer.Option(help="Windows to train on: 1000, or 240 of the embedded model's own text.", min=1)
@@ -102,6 +106,7 @@ def distill(
             "batch_size": batch_size,
             "micro_batch": micro_batch,
             "expert_weight": expert_weight,
+            "logit_share": logit_share,
             "seed": seed,
         }
         sources = {name: model_source(name) for name in (student, teacher)}
@@ -110,6 +115,7 @@ def distill(
             resolve_settings(preset or ("small" if small else "paper")),
             **{name: value for name, value in changes.items() if value is not None},  # type: ignore[arg-type]
         )
+        check_mode(mode, settings)
         TrainingProcesses.current().check(mode, settings)
         wanted: dict[str, Any] = {
             "samples": samples or (_EMBEDDED_WINDOWS if small and not calibration else _WINDOWS),
@@ -247,8 +253,9 @@ def _show(report: Any, output: Path) -> None:
         console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
     if report.mode == "global":
         first, last = rows[0], rows[-1]
+        divergence = f"KL {first['kl']:.4g} > {last['kl']:.4g}, " if "kl" in first else ""
         console.print(
-            f"cross-entropy {first['ce']:.3f} > {last['ce']:.3f}, expert loss {first['experts']:.4g} > "
+            f"cross-entropy {first['ce']:.3f} > {last['ce']:.3f}, {divergence}expert loss {first['experts']:.4g} > "
             f"{last['experts']:.4g}, lambda {report.expert_weight:.3g}",
             highlight=False,
         )

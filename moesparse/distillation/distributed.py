@@ -89,18 +89,25 @@ class TrainingProcesses(Processes):
 
     @contextmanager
     def teacher(
-        self, teacher: nn.Module, pairs: Sequence[Pair], ids: Tensor, mask: Tensor | None, device: torch.device
+        self,
+        teacher: nn.Module,
+        pairs: Sequence[Pair],
+        ids: Tensor,
+        mask: Tensor | None,
+        device: torch.device,
+        head: bool,
     ) -> Iterator[LiveTeacher]:
-        """The teacher on the device, its blocks ready to tell what they gave."""
+        """The teacher on the device, its blocks ready to tell what they gave; with its head, or without."""
         if self.count == 1:
-            with placed(teacher, device), LiveTeacher(teacher, pairs, ids, mask).installed() as live:
+            with placed(teacher, device), LiveTeacher(teacher, pairs, ids, mask, head).installed() as live:
                 yield live
             return
         model = copy.deepcopy(teacher).requires_grad_(False)
         blocks = find_moe_blocks(model)
-        self._shard(model.to(device), getattr(model, "base_model", model), blocks, device, None)
+        root = model if head else getattr(model, "base_model", model)
+        self._shard(model.to(device), root, blocks, device, None)
         at_work = [replace(pair, teacher=block) for pair, block in zip(pairs, blocks, strict=True)]
-        with LiveTeacher(model, at_work, ids, mask).installed() as live:
+        with LiveTeacher(model, at_work, ids, mask, head).installed() as live:
             yield live
 
     def _shard(

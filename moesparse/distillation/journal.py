@@ -70,7 +70,7 @@ class Journal:
         self._say("distill")
 
     def add(self, row: Mapping[str, Any], tokens: int) -> None:
-        """One step: its "step" and any of "ce", "experts", "loss", "learning_rate", "grad_norm", "block"."""
+        """One step: its "step" and any of "ce", "experts", "kl", "loss", "learning_rate", "grad_norm", "block"."""
         self.rows.append(dict(row))
         self._tokens += tokens
         if self._writer is not None:
@@ -78,6 +78,7 @@ class Journal:
                 if isinstance(value, float):
                     self._writer.add_scalar(name, value, len(self.rows) - 1)
         parts = [f"CE {row['ce']:.3f}"] if "ce" in row else [row["block"]] if "block" in row else []
+        parts += [f"KL {row['kl']:.3g}"] if "kl" in row else []
         self._say("distill: " + ", ".join([*parts, f"experts {row['experts']:.3g}"]))
 
     def check(self, first: int, steps: int) -> None:
@@ -92,11 +93,13 @@ class Journal:
             return
         # by a tenth of the part the expert loss has moved, or the rate is too low for this model
         if first not in self._flat and steps // 10 <= len(rows) <= steps // 2 + 2 * _MEAN_OVER:
-            before, after, noise = _halves(rows, "experts")
+            # without an expert loss it is the teacher's logits that the student must come closer to
+            name, what = ("kl", "KL") if "kl" in rows[0] and not rows[0]["experts"] else ("experts", "the expert loss")
+            before, after, noise = _halves(rows, name)
             if after > _PLATEAU * before + noise:
                 self._flat.add(first)
                 self._warn(
-                    f"the expert loss went from {before:.3g} to {after:.3g} within {len(rows)} steps: the learning "
+                    f"{what} went from {before:.3g} to {after:.3g} within {len(rows)} steps: the learning "
                     "rate does not suit this model, or lambda is too small"
                 )
         if "ce" not in rows[0]:

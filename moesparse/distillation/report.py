@@ -24,8 +24,8 @@ class DistillReport:
         mode: "global" or "blockwise".
         settings: `Settings.to_dict`.
         expert_weight: lambda of the loss, as used; None in blockwise mode.
-        rows: one per step: "step", "experts" (the sum of MSE), "learning_rate", "grad_norm", and "ce" with "loss" or,
-            in blockwise mode, "block".
+        rows: one per step: "step", "experts" (the sum of MSE; 0 where lambda is 0), "learning_rate", "grad_norm", and
+            "ce" with "loss" (and "kl" where the teacher's logits count) or, in blockwise mode, "block".
         warnings: early signs of failure that were seen.
         zeros: zero weights of the expert matrices before and after; none of those before is lost.
         weights: of the expert matrices.

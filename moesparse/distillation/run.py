@@ -49,10 +49,11 @@ def distill(
 
     Only expert matrices change; their zeros stay, at every step, and are counted in the end. "global" minimises
     CE + lambda * sum over layers and experts of MSE(teacher expert, student expert), both on the teacher's routing and
-    tokens, and holds both models, three float32 copies of the student's expert matrices beside their gradients, and
-    [b * t, vocabulary] float32 logits. "blockwise" minimises each block's sum of MSE by itself: on the device are one
-    layer of the teacher, one block of the student with its training state, and nothing else; the inputs of a block for
-    all windows wait on the CPU. Weights train in float32 and compute in the model's dtype.
+    tokens (`Settings.logit_share` puts KL to the teacher's logits in the place of CE), and holds both models, three
+    float32 copies of the student's expert matrices beside their gradients, and [b * t, vocabulary] float32 logits, with
+    KL of both models. "blockwise" minimises each block's sum of MSE by itself: on the device are one layer of the
+    teacher, one block of the student with its training state, and nothing else; the inputs of a block for all windows
+    wait on the CPU. Weights train in float32 and compute in the model's dtype.
 
     Several processes started by torchrun share the global mode by FSDP2 (see `distributed`).
 
@@ -64,7 +65,8 @@ def distill(
         settings: `Settings`, or a name of PRESETS: "paper" (lr 2e-5, 3 epochs), "small".
         device: where to train; None is the GPU when there is one.
         checkpointing: recompute each layer in the backward instead of keeping its activations; global mode.
-        cache: folder for the teacher's outputs on these windows, computed once and then read; global mode.
+        cache: folder for the teacher's outputs on these windows, computed once and then read; global mode. It does not
+            keep logits.
         state: folder for what a killed run goes on from; removed by nobody.
         save_every: steps between two states.
         resume: go on from the state in that folder, if there is one.
@@ -80,13 +82,17 @@ def distill(
         UnsupportedModelError: no experts, or experts that cannot be trained.
     """
     numbers = resolve_settings(settings)
-    check_mode(mode)
+    check_mode(mode, numbers)
     if save_every < 1:
         raise UsageError(f"save_every must be at least 1, got {save_every}")
     if resume and state is None:
         raise UsageError("resume must come with the state folder to resume from, got state=None")
     if mode == "blockwise" and (cache is not None or checkpointing):
         raise UsageError("cache and checkpointing belong to mode='global', got mode='blockwise'")
+    if numbers.logit_share and cache is not None:
+        raise UsageError(
+            f"cache must be None with logit_share {numbers.logit_share}, got {cache}: it keeps no logits of the teacher"
+        )
     ids, mask = check_windows(windows, vocabulary_size(student))
     if ids.shape[1] < 2:
         raise UsageError("windows must have at least 2 tokens to predict one, got 1")

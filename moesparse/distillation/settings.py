@@ -24,8 +24,10 @@ class Settings:
         batch_size: windows in one step of the optimizer.
         micro_batch: windows in one forward. A step's loss is the mean over its forwards; each expert's MSE is the mean
             over the tokens it got in one forward.
-        expert_weight: lambda of the loss CE + lambda * sum of MSE; None is L_CE / L_expert at step 0. Has no meaning in
-            blockwise mode, where there is no CE.
+        expert_weight: lambda of the loss CE + lambda * sum of MSE; None is L_CE / L_expert at step 0, and with 0 the
+            sum is not computed. Has no meaning in blockwise mode, where there is no CE.
+        logit_share: s in (1 - s) * CE + s * KL(teacher || student), which then stands in the place of CE; KL is over
+            the vocabulary, the mean over the tokens that CE counts. 0 is the paper's loss. Global mode only.
         weight_decay: of AdamW.
         max_grad_norm: gradients of a step are scaled down to this norm over all trained weights.
         seed: of the order of the windows.
@@ -39,6 +41,7 @@ class Settings:
     batch_size: int = 16
     micro_batch: int = 1
     expert_weight: float | None = None
+    logit_share: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -54,6 +57,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UsageError(f"{name} must be at least 0, got {value}")
+        if not 0 <= self.logit_share <= 1:
+            raise UsageError(f"logit_share must be from 0 to 1, got {self.logit_share}")
         if self.batch_size % self.micro_batch:
             raise UsageError(f"batch_size must be a multiple of micro_batch={self.micro_batch}, got {self.batch_size}")
 
@@ -73,10 +78,12 @@ PRESETS = {
 """By name: the paper's, and one that ends in minutes on two CPU cores for models of a few million parameters."""
 
 
-def check_mode(mode: str) -> None:
-    """Raise UsageError unless `mode` is one of MODES."""
+def check_mode(mode: str, settings: Settings | None = None) -> None:
+    """Raise UsageError unless `mode` is one of MODES, and can be run with the settings."""
     if mode not in MODES:
         raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if settings is not None and settings.logit_share and mode == "blockwise":
+        raise UsageError(f"logit_share must be 0 in blockwise mode, which has no logits, got {settings.logit_share}")
 
 
 def resolve_settings(settings: Settings | str) -> Settings:

@@ -25,17 +25,25 @@ _INDEX_FILE = "teacher.json"
 
 
 class LiveTeacher:
-    """Runs the teacher, without its head, on the windows asked for.
+    """Runs the teacher on the windows asked for.
 
     Args:
         model: the teacher.
         pairs: its blocks are run by `TeacherExperts` while `installed`.
         ids: [n, t], all windows, on the CPU.
         mask: [n, t] bool, or None.
+        head: run the head too.
+
+    Attributes:
+        logits: [m, t, V] of the last call; None without the head.
     """
 
-    def __init__(self, model: nn.Module, pairs: Sequence[Pair], ids: Tensor, mask: Tensor | None) -> None:
-        self._body = getattr(model, "base_model", model)
+    def __init__(
+        self, model: nn.Module, pairs: Sequence[Pair], ids: Tensor, mask: Tensor | None, head: bool = False
+    ) -> None:
+        self._model = model if head else getattr(model, "base_model", model)
+        self._head = head
+        self.logits: Tensor | None = None
         self._experts = [TeacherExperts(pair.teacher) for pair in pairs]
         self._ids, self._mask = ids, mask
 
@@ -49,12 +57,13 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, windows: Tensor) -> list[Routed]:
         """One Routed per block for `windows` [m], numbers of windows; T = m * t tokens in their order."""
-        device = next(self._body.parameters()).device
+        device = next(self._model.parameters()).device
         mask = None if self._mask is None else self._mask[windows].to(device)
         for experts in self._experts:
             experts.token_mask = None if mask is None else mask.flatten()
         attention = None if mask is None else mask.long()
-        self._body(input_ids=self._ids[windows].to(device), attention_mask=attention, use_cache=False)
+        found = self._model(input_ids=self._ids[windows].to(device), attention_mask=attention, use_cache=False)
+        self.logits = found.logits if self._head else None
         routed = []
         for experts in self._experts:
             assert experts.routed is not None

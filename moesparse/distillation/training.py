@@ -67,7 +67,7 @@ class Trainer:
         self.step_number = 0
         self.masks = {name: local(parameter) != 0 for name, parameter in parameters.items()}
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            self._parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
 
     @property

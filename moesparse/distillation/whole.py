@@ -1,4 +1,4 @@
-"""Global mode: the whole student trains on CE and on the expert loss of all layers at once."""
+"""Global mode: the whole student trains on CE or the teacher's logits, and on the expert loss of all layers at once."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from moesparse.distillation.experts import Routed, StudentExperts
 from moesparse.distillation.journal import Journal, StateFile
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
-from moesparse.distillation.teacher import CachedTeacher
+from moesparse.distillation.teacher import CachedTeacher, LiveTeacher
 from moesparse.distillation.training import Trainer, windows_of_step
 from moesparse.errors import MoESparseError
 
 __all__ = ["train_whole"]
+
+_Source = Callable[[Tensor], list[Routed]]
+"""What the teacher's blocks did with the windows of these numbers."""
 
 
 def train_whole(
@@ -54,10 +57,11 @@ def train_whole(
         model, at_work, trained = stack.enter_context(processes.student(student, pairs, device))
         for network in (model, teacher):
             stack.enter_context(evaluating(network))
-        source: Callable[[Tensor], list[Routed]]
+        source: _Source
         if cached is None or cached.missing(len(ids)):
             with ExitStack() as inner:
-                live = inner.enter_context(processes.teacher(teacher, pairs, ids, mask, device))
+                head = settings.logit_share > 0
+                live = inner.enter_context(processes.teacher(teacher, pairs, ids, mask, device, head))
                 if cached is None:
                     source = live
                     stack.enter_context(inner.pop_all())
@@ -70,7 +74,7 @@ def train_whole(
             stack.enter_context(experts_run_by(function.pair.student, function))
         if checkpointing:
             stack.enter_context(_checkpointed(decoder_layers(model, [pair.student for pair in at_work])[0]))
-        losses = _Losses(model, functions, source, ids, mask, device)
+        losses = _Losses(model, functions, source, ids, mask, device, settings)
         trainer = Trainer(trained, settings, settings.steps(len(ids)))
         if resumed is not None:
             trainer.load(resumed["trainer"], processes.shard)
@@ -80,25 +84,16 @@ def train_whole(
         while trainer.step_number < settings.steps(len(ids)):
             step, rate = trainer.step_number, trainer.learning_rate
             forwards = processes.share(windows_of_step(step, len(ids), settings).split(settings.micro_batch))
-            sums = torch.zeros(2, dtype=torch.float64)
+            sums = torch.zeros(len(losses.parts), dtype=torch.float64)
             for numbers in forwards:
-                ce, experts = losses(numbers)
-                ((ce + weight * experts) / len(forwards)).backward()
-                sums += torch.stack([ce.detach(), experts.detach()]).double().cpu() / len(forwards)
+                parts = losses(numbers)
+                (losses.total(parts, weight) / len(forwards)).backward()
+                sums += parts.detach().double().cpu() / len(forwards)
             losses.release()
-            ce_mean, experts_mean = processes.mean(sums).tolist()
-            norm = trainer.step()
-            journal.add(
-                {
-                    "step": step,
-                    "ce": ce_mean,
-                    "experts": experts_mean,
-                    "loss": ce_mean + weight * experts_mean,
-                    "learning_rate": rate,
-                    "grad_norm": norm,
-                },
-                tokens=settings.batch_size * ids.shape[1],
-            )
+            means = processes.mean(sums)
+            row = {"step": step, **dict(zip(losses.parts, means.tolist(), strict=True))}
+            row |= {"loss": float(losses.total(means, weight)), "learning_rate": rate, "grad_norm": trainer.step()}
+            journal.add(row, tokens=settings.batch_size * ids.shape[1])
             journal.check(0, settings.steps(len(ids)))
             # the last one too: writing the checkpoint can still fail
             due = trainer.step_number % save_every == 0 or trainer.step_number == settings.steps(len(ids))
@@ -113,40 +108,66 @@ def train_whole(
 
 
 class _Losses:
-    """CE and expert loss of one forward; the graph of both is kept until the backward."""
+    """The parts of the loss of one forward, whose graph is kept until the backward.
+
+    Attributes:
+        parts: their names: "ce", "experts", and "kl" where the teacher's logits count.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         functions: Sequence[StudentExperts],
-        source: Callable[[Tensor], list[Routed]],
+        source: _Source,
         ids: Tensor,
         mask: Tensor | None,
         device: torch.device,
+        settings: Settings,
     ) -> None:
+        self._share = settings.logit_share
+        self._on_experts = settings.expert_weight != 0
+        self.parts = ("ce", "experts", "kl")[: 3 if self._share else 2]
         self._model, self._functions, self._source = model, functions, source
         self._ids, self._mask, self._device = ids, mask, device
 
-    def __call__(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """() float32 each, for the windows `numbers` [m]."""
-        for function, routed in zip(self._functions, self._source(numbers), strict=True):
-            function.target = Routed(*(tensor.to(self._device) for tensor in vars(routed).values()))
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """[parts] float32, for the windows `numbers` [m]."""
+        if self._on_experts or self._share:
+            found = self._source(numbers)
+        if self._on_experts:
+            for function, routed in zip(self._functions, found, strict=True):
+                function.target = Routed(*(tensor.to(self._device) for tensor in vars(routed).values()))
         ids = self._ids[numbers].to(self._device)
         mask = None if self._mask is None else self._mask[numbers].to(self._device)
         attention = None if mask is None else mask.long()
         logits = self._model(input_ids=ids, attention_mask=attention, use_cache=False).logits
         # a token is predicted where it and the one before it are text
         targets = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
-        total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        ce = total / (targets != -100).sum().clamp(min=1)
-        parts = [function.loss for function in self._functions]
-        experts = torch.stack([part for part in parts if part is not None]).sum()
-        if not (ce.isfinite() & experts.isfinite()):
+        counted = targets.flatten() != -100
+        logs = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
+        ce = F.nll_loss(logs, targets.flatten(), reduction="sum") / counted.sum().clamp(min=1)
+        losses = [function.loss for function in self._functions if function.loss is not None]
+        parts = [ce, torch.stack(losses).sum() if losses else torch.zeros_like(ce)]
+        if self._share:
+            assert isinstance(self._source, LiveTeacher) and self._source.logits is not None
+            wanted = self._source.logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
+            apart = F.kl_div(logs, wanted, reduction="none", log_target=True).sum(-1)
+            parts.append((apart * counted).sum() / counted.sum().clamp(min=1))
+        if not all(part.isfinite() for part in parts):
+            divergence = f" and KL {float(parts[2])}" if self._share else ""
             raise MoESparseError(
-                f"the loss must be finite, got CE {float(ce)} and experts {float(experts)} for windows "
+                f"the loss must be finite, got CE {float(ce)} and experts {float(parts[1])}{divergence} for windows "
                 f"{numbers.tolist()}; lower the learning rate, or look for non-finite weights"
             )
-        return ce, experts
+        return torch.stack(parts)
+
+    def total(self, parts: Tensor, expert_weight: float) -> Tensor:
+        """() the loss: (1 - s) * CE + s * KL + lambda * experts."""
+        return self.text(parts) + expert_weight * parts[1]
+
+    def text(self, parts: Tensor) -> Tensor:
+        """() what lambda is balanced against: CE and KL by their shares."""
+        return torch.lerp(parts[0], parts[2], self._share) if self._share else parts[0]
 
     def release(self) -> None:
         """Drop what the last forward held; checkpointed layers need it until their backward is done."""
@@ -160,14 +181,15 @@ def _balance(losses: _Losses, settings: Settings, windows: int, processes: Train
     if settings.expert_weight is not None:
         return settings.expert_weight
     forwards = processes.share(windows_of_step(0, windows, settings).split(settings.micro_batch))
-    parts = [torch.stack(losses(numbers)).double().cpu() for numbers in forwards]
+    parts = torch.stack([losses(numbers).double().cpu() for numbers in forwards]).mean(0)
     losses.release()
-    ce, experts = processes.mean(torch.stack(parts).mean(0)).tolist()
+    means = processes.mean(parts)
+    experts = float(means[1])
     if experts <= 0:
         raise MoESparseError(
             "student must differ from the teacher, got experts that give the same outputs: there is nothing to win back"
         )
-    return ce / experts
+    return float(losses.text(means)) / experts
 
 
 @contextmanager
