@@ -4,7 +4,7 @@
         python benchmarks/demo_model/train.py --work WORK --variant $v --out MODELS/$v \\
             --steps 300 --per-domain 2 --warmup 50 --bias-rate 0.01
     done
-    python -m benchmarks.study_architectures --models MODELS [--quick] [--seeds 2] [-o FOLDER]
+    python -m benchmarks.study_architectures --models MODELS [--quick] [--seeds 3] [-o FOLDER]
 
 Writes study_architectures.json and study_architectures.png. The five models are trained alike, a tenth of the embedded
 model's steps on half its batch (benchmarks/demo_model/README.md says how to make WORK; the models are not shipped).
@@ -13,7 +13,6 @@ Weights: 2:4 by each rule. Experts: 4 of 16 removed by each criterion, not refit
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Sequence
@@ -169,16 +168,14 @@ def show(study: Study, variants: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options: argparse.ArgumentParser = parser(__doc__, seeds=2)
+    options = parser(__doc__)
     options.add_argument("--models", type=Path, required=True, help="folder with VARIANT/model for every variant")
     options.add_argument("--variants", nargs="+", choices=VARIANTS[1:], default=VARIANTS[1:], help="beside mixtral")
     chosen = options.parse_args(arguments)
-    torch.manual_seed(0)
     models = load(chosen.models, (REFERENCE, *chosen.variants))
     study = Study("study_architectures", chosen, model=models[REFERENCE])
-    run(study, models)
-    show(study, list(models))
-    print(study.save(figure(study, list(models))))
+    names = list(models)
+    study.conduct(partial(run, models=models), partial(show, variants=names), partial(figure, variants=names))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks.study_protocol import Study, curve, draw, finish, geometric, mean_and_spread, parser
 from moesparse import demo
 from moesparse.figures import new_figure
@@ -142,12 +140,8 @@ def show(study: Study) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, seeds=3).parse_args(arguments)
-    torch.manual_seed(0)
-    study = Study("study_calibration", options, length=LENGTH)
-    run(study)
-    show(study)
-    print(study.save(figure(study)))
+    options = parser(__doc__).parse_args(arguments)
+    Study("study_calibration", options, length=LENGTH).conduct(run, show, figure)
 
 
 if __name__ == "__main__":

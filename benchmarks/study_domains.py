@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.study_experts import REMOVED, Study, cell, geometric, say
+from benchmarks.study_experts import REMOVED, Study, cell, say
+from benchmarks.study_protocol import geometric
 from moesparse import demo
 from moesparse.benchmarking import environment
 from moesparse.calibration import calibrate

@@ -1,7 +1,7 @@
 """Which expert criterion keeps the most: every one of them on the embedded model, agnostic and per domain.
 
-    python benchmarks/study_experts.py                    # about a quarter of an hour on one core
-    python benchmarks/study_experts.py --quick            # one seed, few windows, nothing written
+    python -m benchmarks.study_experts                    # about a quarter of an hour on one core
+    python -m benchmarks.study_experts --quick            # one seed, few windows, nothing written
 
 Experts are really removed and the smaller model is scored on held-out text; a seed is a choice of calibration windows,
 for "random" a draw of experts.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import statistics as stats
 import sys
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.study_protocol import geometric, spread
 from moesparse import demo, figures
 from moesparse.benchmarking import environment
 from moesparse.blocks import find_moe_blocks
@@ -58,7 +58,7 @@ class Study:
         self.model, _ = demo.load(dtype)
         self.blocks = find_moe_blocks(self.model)
         self.seeds, self.windows = seeds, windows
-        self.heldout = {domain: _spread(demo.windows("heldout", domain), heldout) for domain in demo.DOMAINS}
+        self.heldout = {domain: spread(demo.windows("heldout", domain), heldout) for domain in demo.DOMAINS}
         self._scored: dict[Any, float] = {}
         self._statistics: dict[Any, ModelStatistics] = {}
         self._pruned: tuple[Any, Any] = (None, None)
@@ -126,7 +126,7 @@ def run(study: Study) -> dict[str, Any]:
             rows.append(_row(study, criterion, removed, refit))
             say(f"{time.perf_counter() - started:6.0f} s  {_line(rows[-1])}")
     return {
-        "command": " ".join(("python", "benchmarks/study_experts.py", *sys.argv[1:])),
+        "command": " ".join(("python", "-m", "benchmarks.study_experts", *sys.argv[1:])),
         "machine": environment(torch.device("cpu")),
         "model": {"parameters": sum(p.numel() for p in study.model.parameters()), "experts": 16, "layers": 4},
         "protocol": {
@@ -208,8 +208,8 @@ def draw(result: dict[str, Any]) -> Any:
         for text, colour, marker in (("agnostic", figures.BLUE, "o"), ("own", figures.ORANGE, "s")):
             cells = [(at, rows[name, removed][text]) for at, name in enumerate(names) if rows[name, removed][text]]
             places, values = zip(*cells, strict=True)
-            spread = [stats.stdev(each) if len(each) > 1 else 0.0 for each in values]
-            panel.errorbar([stats.fmean(each) for each in values], places, xerr=spread, fmt=marker, color=colour,
+            bars = [stats.stdev(each) if len(each) > 1 else 0.0 for each in values]
+            panel.errorbar([stats.fmean(each) for each in values], places, xerr=bars, fmt=marker, color=colour,
                            markeredgecolor="black", markeredgewidth=0.6, capsize=2, label=f"{text} text")  # fmt: skip
         panel.axvline(result["dense"]["mean"], color="0.4", linestyle="--", linewidth=1, label="dense")
         panel.set_xscale("log")
@@ -233,17 +233,8 @@ def _line(row: dict[str, Any]) -> str:
 def cell(values: list[float]) -> str:
     if not values:
         return "-"
-    spread = f" ± {stats.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{stats.fmean(values):.2f}{spread}"
-
-
-def geometric(values: list[float]) -> float:
-    return math.exp(stats.fmean(math.log(value) for value in values))
-
-
-def _spread(windows: Tensor, count: int) -> Tensor:
-    """`count` windows, evenly spaced, so that every document of the split is met."""
-    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
+    deviation = f" ± {stats.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{stats.fmean(values):.2f}{deviation}"
 
 
 def say(line: str) -> None:

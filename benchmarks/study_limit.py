@@ -1,6 +1,6 @@
 """How far sparsity goes: 30 to 90% unstructured and five n:m patterns, each mask rule and each weight rule.
 
-    python -m benchmarks.study_limit [--quick] [--seeds 2] [-o FOLDER]
+    python -m benchmarks.study_limit [--quick] [--seeds 3] [-o FOLDER]
 
 Writes study_limit.json and study_limit.png: held-out perplexity against the bytes of an expert weight. Bytes count the
 kept values in bf16 and one bit a weight that says where they are, for unstructured sparsity too, though this package
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
-
-import torch
 
 from benchmarks.study_protocol import Study, curve, draw, finish, mean_and_spread, parser
 from moesparse import demo
@@ -136,12 +134,8 @@ def show(study: Study) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, seeds=2).parse_args(arguments)
-    torch.manual_seed(0)
-    study = Study("study_limit", options)
-    run(study)
-    show(study)
-    print(study.save(figure(study)))
+    options = parser(__doc__).parse_args(arguments)
+    Study("study_limit", options).conduct(run, show, figure)
 
 
 if __name__ == "__main__":

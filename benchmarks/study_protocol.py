@@ -36,11 +36,11 @@ RESULTS = Path(__file__).parent / "results" / "cpu"
 BATCH = 16
 
 
-def parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all studies have."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="a few points on a few windows, to see that it runs")
-    options.add_argument("--seeds", type=int, default=seeds, help="draws of calibration windows")
+    options.add_argument("--seeds", type=int, default=3, help="draws of calibration windows")
     options.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of the rows and the figure")
     return options
 
@@ -149,11 +149,16 @@ class Study:
         """Measured rows with these values."""
         return [row for row in self.rows if all(row.get(name) == value for name, value in setting.items())]
 
-    def save(self, figure: Figure) -> Path:
-        """Write the figure beside the rows."""
+    def conduct(
+        self, run: Callable[[Study], None], show: Callable[[Study], None], figure: Callable[[Study], Figure]
+    ) -> None:
+        """Measure what is missing, print the tables, and write the figure beside the rows."""
+        torch.manual_seed(0)
+        run(self)
+        show(self)
         path = self.path.with_suffix(".png")
-        figure.savefig(path, dpi=120)
-        return path
+        figure(self).savefig(path, dpi=120)
+        print(path)
 
 
 def geometric(values: Sequence[float]) -> float:

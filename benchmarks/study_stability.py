@@ -1,6 +1,6 @@
 """Does the choice of weights stand when the router wavers: noise and temperature on its logits, text of one domain.
 
-    python -m benchmarks.study_stability [--quick] [--seeds 2] [-o FOLDER]
+    python -m benchmarks.study_stability [--quick] [--seeds 3] [-o FOLDER]
 
 Writes study_stability.json and study_stability.png, all at 2:4. The router is disturbed while the model is calibrated
 and pruned, and then left as it was: logits get Gaussian noise, its deviation in units of the logits' own over experts,
@@ -196,12 +196,8 @@ def show(study: Study) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__, seeds=2).parse_args(arguments)
-    torch.manual_seed(0)
-    study = Study("study_stability", options)
-    run(study)
-    show(study)
-    print(study.save(figure(study)))
+    options = parser(__doc__).parse_args(arguments)
+    Study("study_stability", options).conduct(run, show, figure)
 
 
 if __name__ == "__main__":

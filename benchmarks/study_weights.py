@@ -1,8 +1,8 @@
 """Every mask rule and weight rule on the embedded model: held-out perplexity, spread over calibration seeds, seconds.
 
-    python benchmarks/study_weights.py                    # 2:4, three seeds: the table in the README
-    python benchmarks/study_weights.py --pattern 4:8 --pattern 0.7 --seeds 1
-    python benchmarks/study_weights.py --quick            # one seed, few windows, nothing written
+    python -m benchmarks.study_weights                    # 2:4, three seeds: the table in the README
+    python -m benchmarks.study_weights --pattern 4:8 --pattern 0.7 --seeds 1
+    python -m benchmarks.study_weights --quick            # one seed, few windows, nothing written
 
 A seed draws 160 of the 242 calibration windows. Perplexity: windows of 256 tokens scored independently, first token
 unscored; geometric mean over the six domains. Rows are written as they are measured, so a stopped run goes on.
@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.study_protocol import geometric
 from moesparse import demo
 from moesparse.evaluate import perplexity
 from moesparse.pruning import Recipe, prune
@@ -47,11 +47,8 @@ WINDOWS = 160
 
 def measure(model: torch.nn.Module, limit: int | None) -> float:
     """Geometric mean over domains of held-out perplexity."""
-    logs = [
-        math.log(perplexity(model, demo.windows("heldout", domain)[:limit], batch_size=16).perplexity)
-        for domain in demo.DOMAINS
-    ]
-    return math.exp(sum(logs) / len(logs))
+    texts = [demo.windows("heldout", domain)[:limit] for domain in demo.DOMAINS]
+    return geometric([perplexity(model, text, batch_size=16).perplexity for text in texts])
 
 
 def run(pattern: str, saliency: str, update: str, seed: int, limit: int | None) -> dict[str, float]:

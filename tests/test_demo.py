@@ -222,9 +222,22 @@ def test_balancing_bias_moves_towards_the_fair_share(train):
     assert torch.equal(model.model.layers[1].mlp.e_score_correction_bias, expected)
 
 
-def test_newton_schulz_flattens_singular_values(train):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_newton_schulz_flattens_singular_values(train, dtype):
     # wide and tall: the iteration runs on the short side of each
     for shape in ((3, 32, 48), (3, 48, 32)):
         matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        values = torch.linalg.svdvals(train.newton_schulz(matrices))
+        values = torch.linalg.svdvals(train.newton_schulz(matrices, dtype))
         assert values.min() > 0.4 and values.max() < 1.4
+
+
+def test_muon_steps_alike_in_both_dtypes(train):
+    steps = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        parameter = torch.nn.Parameter(torch.zeros(2, 48, 32))
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        train.Muon([{"params": [parameter]}], lr=1.0, dtype=dtype).step()
+        steps[dtype] = parameter.detach()
+    coarse, fine = steps.values()
+    assert not torch.equal(coarse, fine)
+    torch.testing.assert_close(coarse, fine, atol=0.02, rtol=0.05)

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import study_architectures, study_calibration, study_imbalance, study_limit, study_protocol
+from benchmarks import study_architectures, study_calibration, study_gate, study_imbalance, study_limit, study_protocol
 from benchmarks import study_stability as stability
 from moesparse import demo
 from moesparse.blocks import find_moe_blocks
+from moesparse.calibration import calibrate
 from moesparse.masks import Pattern, mask_from_score
+from moesparse.recorder import record
 
 
 def arguments(folder: Path, *more: str) -> argparse.Namespace:
-    return study_protocol.parser("", seeds=2).parse_args(["--quick", "-o", str(folder), *more])
+    return study_protocol.parser("").parse_args(["--quick", "-o", str(folder), *more])
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +88,43 @@ def test_skew_reaches_its_shares(model):
     study_imbalance.skew(skewed, 10.0, 0, windows)
     expected = 10 ** (-torch.arange(16) / 15)
     order = torch.Generator().manual_seed(0)
+    measured = calibrate(skewed, windows, batch_size=16)
     for block, dense in zip(find_moe_blocks(skewed), find_moe_blocks(model), strict=True):
-        seen = study_imbalance.router_inputs(skewed, block, windows)
-        chosen = (seen @ block.moe.gate.weight.T).topk(2, dim=-1).indices.flatten()
-        share = torch.bincount(chosen, minlength=16) / len(chosen)
+        share = measured.blocks[block.name].tokens / (2 * windows.numel())
         by_rank = share[torch.randperm(16, generator=order)]
-        torch.testing.assert_close(by_rank, expected / expected.sum(), rtol=0.1, atol=0.0)
+        torch.testing.assert_close(by_rank, (expected / expected.sum()).to(share), rtol=0.1, atol=0.0)
         for matrix, before in zip(block.matrices, dense.matrices, strict=True):
             assert torch.equal(matrix.weight, before.weight)
+
+
+def test_skew_outlives_training(tmp_path):
+    study = study_protocol.Study("one", arguments(tmp_path))
+    for ratio, held in ((None, False), (5.0, True)):
+        row = study_imbalance.dense(study, ratio, 1)
+        assert (4.0 < row["imbalance"] < 6.5) == held, row
+        assert 10 < row["perplexity"] < 25
+
+
+def test_gate_exponent_reaches_the_sums_alone(model):
+    windows = study_protocol.draw(2, 0)
+    with torch.no_grad():
+        plain = model(windows).logits
+    whole = calibrate(model, windows, moments="both")
+    for exponent, name in ((1.0, "gated_moment"), (0.0, "moment")):
+        with study_gate.gates_to_the(exponent):
+            measured = calibrate(model, windows, moments="gated")
+        for block, sums in measured.blocks.items():
+            for input in ("hidden", "activation"):
+                expected = getattr(whole.blocks[block], name)[input]
+                torch.testing.assert_close(sums.gated_moment[input], expected)
+    with study_gate.gates_to_the(0.5):
+        measured = calibrate(model, windows)
+        with torch.no_grad(), record(find_moe_blocks(model)):
+            torch.testing.assert_close(model(windows).logits, plain)
+    # sum (g^0.5)^2 |f|^2 lies between sum |f|^2 and sum g^2 |f|^2, as 0 < g < 1
+    for block, sums in measured.blocks.items():
+        assert (sums.gated_norm_sq_sum < whole.blocks[block].norm_sq_sum).all()
+        assert (sums.gated_norm_sq_sum > whole.blocks[block].gated_norm_sq_sum).all()
 
 
 def test_bytes_and_agreement():
@@ -122,9 +153,9 @@ def variants(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["limit", "imbalance", "stability", "calibration", "architectures"])
+@pytest.mark.parametrize("name", ["limit", "imbalance", "stability", "gate", "calibration", "architectures"])
 def test_quick_run_writes_rows_and_figure(name, tmp_path, request, capsys):
-    modules = {"limit": study_limit, "imbalance": study_imbalance, "stability": stability}
+    modules = {"limit": study_limit, "imbalance": study_imbalance, "stability": stability, "gate": study_gate}
     modules |= {"calibration": study_calibration, "architectures": study_architectures}
     out = tmp_path / "out"
     command = ["--quick", "-o", str(out)]

@@ -4,7 +4,8 @@ The models and their fast forward pass are in architecture.py.
 
 Hidden matrices are trained by Muon (Jordan et al., 2024; update scaled as in Liu et al., 2025, arXiv:2502.16982), which
 orthogonalises each expert's matrices on their own; embedding, router and norms by AdamW. Parameters and optimizer
-state are fp32, matrix products bf16. The schedule counts steps, so that a run repeats on any machine up to rounding.
+state are fp32, matrix products bf16 unless --dtype says otherwise. The schedule counts steps, so that a run repeats on
+any machine up to rounding.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=500000000 OMP_NUM_THREADS=1 \\
         python benchmarks/demo_model/train.py --work /tmp/demo_model --assets moesparse/demo --out /tmp/demo_model/run
@@ -30,9 +31,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 DOMAINS = ("scripture", "novel", "play", "dictionary", "code", "manual")
 
 
-def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Move the singular values of each matrix (N, out, in) towards 1, in bf16 (Jordan et al., 2024)."""
-    x = matrices.bfloat16()
+def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
+    """Move the singular values of each matrix (N, out, in) towards 1, computed in `dtype` (Jordan et al., 2024)."""
+    x = matrices.to(dtype)
     transposed = x.shape[-2] > x.shape[-1]
     if transposed:
         x = x.mT
@@ -49,7 +50,15 @@ class Muon(torch.optim.Optimizer):
     A fused gate_up projection, listed with `parts=2`, is two matrices on top of each other: each is treated alone.
     """
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.dtype = dtype
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
 
     @torch.no_grad()
@@ -62,7 +71,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(state["momentum"], group["momentum"])
                 rows, columns = parameter.shape[-2] // group["parts"], parameter.shape[-1]
-                update = newton_schulz(update.reshape(-1, rows, columns)).view_as(parameter)
+                update = newton_schulz(update.reshape(-1, rows, columns), self.dtype).view_as(parameter)
                 # the root mean square that AdamW's updates have, so that both take the same learning rate
                 scale = 0.2 * max(rows, columns) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
@@ -93,7 +102,7 @@ def make_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[to
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     if args.optimizer == "adamw":
         return [adamw]
-    return [Muon(hidden, lr=args.lr, weight_decay=args.weight_decay), adamw]
+    return [Muon(hidden, lr=args.lr, weight_decay=args.weight_decay, dtype=getattr(torch, args.dtype)), adamw]
 
 
 def batches(tokens: dict[str, np.ndarray], args: argparse.Namespace) -> Iterator[Tensor]:
@@ -119,13 +128,15 @@ def batches(tokens: dict[str, np.ndarray], args: argparse.Namespace) -> Iterator
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def heldout_losses(model: PreTrainedModel, heldout: dict[str, Tensor], limit: int | None = None) -> dict[str, float]:
+def heldout_losses(
+    model: PreTrainedModel, heldout: dict[str, Tensor], dtype: torch.dtype, limit: int | None = None
+) -> dict[str, float]:
     """Mean nll in nats a token of each domain's windows (n, length), the first token of a window not scored."""
     losses = {}
     for domain, windows in heldout.items():
         total = count = 0
         for batch in windows[:limit].split(16):
-            hidden, _, _ = forward_hidden(model, batch[:, :-1], torch.bfloat16)
+            hidden, _, _ = forward_hidden(model, batch[:, :-1], dtype)
             logits = (hidden @ model.lm_head.weight.to(hidden.dtype).T).float()
             total += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
             count += batch[:, 1:].numel()
@@ -182,10 +193,17 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--decay", type=float, default=0.6, help="share of the steps in which the rate falls to zero")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of matrix products; where the CPU has no bf16 instructions float32 is many times faster",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda; only the CPU's run is the shipped model's")
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
 
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.assets / "model")
@@ -232,7 +250,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["peak_lr"]
         batch = next(stream).to(args.device)
-        hidden, balance, shares = forward_hidden(model, batch[:, :-1], torch.bfloat16)
+        hidden, balance, shares = forward_hidden(model, batch[:, :-1], dtype)
         loss = LinearCrossEntropy.apply(hidden, model.lm_head.weight.to(hidden.dtype), batch[:, 1:].flatten())
         (loss + args.balance * balance).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -251,13 +269,13 @@ def main() -> None:
             row["most_used"] = round(max(share.max().item() for share in shares) * args.experts, 3)
             row["heldout_sample"] = None
             if step % 100 == 0:
-                losses = heldout_losses(model, heldout, limit=8)
+                losses = heldout_losses(model, heldout, dtype, limit=8)
                 row["heldout_sample"] = round(sum(losses.values()) / len(losses), 4)
             log.write(json.dumps(row) + "\n")
         if step % args.save_every == 0 or step == stop:
             save()
         if step % 1000 == 0 or step == stop:
-            losses = heldout_losses(model, heldout)
+            losses = heldout_losses(model, heldout, dtype)
             perplexity = math.exp(sum(losses.values()) / len(losses))
             log.write(json.dumps({"step": step, "heldout": losses, "perplexity": perplexity}) + "\n")
 
