@@ -327,7 +327,7 @@ def pause():
 
 @pytest.mark.parametrize("option", ["--whole", "--nonsense"])
 def test_wrong_usage_is_said_by_the_first_alone(tmp_path, option):
-    started = start(2, harmed, command(tmp_path / "out", "--weights", "none", option), "", nothing, logs=tmp_path)
+    started = start(2, harmed, command(tmp_path / "out", option), "", nothing, logs=tmp_path)
     started[0].join(timeout=240)
     assert started[0].exitcode == 2
     # torchrun ends the others when one has ended
