@@ -130,6 +130,34 @@ def show(result: dict[str, Any]) -> None:
         )
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Perplexity against tokens, the best learning rate by held-back text of each start and loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
+    for name, rows in result["rows"].items():
+        start, loss, tokens, _ = name.split()
+        held, found = (statistics.fmean(row[key] for row in rows.values()) for key in ("held_back", "perplexity"))
+        points = best.setdefault((start, loss), {0: (0.0, statistics.fmean(row["pruned"] for row in rows.values()))})
+        points[int(tokens)] = min(points.get(int(tokens), (held, found)), (held, found))
+    figure, axes = plt.subplots(figsize=(5.6, 3.6))
+    for (start, loss), points in sorted(best.items()):
+        places = sorted(points)
+        axes.plot(
+            [place / 1e6 for place in places], [points[place][1] for place in places], "o-", label=f"{start}, {loss}"
+        )
+    axes.axhline(result["dense"], color="black", linewidth=1, label="dense")
+    axes.axhline(result["dense"] * GOAL, color="black", linewidth=1, linestyle=":", label="dense + 2%")
+    axes.set_xlabel("tokens of training text, each seen once (millions)")
+    axes.set_ylabel("held-out perplexity, 2:4")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def _order(name: str) -> tuple[str, str, int, float]:
     start, loss, tokens, rate = name.split()
     return start, loss, int(tokens), float(rate)
@@ -157,6 +185,7 @@ def main() -> None:
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
+    draw(result, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
