@@ -12,7 +12,6 @@ from benchmarks import study_architectures, study_calibration, study_gate, study
 from benchmarks import study_stability as stability
 from moesparse import demo
 from moesparse.blocks import find_moe_blocks
-from moesparse.calibration import calibrate
 from moesparse.masks import Pattern, mask_from_score
 from moesparse.recorder import record
 
@@ -100,24 +99,22 @@ def test_skew_reaches_its_shares(model):
 
 def test_gate_exponent_reaches_the_sums_alone(model):
     windows = study_protocol.draw(2, 0)
-    with torch.no_grad():
+    blocks = find_moe_blocks(model)
+    with torch.no_grad(), record(blocks, "both") as recorders:
         plain = model(windows).logits
-    whole = calibrate(model, windows, moments="both")
-    for exponent, name in ((1.0, "gated_moment"), (0.0, "moment")):
-        with study_gate.gates_to_the(exponent):
-            measured = calibrate(model, windows, moments="gated")
-        for block, sums in measured.blocks.items():
-            for input in ("hidden", "activation"):
-                expected = getattr(whole.blocks[block], name)[input]
-                torch.testing.assert_close(sums.gated_moment[input], expected)
-    with study_gate.gates_to_the(0.5):
-        measured = calibrate(model, windows)
-        with torch.no_grad(), record(find_moe_blocks(model)):
-            torch.testing.assert_close(model(windows).logits, plain)
-    # sum (g^0.5)^2 |f|^2 lies between sum |f|^2 and sum g^2 |f|^2, as 0 < g < 1
-    for block, sums in measured.blocks.items():
-        assert (sums.gated_norm_sq_sum < whole.blocks[block].norm_sq_sum).all()
-        assert (sums.gated_norm_sq_sum > whole.blocks[block].gated_norm_sq_sum).all()
+    whole = [each.statistics for each in recorders]
+    for exponent, name in ((1.0, "gated_moment"), (0.0, "moment"), (0.5, None)):
+        with torch.no_grad(), study_gate.gates_to_the(exponent), record(blocks, "gated") as recorders:
+            assert torch.equal(model(windows).logits, plain)
+        for each, dense in zip(recorders, whole, strict=True):
+            sums, seen = each.statistics, dense.tokens > 0
+            if name is not None:
+                for input in ("hidden", "activation"):
+                    torch.testing.assert_close(sums.gated_moment[input], getattr(dense, name)[input])
+                continue
+            # sum (g^0.5)^2 |f|^2 lies between sum |f|^2 and sum g^2 |f|^2, as 0 < g < 1
+            assert (sums.gated_norm_sq_sum < dense.norm_sq_sum)[seen].all()
+            assert (sums.gated_norm_sq_sum > dense.gated_norm_sq_sum)[seen].all()
 
 
 def test_bytes_and_agreement():
