@@ -12,7 +12,7 @@ are float32: a CPU without bf16 instructions takes 7 to 14 times as long for a p
 that. What comes out is loaded by plain transformers and looked at: missing weights, zeros, masks.
 
 Quality: the embedded model, 160 of its 242 calibration windows, one draw for each seed; held-out perplexity of
-moesparse.evaluate, windows of 256 tokens, geometric mean over six domains. Cost: a synthetic Mixtral of 4 layers of 8
+moesparse.evaluate, 24 windows of 256 tokens a domain, geometric mean over six domains. Cost: a synthetic Mixtral of 4 layers of 8
 experts of 1024 x 2048, random weights, 32 random windows of 256 tokens; median of the repeats. Rows are written as they
 are measured, so a stopped run goes on.
 """
@@ -46,6 +46,7 @@ from moesparse import demo
 BATCH = 8
 LENGTH = 256
 COST_WINDOWS = 32
+HELDOUT = 24
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -63,7 +64,7 @@ class Part:
         source: its folder.
         work: for what comes out.
         warm_up: the part of a job that is not counted.
-        limit: held-out windows of a domain, None for all.
+        limit: held-out windows of a domain.
         quick: few windows.
     """
 
@@ -72,7 +73,7 @@ class Part:
     source: Path
     work: Path
     warm_up: dict[str, Any]
-    limit: int | None
+    limit: int
     quick: bool
 
     def windows(self, seed: int) -> Tensor:
@@ -155,7 +156,7 @@ def prepare(name: str, work: Path, quick: bool) -> Part:
     torch.save(random_windows(BATCH, LENGTH), work / "small.pt")
     warm_up = {"source": str(small), "windows": str(work / "small.pt")}
     shape = "embedded" if name == "quality" else "synthetic"
-    return Part(name, shape, source, work, warm_up, 1 if quick else None, quick)
+    return Part(name, shape, source, work, warm_up, 1 if quick else HELDOUT, quick)
 
 
 def measure_part(part: Part, contenders: list[Contender], seeds: int, file: ResultFile, again: bool) -> None:
