@@ -148,6 +148,9 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.add_argument(
+        "--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="moe-pruner's are fitted"
+    )
     arguments.add_argument("--windows", type=int, nargs="+", help="sizes of the calibration set")
     arguments.add_argument("--name", default="cost", help="of the result file and the figure (cost)")
     arguments.add_argument("--device", choices=("cpu", "cuda"), help="the GPU when there is one")
@@ -168,7 +171,7 @@ def main() -> None:
         for size, (layers, hidden, intermediate, experts, top_k, heads) in sizes.items():
             source = Path(work) / size
             make_checkpoint(source, layers, hidden, intermediate, experts=experts, top_k=top_k, heads=heads)
-            for name in RECIPES:
+            for name in options.recipes:
                 counts = options.windows or ((2, 4) if options.dry else WINDOWS[device])
                 length = 64 if options.dry else LENGTH[device]
                 if not rows:  # libraries load, kernels compile
