@@ -8,7 +8,7 @@
 A peer's environment is made when it is missing (environment.py). Every contender runs from folder to folder in a
 process of its own, on one thread, with the same windows, 8 of them in a forward: loading and saving count, imports do
 not (a small model is pruned first). Peak memory is what the run adds to the resident memory of the process. Both models
-are float32: a CPU without bf16 instructions takes 7 to 14 times as long for a product in bf16, and all would measure
+are float32: products in bf16 are many times slower on a CPU without instructions for them, and all would measure
 that. What comes out is loaded by plain transformers and looked at: missing weights, zeros, masks.
 
 Quality: the embedded model, 160 of its 242 calibration windows, one draw for each seed; held-out perplexity of
