@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moesparse.blocks import decoder_layers, find_moe_blocks
 from moesparse.checkpoint_keys import checkpoint_views
 from moesparse.errors import CheckpointError, NotInPiecesError, UnsupportedModelError
+from moesparse.memory import return_free_memory
 from moesparse.shards import Shards, TensorInfo, reading
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class StreamedModel:
         yield
         # not behind an exception: whatever was interrupted may still hold a parameter, and then it cannot be swapped
         self._place({name: torch.empty_like(each, device="meta") for name, each in self.state(position).items()})
+        return_free_memory()
 
     def refill(self, position: int, device: torch.device | None, shards: Shards) -> None:
         """Read a layer that is held again, in the shapes it has now.
