@@ -18,10 +18,14 @@ from moesparse.surgery import plan_removal, remove_experts, router_groups
 from moesparse.testing import MOE_FAMILIES, tiny_model
 
 
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
 class _MaskLogits(TorchFunctionMode):
     """Within it, every linear output as wide as the router has -inf in the columns of removed experts.
 
-    The other columns are computed alone, because BLAS rounds a product of 6 columns unlike one of 8.
+    The other columns are computed alone, and so is their softmax: BLAS rounds a product of 6 columns unlike one of 8,
+    and a CPU whose vectors hold 8 numbers adds up 8 in another order than 6.
     """
 
     def __init__(self, widths: tuple[int, ...], removed: Tensor):
@@ -30,9 +34,13 @@ class _MaskLogits(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is not F.linear or out.shape[-1] not in self.widths:
+        if func not in (F.linear, *_SOFTMAX) or out.shape[-1] not in self.widths:
             return out
         rows = [row for row in range(out.shape[-1]) if row not in self.removed]
+        if func in _SOFTMAX:
+            shares = torch.zeros_like(out)
+            shares[..., rows] = func(args[0][..., rows], *args[1:], **(kwargs or {}))
+            return shares
         hidden, weight, *bias = args
         masked = torch.full_like(out, -torch.inf)
         masked[..., rows] = F.linear(hidden, weight[rows], *(None if b is None else b[rows] for b in bias))
