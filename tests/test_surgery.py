@@ -17,7 +17,6 @@ from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.surgery import plan_removal, remove_experts, router_groups
 from moesparse.testing import MOE_FAMILIES, tiny_model
 
-
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
