@@ -125,7 +125,8 @@ def _summed(layer: nn.Module, rule: str) -> Iterator[list[NormSum | HessianSum]]
     sums: dict[nn.Module, NormSum | HessianSum] = {}
 
     def add(linear: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
-        sums.setdefault(linear, RULES[rule](linear)) if linear not in sums else None  # type: ignore[arg-type]
+        if linear not in sums:
+            sums[linear] = RULES[rule](linear)
         sums[linear].add(args[0])
 
     linears = [
