@@ -5,14 +5,16 @@
 Writes study_imbalance.json and study_imbalance.png. The embedded model routes evenly, so its routers are skewed first:
 along the mean of its inputs every router gets an offset per expert, solved so that the r-th most popular of 16 experts
 is chosen in proportion to ratio^(-r / 15), in an order drawn by the seed; then the whole model is trained on for 20
-steps of 8 windows of the embedded calibration text, so that the experts take up their new roles. Ratio None is trained
-on in the same way without a skew. Packed 2:4 weights take 9/16 of the bytes and so do 9 of 16 experts; 3:4 and 13
+steps of 8 windows of the embedded calibration text, so that the experts take up their new roles. Training evens the
+routing out again, so the offsets are solved anew before every second step. Ratio None is trained on in the same way
+without a skew. Packed 2:4 weights take 9/16 of the bytes and so do 9 of 16 experts; 3:4 and 13
 experts take 13/16. Every loss is over the dense model of the same skew. Protocol otherwise: study_protocol.py.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -27,11 +29,13 @@ from moesparse.calibration import calibrate
 from moesparse.figures import new_figure
 from moesparse.pruning import Recipe
 
-RATIOS = (None, 3.0, 10.0, 30.0)
+RATIOS = (None, 3.0, 6.0, 10.0)
 BUDGETS = {"9/16": ("2:4", 9), "13/16": ("3:4", 13)}
 WEIGHT_RULES = (("moe-pruner", "none"), ("gated-sparsegpt", "least-squares+rescale"))
 EXPERT_RULES = (("frequency", "none"), ("reap", "none"), ("reap", "least-squares"))
 STEPS, WINDOWS, RATE = 20, 8, 5e-4
+HOLD = 2
+"""Steps after which the skew is solved anew."""
 
 
 def router_inputs(model: Any, block: MoEBlock, windows: Tensor) -> Tensor:
@@ -74,12 +78,14 @@ def skew(model: Any, ratio: float, seed: int, windows: Tensor) -> None:
         weight += added[:, None] * direction
 
 
-def train_on(model: Any, seed: int, steps: int) -> None:
-    """AdamW over the calibration text, the rate falling to zero."""
+def train_on(model: Any, seed: int, steps: int, hold: Callable[[], None]) -> None:
+    """AdamW over the calibration text, the rate falling to zero; `hold` is called before every second step."""
     windows = demo.windows("calibration")
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     for step, batch in enumerate(windows[order].split(WINDOWS)[:steps]):
+        if step % HOLD == 0:
+            hold()
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 - step / steps)
         logits = model(batch, use_cache=False).logits
@@ -92,9 +98,13 @@ def train_on(model: Any, seed: int, steps: int) -> None:
 def skewed(study: Study, ratio: float | None, seed: int) -> Any:
     """The dense model at one ratio."""
     model = copy.deepcopy(study.model)
-    if ratio is not None:
-        skew(model, ratio, seed, draw(study.calibration_windows, seed))
-    train_on(model, seed, 2 if study.quick else STEPS)
+    windows = draw(study.calibration_windows, seed)
+
+    def hold() -> None:
+        if ratio is not None:
+            skew(model, ratio, seed, windows)
+
+    train_on(model, seed, 2 if study.quick else STEPS, hold)
     return model.eval()
 
 
@@ -180,7 +190,7 @@ def show(study: Study) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__).parse_args(arguments)
-    Study("study_imbalance", options, steps=STEPS, windows=WINDOWS, rate=RATE).conduct(run, show, figure)
+    Study("study_imbalance", options, steps=STEPS, windows=WINDOWS, rate=RATE, hold=HOLD).conduct(run, show, figure)
 
 
 if __name__ == "__main__":

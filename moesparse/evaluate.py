@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moesparse.cpu_products import fast_products
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.harness import PAPER_TASKS as PAPER_TASKS
 from moesparse.harness import TaskResult as TaskResult
@@ -167,7 +168,7 @@ def perplexity(
             progress(ProgressEvent(stage, done, len(ids), "window", tokens_done, seconds, name))
 
     report(0)
-    with _evaluation_mode(model):
+    with _evaluation_mode(model), fast_products(model):
         device = _input_device(model)
         scorer = _Scorer(model, device)
         scorer.check_ids(ids)

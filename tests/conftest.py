@@ -1,9 +1,13 @@
 """What every test shares."""
 
+import os
+
+# tensors here are tiny: a second thread only waits for the first, and spins on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
-# tensors here are tiny: a second thread only waits for the first, and spins on a busy machine
 torch.set_num_threads(1)
 
 
