@@ -165,7 +165,7 @@ def figure(study: Study) -> Any:
             if points:
                 curve(panel, points, number, what, linestyle="-" if weights else "--")
         panel.set_xscale("log")
-        panel.set_xticks([1, 2, 3, 5, 10, 20, 30, 50], ["1", "2", "3", "5", "10", "20", "30", "50"])
+        panel.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
         panel.set_xticks([], minor=True)
         panel.set_yscale("log")
         panel.set_yticks([1, 2, 5, 10, 20, 50, 100, 200], ["1", "2", "5", "10", "20", "50", "100", "200"])
