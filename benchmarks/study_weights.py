@@ -3,6 +3,7 @@
     python -m benchmarks.study_weights                    # 2:4, three seeds: the table in the README
     python -m benchmarks.study_weights --pattern 4:8 --pattern 0.7 --seeds 1
     python -m benchmarks.study_weights --quick            # one seed, few windows, nothing written
+    python -m benchmarks.study_weights --model RUN/model --out large.json     # another model of demo_model/train.py
 
 A seed draws 160 of the 242 calibration windows. Perplexity: windows of 256 tokens scored independently, first token
 unscored; geometric mean over the six domains. Rows are written as they are measured, so a stopped run goes on.
@@ -11,17 +12,20 @@ unscored; geometric mean over the six domains. Rows are written as they are meas
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.study_protocol import geometric
 from moesparse import demo
 from moesparse.evaluate import perplexity
 from moesparse.pruning import Recipe, prune
+from moesparse.statistics import model_fingerprint
 
 RULES = (
     ("random", "none"),
@@ -51,8 +55,20 @@ def measure(model: torch.nn.Module, limit: int | None) -> float:
     return geometric([perplexity(model, text, batch_size=16).perplexity for text in texts])
 
 
-def run(pattern: str, saliency: str, update: str, seed: int, limit: int | None) -> dict[str, float]:
-    model, _ = demo.load()
+def load(folder: Path | None) -> torch.nn.Module:
+    """The embedded model, or one of the same tokenizer from a folder, in float32."""
+    if folder is None:
+        return demo.load()[0]
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"--model must be a folder with a checkpoint, got {folder}")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def run(
+    dense: torch.nn.Module, pattern: str, saliency: str, update: str, seed: int, limit: int | None
+) -> dict[str, float]:
+    """Perplexity of a pruned copy, and the seconds that pruning it took."""
+    model = copy.deepcopy(dense)
     windows = demo.windows("calibration")
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:WINDOWS]
     started = time.perf_counter()
@@ -65,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", action="append", help="2:4 when left out; repeat for more")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="a folder; the embedded model when left out")
     parser.add_argument("--quick", action="store_true", help="one seed, 4 windows a domain, nothing written")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/cpu/study_weights.json")
     arguments = parser.parse_args()
@@ -73,15 +90,19 @@ def main() -> None:
     result = {"rows": {}}
     if arguments.out.is_file() and not arguments.quick:
         result = json.loads(arguments.out.read_text())
+    model = load(arguments.model)
+    fingerprint = model_fingerprint(model)
+    if result.setdefault("model", fingerprint) != fingerprint:
+        raise SystemExit(f"--out must be a new file for another model, got {arguments.out}")
     if "dense" not in result:
-        result["dense"] = measure(demo.load()[0], limit)
+        result["dense"] = measure(model, limit)
     print(f"dense {result['dense']:.2f}")
     for pattern in arguments.pattern or ["2:4"]:
         for saliency, update in RULES:
             rows = result["rows"].setdefault(f"{pattern} {saliency} {update}", {})
             for seed in seeds:
                 if str(seed) not in rows:
-                    rows[str(seed)] = run(pattern, saliency, update, seed, limit)
+                    rows[str(seed)] = run(model, pattern, saliency, update, seed, limit)
                     if not arguments.quick:
                         arguments.out.parent.mkdir(parents=True, exist_ok=True)
                         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
