@@ -7,10 +7,11 @@ problem with the dense block's output Y as the target,
 
     min over W of sum_t |Y_t - y_t|^2 + ridge * mean diagonal * |W - W_dense|^2,
 
-solved for the change of W. Where the (E * I)^2 Gram matrix is small it is formed, block by block from the tokens that
-two experts share, and factorised; where the tokens are fewer, the T^2 matrix of their inner products is, which gives
-the same change; else neither is formed, and conjugate gradients with the diagonal as preconditioner apply the features
-and their transpose, expert by expert.
+solved for the change of W. All rows of W share the matrix. It is factorised as a whole where it fits: the (E * I)^2
+Gram matrix, formed block by block from the tokens that two experts share, or where the tokens are fewer the T^2 matrix
+of their inner products, which gives the same change. Else conjugate gradients apply the features and their transpose,
+expert by expert, preconditioned by the exact solution of every expert for itself (block Jacobi): experts meet only in
+the tokens they share, so a few rounds do.
 
 This needs no training and no gradient. Ours; the ridge keeps experts with few tokens near what they were.
 """
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.cpu_products import fast_products
 from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.layerwise import LayerStream
 from moesparse.processes import Batch
@@ -49,12 +51,15 @@ DEFAULT_RIDGE = 0.03
 MAX_TOKENS = 65536
 """Calibration tokens a block is fitted on, evenly spaced; more cost memory and change little."""
 
-_TOLERANCE = 1e-4
-_MAX_ITERATIONS = 100
+# share of all that is gained; the rest is far below what perplexity shows
+_TOLERANCE = 1e-3
+_MAX_ROUNDS = 100
 # for the forecast of the time
-_USUAL_ITERATIONS = 30
-# E * I or T up to which a matrix of that side is formed: 128 MiB in float64, and a factorisation of a second
-_MAX_GRAM = 4096
+_USUAL_ROUNDS = 6
+# a matrix of this side is formed however few the features are: 256 MiB
+_MAX_SIDE = 8192
+# rows of it at once
+_SLAB = 1024
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class RefitReport:
             tokens.
         after: the same with the new down projections, as stored in the model's dtype.
         tokens: fitted on.
-        iterations: of conjugate gradients; 0 where a matrix was factorised.
+        iterations: of conjugate gradients; 0 where the whole matrix was factorised.
     """
 
     name: str
@@ -83,17 +88,16 @@ class RefitReport:
 
 @dataclass(frozen=True)
 class _Calls:
-    """What a block was called with and gave, over all batches: inputs [T, H], ids and gates [T, K], outputs [T, H]."""
+    """What a block's experts were called with, over all batches: inputs [T, H], ids and gates [T, K]."""
 
     hidden: Tensor
     index: Tensor
     gates: Tensor
-    output: Tensor
 
 
 def memory_for_refit(block: MoEBlock, kept: int, tokens: int) -> int:
-    """Bytes a refit holds at its peak: float32 features and outputs of the tokens, five kept down projections, and the
-    matrix that is factorised with its factor.
+    """Bytes a refit holds at its peak: float32 features of the tokens, what goes in and out of them, four kept down
+    projections, and what is factorised, which takes no more than the features or 256 MiB.
 
     Args:
         block: the block, whole.
@@ -101,23 +105,28 @@ def memory_for_refit(block: MoEBlock, kept: int, tokens: int) -> int:
         tokens: calibration tokens, at most MAX_TOKENS are used.
     """
     tokens = min(tokens, MAX_TOKENS)
+    I, H = block.intermediate_size, block.hidden_size
     rows = tokens * (block.top_k or 1)
-    width = kept * block.intermediate_size
-    features = 4 * (rows * block.intermediate_size + 4 * tokens * block.hidden_size)
-    side = min(width, tokens)
-    return features + 4 * 5 * width * block.hidden_size + (2 * 8 * side**2 if side <= _MAX_GRAM else 0)
+    side, formed = _matrix(kept * I, tokens, rows * I)
+    factored = side**2 if formed else kept * min(rows // kept, I) ** 2
+    return 4 * (rows * I + 6 * tokens * H + 4 * kept * I * H + factored)
 
 
 def refit_flops(block: MoEBlock, kept: int, tokens: int) -> float:
     """Multiply-adds times two of a refit, about: arguments as for `memory_for_refit`."""
     tokens = min(tokens, MAX_TOKENS)
-    rows = tokens * (block.top_k or 1)
-    width = kept * block.intermediate_size
-    if width <= min(tokens, _MAX_GRAM):
-        return 2.0 * rows * (block.top_k or 1) * block.intermediate_size**2 + width**3 / 3
-    if tokens <= _MAX_GRAM:
-        return 2.0 * rows**2 / kept * block.intermediate_size + 2.0 * tokens**2 * block.hidden_size + tokens**3 / 3
-    return _USUAL_ITERATIONS * 4.0 * rows * block.intermediate_size * block.hidden_size
+    I, H, K = block.intermediate_size, block.hidden_size, block.top_k or 1
+    rows = tokens * K
+    side, formed = _matrix(kept * I, tokens, rows * I)
+    apply = 2.0 * rows * I * H
+    # the features; the output before and after, and the right sides
+    once = 2.0 * rows * H * block.matrices[0].weight.shape[1] + 3 * apply
+    if formed:
+        shared = rows * K * I if side < tokens else rows * rows / kept
+        return once + shared * I + side**3 / 3 + 2.0 * side**2 * H
+    each = min(rows / kept, I)
+    solve = 2.0 * kept * each**2 * H + (2 * apply if each < I else 0)
+    return once + 2.0 * rows * I * each + kept * each**3 / 3 + _USUAL_ROUNDS * (2 * apply + solve)
 
 
 def check_refit(blocks: Sequence[MoEBlock], ridge: float) -> None:
@@ -197,7 +206,7 @@ def remove_and_refit_block(
     block, processes = plan.blocks[number], stream.processes
     dense = processes.to_first([calls[-1:] for calls in _capture(stream, position, block)])
     plan.apply_block(number)
-    pruned = processes.to_first(_capture(stream, position, block))
+    pruned = processes.to_first([calls[:-1] for calls in _capture(stream, position, block)])
 
     def solve() -> RefitReport:
         calls = _Calls(*(torch.cat(tensors) for tensors in zip(*pruned, strict=True)))
@@ -222,14 +231,15 @@ def refit_block(
         ridge: share of the mean diagonal.
     """
     check_refit([block], ridge)
-    return _refit(block, _Calls(hidden, index, gates, target), target, ridge)
+    return _refit(block, _Calls(hidden, index, gates), target, ridge)
 
 
 @torch.no_grad()
 def _refit(block: MoEBlock, calls: _Calls, target: Tensor, ridge: float) -> RefitReport:
     down = block.matrices[-1]
     weight = down.weight
-    features = _Features(block, calls)
+    with fast_products(block.experts):
+        features = _Features(block, calls)
     target = target.float()
     residual = target - features.output(weight, down.bias)
     energy = float(target.double().square().sum()) or 1.0
@@ -251,6 +261,7 @@ class _Features:
         up = block.matrices[0]
         self.experts = up.weight.shape[0]
         self.shape = (len(calls.hidden), block.matrices[-1].weight.shape[1])
+        self.width = block.intermediate_size
         self.tokens: list[Tensor] = []
         self.gates: list[Tensor] = []
         self.rows: list[Tensor] = []
@@ -273,7 +284,10 @@ class _Features:
 
     def transpose(self, error: Tensor) -> Tensor:
         """Phi^T R: [E, H, I] float32 from R [T, H]."""
-        return torch.stack([error[token].T @ rows for token, rows in zip(self.tokens, self.rows, strict=True)])
+        out = error.new_empty(self.experts, self.shape[1], self.width)
+        for token, rows, part in zip(self.tokens, self.rows, out, strict=True):
+            torch.mm(error[token].T, rows, out=part)
+        return out
 
     def output(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[T, H] float32: the block's output with these down projections."""
@@ -284,25 +298,24 @@ class _Features:
         return out
 
     def solve(self, residual: Tensor, ridge: float) -> tuple[Tensor, int]:
-        """The change D of W that minimises |R - Phi D|^2 + ridge * mean diagonal * |D|^2, [E, H, I], and iterations.
+        """The change D of W that minimises |R - Phi D|^2 + ridge * mean diagonal * |D|^2, [E, H, I], and rounds.
 
-        The rows of D (one per output) share the matrix and are solved at once, each with its own step length.
+        All outputs share the matrix: they are solved at once.
         """
-        diagonal = torch.stack([rows.square().sum(0) for rows in self.rows])
-        damping = ridge * float(diagonal.mean())
+        energy = sum(float(rows.square().sum()) for rows in self.rows)
+        damping = ridge * energy / (self.experts * self.width)
         if damping == 0:
-            return torch.zeros(self.experts, self.shape[1], diagonal.shape[1], device=residual.device), 0
-        if diagonal.numel() <= min(self.shape[0], _MAX_GRAM):
-            return self._factorise(residual, damping), 0
-        if self.shape[0] <= _MAX_GRAM:
-            return self._factorise_tokens(residual, damping), 0
-        return self._iterate(residual, diagonal, damping)
+            return torch.zeros(self.experts, self.shape[1], self.width, device=residual.device), 0
+        side, formed = _matrix(self.experts * self.width, self.shape[0], sum(map(len, self.rows)) * self.width)
+        if not formed:
+            return self._iterate(residual, damping)
+        return (self._factorise if side < self.shape[0] else self._factorise_tokens)(residual, damping), 0
 
     def _factorise(self, residual: Tensor, damping: float) -> Tensor:
-        """By a Cholesky factorisation of Phi^T Phi + damping, float64 [E * I, E * I]."""
+        """By a Cholesky factorisation of Phi^T Phi + damping, [E * I, E * I], whose upper half is formed."""
         T, H = self.shape
-        E, I = self.experts, self.rows[0].shape[1]
-        gram = torch.zeros(E, I, E, I, dtype=torch.float64, device=residual.device)
+        E, I = self.experts, self.width
+        gram = torch.zeros(E, I, E, I, device=residual.device)
         place = torch.full((E, T), -1, device=residual.device)
         for expert, token in enumerate(self.tokens):
             place[expert, token] = torch.arange(len(token), device=residual.device)
@@ -310,51 +323,92 @@ class _Features:
             for other in range(one, E):
                 row = place[other, self.tokens[one]]
                 shared = row >= 0
-                block = (self.rows[one][shared].T @ self.rows[other][row[shared]]).double()
-                gram[one, :, other] = block
-                gram[other, :, one] = block.T
-        matrix = gram.view(E * I, E * I)
-        matrix.diagonal().add_(damping)
-        right = self.transpose(residual).transpose(1, 2).reshape(E * I, H).double()
-        solution = torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
-        return solution.view(E, I, H).transpose(1, 2).float()
+                gram[one, :, other] = self.rows[one][shared].T @ self.rows[other][row[shared]]
+        right = self.transpose(residual).transpose(1, 2).reshape(E * I, H)
+        solution = _solve(_cholesky(gram.view(E * I, E * I), damping), right)
+        return solution.view(E, I, H).transpose(1, 2)
 
     def _factorise_tokens(self, residual: Tensor, damping: float) -> Tensor:
-        """By one of Phi Phi^T + damping, float64 [T, T]: D = Phi^T (Phi Phi^T + damping)^-1 R."""
+        """By one of Phi Phi^T + damping, [T, T]: D = Phi^T (Phi Phi^T + damping)^-1 R."""
         T = self.shape[0]
-        gram = torch.zeros(T, T, dtype=torch.float64, device=residual.device)
+        gram = torch.zeros(T, T, device=residual.device)
         for token, rows in zip(self.tokens, self.rows, strict=True):
             # a token is at most once with an expert, so that no entry is written twice
-            gram[token[:, None], token] += (rows @ rows.T).double()
-        gram.diagonal().add_(damping)
-        return self.transpose(torch.cholesky_solve(residual.double(), torch.linalg.cholesky(gram)).float())
+            for start in range(0, len(rows), _SLAB):
+                slab = slice(start, start + _SLAB)
+                gram[token[slab, None], token[start:]] += rows[slab] @ rows[start:].T
+        return self.transpose(_solve(_cholesky(gram, damping), residual))
 
-    def _iterate(self, residual: Tensor, diagonal: Tensor, damping: float) -> tuple[Tensor, int]:
-        """By conjugate gradients, from no change; each row of D until its residual is _TOLERANCE of the first."""
-        solution = torch.zeros(self.experts, self.shape[1], diagonal.shape[1], device=residual.device)
-        inverse = 1 / (diagonal + damping)[:, None, :]
+    def _iterate(self, residual: Tensor, damping: float) -> tuple[Tensor, int]:
+        """By conjugate gradients, from no change, until a round's fall of what is minimised is _TOLERANCE of all."""
+        factors = [_cholesky(rows.T @ rows if self._is_long(rows) else rows @ rows.T, damping) for rows in self.rows]
         left = self.transpose(residual)
-        scaled = inverse * left
-        direction = scaled.clone()
-        product = (left * scaled).sum((0, 2))
-        goal = _TOLERANCE**2 * product
-        for iteration in range(_MAX_ITERATIONS):
-            if (product <= goal).all():
-                return solution, iteration
+        solution = torch.zeros_like(left)
+        scaled = self._precondition(left, factors, damping)
+        direction, product = scaled.clone(), _dot(left, scaled)
+        rounds, fallen = 0, 0.0
+        while rounds < _MAX_ROUNDS and product > 0:
             image = self.transpose(self.apply(direction)).add_(direction, alpha=damping)
-            curvature = (direction * image).sum((0, 2))
-            step = torch.where(curvature > 0, product / curvature.clamp_min(1e-38), 0)[:, None]
-            solution += step * direction
-            left -= step * image
-            scaled = inverse * left
-            new = (left * scaled).sum((0, 2))
-            direction = scaled + torch.where(product > 0, new / product.clamp_min(1e-38), 0)[:, None] * direction
-            product = new
-        return solution, _MAX_ITERATIONS
+            step = product / _dot(direction, image)
+            solution.add_(direction, alpha=step)
+            left.sub_(image, alpha=step)
+            rounds, fallen = rounds + 1, fallen + step * product
+            if step * product <= _TOLERANCE * fallen:
+                break
+            del image
+            scaled = self._precondition(left, factors, damping)
+            before, product = product, _dot(left, scaled)
+            direction.mul_(product / before).add_(scaled)
+        return solution, rounds
+
+    def _precondition(self, error: Tensor, factors: list[Tensor], damping: float) -> Tensor:
+        """(Phi_j^T Phi_j + damping)^-1 of every expert for itself, of [E, H, I]."""
+        out = torch.empty_like(error)
+        for rows, factor, part, result in zip(self.rows, factors, error, out, strict=True):
+            if self._is_long(rows):
+                result.copy_(_solve(factor, part.T).T)
+            else:
+                torch.sub(part, _solve(factor, rows @ part.T).T @ rows, out=result).div_(damping)
+        return out
+
+    def _is_long(self, rows: Tensor) -> bool:
+        return len(rows) >= self.width
+
+
+def _matrix(features: int, tokens: int, held: int) -> tuple[int, bool]:
+    """Side of the smaller of the two matrices, and whether it is formed as a whole.
+
+    Args:
+        features: E * I.
+        tokens: T.
+        held: numbers that the features of all tokens are.
+    """
+    side = min(features, tokens)
+    return side, side**2 <= max(_MAX_SIDE**2, held)
+
+
+def _cholesky(gram: Tensor, damping: float) -> Tensor:
+    """The lower factor of a matrix of which the upper half is given, plus damping, in its place."""
+    # what float32 cannot tell from none would end the factorisation
+    gram.diagonal().add_(max(damping, 1e-6 * float(gram.diagonal().sum())))
+    factor = gram.mT
+    torch.linalg.cholesky_ex(factor, out=(factor, torch.empty((), dtype=torch.int32, device=gram.device)))
+    return factor
+
+
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return sum(float(torch.dot(x.flatten(), y.flatten())) for x, y in zip(a, b, strict=True))
 
 
 def _capture(stream: LayerStream, position: int, block: MoEBlock) -> list[Batch]:
-    """Run one layer over all batches and note the fields of `_Calls` of each, for at most MAX_TOKENS evenly spaced."""
+    """Run one layer over all batches and note the fields of `_Calls` and the output [T, H] of each, for at most
+    MAX_TOKENS evenly spaced.
+    """
     every = -(-stream.tokens // MAX_TOKENS)
     parts: list[Batch] = []
     with _watched(block, parts):
