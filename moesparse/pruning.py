@@ -213,6 +213,8 @@ def describe_calibration(calibration: Any) -> dict[str, Any]:
         }
     if isinstance(calibration, ModelStatistics):
         return {"statistics": calibration.text_hash, "tokens": calibration.tokens}
+    if calibration is None:
+        return {"windows": 0, "length": 0, "tokens": 0}
     windows = calibration[0] if isinstance(calibration, tuple) else calibration
     return {"windows": len(windows), "length": windows.shape[1], "tokens": int(windows.numel())}
 
@@ -267,19 +269,28 @@ def default_device() -> torch.device | None:
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
-def _prune_from_weights(
-    blocks: Sequence[MoEBlock], recipe: Recipe, progress: Progress
-) -> tuple[list[BlockReport], dict[str, Any]]:
-    if recipe.saliency != "magnitude" or recipe.update != "none":
+def check_needs_no_data(recipe: Recipe) -> None:
+    """Refuse to prune without calibration what looks at more than the weights.
+
+    Raises:
+        CalibrationError: names the rules.
+    """
+    if not recipe.reads_weights_alone:
         raise CalibrationError(
             f"calibration must be windows or statistics for saliency={recipe.saliency!r}, update={recipe.update!r}, "
             "got None; only magnitude without an update needs no data"
         )
+
+
+def _prune_from_weights(
+    blocks: Sequence[MoEBlock], recipe: Recipe, progress: Progress
+) -> tuple[list[BlockReport], dict[str, Any]]:
+    check_needs_no_data(recipe)
     reports = []
     for done, block in enumerate(blocks):
         progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
         reports.append(prune_block(block, None, recipe, "none"))
-    return reports, {"windows": 0, "length": 0, "tokens": 0}
+    return reports, describe_calibration(None)
 
 
 def _prune_from_statistics(

@@ -143,6 +143,11 @@ class Recipe:
         return self.experts is not None or self.keep_experts is not None
 
     @property
+    def reads_weights_alone(self) -> bool:
+        """Whether it needs no calibration text."""
+        return not self.removes_experts and self.saliency == "magnitude" and self.update == "none"
+
+    @property
     def refits_experts(self) -> bool:
         return self.removes_experts and parse_update(self.update)[0] in ("least-squares", "asymmetric")
 

@@ -44,8 +44,9 @@ from moesparse.refit import RefitReport, check_refit, remove_and_refit_block
 from moesparse.run_folder import RunFolder, check_inputs, what_is_kept
 from moesparse.shards import read_json
 from moesparse.statistics import ModelStatistics, ordered_hash
+from moesparse.streamed_inspection import Inspection
 from moesparse.streamed_pruning import assemble_checkpoint, prune_checkpoint, spills, write_layer, write_outside
-from moesparse.streamed_statistics import Inspection, read_sums, record_layers
+from moesparse.streamed_statistics import read_sums, record_layers
 from moesparse.streaming import StreamedModel
 from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
 
@@ -280,9 +281,7 @@ class _Removal:
         """Every layer was looked at when this returns; None where no text is to go through them."""
         streamed = self.streamed
         if self.ids is None:
-            for position in range(len(streamed.layers)):
-                with streamed.hold(position):
-                    inspection(position)
+            inspection.look_at_all()
             return None
         return LayerStream(
             streamed.model,

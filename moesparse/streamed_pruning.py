@@ -1,9 +1,9 @@
 """Prune a checkpoint that need not fit in memory: folder in, folder out, one decoder layer at a time, resumable.
 
 A layer is read, calibrated, pruned, run again for the next one, written and dropped; the hidden states of the
-calibration set wait in between. The result has the bits that `prune` and `save_pretrained` give for the model as a
-whole. A run that is stopped, by whatever, goes on at the layer it had not finished: the finished ones are read back and
-only run.
+calibration set wait in between. Where a recipe looks at weights alone, nothing is run. The result has the bits that
+`prune` and `save_pretrained` give for the model as a whole. A run that is stopped, by whatever, goes on at the layer it
+had not finished: the finished ones are read back and only run.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moesparse._version import __version__
-from moesparse.calibration import Windows, check_dense, check_finite, check_windows
+from moesparse.calibration import Windows, check_windows
 from moesparse.checkpoint import note_recipe, write_companions
 from moesparse.errors import UsageError
-from moesparse.layer_pruning import BlockReport, TensorReport, prune_layerwise
+from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
 from moesparse.layerwise import LayerStream
 from moesparse.memory import available_memory
 from moesparse.plan import Plan, plan_pruning
 from moesparse.processes import Processes
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.pruning import Recipe, Report, default_device, describe_calibration, expert_sizes
-from moesparse.run_folder import RunFolder
-from moesparse.statistics import (
-    ModelStatistics,
-    fingerprint_sample,
-    model_fingerprint,
-    ordered_hash,
-    room_for_samples,
+from moesparse.pruning import (
+    Recipe,
+    Report,
+    check_needs_no_data,
+    default_device,
+    describe_calibration,
+    expert_sizes,
 )
+from moesparse.run_folder import RunFolder
+from moesparse.statistics import ModelStatistics, ordered_hash
+from moesparse.streamed_inspection import Inspection, blocks_of
 from moesparse.streaming import StreamedModel
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 def prune_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    calibration: Windows | ModelStatistics | Mapping[str, ModelStatistics],
+    calibration: Windows | ModelStatistics | Mapping[str, ModelStatistics] | None,
     recipe: Recipe | None = None,
     *,
     domains: Sequence[str] | None = None,
@@ -76,8 +78,9 @@ def prune_checkpoint(
     Args:
         source: a folder with safetensors under the names that transformers saves.
         out: a new or empty folder, or with `resume` one that holds an unfinished run.
-        calibration: (n, t) int64 windows, or (windows, attention mask). To remove experts without a refit also saved
-            statistics, see `moesparse.streamed_experts`.
+        calibration: (n, t) int64 windows, or (windows, attention mask), or None where the recipe looks at weights alone
+            (magnitude, no update). To remove experts without a refit also saved statistics, see
+            `moesparse.streamed_experts`.
         recipe: what to do: weights of one pattern, the removal of experts, or both.
         domains: of each window, for the choice of experts; None is one domain.
         tokenizer: saved beside the weights.
@@ -102,7 +105,9 @@ def prune_checkpoint(
         CalibrationError: the windows do not fit the model, or it was pruned before.
     """
     recipe = recipe or Recipe()
-    if recipe.removes_experts:
+    if calibration is None:
+        check_needs_no_data(recipe)
+    elif recipe.removes_experts:
         from moesparse.streamed_experts import remove_experts_of_checkpoint
 
         return remove_experts_of_checkpoint(
@@ -132,22 +137,25 @@ def prune_checkpoint(
     for block in blocks:
         for matrix in block.matrices:
             recipe.pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
-    embedding: Any = model.get_input_embeddings()
-    ids, mask = check_windows(calibration, embedding.weight.shape[0])
+    ids = mask = None
+    if calibration is not None:
+        embedding: Any = model.get_input_embeddings()
+        ids, mask = check_windows(calibration, embedding.weight.shape[0])
+    windows, length = (0, 1) if ids is None else ids.shape
     home = torch.device(device) if device is not None else default_device()
     plan = plan_pruning(
         model,
         blocks,
         recipe,
-        windows=len(ids),
-        length=ids.shape[1],
+        windows=windows,
+        length=length,
         batch_size=batch_size,
         processes=processes.count,
     )
     spill = spills(plan, max_memory, processes, on_gpu=home is not None and home.type != "cpu")
     inputs = {
         "source": streamed.signature(),
-        "windows": ordered_hash(ids, mask),
+        "windows": None if ids is None else ordered_hash(ids, mask),
         "recipe": recipe.to_dict(),
         "batch size": batch_size,
         "release": __version__,
@@ -155,29 +163,23 @@ def prune_checkpoint(
     with RunFolder.open(out, inputs, resume=resume, processes=processes) as run:
         if run.redone:
             progress(ProgressEvent(f"redo {run.redone[0]} and what follows: it was damaged", 0, 1, "layer"))
-        samples = room_for_samples(streamed.inside())
-
-        def inspect(position: int) -> None:
-            progress(ProgressEvent("check", position, len(streamed.layers), "layer"))
-            here = [block for block in blocks if streamed.position(block.layer) == position]
-            check_finite(here)
-            if not allow_pruned:
-                check_dense(here)
-            for name, tensor in streamed.state(position).items():
-                samples[name].copy_(fingerprint_sample(tensor))
-
-        stream = LayerStream(
-            model,
-            streamed.layers,
-            ids,
-            mask,
-            batch_size,
-            home,
-            hold=streamed.hold,
-            inspect=inspect,
-            spill=run.path if spill else None,
-            processes=processes,
-        )
+        inspection = Inspection(streamed, allow_pruned or ids is None, progress)
+        stream = None
+        if ids is None:
+            inspection.look_at_all()
+        else:
+            stream = LayerStream(
+                model,
+                streamed.layers,
+                ids,
+                mask,
+                batch_size,
+                home,
+                hold=streamed.hold,
+                inspect=inspection,
+                spill=run.path if spill else None,
+                processes=processes,
+            )
         before = expert_sizes(model, blocks)
 
         def finish(position: int, reports: list[BlockReport]) -> None:
@@ -185,7 +187,7 @@ def prune_checkpoint(
 
         done = len(run.parts)
         last = max(streamed.position(block.layer) for block in blocks)
-        if done <= last:
+        if stream is not None and done <= last:
             for position, part in enumerate(run.parts):
                 # what the interrupted run went on with: the pruned layer, or the dense one
                 progress(ProgressEvent("run finished layers", position, done, "layer"))
@@ -193,9 +195,13 @@ def prune_checkpoint(
                     for _ in stream.run(position, keep=True):
                         pass
             prune_layerwise(stream, model, blocks, recipe, progress, start=done, finish=finish)
-        for position in range(max(done, last + 1), len(streamed.layers)):
+            done = last + 1
+        for position in range(done, len(streamed.layers)):
             with streamed.hold(position):
-                finish(position, [])
+                here = blocks_of(streamed, position)
+                for block in here:
+                    progress(ProgressEvent(f"prune {block.name}", position, len(streamed.layers), "layer"))
+                finish(position, [prune_block(block, None, recipe, "none", processes=processes) for block in here])
         if len(run.parts) == len(streamed.layers):
             write_outside(run, streamed)
         report = complete(
@@ -205,7 +211,7 @@ def prune_checkpoint(
                 blocks=[_block_report(entry) for part in run.parts for entry in part.note],
                 calibration=describe_calibration(ids),
                 seconds=time.perf_counter() - started,
-                fingerprint=model_fingerprint(model, samples),
+                fingerprint=inspection.fingerprint,
                 sizes={"before": before, "after": expert_sizes(model, blocks, recipe)},
             )
         )

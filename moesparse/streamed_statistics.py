@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from moesparse._version import __version__
-from moesparse.blocks import MoEBlock
-from moesparse.calibration import Windows, check_dense, check_finite, check_windows
+from moesparse.calibration import Windows, check_windows
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.layer_statistics import drop_lone_angles, record_layer
 from moesparse.layerwise import LayerStream
@@ -33,61 +32,18 @@ from moesparse.statistics import (
     ExpertStatistics,
     ModelStatistics,
     check_moments,
-    fingerprint_sample,
-    model_fingerprint,
     ordered_hash,
-    room_for_samples,
     windows_hash,
 )
+from moesparse.streamed_inspection import Inspection, blocks_of
 from moesparse.streamed_pruning import MAX_SHARD_BYTES, spills
 from moesparse.streaming import StreamedModel
 
-__all__ = ["Inspection", "calibrate_checkpoint", "read_sums", "record_layers", "unfinished_folder"]
+__all__ = ["calibrate_checkpoint", "read_sums", "record_layers", "unfinished_folder"]
 
 _BY_WINDOW = "by_window."
 # of every column, or of every pair of them: what a choice of experts does not read
 _BY_COLUMN = ("energy.", "gated_energy.", "moment.", "gated_moment.")
-
-
-class Inspection:
-    """Looks at every layer of a streamed model once, while it is in memory, before any work.
-
-    Args:
-        streamed: the model.
-        allow_pruned: accept experts that were pruned before.
-        progress: called with every layer.
-
-    Attributes:
-        samples: `fingerprint_sample` of every tensor of the layers, once it was seen.
-    """
-
-    def __init__(self, streamed: StreamedModel, allow_pruned: bool, progress: Progress) -> None:
-        self._streamed, self._allow_pruned, self._progress = streamed, allow_pruned, progress
-        self.samples = room_for_samples(streamed.inside())
-
-    def __call__(self, position: int) -> None:
-        """Look at one, which is held.
-
-        Raises:
-            MoESparseError: a weight of an expert is not finite. CalibrationError: experts were pruned before.
-        """
-        self._progress(ProgressEvent("check", position, len(self._streamed.layers), "layer"))
-        here = blocks_of(self._streamed, position)
-        check_finite(here)
-        if not self._allow_pruned:
-            check_dense(here)
-        for name, tensor in self._streamed.state(position).items():
-            self.samples[name].copy_(fingerprint_sample(tensor))
-
-    @property
-    def fingerprint(self) -> str:
-        """`model_fingerprint`, once every layer was seen."""
-        return model_fingerprint(self._streamed.model, self.samples)
-
-
-def blocks_of(streamed: StreamedModel, position: int) -> list[MoEBlock]:
-    """The blocks of one layer."""
-    return [block for block in streamed.blocks if streamed.position(block.layer) == position]
 
 
 def record_layers(

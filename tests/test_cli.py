@@ -27,6 +27,9 @@ def moesparse(*arguments, **options):
     )
 
 
+MAGNITUDE = ("--saliency", "magnitude", "--update", "none")
+
+
 def in_process(monkeypatch, capsys, *arguments):
     """The same entry point without a new interpreter: (exit code, standard output, standard error)."""
     monkeypatch.setattr(sys, "argv", ["moesparse", *map(str, arguments)])
@@ -54,6 +57,14 @@ def test_prune_prints_one_json_object(pruned):
     assert report["sparsity"] == 0.5
     assert report["calibration"]["tokens"] == 24 * 256
     assert (folder / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+
+
+def test_magnitude_plans_to_run_nothing(tmp_path, monkeypatch, capsys):
+    code, out, _ = in_process(monkeypatch, capsys, "prune", "demo", tmp_path / "out", *MAGNITUDE, "--dry-run", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert (plan["tokens"], plan["hidden_states"], plan["moments"], plan["flops"]["forward"]) == (0, 0, 0, 0)
+    assert plan["flops"]["masks"] > 0
 
 
 def test_inspect_shows_the_pattern_in_every_expert_matrix_and_nothing_else_changed(pruned, monkeypatch, capsys):
@@ -132,6 +143,7 @@ def test_bench_says_what_it_measured(monkeypatch, capsys):
         (["prune", "demo", "OUT", "--weights", "2:5"], 2, "m in 4, 8, 16, 32, got 2:5"),
         (["prune", "demo", "OUT", "--weights", "1.2"], 2, "between 0 and 1 (the share removed), got 1.2"),
         (["prune", "demo", "OUT", "--saliency", "mystery"], 2, "saliency must be one of magnitude"),
+        (["prune", "demo", "OUT", *MAGNITUDE, "--statistics", "x"], 2, "--statistics must be left out for magnitude"),
         (["prune", "demo", "OUT", "--device", "tpu9"], 2, "--device must be auto, cpu, cuda or cuda:N, got 'tpu9'"),
         (["prune", "demo", "OUT", "--samples", "0"], 2, "Invalid value for '--samples'"),
         (["prune", "demo"], 2, "Missing argument"),

@@ -51,8 +51,9 @@ RECIPES = {
     "few": Recipe(weights="2:4", saliency="moe-pruner", update="least-squares+rescale"),
     "refit": Recipe(weights=None, experts=0.25),
     "both": Recipe(weights="2:4", experts=0.25, saliency="moe-pruner", update="none"),
+    "weights alone": Recipe(weights="2:4", saliency="magnitude", update="none"),
 }
-TEXTS = {"default": (WINDOWS, MASK), "refit": (WINDOWS, MASK), "few": FEW}
+TEXTS = {"default": (WINDOWS, MASK), "refit": (WINDOWS, MASK), "few": FEW, "weights alone": None}
 CALIBRATIONS = {"plain": ("none", WINDOWS), "moments": ("both", (WINDOWS, MASK)), "few": ("gated", FEW)}
 
 

@@ -12,6 +12,7 @@ import moesparse
 from moesparse import Recipe
 from moesparse.errors import CalibrationError, CheckpointError, MoESparseError, UsageError
 from moesparse.plan import plan_pruning
+from moesparse.progress import silent
 from moesparse.run_folder import JOURNAL_FILE
 from moesparse.streamed_pruning import prune_checkpoint
 from moesparse.streaming import StreamedModel
@@ -56,6 +57,48 @@ def test_the_result_is_that_of_pruning_in_memory(family, propagate, tmp_path):
         assert (one.name, one.tensors, one.rescale) == (other.name, other.tensors, other.rescale)
     AutoModelForCausalLM.from_pretrained(tmp_path / "got")
     assert not list((tmp_path / "got").glob("*partial*"))
+
+
+# transposed experts; layers of other kinds before, between and behind
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("weights", ["2:4", 0.5])
+def test_magnitude_needs_no_text_and_gives_the_bits_of_the_whole_model(family, weights, tmp_path):
+    tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    recipe = Recipe(weights=weights, saliency="magnitude", update="none")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
+    want = moesparse.prune(model, None, recipe)
+    moesparse.save_pretrained(model, tmp_path / "want", recipe=recipe.to_dict())
+
+    with pytest.MonkeyPatch.context() as patch:
+        # nothing is run
+        patch.setattr("torch.nn.Module.__call__", None)
+        got = prune_checkpoint(tmp_path / "dense", tmp_path / "got", None, recipe)
+
+    assert_same(tmp_path / "want", tmp_path / "got")
+    assert (got.calibration, got.fingerprint, got.sizes) == (want.calibration, want.fingerprint, want.sizes)
+    assert [(block.name, block.tensors) for block in got.blocks] == [(b.name, b.tensors) for b in want.blocks]
+
+
+def test_magnitude_killed_anywhere_goes_on_to_the_same_bits(source, tmp_path):
+    recipe = Recipe(weights="2:4", saliency="magnitude", update="none")
+
+    def go_on(out, progress, resume=False):
+        prune_checkpoint(source, out, None, recipe, resume=resume, progress=progress)
+
+    total = len(lines(lambda progress: go_on(tmp_path / "whole", progress)))
+    for step in sorted(random.Random(1).sample(range(1, total + 1), 8)):
+        out = tmp_path / f"killed-{step}"
+        killed(lambda progress, out=out: go_on(out, progress), at("", kill, step))
+        if not (out / "config.json").exists() or (out / JOURNAL_FILE).exists():
+            go_on(out, silent, resume=True)
+        assert_same(out, tmp_path / "whole")
+
+
+def test_without_text_what_needs_it_is_refused(source, tmp_path):
+    for recipe in (Recipe(), Recipe(saliency="magnitude"), Recipe(weights=None, experts=0.25)):
+        with pytest.raises(CalibrationError, match="only magnitude without an update needs no data"):
+            prune_checkpoint(source, tmp_path / "out", None, recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def run(source, out, resume=False, **options):

@@ -129,8 +129,8 @@ def prune(
     Router, attention, norms, embeddings and shared experts stay as they were.
 
     Weights are pruned and experts removed layer by layer from the checkpoint's files: the model need not fit in memory,
-    and a run that was stopped goes on with --resume. --target-bytes, --refine-experts, --demonstrations-from-model and
-    magnitude without an update load the whole model, and so does --whole.
+    and a run that was stopped goes on with --resume. --target-bytes, --refine-experts and --demonstrations-from-model
+    load the whole model, and so does --whole. Magnitude without an update needs no text and runs nothing.
 
     With torchrun several processes share the work: the batches of the text and the experts of a block. What loads the
     whole model does not.
@@ -193,16 +193,14 @@ def prune(
         batch_size=batch_size,
         device=target,
     )
-    chooses = recipe.removes_experts or recipe.target_bytes is not None
-    needs_data = chooses or recipe.saliency != "magnitude" or recipe.update != "none"
+    needs_data = recipe.target_bytes is not None or not recipe.reads_weights_alone
     writes = recipe.target_bytes is not None or demonstrations_from_model is not None
-    streams = needs_data and not whole and not writes and not refine_experts
+    streams = not whole and not writes and not refine_experts
     shows_plan = dry_run and recipe.target_bytes is not None
     if not streams and (resume or (dry_run and not shows_plan) or max_memory):
         raise UsageError(
             "--resume, --dry-run and --max-memory must be left out where the whole model is loaded: --whole, "
-            "--target-bytes (but for --dry-run), --refine-experts, --demonstrations-from-model, and magnitude without "
-            "an update"
+            "--target-bytes (but for --dry-run), --refine-experts and --demonstrations-from-model"
         )
     if not streams:
         loading = {
@@ -211,7 +209,9 @@ def prune(
             "--demonstrations-from-model": demonstrations_from_model is not None,
             "--refine-experts": refine_experts,
         }
-        refuse_several(", ".join(name for name, given in loading.items() if given) or "magnitude without an update")
+        refuse_several(", ".join(name for name, given in loading.items() if given))
+    if statistics and not needs_data:
+        raise UsageError("--statistics must be left out for magnitude without an update, which looks at weights alone")
     saved = _load_statistics(statistics, seed) if statistics else None
     if streams:
         with quiet_libraries():
@@ -221,6 +221,7 @@ def prune(
                 recipe,
                 saved,
                 text_options,
+                reads=needs_data and saved is None,
                 resume=resume,
                 dry_run=dry_run,
                 max_memory=max_memory,
@@ -283,13 +284,18 @@ def _prune_streamed(
     statistics: Any,
     text: TextOptions,
     *,
+    reads: bool,
     resume: bool,
     dry_run: bool,
     max_memory: str,
     allow_pruned: bool,
     as_json: bool,
 ) -> Any:
-    """Print the plan, then prune layer by layer; None where there is no more to tell."""
+    """Print the plan, then prune layer by layer; None where there is no more to tell.
+
+    Args:
+        reads: the text; without it there are statistics, or the recipe needs neither.
+    """
     from moesparse.checkpoint import load_tokenizer
     from moesparse.cli.streamed import naming_the_whole, parse_limit, plan_for, read_text, tell_plan
     from moesparse.model_card import model_card
@@ -299,7 +305,7 @@ def _prune_streamed(
 
     limit = parse_limit(max_memory)
     folder = local_folder(model_source(model))
-    plan = plan_for(folder, recipe, text if statistics is None else replace(text, samples=0, length=1))
+    plan = plan_for(folder, recipe, text if reads else replace(text, samples=0, length=1))
     if tell_plan(plan, text.device, dry_run=dry_run, as_json=as_json):
         return None
     with (
@@ -308,16 +314,18 @@ def _prune_streamed(
         naming_the_whole(),
         progress_bar() as progress,
     ):
-        if statistics is None:
+        calibration, domains = statistics, None
+        if reads:
             found, tokenizer = read_text(text, folder, progress)
+            calibration, domains = found.windows, found.domains
         else:
             tokenizer = load_tokenizer(folder)
         report = prune_checkpoint(
             folder,
             out,
-            statistics if statistics is not None else found.windows,
+            calibration,
             recipe,
-            domains=None if statistics is not None else found.domains,
+            domains=domains,
             tokenizer=tokenizer,
             card=lambda report: model_card(model, report),
             batch_size=text.batch_size,
