@@ -155,14 +155,16 @@ def prune_layerwise(
             label = here[0].name
             # the dense layer's outputs are there only now; its inputs are needed again for rescaling
             dense_outputs = None if recipe.propagate else stream.hidden.fresh()
-            with record(here, moments) as recorders:
+            # of the last block's output nothing is kept, unless one of these wants it
+            read = rescale or dense_outputs is not None or len(here) > 1
+            with record(here, moments, outputs=read) as recorders:
                 run(position, f"calibrate {label}", recorders, outputs=dense_outputs)
             dense = [recorder.statistics for recorder in recorders]
             own = [statistics.combine(processes) for statistics in dense]
 
             def look_again(block: MoEBlock, up_before: torch.Tensor, at: int = position) -> Recorded:
                 cross = CrossMoment(block, up_before)
-                with record([block], moments) as (recorder,):
+                with record([block], moments, outputs=False) as (recorder,):
                     recorder.row_observer = cross
                     run(at, f"match {block.name}", [recorder])
                 return recorder.statistics.combine(processes), processes.reduce(cross.total)

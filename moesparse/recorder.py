@@ -60,6 +60,7 @@ class Recorder:
         block: MoEBlock,
         moments: str = "none",
         *,
+        outputs: bool = True,
         device: torch.device | str | None = None,
         moments_device: torch.device | str | None = None,
     ) -> None:
@@ -68,10 +69,13 @@ class Recorder:
         Args:
             block: the block to record.
             moments: second moments to collect: "none", "plain", "gated" or "both"; see `memory_needed`.
+            outputs: False for a run whose output nobody reads: the last matrix, a third of the work, is left out, the
+                block's output is zeros, and so are the sums over outputs.
             device: where the sums live; the block's when None.
             moments_device: where the second moments live; `device` when None.
         """
         self.block = block
+        self._outputs = outputs
         self.token_mask: Tensor | None = None
         self.first_window = 0
         self.window_length: int | None = None
@@ -106,6 +110,7 @@ class Recorder:
         Returns:
             [T, H], dtype of `hidden_states`.
         """
+        assert self._outputs or (self.observer is None and self.window_sums is None)
         self.calls += 1
         E = self.block.num_experts
         tokens, gates, bounds = self._sorted_rows(hidden_states.shape[0], top_k_index, top_k_weights)
@@ -117,8 +122,11 @@ class Recorder:
                 continue
             token = tokens[start:stop]
             x = hidden_states[token]
-            activation, f = self._expert(expert, x)
-            out.index_add_(0, token, (f * gates[start:stop, None]).to(out.dtype))
+            if self._outputs:
+                activation, f = self._expert(expert, x)
+                out.index_add_(0, token, (f * gates[start:stop, None]).to(out.dtype))
+            else:
+                activation, f = self._activation(expert, x), x.new_zeros(len(x), 1)
             n = split - start
             batch.add(expert, {"hidden": x[:n], "activation": activation[:n]}, f[:n], gates[start:split])
             if self.row_observer is not None:
@@ -200,9 +208,11 @@ class Recorder:
 
     def _expert(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input of down_proj [n, I] and output before the combine [n, H] of one expert for its rows x [n, H]."""
-        up, down = self.block.matrices
-        activation = self.block.activation(_linear(x, up, expert))
-        return activation, self.block.post_expert_norm(_linear(activation, down, expert))
+        activation = self._activation(expert, x)
+        return activation, self.block.post_expert_norm(_linear(activation, self.block.matrices[1], expert))
+
+    def _activation(self, expert: int, x: Tensor) -> Tensor:
+        return self.block.activation(_linear(x, self.block.matrices[0], expert))
 
     def _non_finite(self, hidden_states: Tensor, tokens: Tensor, gates: Tensor, bounds: list[int]) -> CalibrationError:
         """Run the experts again to find the first value that is not finite; only ever called on the way out."""
@@ -307,19 +317,24 @@ class _BatchSums:
 
 @contextmanager
 def record(
-    blocks: Iterable[MoEBlock], moments: str = "none", *, moments_device: torch.device | str | None = None
+    blocks: Iterable[MoEBlock],
+    moments: str = "none",
+    *,
+    outputs: bool = True,
+    moments_device: torch.device | str | None = None,
 ) -> Iterator[list[Recorder]]:
     """Record `blocks` while the body runs the model; all other blocks run as they always do.
 
     Args:
         blocks: the blocks to record, any selection of the model's.
         moments: second moments to collect: "none", "plain", "gated" or "both".
+        outputs: False leaves out what only the blocks' outputs need, as in `Recorder`.
         moments_device: where the second moments live; each block's own device when None.
 
     Yields:
         One Recorder per block, in order; read their `statistics` in or after the body.
     """
-    recorders = [Recorder(block, moments, moments_device=moments_device) for block in blocks]
+    recorders = [Recorder(block, moments, outputs=outputs, moments_device=moments_device) for block in blocks]
     with ExitStack() as stack:
         yield [stack.enter_context(recorder) for recorder in recorders]
 

@@ -1,5 +1,6 @@
 """The driver: what is pruned, what is not, in which order, and what the report says of it."""
 
+import contextlib
 import copy
 import json
 
@@ -12,7 +13,7 @@ from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 from moesparse.masks import check_mask
 from moesparse.pruning import Recipe, prune
-from moesparse.recorder import record
+from moesparse.recorder import Recorder, record
 from moesparse.testing import tiny_model
 
 # transposed, biased and interleaved; no gate; shared experts and dense first layers; state-space layers between
@@ -114,6 +115,24 @@ def test_statistics_from_a_file_prune_like_a_live_pass_without_propagation(tmp_p
     assert report.calibration["tokens"] == ids.numel()
     with pytest.raises(CalibrationError, match="must come from this model"):
         prune(scored, moesparse.ModelStatistics.load(tmp_path / "stats"), recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "read"),
+    [
+        (Recipe(update="asymmetric"), False),
+        (Recipe(update="none"), False),
+        (Recipe(update="none", propagate=False), True),
+        (Recipe(), True),
+    ],
+)
+def test_experts_outputs_are_calibrated_only_where_they_are_read(recipe, read, monkeypatch):
+    def run_whole(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Recorder, "_expert", run_whole)
+    with pytest.raises(ZeroDivisionError) if read else contextlib.nullcontext():
+        prune(tiny_model("mixtral"), windows(n=2), recipe)
 
 
 def test_rescale_brings_the_output_energy_back():

@@ -58,6 +58,22 @@ def test_the_slow_loop_sees_gates_paired_with_the_wrong_tokens(mixtral):
     assert_same_sums(recorder.statistics, expected, 2e-5)
 
 
+def test_without_outputs_the_last_matrix_is_left_out_and_the_inputs_sums_are_the_same():
+    model = tiny_model("mixtral")
+    block = find_moe_blocks(model)[0]
+    with experts_inputs(model) as inputs:
+        logits(model)
+    hidden, index, gates = inputs[block.name]
+    whole, short = Recorder(block, "both"), Recorder(block, "both", outputs=False)
+    whole(hidden, index, gates)
+    block.matrices[1].weight.fill_(torch.nan)
+    assert not short(hidden, index, gates).any()
+    want, found = whole.statistics.named_tensors(), short.statistics.named_tensors()
+    of_outputs = {name for name in want if "norm" in name}
+    assert len(of_outputs) == 4 and not any(found[name].any() for name in of_outputs)
+    assert all(torch.equal(found[name], want[name]) for name in want.keys() - of_outputs)
+
+
 def _all_experts(T: int, E: int) -> torch.Tensor:
     return torch.arange(E).expand(T, E).contiguous()
 
