@@ -12,6 +12,7 @@ from benchmarks.peers import environment, plain, table
 from benchmarks.peers.audit import experts_shared, load, mask_difference, zeros_by_part
 from benchmarks.peers.clock import Clock
 from benchmarks.peers.contenders import CONTENDERS, Contender
+from benchmarks.peers.llm_compressor import causal
 from benchmarks.results import ResultFile
 from benchmarks.synthetic import make_checkpoint, random_windows
 from moesparse.masks import Pattern
@@ -111,6 +112,18 @@ def test_the_clock_counts_memory_and_the_part_between():
     assert row["prune_seconds"] <= row["seconds"] and row["prune_cpu_seconds"] <= row["cpu_seconds"]
 
 
+def test_attention_in_both_directions_sees_the_last_token(tmp_path):
+    causal.build("mixtral", tmp_path)
+    model, windows = load(tmp_path).model, causal.pairs()
+    assert (windows[0::2] != windows[1::2]).sum(0).tolist() == [0] * (causal.LENGTH - 1) + [4]
+    with torch.no_grad():
+        masked, both_ways = (
+            model.model(windows, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+            for mask in (None, torch.zeros(8, 1, causal.LENGTH, causal.LENGTH))
+        )
+    assert causal.sees(masked) < 1e-6 and causal.sees(both_ways) > 0.1
+
+
 class CountingPart:
     """Runs nothing; fails where it is told to."""
 
@@ -149,7 +162,8 @@ def test_rows_are_kept_and_failed_ones_are_tried_again(tmp_path):
 
 def rows(seconds, peaks=None, perplexities=None):
     made = [
-        {"part": "cost", "contender": name, "status": "ok", "task": "2:4", "seed": seed, "zeros": {}, "seconds": value}
+        {"part": "cost", "contender": name, "status": "ok", "task": "2:4", "seed": seed, "zeros": {}}
+        | {"seconds": 100.0, "cpu_seconds": value}
         | ({"peak_bytes": peaks[name]} if peaks else {})
         for name, values in seconds.items()
         for seed, value in enumerate(values)
@@ -178,14 +192,14 @@ def test_goals_are_met_or_missed_by_medians_and_means():
 
 
 def test_the_table_has_a_line_for_each_contender(tmp_path):
-    found = rows({table.OURS: [1.25]}, {table.OURS: 3_000_000}, {"plain wanda": [20.0, 21.0]})
+    found = rows({table.OURS: [1.25, 1.75]}, {table.OURS: 3_000_000}, {"plain wanda": [20.0, 21.0]})
     found[-1]["zeros"] = found[-2]["zeros"] = {"experts": 0.5, "attention": 0.001}
     found[-2]["like"] = {"contender": "moesparse wanda", "differing": 5, "expert_weights": 1000}
     for row in found:
         row |= {"cpu": "a CPU", "torch": "2", "commit": "abc"}
     lines = table.show(found).splitlines()
     assert "| plain wanda | 20.50 ± 0.71 | experts 50% | 0.500% of the masks |  |" in lines
-    assert f"| {table.OURS} | 1.2 |  |  | 3 |  |" in lines
+    assert f"| {table.OURS} | 1.2 to 1.8 |  | 100.0 | 3 |  |" in lines
     table.draw(found, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").stat().st_size > 1000
 
