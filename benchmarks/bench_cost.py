@@ -1,17 +1,19 @@
 """What pruning a checkpoint costs: seconds = a * tokens * active parameters + b * weights, fitted and checked.
 
-    python -m benchmarks.bench_cost                     # four sizes on a CPU, 6 minutes
-    python -m benchmarks.bench_cost --shapes small medium --windows 8 --name cost_small    # 1 minute
+    python -m benchmarks.bench_cost --windows 8         # four sizes on a CPU, 6 minutes
+    python -m benchmarks.bench_cost --replan            # what the plan says now of the runs in the file; its table
     python -m benchmarks.bench_cost --dry --results out # tiny: everything runs, the figures mean nothing
     make gpu PART=cost                                  # whole blocks of published shapes on the GPU
 
 Synthetic Mixtral checkpoints (random weights, bf16) are pruned to 2:4 from folder to folder, reading and writing
 included. A token passes each active parameter of the decoder layers once for the sums and once for the next layer's
-input (but for the last one), and once more to rescale; weights are those of the experts. a and b are fitted by least
+input (but for the last one), and once more to rescale; weights are those of the experts. Magnitude runs nothing and is
+all weights. a and b are fitted by least
 squares of the relative error to the moe-pruner runs of the first two sizes; the others are forecast: a larger one, and
 one of many small experts. On a CPU seconds are CPU seconds of one thread, on a GPU those of the clock. gated-sparsegpt
 adds second moments and a factorisation, whose cost grows with the matrices' width: the formula does not hold for it,
-and its rows show by how much. A quarter of the experts is removed as well: by their sums alone, which is one pass and
+and its rows show by how much. The plan's seconds are those at the rates of matrix products measured beside each run, by
+the same clock. A quarter of the experts is removed as well: by their sums alone, which is one pass and
 no work on weights, and with the refit, which the formula leaves out.
 """
 
@@ -29,15 +31,16 @@ import torch
 import moesparse
 from benchmarks.common import parser
 from benchmarks.results import RESULTS, device_folder
-from benchmarks.synthetic import make_checkpoint, random_windows
+from benchmarks.synthetic import make_checkpoint, make_config, random_windows
 from moesparse.benchmarking import environment
 from moesparse.memory import bound_compiled_products, peak_memory, reset_peak_memory
-from moesparse.plan import gemm_rate
+from moesparse.plan import gemm_rate, head_size
 from moesparse.plan_experts import plan_run
 from moesparse.streaming import meta_model
 
 # recipe, passes over all layers, passes less over the last one
 RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "magnitude, none": ({"weights": "2:4", "saliency": "magnitude", "update": "none"}, 0, 0),
     "moe-pruner, none": ({"weights": "2:4", "saliency": "moe-pruner", "update": "none"}, 2, 1),
     "moe-pruner, rescale": ({"weights": "2:4", "saliency": "moe-pruner", "update": "rescale"}, 3, 1),
     "gated-sparsegpt, obs": ({"weights": "2:4", "saliency": "gated-sparsegpt", "update": "obs"}, 2, 1),
@@ -64,29 +67,43 @@ BATCH = 8
 
 
 def measure(source: Path, out: Path, name: str, windows: torch.Tensor, device: str) -> dict[str, Any]:
-    """Seconds and peak bytes of one run, and what the plan knew of it before."""
-    rules, passes, less = RECIPES[name]
-    recipe = moesparse.Recipe(**rules)
-    model = meta_model(source)
-    blocks = moesparse.find_moe_blocks(model)
-    plan = plan_run(model, blocks, recipe, windows=len(windows), length=windows.shape[1], batch_size=BATCH)
-    head: Any = model.get_output_embeddings()
+    """Seconds of one run, peak bytes of the process, and what the plan knew of it before."""
+    recipe = moesparse.Recipe(**RECIPES[name][0])
     clock = time.process_time if device == "cpu" else time.perf_counter
+    rates = [gemm_rate(torch.device(device), dtype, clock) for dtype in (torch.float32, torch.bfloat16)]
     reset_peak_memory()
     began = clock()
-    moesparse.prune_checkpoint(source, out, windows, recipe, batch_size=BATCH, device=device)
+    calibration = None if recipe.reads_weights_alone else windows
+    moesparse.prune_checkpoint(source, out, calibration, recipe, batch_size=BATCH, device=device)
     seconds = clock() - began
     shutil.rmtree(out)
-    return {
-        "recipe": name,
+    row = {"recipe": name, "windows": list(windows.shape), "seconds": seconds, "peak": peak_memory()}
+    return planned(source, row | {"rates": rates})
+
+
+def planned(source: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what the formula and the plan know from config.json alone."""
+    rules, passes, less = RECIPES[row["recipe"]]
+    recipe = moesparse.Recipe(**rules)
+    windows, length = (0, 1) if recipe.reads_weights_alone else row["windows"]
+    model = meta_model(source)
+    blocks = moesparse.find_moe_blocks(model)
+    plan = plan_run(model, blocks, recipe, windows=windows, length=length, batch_size=BATCH)
+    return row | {
         "tokens": plan.tokens,
         "passes": passes - less / plan.layers,
-        "active": plan.active_parameters - head.weight.numel(),
+        "active": plan.active_parameters - head_size(model),
         "weights": sum(matrix.weight.numel() for block in blocks for matrix in block.matrices),
-        "seconds": seconds,
-        "planned_seconds": plan.seconds(gemm_rate(torch.device(device))),
-        "peak": peak_memory(),
+        "planned_seconds": plan.seconds(*row["rates"]),
+        "planned_flops": plan.flops,
     }
+
+
+def plan_again(row: dict[str, Any], size: tuple[int, ...]) -> dict[str, Any]:
+    layers, hidden, intermediate, experts, top_k, heads = size
+    with tempfile.TemporaryDirectory() as work:
+        make_config(Path(work) / "model", layers, hidden, intermediate, experts=experts, top_k=top_k, heads=heads)
+        return planned(Path(work) / "model", row)
 
 
 def fit(rows: list[dict[str, Any]]) -> tuple[float, float]:
@@ -109,8 +126,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.6, 4.4))
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-    for name, marker, colour in zip(RECIPES, "osD^v", colours, strict=True):
+    colours = ("#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+    for name, marker, colour in zip(RECIPES, "posD^v", colours, strict=True):
         for fitted in (True, False):
             chosen = [row for row in result["rows"] if row["recipe"] == name and row["fitted"] == fitted]
             if chosen:
@@ -153,6 +170,7 @@ def main() -> None:
     )
     arguments.add_argument("--windows", type=int, nargs="+", help="sizes of the calibration set")
     arguments.add_argument("--name", default="cost", help="of the result file and the figure (cost)")
+    arguments.add_argument("--replan", action="store_true", help="measure nothing: plan the runs in the file again")
     arguments.add_argument("--device", choices=("cpu", "cuda"), help="the GPU when there is one")
     options = arguments.parse_args()
     if options.dry and options.results is None:
@@ -163,6 +181,14 @@ def main() -> None:
         sizes = {name: size for name, size in sizes.items() if name in options.shapes}
         if len(sizes) < 2:
             raise SystemExit(f"--shapes must name two sizes at least, to fit and to check; got {options.shapes}")
+    folder = device_folder(options.results or RESULTS, torch.device(device))
+    file = folder / f"{options.name}.json"
+    if options.replan:
+        held = json.loads(file.read_text())
+        rows = [plan_again(row, sizes[row["size"]]) for row in held["rows"]]
+        file.write_text(json.dumps(held | {"rows": rows}, indent=1) + "\n")
+        show(held | {"rows": rows})
+        return
     bound_compiled_products()
     if device == "cpu":
         torch.set_num_threads(1)
@@ -190,14 +216,12 @@ def main() -> None:
     result = {
         "benchmark": "cost",
         "environment": environment(torch.device(device)),
-        "gemm_flops": gemm_rate(torch.device(device)),
         "a": a,
         "b": b,
         "rows": rows,
     }
-    folder = device_folder(options.results or RESULTS, torch.device(device))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
     draw(result, folder / f"{options.name}.png")
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["VOCABULARY", "make_checkpoint", "random_windows"]
+if TYPE_CHECKING:
+    from transformers import MixtralConfig
+
+__all__ = ["VOCABULARY", "make_checkpoint", "make_config", "random_windows"]
 
 VOCABULARY = 1000
 
 
-def make_checkpoint(
+def make_config(
     folder: Path,
     layers: int,
     hidden: int,
@@ -21,8 +25,8 @@ def make_checkpoint(
     top_k: int = 2,
     heads: int = 8,
     dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Write a Mixtral; the same arguments give the same weights.
+) -> MixtralConfig:
+    """Write the config.json of a Mixtral.
 
     Args:
         folder: new.
@@ -34,10 +38,7 @@ def make_checkpoint(
         heads: of the attention, a quarter of them for keys and values.
         dtype: of the weights.
     """
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    from moesparse.checkpoint_keys import checkpoint_views
-    from moesparse.shards import ShardWriter, TensorSpec
+    from transformers import MixtralConfig
 
     config = MixtralConfig(
         vocab_size=VOCABULARY,
@@ -53,6 +54,25 @@ def make_checkpoint(
     )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
+    return config
+
+
+def make_checkpoint(
+    folder: Path,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    **sizes: int,
+) -> None:
+    """Write a Mixtral; the arguments are those of `make_config`, and the same ones give the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    from moesparse.checkpoint_keys import checkpoint_views
+    from moesparse.shards import ShardWriter, TensorSpec
+
+    config = make_config(folder, layers, hidden, intermediate, dtype=dtype, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     views = checkpoint_views(model, model.state_dict())
