@@ -2,10 +2,12 @@
 
     python -m benchmarks.bench_memory                 # 12 and 48 layers (10 GB of disk); 15 CPU minutes
     python -m benchmarks.bench_memory --quick         # small layers: it runs, the figures mean little
+    python -m benchmarks.bench_memory --table         # of docs/scale.md, from the result file
 
 Synthetic Mixtral checkpoints (random weights, bf16) that differ in nothing but the number of layers are pruned to
 2:4, each in a process of its own, by moe-pruner with rescaling (no second moments; layers of 101 MB) and by
-gated-sparsegpt (with them; 26 MB); and a quarter of their experts is removed with refit (26 MB). The peak is what the
+gated-sparsegpt with least squares (with them; 14 MB); and a quarter of their experts is removed with refit (26 MB). The
+peak is what the
 run adds to the resident memory of the process (VmHWM), measured after a run of a tiny model that has loaded every
 library. Beside it stand what the plan forecast, and the peak of the same work on the smaller model as a whole. What
 torch's CPU libraries keep compiled is bounded as in the command line (moesparse.memory), and is part of the peak.
@@ -29,11 +31,21 @@ from benchmarks.common import RESULTS
 from benchmarks.synthetic import make_checkpoint
 from moesparse.benchmarking import environment
 
-# name -> recipe, hidden, intermediate
-RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {
-    "moe-pruner": ({"weights": "2:4", "saliency": "moe-pruner", "update": "rescale"}, 1024, 2048),
-    "gated-sparsegpt": ({"weights": "2:4", "saliency": "gated-sparsegpt", "update": "none"}, 512, 1024),
-    "experts": ({"weights": None, "experts": 0.25}, 512, 1024),
+# name -> recipe, hidden, intermediate, as the table says it
+RECIPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
+    "moe-pruner": (
+        {"weights": "2:4", "saliency": "moe-pruner", "update": "rescale"},
+        1024,
+        2048,
+        "2:4, moe-pruner + rescale",
+    ),
+    "gated-sparsegpt": (
+        {"weights": "2:4", "saliency": "gated-sparsegpt", "update": "least-squares"},
+        384,
+        768,
+        "2:4, gated-sparsegpt + least-squares",
+    ),
+    "experts": ({"weights": None, "experts": 0.25}, 512, 1024, "a quarter of the experts removed, refit"),
 }
 WINDOWS, LENGTH, BATCH = 8, 128, 4
 
@@ -85,6 +97,22 @@ def measure(source: Path, tiny: Path, out: Path, recipe: str, *, whole: bool) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table of docs/scale.md; the layers of a recipe are those of its rows."""
+    print("| recipe | a layer | layers | peak | planned | peak, deeper | planned | of the peak |")
+    print("|---|---|---|---|---|---|---|---|")
+    for recipe, (*_, label) in RECIPES.items():
+        found = sorted((row for row in rows if row["recipe"] == recipe and not row["whole"]), key=lambda r: r["layers"])
+        if len(found) == 2:
+            few, many = found
+            layer = (many["weights"] - few["weights"]) / (many["layers"] - few["layers"])
+            peaks = " | ".join(f"{row['peak'] / 1e6:.0f} | {row['planned'] / 1e6:.0f}" for row in found)
+            print(
+                f"| {label} | {layer / 1e6:.0f} MB | {few['layers']}, {many['layers']} | {peaks} | "
+                f"{many['peak'] / few['peak']:.2f} |"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs=2, default=(12, 48), metavar="LAYERS")
@@ -93,16 +121,20 @@ def main() -> None:
     parser.add_argument(
         "--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="the rows of others stay in the file"
     )
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table of the result file")
     parser.add_argument("--streamed", action="store_true", help="leave out the model as a whole")
     options = parser.parse_args()
     file = options.output or RESULTS / "cpu" / "bench_memory.json"
     held = json.loads(file.read_text())["rows"] if file.is_file() else []
+    if options.table:
+        show(held)
+        return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
         tiny = Path(work) / "tiny"
         make_checkpoint(tiny, 2, 128, 256)
         for recipe in options.recipes:
-            _, hidden, intermediate = RECIPES[recipe]
+            _, hidden, intermediate, _ = RECIPES[recipe]
             for layers in options.depths:
                 source, out = Path(work) / "model", Path(work) / "out"
                 make_checkpoint(source, layers, *((128, 256) if options.quick else (hidden, intermediate)))

@@ -18,21 +18,26 @@ from moesparse.saliency.updates import parse_update
 from moesparse.saliency.weights import COLUMN_RULES, moments_needed
 from moesparse.statistics import input_sizes, memory_needed
 
-__all__ = ["Plan", "gemm_rate", "head_size", "plan_pruning"]
+__all__ = ["Plan", "file_flops", "gemm_rate", "head_size", "plan_pruning"]
 
-# a rule's work on a matrix [out, in] in units of 2 * out * in^2 multiply-adds (one product with the second moment),
-# from the seconds that benchmarks/bench_prune.py measured for 14336 x 4096 and the fp32 GEMM rate of that machine
+# a rule's products with the second moment: 2 * out * in^2 multiply-adds and times for a matrix [out, in]. An update's
+# errors are three; of admm and the conjugate gradients what benchmarks/bench_prune.py measured for 14336 x 4096
 _PRODUCTS = {
-    "sparsegpt": 1.5,
-    "gated-sparsegpt": 1.5,
     "admm": 40.0,
     "gated-admm": 40.0,
-    "obs": 4.0,
+    "obs": 3.0,
     "least-squares": 15.0,
     "asymmetric": 15.0,
 }
-# weights scored and chosen a second, for each GFLOP/s of the machine: the mask of a matrix is bound by memory
+_WALKS = ("sparsegpt", "gated-sparsegpt", "obs")
+# what is bound by memory, as operations that a product does in that time. A column of a walk is taken off those up to
+# 128 to its right, weight by weight: from 14336 x 4096 and 1792 x 4096 in bench_prune
+_WALK_FLOPS = 8000
+# a weight is scored, chosen, written and counted; a byte of the checkpoint is read and copied into its layer, or hashed
+# and written: from magnitude, which does nothing else, in benchmarks/bench_cost.py
 _SELECT_FLOPS = 1500
+_READ_FLOPS = 115
+_WRITE_FLOPS = 130
 # compiled products and buffers that torch's CPU libraries keep, see moesparse.memory
 _KEPT_BY_LIBRARIES = 64 * 2**20
 
@@ -55,7 +60,8 @@ class Plan:
             where it is done in place.
         activations: of one batch in the widest part.
         hidden_states: of the calibration set between two layers, as far as one process holds them.
-        flops: multiply-adds times two: forward passes, second moments, solvers.
+        flops: multiply-adds times two: forward passes, second moments, solvers; masks and files as much as takes the
+            same time.
         keep: experts of a block that stay; None for all.
         sums: of all experts and windows, to choose by, in memory all the time.
         processes: that share the work; what is in memory is in that of each.
@@ -170,17 +176,23 @@ def plan_pruning(
         workspace=workspace,
         activations=batch_size * length * (6 * hidden + 4 * widest) * max(item, 4),
         hidden_states=held * length * hidden * item,
-        flops=_flops(blocks, recipe, tokens, active - head_size(model), moments),
+        flops={
+            **_flops(blocks, recipe, tokens, active - head_size(model), moments),
+            "files": file_flops(2 * whole, whole),
+        },
         processes=processes,
     )
 
 
 def _flops(blocks: Sequence[MoEBlock], recipe: Recipe, tokens: int, passed: int, moments: str) -> dict[str, float]:
     solver, rescale = parse_update(recipe.update)
+    rules = {recipe.saliency, solver}
+    # "obs" behind sparsegpt takes what that has found on its walk
+    walks = bool(rules.intersection(_WALKS))
     asymmetric = solver == "asymmetric"
     passes = 1 + rescale + recipe.propagate + asymmetric
     kinds = {"none": 0, "plain": 1, "gated": 1, "both": 2}[moments] * (1 + asymmetric)
-    products = _PRODUCTS.get(recipe.saliency, 0.0) + _PRODUCTS.get(solver, 0.0)
+    products = sum(_PRODUCTS.get(rule, 0.0) for rule in rules) + 0.5 * walks
     sums, solve, select = 0.0, 0.0, 0.0
     for block in blocks:
         sums += (
@@ -188,9 +200,15 @@ def _flops(blocks: Sequence[MoEBlock], recipe: Recipe, tokens: int, passed: int,
         )
         for matrix in block.matrices:
             E, out, size = matrix.weight.shape
-            solve += 2.0 * products * E * out * size**2
+            # a factorisation is one in float64, which takes twice the time
+            solve += 2.0 * products * E * out * size**2 + walks * E * (2 * size**3 / 3 + _WALK_FLOPS * out * size)
             select += float(_SELECT_FLOPS * E * out * size)
     return {"forward": 2.0 * passes * tokens * passed, "moments": sums, "solvers": solve, "masks": select}
+
+
+def file_flops(read: float, written: float) -> float:
+    """What reading and writing so many bytes takes, as operations."""
+    return _READ_FLOPS * read + _WRITE_FLOPS * written
 
 
 def head_size(model: nn.Module) -> int:

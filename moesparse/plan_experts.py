@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock
 from moesparse.expert_pruning import choose_rule
-from moesparse.plan import Plan, head_size, plan_pruning
+from moesparse.plan import Plan, file_flops, head_size, plan_pruning
 from moesparse.recipe import Recipe
 from moesparse.refit import memory_for_refit, refit_flops
 from moesparse.statistics import input_sizes, memory_needed
@@ -64,6 +64,8 @@ def plan_run(
     flops = dict(base.flops)
     flops["forward"] += 2.0 * passes * base.tokens * (base.active_parameters - head_size(model))
     flops["solvers"] += solve
+    # read to be checked, recorded and cut
+    flops["files"] += file_flops(3 * base.weights, share * base.weights)
     return dataclasses.replace(
         base, keep=keep, workspace=max(base.workspace, workspace), sums=_sums(blocks, windows), flops=flops
     )
@@ -100,7 +102,7 @@ def plan_calibration(
         for size in input_sizes(block).values()
     )
     passed = base.active_parameters - head_size(model)
-    flops = {"forward": 2.0 * base.tokens * passed, "moments": products}
+    flops = {"forward": 2.0 * base.tokens * passed, "moments": products, "files": file_flops(2 * base.weights, 0)}
     return dataclasses.replace(
         base,
         packed=0,

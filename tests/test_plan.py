@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, 
 from moesparse import Recipe, find_moe_blocks
 from moesparse.cli.streamed import parse_limit
 from moesparse.errors import UsageError
-from moesparse.plan import gemm_rate, plan_pruning
+from moesparse.plan import file_flops, gemm_rate, plan_pruning
+from moesparse.plan_experts import plan_run
 from moesparse.testing import tiny_model
 
 GIB = 2**30
@@ -102,6 +103,28 @@ def test_the_arithmetic_on_a_tiny_model():
     head = model.lm_head.weight.numel()
     assert plan.flops["forward"] == 2 * 2 * 30 * (plan.active_parameters - head)
     assert plan.flops["moments"] == plan.flops["solvers"] == 0
+
+
+def test_a_walk_over_columns_is_counted_once_and_files_as_often_as_they_are_read():
+    model = tiny_model("mixtral")
+    blocks = find_moe_blocks(model)
+    sizes = {"windows": 3, "length": 10, "batch_size": 2}
+
+    def flops(**rules):
+        return plan_run(model, blocks, Recipe(**rules), **sizes).flops
+
+    mask = flops(saliency="sparsegpt", update="none")["solvers"]
+    both = flops(saliency="sparsegpt", update="obs")["solvers"]
+    alone = flops(saliency="moe-pruner", update="obs")["solvers"]
+    errors = sum(3 * 2.0 * matrix.weight.numel() * matrix.weight.shape[2] for b in blocks for matrix in b.matrices)
+    assert both == pytest.approx(mask + errors)
+    assert alone == pytest.approx(both)
+
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    pruned, removed = flops(saliency="magnitude", update="none"), flops(weights=None, experts=0.25, update="none")
+    assert pruned["files"] == file_flops(2 * weights, weights)
+    assert removed["files"] == pytest.approx(file_flops(3 * weights, 0.75 * weights))
+    assert removed["masks"] == removed["solvers"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
