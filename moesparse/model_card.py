@@ -85,8 +85,12 @@ def distilled_card(card: str, teacher: str, report: DistillReport, windows: int,
         length: tokens of each.
     """
     name = teacher.rstrip("/").rsplit("/", 2)[-1] if teacher.startswith(("/", ".")) else teacher
-    how = "expert-wise distillation and cross-entropy" if report.mode == "global" else "blockwise distillation"
+    share = report.settings["logit_share"]
+    parts = ["cross-entropy"] * (share < 1) + ["KL to the teacher's logits"] * (share > 0)
+    parts += ["expert-wise distillation"] * (report.expert_weight != 0)
+    how = " and ".join(parts) if report.mode == "global" else "blockwise distillation"
+    what = "kept expert weights" if report.settings["train"] == "experts" else "kept expert weights and all others"
     return (
-        f"{card.rstrip()}\n\nAfterwards the kept expert weights were trained by {how} from `{name}`: "
+        f"{card.rstrip()}\n\nAfterwards the {what} were trained by {how} from `{name}`: "
         f"{len(report.rows)} steps on {windows} windows of {length} tokens. No zero was lost.\n"
     ).lstrip()

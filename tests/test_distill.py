@@ -12,10 +12,11 @@ import torch.nn.functional as F
 import moesparse
 from moesparse.blocks import find_moe_blocks
 from moesparse.dispatch import experts_run_by
-from moesparse.distillation import DistillWarning, Settings, distill
+from moesparse.distillation import MODES, DistillWarning, Settings, distill
 from moesparse.distillation.experts import Routed, StudentExperts, TeacherExperts, expert_loss
 from moesparse.distillation.journal import Journal
 from moesparse.distillation.matching import match
+from moesparse.distillation.settings import check_mode, resolve_settings
 from moesparse.distillation.training import windows_of_step
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.evaluate import perplexity
@@ -165,17 +166,19 @@ def test_lambda_makes_both_parts_equal_at_step_0_and_ce_is_the_models_own():
     assert given.expert_weight == 0.25
 
 
-def test_a_step_is_adamw_on_the_mean_of_its_forwards():
+@pytest.mark.parametrize("train", ["experts", "all"])
+def test_a_step_is_adamw_on_the_mean_of_its_forwards(train):
     """One step by hand: gradients of CE + lambda * expert loss from plain autograd, on a copy that is eager."""
     teacher, ids = tiny_model("mixtral"), windows(4)
     student, by_hand = student_of(), student_of()
-    settings = Settings(learning_rate=1e-2, epochs=1, batch_size=4, micro_batch=2, expert_weight=0.3, max_grad_norm=0.5)
+    settings = Settings(1e-2, epochs=1, batch_size=4, micro_batch=2, expert_weight=0.3, train=train, max_grad_norm=0.5)
     report = distill(student, teacher, ids, settings=settings)
     by_hand.set_experts_implementation("eager")
     names = expert_names(by_hand)
-    parameters = {name: p for name, p in by_hand.named_parameters() if name in names}
-    masks = {name: p.detach() != 0 for name, p in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
+    parameters = {name: p for name, p in by_hand.named_parameters() if train == "all" or name in names}
+    masks = {name: p.detach() != 0 if name in names else torch.tensor(True) for name, p in parameters.items()}
+    groups = [{"params": [p], "lr": 1e-2 if name in names else 1e-3} for name, p in parameters.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for numbers in windows_of_step(0, 4, settings).split(2):
         batch = ids[numbers]
         loss = F.cross_entropy(by_hand(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
@@ -247,6 +250,28 @@ def test_a_bf16_student_trains_in_float32():
     moved = [(student.state_dict()[name] != before[name]).float().mean() for name in expert_names(student)]
     assert min(moved) > 0.1
     assert report.rows[-1]["experts"] < report.rows[0]["experts"]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h"])
+def test_all_weights_train_and_zeros_of_the_experts_stay(family):
+    """In bf16, which is what the model goes on computing in, and where steps this small must add up in float32."""
+    student, teacher = student_of(family).bfloat16(), tiny_model(family).bfloat16()
+    before = copy.deepcopy(student.state_dict())
+    settings = Settings(learning_rate=2e-4, epochs=16, batch_size=8, micro_batch=8, logit_share=1.0, train="all")
+    dtypes = set()
+    student.get_output_embeddings().register_forward_pre_hook(lambda _m, args: dtypes.add(args[0].dtype))
+    report = distill(student, teacher, windows(), settings=settings)
+    assert dtypes == {torch.bfloat16}
+    names, after = expert_names(student), student.state_dict()
+    assert after.keys() == before.keys()
+    for name, parameter in student.named_parameters():
+        moved = after[name] != before[name]
+        # steps are smaller than what bf16 resolves beside a one, and a router's bias has no gradient
+        assert parameter.ndim == 1 or moved.any(), name
+        assert name not in names or not moved[before[name] == 0].any()
+        assert (parameter.dtype, parameter.requires_grad, parameter.grad) == (torch.bfloat16, True, None)
+    assert report.rows[-1]["kl"] < report.rows[0]["kl"]
+    assert report.zeros[0] == report.zeros[1]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -402,6 +427,10 @@ class TestRefusals:
                 {"mode": "blockwise", "settings": Settings(logit_share=0.5)},
                 "logit_share must be 0 in blockwise mode, which has no logits, got 0.5",
             ),
+            (
+                {"mode": "blockwise", "settings": Settings(train="all")},
+                "train must be 'experts' in blockwise mode, which runs nothing else, got 'all'",
+            ),
             ({"settings": Settings(logit_share=1.0), "cache": "c"}, "cache must be None with logit_share 1.0, got c"),
             ({"save_every": 0}, "save_every must be at least 1, got 0"),
             ({"windows": torch.zeros(2, 1, dtype=torch.long)}, "at least 2 tokens"),
@@ -419,9 +448,18 @@ class TestRefusals:
             ({"batch_size": 6, "micro_batch": 4}, "batch_size must be a multiple of micro_batch=4, got 6"),
             ({"expert_weight": -1.0}, "expert_weight must be at least 0"),
             ({"logit_share": 1.5}, "logit_share must be from 0 to 1, got 1.5"),
+            ({"train": "router"}, "train must be one of experts, all, got 'router'"),
         ):
             with pytest.raises(UsageError, match=message):
                 Settings(**wrong)
+
+    def test_presets(self):
+        for mode in MODES:
+            paper = resolve_settings("paper", mode)
+            assert (paper.learning_rate, paper.epochs, paper.batch_size, paper.logit_share) == (2e-5, 3, 16, 0.0)
+            check_mode(mode, resolve_settings("small", mode))
+        small = resolve_settings("small", "global")
+        assert (small.logit_share, small.expert_weight) == (1.0, 0.0)
 
     def test_a_loss_that_is_not_finite(self):
         student = student_of()

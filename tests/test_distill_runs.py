@@ -95,9 +95,9 @@ def test_a_run_killed_by_9_goes_on_to_the_same_losses(mode, tmp_path):
     assert resumed == whole
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_two_processes_with_fsdp_give_the_losses_of_one(share):
-    settings = dataclasses.replace(SETTINGS, logit_share=share)
+@pytest.mark.parametrize(("share", "train"), [(0.0, "experts"), (1.0, "all")])
+def test_two_processes_with_fsdp_give_the_losses_of_one(share, train):
+    settings = dataclasses.replace(SETTINGS, logit_share=share, train=train)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -240,17 +240,21 @@ def test_the_command_lowers_the_perplexity_of_the_embedded_model_at_2_4(tmp_path
 
     save_pretrained(student, pruned, tokenizer=tokenizer, recipe=report.recipe, report=report.to_dict())
     run = command(
-        "distill", pruned, "--teacher", "demo", "-o", out, "--samples", 64, "--length", 256, "--epochs", 1, "--packed",
-        "--json",
+        "distill", pruned, "--teacher", "demo", "-o", out, "--samples", 64, "--length", 256, "--epochs", 1,
+        "--lr", 2e-3, "--train", "all", "--packed", "--json",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
-    assert result["settings"]["epochs"] == 1
+    assert (result["settings"]["epochs"], result["settings"]["train"]) == (1, "all")
     assert result["zeros"][1] >= result["zeros"][0] > 0
     assert not out.with_name("out.state").exists()
     config = json.loads((out / "config.json").read_text())
     assert config["moesparse"]["recipe"]["distillation"]["windows"] == 64
-    assert "No zero was lost" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert (
+        "the kept expert weights and all others were trained by KL to the teacher's logits from `demo`: 8 steps" in card
+    )
+    assert "No zero was lost" in card
     assert json.loads((out / "moesparse_report.json").read_text())["distillation"]["rows"] == result["rows"]
     recovered, _ = load_pretrained(out)
     heldout = torch.cat([demo.windows("heldout", domain)[:3] for domain in demo.DOMAINS])

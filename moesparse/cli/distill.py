@@ -57,6 +57,10 @@ def distill(
         float | None,
         typer.Option("--logits", help="Share of the cross-entropy that KL to the teacher's logits replaces, 0 to 1."),
     ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="experts: their matrices (the paper's). all: routers, attention and the rest too."),
+    ] = None,
     calibration: Annotated[list[str] | None, typer.Option(help=CALIBRATION_HELP)] = None,
     samples: Annotated[
         int | None, typer.Option(help="Windows to train on: 1000, or 240 of the embedded model's own text.", min=1)
@@ -97,7 +101,6 @@ def distill(
     from moesparse.distillation.distributed import TrainingProcesses
     from moesparse.distillation.settings import check_mode, resolve_settings
 
-    check_mode(mode)
     target = resolve_device(device)
     with joined(target):
         changes = {
@@ -107,12 +110,13 @@ def distill(
             "micro_batch": micro_batch,
             "expert_weight": expert_weight,
             "logit_share": logit_share,
+            "train": train,
             "seed": seed,
         }
         sources = {name: model_source(name) for name in (student, teacher)}
         small = bool(embedded_texts("calibration", sources[teacher]))
         settings = dataclasses.replace(
-            resolve_settings(preset or ("small" if small else "paper")),
+            resolve_settings(preset or ("small" if small else "paper"), mode),
             **{name: value for name, value in changes.items() if value is not None},  # type: ignore[arg-type]
         )
         check_mode(mode, settings)

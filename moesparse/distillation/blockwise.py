@@ -21,7 +21,7 @@ from moesparse.distillation.experts import Routed, TeacherExperts, expert_loss, 
 from moesparse.distillation.journal import Journal, StateFile
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
-from moesparse.distillation.training import Trainer, master_weights, windows_of_step
+from moesparse.distillation.training import Trainer, expert_parameters, master_weights, windows_of_step
 from moesparse.layerwise import LayerStream
 
 __all__ = ["BlockInputs", "run_layer", "train_block", "train_blockwise"]
@@ -102,7 +102,7 @@ def train_block(
     windows = len(inputs.hidden)
     steps = settings.steps(windows)
     experts = pair.student.experts
-    trained = {f"{pair.student.name}.{matrix.name}": matrix.parameter for matrix in pair.student.matrices}
+    trained = expert_parameters([pair.student])
     with placed(experts, device), master_weights(experts, trained):
         trainer = Trainer(trained, settings, steps)
         if resumed is not None:

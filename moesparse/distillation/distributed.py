@@ -8,7 +8,7 @@ step are dealt out, so losses are those of one process with the same settings, t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from moesparse.calibration import placed
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.teacher import LiveTeacher
-from moesparse.distillation.training import master_weights
+from moesparse.distillation.training import expert_parameters, master_weights
 from moesparse.errors import UsageError
 from moesparse.processes import Processes
 
@@ -67,25 +67,33 @@ class TrainingProcesses(Processes):
         return distribute_tensor(tensor.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]
 
     @contextmanager
-    def student(self, student: nn.Module, pairs: Sequence[Pair], device: torch.device) -> Iterator[AtWork]:
-        """The model to train, on the device, its expert matrices in float32; the student has the result afterwards."""
+    def student(
+        self, student: nn.Module, pairs: Sequence[Pair], device: torch.device, everything: bool
+    ) -> Iterator[AtWork]:
+        """The model to train, on the device, what trains in float32; the student has the result afterwards.
+
+        `everything` trains, or only the expert matrices.
+        """
+        matrices = list(expert_parameters([pair.student for pair in pairs]))
         if self.count == 1:
-            trained = _expert_parameters([pair.student for pair in pairs])
-            with placed(student, device), master_weights(student, trained):
+            trained = _parameters(student, None if everything else matrices)
+            with placed(student, device), master_weights(student, trained, matrices):
                 yield student, list(pairs), trained
             return
         model = copy.deepcopy(student)
         blocks = find_moe_blocks(model)
         dtype = blocks[0].matrices[0].parameter.dtype
+        trained = _parameters(model, None if everything else matrices)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in _expert_parameters(blocks))
-        for parameter in _expert_parameters(blocks).values():
+            parameter.requires_grad_(name in trained)
+        for parameter in trained.values():
             parameter.data = parameter.data.float()
-        self._shard(model.to(device), model, blocks, device, dtype)
+        self._shard(model.to(device), model, blocks, device, dtype, everything)
         at_work = [replace(pair, student=block) for pair, block in zip(pairs, blocks, strict=True)]
-        yield model, at_work, _expert_parameters(blocks)
-        for name, parameter in _expert_parameters([pair.student for pair in pairs]).items():
-            parameter.data.copy_(self.whole(_expert_parameters(blocks)[name].detach()))
+        trained = _parameters(model, trained)
+        yield model, at_work, trained
+        for name, parameter in _parameters(student, trained).items():
+            parameter.data.copy_(self.whole(trained[name].detach()))
 
     @contextmanager
     def teacher(
@@ -111,8 +119,15 @@ class TrainingProcesses(Processes):
             yield live
 
     def _shard(
-        self, model: nn.Module, root: nn.Module, blocks: list[MoEBlock], device: torch.device, dtype: Any
+        self,
+        model: nn.Module,
+        root: nn.Module,
+        blocks: list[MoEBlock],
+        device: torch.device,
+        dtype: Any,
+        everything: bool = False,
     ) -> None:
+        """`dtype` is what float32 parameters compute in: those of the experts, or with `everything` all."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -123,9 +138,10 @@ class TrainingProcesses(Processes):
         for block in blocks:
             fully_shard(block.experts, mesh=mesh, mp_policy=policy if dtype is not None else plain)
         for layer in decoder_layers(model, blocks)[0]:
-            fully_shard(layer, mesh=mesh, mp_policy=plain)
-        fully_shard(root, mesh=mesh, mp_policy=plain)
+            fully_shard(layer, mesh=mesh, mp_policy=policy if everything else plain)
+        fully_shard(root, mesh=mesh, mp_policy=policy if everything else plain)
 
 
-def _expert_parameters(blocks: Sequence[MoEBlock]) -> dict[str, nn.Parameter]:
-    return {f"{block.name}.{matrix.name}": matrix.parameter for block in blocks for matrix in block.matrices}
+def _parameters(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """Those of these names, or all."""
+    return {name: each for name, each in model.named_parameters() if names is None or name in names}

@@ -18,7 +18,7 @@ from moesparse.distillation.blockwise import train_blockwise
 from moesparse.distillation.journal import Journal, StateFile
 from moesparse.distillation.matching import match
 from moesparse.distillation.report import DistillReport, count_zeros
-from moesparse.distillation.settings import Settings, check_mode, resolve_settings
+from moesparse.distillation.settings import Settings, resolve_settings
 from moesparse.distillation.whole import train_whole
 from moesparse.errors import UsageError
 from moesparse.memory import peak_memory, reset_peak_memory
@@ -47,13 +47,13 @@ def distill(
 ) -> DistillReport:
     """Train the expert matrices of a pruned model towards those of the model it was made from, in place.
 
-    Only expert matrices change; their zeros stay, at every step, and are counted in the end. "global" minimises
-    CE + lambda * sum over layers and experts of MSE(teacher expert, student expert), both on the teacher's routing and
-    tokens (`Settings.logit_share` puts KL to the teacher's logits in the place of CE), and holds both models, three
-    float32 copies of the student's expert matrices beside their gradients, and [b * t, vocabulary] float32 logits, with
-    KL of both models. "blockwise" minimises each block's sum of MSE by itself: on the device are one layer of the
-    teacher, one block of the student with its training state, and nothing else; the inputs of a block for all windows
-    wait on the CPU. Weights train in float32 and compute in the model's dtype.
+    Only expert matrices change, or with `Settings.train` everything; the zeros of expert matrices stay, at every step,
+    and are counted in the end. "global" minimises CE + lambda * sum over layers and experts of MSE(teacher expert,
+    student expert), both on the teacher's routing and tokens (`Settings.logit_share` puts KL to the teacher's logits in
+    the place of CE), and holds both models, three float32 copies of what trains beside its gradients, and
+    [b * t, vocabulary] float32 logits, with KL of both models. "blockwise" minimises each block's sum of MSE by itself:
+    on the device are one layer of the teacher, one block of the student with its training state, and nothing else; the
+    inputs of a block for all windows wait on the CPU. Weights train in float32 and compute in the model's dtype.
 
     Several processes started by torchrun share the global mode by FSDP2 (see `distributed`).
 
@@ -81,8 +81,7 @@ def distill(
         MoESparseError: a student that does not match the teacher, by name; a loss that is not finite.
         UnsupportedModelError: no experts, or experts that cannot be trained.
     """
-    numbers = resolve_settings(settings)
-    check_mode(mode, numbers)
+    numbers = resolve_settings(settings, mode)
     if save_every < 1:
         raise UsageError(f"save_every must be at least 1, got {save_every}")
     if resume and state is None:
@@ -91,7 +90,8 @@ def distill(
         raise UsageError("cache and checkpointing belong to mode='global', got mode='blockwise'")
     if numbers.logit_share and cache is not None:
         raise UsageError(
-            f"cache must be None with logit_share {numbers.logit_share}, got {cache}: it keeps no logits of the teacher"
+            f"cache must be None with logit_share {numbers.logit_share}, got {cache}: it keeps no logits of the "
+            "teacher; the settings 'paper' need none"
         )
     ids, mask = check_windows(windows, vocabulary_size(student))
     if ids.shape[1] < 2:

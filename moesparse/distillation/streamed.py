@@ -19,7 +19,7 @@ from moesparse.distillation.blockwise import run_layer, train_block
 from moesparse.distillation.journal import Journal
 from moesparse.distillation.matching import check_pair, is_pruned, pair_blocks, refuse_dense, stated_pattern
 from moesparse.distillation.report import DistillReport, count_zeros
-from moesparse.distillation.settings import Settings, check_mode, resolve_settings
+from moesparse.distillation.settings import Settings, resolve_settings
 from moesparse.layerwise import LayerStream
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
@@ -74,8 +74,7 @@ def distill_checkpoint(
         MoESparseError: as `distill`, before anything is trained.
         CheckpointError: a folder cannot be read or written, or holds another run.
     """
-    numbers = resolve_settings(settings)
-    check_mode("blockwise", numbers)
+    numbers = resolve_settings(settings, "blockwise")
     started = time.perf_counter()
     ours, theirs = StreamedModel(student), StreamedModel(teacher)
     pairs = pair_blocks(ours.model, theirs.model)

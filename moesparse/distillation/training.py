@@ -1,19 +1,28 @@
-"""AdamW on expert matrices whose zeros stay: masters in float32, a cosine, masks held at every step."""
+"""AdamW on weights whose zeros stay: masters in float32, a cosine, masks held at every step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from moesparse.blocks import MoEBlock
 from moesparse.distillation.settings import Settings
 from moesparse.errors import MoESparseError
 
-__all__ = ["Trainer", "local", "master_weights", "windows_of_step"]
+__all__ = ["Trainer", "expert_parameters", "local", "master_weights", "windows_of_step"]
+
+_OTHERS = 0.1
+
+
+def expert_parameters(blocks: Sequence[MoEBlock]) -> dict[str, nn.Parameter]:
+    """The expert matrices of some blocks, by their names in the model."""
+    return {f"{block.name}.{matrix.name}": matrix.parameter for block in blocks for matrix in block.matrices}
 
 
 def windows_of_step(step: int, windows: int, settings: Settings) -> Tensor:
@@ -30,18 +39,39 @@ def windows_of_step(step: int, windows: int, settings: Settings) -> Tensor:
 
 
 @contextmanager
-def master_weights(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """While the body runs, `trained` are float32 and take gradients, and no other parameter of the model does."""
+def master_weights(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], held: Collection[str] | None = None
+) -> Iterator[None]:
+    """While the body runs, `trained` are float32 and take gradients, and no other parameter of the model does.
+
+    Args:
+        model: that has them.
+        trained: by name.
+        held: names of expert matrices, which are cast where they are used; all when None. To its modules the model's
+            other parameters look as they did: float32 ones are cast whenever a module reads them.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     dtypes = {name: parameter.dtype for name, parameter in trained.items()}
+    others = {id(parameter) for name, parameter in trained.items() if held is not None and name not in held}
+    cast = [
+        (module, name, parameter.dtype)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in others and parameter.dtype != torch.float32
+    ]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     for parameter in trained.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+    for module, name, dtype in cast:
+        # unsafe: torch holds a change of dtype to be a mistake
+        parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)
     try:
         yield
     finally:
+        for module, name, _ in cast:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for name, parameter in trained.items():
             parameter.grad = None
             parameter.data = parameter.data.to(dtypes[name])
@@ -49,25 +79,50 @@ def master_weights(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Ite
             parameter.requires_grad_(flag)
 
 
+class _Cast(nn.Module):
+    """A float32 parameter in the dtype that its module computes in; gradients come back in float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.to(self._dtype)
+
+
 class Trainer:
     """Steps of AdamW on some parameters; what is zero at the start is zero after every step.
 
-    Holds, beside parameters and gradients, two float32 moments and a bool mask of their size.
+    Holds, beside parameters and gradients, two float32 moments of their size and bool masks.
 
     Args:
         parameters: by name, float32, whole or sharded (DTensor).
         settings: rates and limits.
         steps: in all; the learning rate falls to zero over them.
+        held: names of those whose zeros stay; all when None. The others train at a tenth of the rate: nothing was cut
+            from them, and a rate for what was cut moves them too far.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Settings, steps: int) -> None:
-        self._parameters = dict(parameters)
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: Settings,
+        steps: int,
+        held: Collection[str] | None = None,
+    ) -> None:
+        names = list(parameters if held is None else held)
+        others = [name for name in parameters if name not in names]
+        self._parameters = {name: parameters[name] for name in names + others}
         self._settings = settings
         self._steps = steps
         self.step_number = 0
-        self.masks = {name: local(parameter) != 0 for name, parameter in parameters.items()}
+        self.masks = {name: local(parameters[name]) != 0 for name in names}
+        groups = [
+            {"params": [parameters[name] for name in group], "share": share}
+            for group, share in ((names, 1.0), (others, _OTHERS))
+        ]
         self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
 
     @property
@@ -85,9 +140,9 @@ class Trainer:
         Raises:
             MoESparseError: the gradient is not finite; no weight has changed.
         """
-        for name, parameter in self._parameters.items():
+        for name, mask in self.masks.items():
             # a pruned weight's gradient must neither count in the norm nor gather momentum
-            local(parameter.grad).mul_(self.masks[name])
+            local(self._parameters[name].grad).mul_(mask)
         norm: Any = nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm):
@@ -95,17 +150,19 @@ class Trainer:
                 f"the gradient must be finite, got {norm} at step {self.step_number}; lower the learning rate"
             )
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group["share"]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        for name, parameter in self._parameters.items():
-            local(parameter).mul_(self.masks[name])
+        for name, mask in self.masks.items():
+            local(self._parameters[name]).mul_(mask)
         self.step_number += 1
         return norm
 
     def lost_zeros(self) -> dict[str, int]:
         """Weights that were zero at the start and are not now, by parameter; empty when the masks were held."""
-        counts = {name: int((local(p.detach()) != 0)[~self.masks[name]].sum()) for name, p in self._parameters.items()}
+        counts = {
+            name: int((local(self._parameters[name].detach()) != 0)[~mask].sum()) for name, mask in self.masks.items()
+        }
         return {name: count for name, count in counts.items() if count}
 
     def state(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Any]:

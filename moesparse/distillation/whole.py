@@ -21,7 +21,7 @@ from moesparse.distillation.journal import Journal, StateFile
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.teacher import CachedTeacher, LiveTeacher
-from moesparse.distillation.training import Trainer, windows_of_step
+from moesparse.distillation.training import Trainer, expert_parameters, windows_of_step
 from moesparse.errors import MoESparseError
 
 __all__ = ["train_whole"]
@@ -54,7 +54,9 @@ def train_whole(
         cached = CachedTeacher(cache, len(pairs), {name: key[name] for name in ("teacher", "windows")})
         processes.check_cache(len(cached.missing(len(ids))))
     with ExitStack() as stack:
-        model, at_work, trained = stack.enter_context(processes.student(student, pairs, device))
+        model, at_work, trained = stack.enter_context(
+            processes.student(student, pairs, device, settings.train == "all")
+        )
         for network in (model, teacher):
             stack.enter_context(evaluating(network))
         source: _Source
@@ -75,7 +77,8 @@ def train_whole(
         if checkpointing:
             stack.enter_context(_checkpointed(decoder_layers(model, [pair.student for pair in at_work])[0]))
         losses = _Losses(model, functions, source, ids, mask, device, settings)
-        trainer = Trainer(trained, settings, settings.steps(len(ids)))
+        held = expert_parameters([pair.student for pair in at_work])
+        trainer = Trainer(trained, settings, settings.steps(len(ids)), held)
         if resumed is not None:
             trainer.load(resumed["trainer"], processes.shard)
             weight = float(resumed["expert_weight"])
