@@ -2,8 +2,8 @@
 
     python benchmarks/demo_model/fetch_text.py --work /tmp/demo_model
     python benchmarks/demo_model/build_text.py --work /tmp/demo_model --assets /tmp/demo_model/assets
-    python benchmarks/study_recovery_text.py --work /tmp/demo_model --start default --loss logits --tokens 1048576
-    python benchmarks/study_recovery_text.py                  # table and figure of what was measured
+    python -m benchmarks.study_recovery_text --work /tmp/demo_model --start default --loss logits --tokens 1048576
+    python -m benchmarks.study_recovery_text                  # table and figure of what was measured
 
 The text is what the embedded model was trained on. Masks and weights see the 160 calibration windows of
 study_recovery.py; distillation then sees every one of its windows of 256 tokens once, as many of each domain, drawn by
@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent / "demo_model"))
-
-from build_text import window_hashes
-from study_recovery import GOAL, calibration, measure
-
+from benchmarks.demo_model.build_text import window_hashes
+from benchmarks.study_recovery import GOAL, STARTS, calibration, measure, plus_minus
 from moesparse import demo
 from moesparse.distillation import Settings, distill
 from moesparse.evaluate import perplexity
@@ -43,18 +39,15 @@ from moesparse.pruning import Recipe, prune
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_recovery_text.json"
 LENGTH = 256
 HELD_BACK = 8
-STARTS = {
-    "mask": ("moe-pruner", "none"),
-    "least-squares": ("moe-pruner", "least-squares"),
-    "default": ("gated-admm", "least-squares+rescale"),
-}
 STEP = {"epochs": 1, "batch_size": 8, "micro_batch": 8}
 LOSSES: dict[str, tuple[str, Settings]] = {
     "blockwise": ("blockwise", Settings(**STEP)),
     "paper": ("global", Settings(**STEP)),
     "logits": ("global", Settings(expert_weight=0.0, logit_share=1.0, **STEP)),
+    "all": ("global", Settings(expert_weight=0.0, logit_share=1.0, train="all", **STEP)),
 }
-"""By name: mode and settings. paper is CE + lambda * experts, logits is KL to the teacher alone."""
+"""By name: mode and settings. paper is CE + lambda * experts, logits is KL to the teacher alone, and all is logits with
+all weights in training."""
 
 
 def windows(work: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -119,14 +112,13 @@ def show(result: dict[str, Any]) -> None:
         start, loss, tokens, rate = name.split()
         found = [row["perplexity"] for row in rows.values()]
         mean = statistics.fmean(found)
-        spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
         pruned, held, seconds = (
             statistics.fmean(row[key] for row in rows.values()) for key in ("pruned", "held_back", "seconds")
         )
         peak = max(row["peak_bytes"] for row in rows.values()) / 2**30
         print(
             f"| {' + '.join(STARTS[start])} | {loss} | {int(tokens) / 1e6:.2f} M | {rate} | {len(found)} | "
-            f"{pruned:.2f} | {held:.2f} | {mean:.2f}{spread} | {mean / dense - 1:.1%} | {seconds:.0f} | {peak:.2f} |"
+            f"{pruned:.2f} | {held:.2f} | {plus_minus(found)} | {mean / dense - 1:.1%} | {seconds:.0f} | {peak:.2f} |"
         )
 
 
