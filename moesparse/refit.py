@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.cpu_products import fast_products
-from moesparse.errors import UnsupportedModelError, UsageError
+from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
 from moesparse.layerwise import LayerStream
 from moesparse.processes import Batch
 from moesparse.progress import Progress, ProgressEvent, silent
@@ -390,9 +390,11 @@ def _matrix(features: int, tokens: int, held: int) -> tuple[int, bool]:
 def _cholesky(gram: Tensor, damping: float) -> Tensor:
     """The lower factor of a matrix of which the upper half is given, plus damping, in its place."""
     # what float32 cannot tell from none would end the factorisation
-    gram.diagonal().add_(max(damping, 1e-6 * float(gram.diagonal().sum())))
-    factor = gram.mT
-    torch.linalg.cholesky_ex(factor, out=(factor, torch.empty((), dtype=torch.int32, device=gram.device)))
+    gram.diagonal().add_(max(damping, 1e-7 * float(gram.diagonal().sum())))
+    factor, info = gram.mT, torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    if int(info):
+        raise CalibrationError("activations must be finite, and the ridge large enough, to refit experts, got others")
     return factor
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moesparse.blocks import find_moe_blocks
-from moesparse.errors import UnsupportedModelError, UsageError
+from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
 from moesparse.refit import DEFAULT_RIDGE, _Features, memory_for_refit, refit_block, remove_and_refit
 from moesparse.surgery import remove_experts
 from moesparse.testing import tiny_model
@@ -120,6 +120,18 @@ def test_few_rounds_gain_what_the_exact_solution_gains(monkeypatch):
     nothing = float(target.square().sum())
     assert rounds <= 8
     assert missed(change) - missed(exact) < 2e-3 * (nothing - missed(exact))
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 1e3])
+def test_any_ridge_can_be_factorised_and_what_is_not_finite_is_refused(ridge):
+    model = tiny_model("mixtral")
+    block = find_moe_blocks(model)[0]
+    # one token over and over: all but one direction is the ridge's alone
+    calls = torch.ones(64, block.hidden_size), torch.tensor([[0, 1]] * 64), torch.full((64, 2), 0.5)
+    report = refit_block(block, *calls, torch.ones(64, block.hidden_size), ridge=ridge)
+    assert report.after < report.before
+    with pytest.raises(CalibrationError, match="activations must be finite"):
+        refit_block(block, calls[0] * torch.inf, *calls[1:], torch.ones(64, block.hidden_size))
 
 
 def test_padding_does_not_steer_the_fit():
