@@ -112,15 +112,17 @@ def goals(rows: Rows) -> list[dict[str, Any]]:
         compare("2:4, a part of the peak memory of", "peak_bytes", OURS, peer, 2.0)
     for how in ("routed", "defaults"):
         compare("expert removal, times as fast as", "cpu_seconds", OURS_EXPERTS, f"{PEER} reap, {how}", 3.0)
-    means: dict[str, float] = {}
+    drawn: dict[str, dict[int, float]] = {}
     for row in _of(rows, "quality"):
         if row["task"] == "2:4":
-            same = [other["perplexity"] for other in _of(rows, "quality", row["contender"])]
-            means[row["contender"]] = statistics.mean(same)
-    best = min((name for name in means if name.startswith(PEER)), key=means.__getitem__, default=None)
+            drawn.setdefault(row["contender"], {})[row["seed"]] = row["perplexity"]
+    peers = [name for name in drawn if name.startswith(PEER)]
+    best = min(peers, key=lambda name: statistics.mean(drawn[name].values()), default="")
     for name in ("moesparse default", "moesparse sparsegpt + obs"):
-        if best and name in means:
-            value = means[best] / means[name]
+        seeds = drawn.get(best, {}).keys() & drawn.get(name, {}).keys()
+        if seeds:  # those that both were measured with
+            theirs, mine = (statistics.mean(drawn[each][seed] for seed in seeds) for each in (best, name))
+            value = theirs / mine
             goal = f"2:4, perplexity of {best} over that of {name}"
             found.append({"goal": goal, "value": value, "wanted": 1.0, "met": value > 1.0})
     return found
