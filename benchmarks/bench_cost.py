@@ -19,10 +19,11 @@ no work on weights, and with the refit, which the formula leaves out.
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 
 import moesparse
 from benchmarks.common import parser
-from benchmarks.results import RESULTS, device_folder
+from benchmarks.results import RESULTS, ResultFile, device_folder
 from benchmarks.synthetic import make_checkpoint, make_config, random_windows
 from moesparse.benchmarking import environment
 from moesparse.memory import bound_compiled_products, peak_memory, reset_peak_memory
@@ -66,7 +67,7 @@ WINDOWS = {"cpu": (4, 12), "cuda": (32, 128)}
 BATCH = 8
 
 
-def measure(source: Path, out: Path, name: str, windows: torch.Tensor, device: str) -> dict[str, Any]:
+def measure(source: Path, out: Path, size: str, name: str, windows: torch.Tensor, device: str) -> dict[str, Any]:
     """Seconds of one run, peak bytes of the process, and what the plan knew of it before."""
     recipe = moesparse.Recipe(**RECIPES[name][0])
     clock = time.process_time if device == "cpu" else time.perf_counter
@@ -77,13 +78,13 @@ def measure(source: Path, out: Path, name: str, windows: torch.Tensor, device: s
     moesparse.prune_checkpoint(source, out, calibration, recipe, batch_size=BATCH, device=device)
     seconds = clock() - began
     shutil.rmtree(out)
-    row = {"recipe": name, "windows": list(windows.shape), "seconds": seconds, "peak": peak_memory()}
-    return planned(source, row | {"rates": rates})
+    row = {"part": "cost", "shape": size, "contender": name, "windows": list(windows.shape)}
+    return planned(source, row | {"seconds": seconds, "peak": peak_memory(), "rates": rates})
 
 
 def planned(source: Path, row: dict[str, Any]) -> dict[str, Any]:
     """A row with what the formula and the plan know from config.json alone."""
-    rules, passes, less = RECIPES[row["recipe"]]
+    rules, passes, less = RECIPES[row["contender"]]
     recipe = moesparse.Recipe(**rules)
     windows, length = (0, 1) if recipe.reads_weights_alone else row["windows"]
     model = meta_model(source)
@@ -115,10 +116,20 @@ def fit(rows: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def forecast(row: dict[str, Any], a: float, b: float) -> float:
-    return a * row["passes"] * row["tokens"] * row["active"] + b * row["weights"]
+    """Seconds of the formula; work on weights is that of pruning them."""
+    prunes = RECIPES[row["contender"]][0]["weights"] is not None
+    return a * row["passes"] * row["tokens"] * row["active"] + b * row["weights"] * prunes
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def fitted(rows: list[dict[str, Any]], sizes: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows in the order of sizes and recipes, with `fitted`, a, b, and `forecast`; no forecast without rows to fit."""
+    rows = sorted(rows, key=lambda row: (list(sizes).index(row["shape"]), list(RECIPES).index(row["contender"])))
+    seen = [row for row in rows if row["shape"] in sizes[:2] and row["contender"] in FITTED]
+    a, b = fit(seen) if len(seen) > 1 else (math.nan, math.nan)
+    return [{**row, "fitted": row in seen, "a": a, "b": b, "forecast": forecast(row, a, b)} for row in rows]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Measured against forecast, one marker for a recipe."""
     import matplotlib
 
@@ -128,18 +139,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5.6, 4.4))
     colours = ("#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
     for name, marker, colour in zip(RECIPES, "posD^v", colours, strict=True):
-        for fitted in (True, False):
-            chosen = [row for row in result["rows"] if row["recipe"] == name and row["fitted"] == fitted]
+        for seen in (True, False):
+            chosen = [row for row in rows if row["contender"] == name and row["fitted"] == seen]
             if chosen:
                 axes.plot(
                     [row["forecast"] for row in chosen],
                     [row["seconds"] for row in chosen],
                     marker,
                     color=colour,
-                    fillstyle="full" if fitted else "none",
-                    label=name + ("" if fitted else " (not fitted)"),
+                    fillstyle="full" if seen else "none",
+                    label=name + ("" if seen else " (not fitted)"),
                 )
-    ends = [min(row["seconds"] for row in result["rows"]), max(row["seconds"] for row in result["rows"])]
+    ends = [min(row["seconds"] for row in rows), max(row["seconds"] for row in rows)]
     axes.plot(ends, ends, color="#444444", linewidth=1, linestyle="--")
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -150,14 +161,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def show(result: dict[str, Any]) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
     """The table of docs/performance.md."""
-    print(f"\na = {result['a']:.3g} s per token, active parameter and pass; b = {result['b']:.3g} s per weight")
+    print(f"\na = {rows[0]['a']:.3g} s per token, active parameter and pass; b = {rows[0]['b']:.3g} s per weight")
     print("\n| size | recipe | tokens | active | weights | seconds | a, b say | plan says |")
     print("|---|---|---|---|---|---|---|---|")
-    for row in result["rows"]:
+    for row in rows:
         print(
-            f"| {row['size']} | {row['recipe']} | {row['tokens']:,} | {row['active'] / 1e6:.1f} M | "
+            f"| {row['shape']} | {row['contender']} | {row['tokens']:,} | {row['active'] / 1e6:.1f} M | "
             f"{row['weights'] / 1e6:.0f} M | {row['seconds']:.1f} | {row['forecast']:.1f} | "
             f"{row['planned_seconds']:.1f} |"
         )
@@ -177,53 +188,40 @@ def main() -> None:
         raise SystemExit("--dry needs --results FOLDER: its numbers do not belong in benchmarks/results")
     device = options.device or ("cuda" if torch.cuda.is_available() and not options.dry else "cpu")
     sizes = DRY_SIZES if options.dry else CPU_SIZES if device == "cpu" else GPU_SIZES
-    if options.shapes:
-        sizes = {name: size for name, size in sizes.items() if name in options.shapes}
-        if len(sizes) < 2:
-            raise SystemExit(f"--shapes must name two sizes at least, to fit and to check; got {options.shapes}")
+    chosen = [name for name in sizes if not options.shapes or name in options.shapes]
+    if not chosen:
+        raise SystemExit(f"--shapes must name some of {', '.join(sizes)}; got {', '.join(options.shapes)}")
     folder = device_folder(options.results or RESULTS, torch.device(device))
-    file = folder / f"{options.name}.json"
+    file = ResultFile(folder / f"{options.name}.json", environment(torch.device(device)))
     if options.replan:
-        held = json.loads(file.read_text())
-        rows = [plan_again(row, sizes[row["size"]]) for row in held["rows"]]
-        file.write_text(json.dumps(held | {"rows": rows}, indent=1) + "\n")
-        show(held | {"rows": rows})
-        return
+        file.rows = [plan_again(row, sizes[row["shape"]]) for row in file.rows]
+        file.put([])
+        chosen = []
     bound_compiled_products()
     if device == "cpu":
         torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as work:
-        for size, (layers, hidden, intermediate, experts, top_k, heads) in sizes.items():
-            source = Path(work) / size
+    warm = False
+    for size in chosen:
+        layers, hidden, intermediate, experts, top_k, heads = sizes[size]
+        with tempfile.TemporaryDirectory() as work:
+            source, out = Path(work) / "model", Path(work) / "out"
             make_checkpoint(source, layers, hidden, intermediate, experts=experts, top_k=top_k, heads=heads)
             for name in options.recipes:
-                counts = options.windows or ((2, 4) if options.dry else WINDOWS[device])
                 length = 64 if options.dry else LENGTH[device]
-                if not rows:  # libraries load, kernels compile
-                    measure(source, Path(work) / "out", name, random_windows(counts[0], length), device)
-                for count in counts:
-                    row = measure(source, Path(work) / "out", name, random_windows(count, length), device)
-                    rows.append({"size": size, **row})
-                    print(json.dumps(rows[-1]), flush=True)
-            shutil.rmtree(source)
-    seen = list(sizes)[:2]
-    for row in rows:
-        row["fitted"] = row["size"] in seen and row["recipe"] in FITTED
-    a, b = fit([row for row in rows if row["fitted"]])
-    for row in rows:
-        row["forecast"] = forecast(row, a, b if RECIPES[row["recipe"]][0]["weights"] else 0.0)
-    result = {
-        "benchmark": "cost",
-        "environment": environment(torch.device(device)),
-        "a": a,
-        "b": b,
-        "rows": rows,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    show(result)
-    draw(result, folder / f"{options.name}.png")
+                counts = options.windows or ((2, 4) if options.dry else WINDOWS[device])
+                for count in counts if RECIPES[name][1] else counts[:1]:
+                    if file.has(shape=size, windows=[count, length], contenders=[name]) and not options.again:
+                        continue
+                    windows = random_windows(count, length)
+                    if not warm:  # libraries load, kernels compile
+                        measure(source, out, size, name, windows, device)
+                        warm = True
+                    row = measure(source, out, size, name, windows, device)
+                    file.put([row])
+                    print(f"{size}, {name}, {count} windows: {row['seconds']:.1f} s", flush=True)
+    rows = fitted(file.rows, list(sizes))
+    show(rows)
+    draw(rows, folder / f"{options.name}.png")
 
 
 if __name__ == "__main__":
