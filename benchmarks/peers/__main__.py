@@ -13,8 +13,8 @@ that. What comes out is loaded by plain transformers and looked at: missing weig
 
 Quality: the embedded model, 160 of its 242 calibration windows, one draw for each seed; held-out perplexity of
 moesparse.evaluate, 24 windows of 256 tokens a domain, geometric mean over six domains. Cost: a synthetic Mixtral of 4
-layers of 8 experts of 1024 x 2048, random weights, 32 random windows of 256 tokens; median of the repeats. Rows are
-written as they are measured, so a stopped run goes on.
+layers of 8 experts of 1024 x 2048, random weights, 32 random windows of 256 tokens. Rows
+are written as they are measured, so a stopped run goes on.
 """
 
 from __future__ import annotations
