@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 import moesparse
 from moesparse.plan import Plan
 from moesparse.plan_experts import plan_run
+from moesparse.saliency.solvers import memory_for_solver
 
 WINDOWS, LENGTH, BATCH = 128, 2048, 8
 
@@ -61,7 +63,7 @@ RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {
 
 
 def plan_of(model: str, recipe: str) -> Plan:
-    """From the config alone."""
+    """From the config alone; the workspace is that of a GPU, where solvers work on larger slices."""
     import transformers
 
     name, values = MODELS[model]
@@ -70,7 +72,12 @@ def plan_of(model: str, recipe: str) -> Plan:
         meta = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     rules = moesparse.Recipe(**RECIPES[recipe][0])
     blocks = moesparse.find_moe_blocks(meta)
-    return plan_run(meta, blocks, rules, windows=WINDOWS, length=LENGTH, batch_size=BATCH)
+    plan = plan_run(meta, blocks, rules, windows=WINDOWS, length=LENGTH, batch_size=BATCH)
+    if not plan.moments or plan.keep is not None:
+        return plan
+    shapes = [matrix.weight.shape for block in blocks for matrix in block.matrices]
+    kept = 7 if rules.update == "obs" else 3
+    return replace(plan, workspace=max(memory_for_solver(*shape, kept, on_gpu=True) for shape in shapes))
 
 
 def forecast(plan: Plan, passes: int, recorded: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import nn
 from moesparse.blocks import MoEBlock, decoder_layers
 from moesparse.cpu_products import fast_products
 from moesparse.pruning import Recipe
+from moesparse.saliency.solvers import memory_for_solver
 from moesparse.saliency.updates import parse_update
 from moesparse.saliency.weights import COLUMN_RULES, moments_needed
 from moesparse.statistics import input_sizes, memory_needed
@@ -137,7 +138,8 @@ def plan_pruning(
     sizes = [_bytes(layer) for layer in layers]
     whole = _bytes(model)
     moments = moments_needed(recipe.saliency, recipe.update)
-    crosses = parse_update(recipe.update)[0] == "asymmetric"
+    solver, _ = parse_update(recipe.update)
+    crosses = solver == "asymmetric"
     matrices = [matrix.weight for block in blocks for matrix in block.matrices]
     tokens = windows * length
     experts = sum(weight.numel() for weight in matrices)
@@ -149,13 +151,17 @@ def plan_pruning(
     active = parameters - experts + routed - embedding.weight.numel()
     hidden, item = embedding.weight.shape[1], embedding.weight.element_size()
     workspace = 0
-    in_place = parse_update(recipe.update)[0] == "none" and recipe.saliency in COLUMN_RULES
+    in_place = solver == "none" and recipe.saliency in COLUMN_RULES
     for block in [] if in_place else blocks:
         for matrix in block.matrices:
             E, out, size = matrix.weight.shape
             E = math.ceil(E / processes)
-            factor = 12 * E * size**2 if moments != "none" else 0  # fp64 copy and fp32 factor
-            workspace = max(workspace, 3 * 4 * E * out * size + factor)
+            needed = 12 * E * out * size
+            if moments != "none":
+                # the mask, the new weights, and a float32 target or what the mask rule has solved for
+                kept = 1 + matrix.weight.element_size() + 4 * (solver in ("asymmetric", "obs"))
+                needed = memory_for_solver(E, out, size, kept)
+            workspace = max(workspace, needed)
     held = min(windows, math.ceil(windows / batch_size / processes) * batch_size)
     widest = max(max(input_sizes(block).values()) * (block.top_k or 1) for block in blocks)
     return Plan(

@@ -13,6 +13,7 @@ from moesparse.cli.streamed import parse_limit
 from moesparse.errors import UsageError
 from moesparse.plan import file_flops, gemm_rate, plan_pruning
 from moesparse.plan_experts import plan_run
+from moesparse.saliency.solvers import memory_for_solver
 from moesparse.testing import tiny_model
 
 GIB = 2**30
@@ -78,6 +79,17 @@ def test_the_peak_does_not_depend_on_the_depth():
     few, many = (plan_of(MixtralConfig(num_hidden_layers=layers)) for layers in (12, 48))
     assert many.weights > 3.5 * few.weights
     assert (few.peak, few.peak_in_memory) == (many.peak, many.peak_in_memory)
+
+
+def test_solvers_hold_slices_of_what_is_large_and_all_of_what_is_small():
+    square, row = 24 * 16**2, 4 * 16
+    assert memory_for_solver(2, 8, 16, 3) == 3 * 2 * 8 * 16 + 2 * (square + 17 * 8 * row)
+    # beyond what is kept: one expert's copies, and a gibibyte of rows
+    E, out, size = 8, 28672, 4096
+    each = 24 * size**2 + 5 * 4 * out * size
+    held = memory_for_solver(E, out, size, 3) - 3 * E * out * size
+    assert each + 1.1 * GIB < held < each + 1.3 * GIB
+    assert memory_for_solver(E, out, size, 3, on_gpu=True) > memory_for_solver(E, out, size, 3) + GIB
 
 
 def test_the_arithmetic_on_a_tiny_model():

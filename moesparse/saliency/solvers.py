@@ -243,6 +243,24 @@ def row_slices(weight: Tensor) -> Iterator[slice]:
     return _slices(out_features, _working_bytes(weight) // max(40 * experts * in_features, 1))
 
 
+def memory_for_solver(experts: int, out_features: int, in_features: int, kept: int, *, on_gpu: bool = False) -> int:
+    """Bytes that a mask rule with second moments and a weight rule hold at their peak.
+
+    Of the slice of experts at hand these are three squares and five float32 copies, and of a slice of its rows as many
+    as ADMM holds, the most of all: twelve.
+
+    Args:
+        experts, out_features, in_features: of a matrix [E, out, in].
+        kept: bytes a weight of what is held for all experts: the mask, and what is solved for.
+        on_gpu: where slices are larger.
+    """
+    room = _GPU_BYTES if on_gpu else _CPU_BYTES
+    square, row = 24 * in_features**2, 4 * in_features
+    at_once = min(max(room // (square + 10 * row * out_features), 1), experts)
+    rows = min(max(room // (10 * row * at_once), 1), out_features)
+    return kept * experts * out_features * in_features + at_once * (square + (5 * out_features + 12 * rows) * row)
+
+
 def _slices(length: int, size: int) -> Iterator[slice]:
     for start in range(0, length, max(size, 1)):
         yield slice(start, min(start + max(size, 1), length))
