@@ -18,6 +18,7 @@ from faults import SmallDisk, Watch, assert_same, at, fail, kill
 
 from moesparse import demo
 from moesparse.cli import main
+from moesparse.cli.distill import _show as show
 from moesparse.distillation import Settings, distill, distill_checkpoint
 from moesparse.distillation import journal as journal_module
 from moesparse.distillation.matching import match
@@ -214,6 +215,17 @@ def test_progress_tells_both_parts_of_the_loss():
     assert events[-1].tokens == 8 * 4 * 16
     last = report.rows[-1]
     assert events[-1].stage == f"distill: CE {last['ce']:.3f}, experts {last['experts']:.3g}"
+
+
+def test_an_expert_loss_without_weight_is_not_told(capsys):
+    events = []
+    settings = dataclasses.replace(SETTINGS, logit_share=1.0, expert_weight=0.0)
+    report = distill(*student_and_teacher(), windows(), settings=settings, progress=events.append)
+    first, last = report.rows[0], report.rows[-1]
+    assert events[-1].stage == f"distill: CE {last['ce']:.3f}, KL {last['kl']:.3g}"
+    show(report, Path("out"))
+    told = "".join(capsys.readouterr()).splitlines()
+    assert told[0] == f"cross-entropy {first['ce']:.3f} > {last['ce']:.3f}, KL {first['kl']:.4g} > {last['kl']:.4g}"
 
 
 def command(*arguments):

@@ -257,12 +257,11 @@ def _show(report: Any, output: Path) -> None:
         console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
     if report.mode == "global":
         first, last = rows[0], rows[-1]
-        divergence = f"KL {first['kl']:.4g} > {last['kl']:.4g}, " if "kl" in first else ""
-        console.print(
-            f"cross-entropy {first['ce']:.3f} > {last['ce']:.3f}, {divergence}expert loss {first['experts']:.4g} > "
-            f"{last['experts']:.4g}, lambda {report.expert_weight:.3g}",
-            highlight=False,
-        )
+        parts = [f"cross-entropy {first['ce']:.3f} > {last['ce']:.3f}"]
+        parts += [f"KL {first['kl']:.4g} > {last['kl']:.4g}"] if "kl" in first else []
+        if report.expert_weight:
+            parts += [f"expert loss {first['experts']:.4g} > {last['experts']:.4g}, lambda {report.expert_weight:.3g}"]
+        console.print(", ".join(parts), highlight=False)
     else:
         for name in dict.fromkeys(row["block"] for row in rows):
             losses = [row["experts"] for row in rows if row["block"] == name]

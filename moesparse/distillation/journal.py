@@ -79,7 +79,9 @@ class Journal:
                     self._writer.add_scalar(name, value, len(self.rows) - 1)
         parts = [f"CE {row['ce']:.3f}"] if "ce" in row else [row["block"]] if "block" in row else []
         parts += [f"KL {row['kl']:.3g}"] if "kl" in row else []
-        self._say("distill: " + ", ".join([*parts, f"experts {row['experts']:.3g}"]))
+        # zero where the expert loss has no weight
+        parts += [f"experts {row['experts']:.3g}"] if row["experts"] else []
+        self._say("distill: " + ", ".join(parts))
 
     def check(self, first: int, steps: int) -> None:
         """Warn, once for each sign, as early as the rows of a part of the run show it.
