@@ -359,6 +359,18 @@ class TestEarlyWarnings:
         journal.check(0, 20)
         assert len(journal.warnings) == 1
 
+    def test_batches_that_differ_are_no_rise(self):
+        losses = (2.6 + 0.17 * torch.randn(2000, generator=torch.Generator().manual_seed(0))).tolist()
+        means = [sum(losses[i : i + 5]) / 5 for i in range(1996)]
+        top = means.index(max(means))
+        # half as much perplexity again, by chance; here at the end, where it is looked at
+        assert max(means) - min(means) > math.log(1.5)
+        journal = Journal(silent, 2005, None, [])
+        for step, value in enumerate(losses + losses[top : top + 5]):
+            journal.add({"step": step, "ce": value, "experts": 1.0 / (1 + step)}, tokens=1)
+        journal.check(0, 2005)
+        assert not journal.warnings
+
     def test_a_run_that_goes_well_is_quiet(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error", DistillWarning)

@@ -9,7 +9,9 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ _STATE = "state.pt"
 _MEAN_OVER = 5
 _PLATEAU = 0.99
 _SPIKE = 1.5
+# standard errors between the lowest and the last of thousands of means that only batches make differ
+_SPREAD = 4
 
 
 class DistillWarning(UserWarning):
@@ -109,7 +113,8 @@ class Journal:
         ce = _means(rows, "ce")
         # the first row too: a run that is wrecked at once has no good mean
         best = min(rows[0]["ce"], *ce)
-        if ce[-1] - best > math.log(_SPIKE) and not any("perplexity" in text for text in self.warnings):
+        limit = math.log(_SPIKE) + _SPREAD * _noise(rows, "ce")
+        if ce[-1] - best > limit and not any("perplexity" in text for text in self.warnings):
             self._warn(
                 f"perplexity of the training windows rose from {math.exp(best):.4g} to {_exp(ce[-1]):.4g} by step "
                 f"{rows[-1]['step']}: the learning rate is too high for this model"
@@ -141,6 +146,12 @@ def _halves(rows: list[dict[str, Any]], name: str) -> tuple[float, float, float]
     halves = values[: len(values) // 2], values[len(values) // 2 :]
     error = math.sqrt(sum(statistics.variance(half) / len(half) for half in halves))
     return statistics.fmean(halves[0]), statistics.fmean(halves[1]), 2 * error
+
+
+def _noise(rows: list[dict[str, Any]], name: str) -> float:
+    """Standard error of the difference of two of `_means`, from neighbouring rows, of which few may be wild."""
+    steps = [abs(after[name] - before[name]) for before, after in pairwise(rows)]
+    return statistics.median(steps) / NormalDist().inv_cdf(0.75) / math.sqrt(_MEAN_OVER)
 
 
 def _exp(value: float) -> float:
