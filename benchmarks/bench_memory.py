@@ -7,9 +7,9 @@
 Synthetic Mixtral checkpoints (random weights, bf16) that differ in nothing but the number of layers are pruned to
 2:4, each in a process of its own, by moe-pruner with rescaling (no second moments; layers of 101 MB) and by
 gated-sparsegpt with least squares (with them; 14 MB); and a quarter of their experts is removed with refit (26 MB). The
-peak is what the
-run adds to the resident memory of the process (VmHWM), measured after a run of a tiny model that has loaded every
-library. Beside it stand what the plan forecast, and the peak of the same work on the smaller model as a whole. What
+peak is what the run adds to the resident memory of the process (VmHWM), measured after a run of a tiny model that has
+loaded every library; and that of every layer by itself, since the highest of more layers is higher where they differ by
+chance. Beside it stand what the plan forecast, and the peak of the same work on the smaller model as a whole. What
 torch's CPU libraries keep compiled is bounded as in the command line (moesparse.memory), and is part of the peak.
 Checkpoints lie in a temporary folder.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,8 +29,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS
-from benchmarks.synthetic import make_checkpoint
+from benchmarks.synthetic import make_checkpoint, make_config
+from moesparse import Recipe, find_moe_blocks
 from moesparse.benchmarking import environment
+from moesparse.plan import Plan
+from moesparse.plan_experts import plan_run
+from moesparse.streaming import meta_model
 
 # name -> recipe, hidden, intermediate, as the table says it
 RECIPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
@@ -51,37 +56,48 @@ WINDOWS, LENGTH, BATCH = 8, 128, 4
 
 _CHILD = (
     """
-import json, sys, time, torch, transformers
+import json, re, sys, time, torch, transformers
 from transformers import AutoModelForCausalLM
 import moesparse
 from benchmarks.synthetic import random_windows
 from moesparse.memory import bound_compiled_products, peak_memory, reset_peak_memory
-from moesparse.plan_experts import plan_run
-from moesparse.streaming import meta_model
+from moesparse.progress import ProgressEvent
 source, tiny, out, rules, whole = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 bound_compiled_products()
 recipe = moesparse.Recipe(**rules)
 windows = random_windows(WINDOWS, LENGTH)
+peaks, stage, before = {}, "", 0
+
+
+def note(event):
+    global stage
+    peaks[stage] = max(peaks.get(stage, 0), peak_memory() - before)
+    reset_peak_memory()
+    stage = f"layers.{event.done}" if event.unit == "layer" else event.stage
 
 
 def run(source, out):
     if whole:
         model, _ = moesparse.load_pretrained(source)
-        moesparse.prune(model, windows, recipe, batch_size=BATCH)
+        moesparse.prune(model, windows, recipe, batch_size=BATCH, progress=note)
         moesparse.save_pretrained(model, out)
     else:
-        moesparse.prune_checkpoint(source, out, windows, recipe, batch_size=BATCH)
+        moesparse.prune_checkpoint(source, out, windows, recipe, batch_size=BATCH, progress=note)
 
 
 run(tiny, out + "-tiny")
 reset_peak_memory()
-before, started = peak_memory(), time.process_time()
+peaks, before, started = {}, peak_memory(), time.process_time()
 run(source, out)
-seconds, peak = time.process_time() - started, peak_memory() - before
-model = meta_model(source)
-plan = plan_run(model, moesparse.find_moe_blocks(model), recipe, windows=WINDOWS, length=LENGTH, batch_size=BATCH)
-print(json.dumps({"peak": peak, "seconds": seconds, "planned": plan.peak_in_memory, "weights": plan.weights}))
+seconds = time.process_time() - started
+note(ProgressEvent("", 0, 1))
+layers = {}
+for name, peak in peaks.items():
+    if found := re.search(r"layers[.](\\d+)", name):
+        layers[int(found[1])] = max(layers.get(int(found[1]), 0), peak)
+by_layer = [layers[number] for number in sorted(layers)]
+print(json.dumps({"peak": max(peaks.values()), "by_layer": by_layer, "seconds": seconds}))
 """.replace("WINDOWS", str(WINDOWS))
     .replace("LENGTH", str(LENGTH))
     .replace("BATCH", str(BATCH))
@@ -89,7 +105,7 @@ print(json.dumps({"peak": peak, "seconds": seconds, "planned": plan.peak_in_memo
 
 
 def measure(source: Path, tiny: Path, out: Path, recipe: str, *, whole: bool) -> dict[str, Any]:
-    """Peak bytes over the imports, CPU seconds, and what was planned, from a process of its own."""
+    """Peak bytes over the imports and CPU seconds, from a process of its own."""
     arguments = json.dumps([str(source), str(tiny), str(out), RECIPES[recipe][0], whole])
     done = subprocess.run([sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -97,20 +113,41 @@ def measure(source: Path, tiny: Path, out: Path, recipe: str, *, whole: bool) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def plan_of(recipe: str, layers: int) -> Plan:
+    """From the config alone."""
+    rules, hidden, intermediate, _ = RECIPES[recipe]
+    with tempfile.TemporaryDirectory() as folder:
+        make_config(Path(folder) / "model", layers, hidden, intermediate)
+        model = meta_model(Path(folder) / "model")
+    blocks = find_moe_blocks(model)
+    return plan_run(model, blocks, Recipe(**rules), windows=WINDOWS, length=LENGTH, batch_size=BATCH)
+
+
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table of docs/scale.md; the layers of a recipe are those of its rows."""
-    print("| recipe | a layer | layers | peak | planned | peak, deeper | planned | of the peak |")
-    print("|---|---|---|---|---|---|---|---|")
+    """The table of docs/scale.md: measured, and what is planned now; the layers of a recipe are those of its rows."""
+    print(
+        "| recipe | a layer | layers | peak | planned | peak, deeper | planned | of the peak | last layers of first |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for recipe, (*_, label) in RECIPES.items():
         found = sorted((row for row in rows if row["recipe"] == recipe and not row["whole"]), key=lambda r: r["layers"])
         if len(found) == 2:
             few, many = found
-            layer = (many["weights"] - few["weights"]) / (many["layers"] - few["layers"])
-            peaks = " | ".join(f"{row['peak'] / 1e6:.0f} | {row['planned'] / 1e6:.0f}" for row in found)
-            print(
-                f"| {label} | {layer / 1e6:.0f} MB | {few['layers']}, {many['layers']} | {peaks} | "
-                f"{many['peak'] / few['peak']:.2f} |"
+            plans = [plan_of(recipe, row["layers"]) for row in found]
+            peaks = " | ".join(
+                f"{row['peak'] / 1e6:.0f} | {plan.peak_in_memory / 1e6:.0f}"
+                for row, plan in zip(found, plans, strict=True)
             )
+            print(
+                f"| {label} | {plans[0].layer / 1e6:.0f} MB | {few['layers']}, {many['layers']} | {peaks} | "
+                f"{many['peak'] / few['peak']:.2f} | {_trend(many['by_layer']):.2f} |"
+            )
+
+
+def _trend(peaks: list[int]) -> float:
+    """Mean peak of the last quarter of the layers over that of the first."""
+    quarter = max(len(peaks) // 4, 1)
+    return statistics.fmean(peaks[-quarter:]) / statistics.fmean(peaks[:quarter])
 
 
 def main() -> None:
@@ -145,9 +182,8 @@ def main() -> None:
                     shutil.rmtree(f"{out}-tiny")
                     rows.append({"layers": layers, "recipe": recipe, "whole": whole, **found})
                     print(
-                        f"{layers} layers, {found['weights'] / 1e6:,.0f} MB, {recipe:15} "
-                        f"{'whole' if whole else 'streamed':8} peak {found['peak'] / 1e6:7,.0f} MB, planned "
-                        f"{found['planned'] / 1e6:7,.0f} MB, {found['seconds']:.0f} s",
+                        f"{layers} layers, {recipe:15} {'whole' if whole else 'streamed':8} "
+                        f"peak {found['peak'] / 1e6:7,.0f} MB, {found['seconds']:.0f} s",
                         flush=True,
                     )
                 shutil.rmtree(source)
