@@ -140,14 +140,16 @@ def show(rows: list[dict[str, Any]]) -> None:
             )
             print(
                 f"| {label} | {plans[0].layer / 1e6:.0f} MB | {few['layers']}, {many['layers']} | {peaks} | "
-                f"{many['peak'] / few['peak']:.2f} | {_trend(many['by_layer']):.2f} |"
+                f"{many['peak'] / few['peak']:.2f} | {_trend(many.get('by_layer'))} |"
             )
 
 
-def _trend(peaks: list[int]) -> float:
-    """Mean peak of the last quarter of the layers over that of the first."""
+def _trend(peaks: list[int] | None) -> str:
+    """Mean peak of the last quarter of the layers over that of the first; nothing for rows without."""
+    if peaks is None:
+        return ""
     quarter = max(len(peaks) // 4, 1)
-    return statistics.fmean(peaks[-quarter:]) / statistics.fmean(peaks[:quarter])
+    return f"{statistics.fmean(peaks[-quarter:]) / statistics.fmean(peaks[:quarter]):.2f}"
 
 
 def main() -> None:
