@@ -309,8 +309,9 @@ def test_an_error_in_one_process_is_said_once(tmp_path, rank, harm, said):
 
 def test_a_signal_to_all_is_said_once(tmp_path):
     started = start(2, harmed, command(tmp_path / "out"), "1", pause, logs=tmp_path / "logs")
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "out" / "layer-00000").exists():
+    deadline, journal = time.monotonic() + 240, tmp_path / "out" / JOURNAL_FILE
+    # a folder has its name before the journal knows of it
+    while not (journal.exists() and json.loads(journal.read_text())["parts"]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     for process in started:
