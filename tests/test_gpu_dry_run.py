@@ -56,12 +56,28 @@ def test_every_part_runs_and_is_named(dry_run):
 
 def test_the_cost_model_finds_what_made_the_seconds():
     rows = [
-        {"passes": passes, "tokens": tokens, "active": active, "weights": weights}
-        for passes, tokens, active, weights in [(2, 100, 10, 300), (2, 200, 10, 300), (3, 100, 40, 900)]
+        {"shape": shape, "contender": name, "passes": passes, "tokens": tokens, "active": active, "weights": weights}
+        for shape, name, passes, tokens, active, weights in [
+            ("large", "moe-pruner, none", 2, 300, 90, 2000),
+            ("medium", "moe-pruner, rescale", 3, 100, 40, 900),
+            ("small", "reap 25%", 1, 100, 10, 300),
+            ("small", "moe-pruner, none", 2, 200, 10, 300),
+        ]
     ]
     for row in rows:
         row["seconds"] = bench_cost.forecast(row, 3e-4, 2e-3)
-    assert bench_cost.fit(rows) == pytest.approx((3e-4, 2e-3))
+    # experts are removed with no work on weights
+    assert rows[2]["seconds"] == pytest.approx(3e-4 * 1000)
+    rows[0]["seconds"] = rows[2]["seconds"] = 1e6
+    found = bench_cost.fitted(rows, ["small", "medium", "large"])
+    assert [(row["shape"], row["contender"], row["fitted"]) for row in found] == [
+        ("small", "moe-pruner, none", True),
+        ("small", "reap 25%", False),
+        ("medium", "moe-pruner, rescale", True),
+        ("large", "moe-pruner, none", False),
+    ]
+    assert all((row["a"], row["b"]) == pytest.approx((3e-4, 2e-3)) for row in found)
+    assert found[-1]["forecast"] == pytest.approx(3e-4 * 2 * 300 * 90 + 2e-3 * 2000)
 
 
 def test_a_packed_model_generates_what_the_dense_one_does(dry_run):
