@@ -59,7 +59,7 @@ def test_the_cost_model_finds_what_made_the_seconds():
         {"shape": shape, "contender": name, "passes": passes, "tokens": tokens, "active": active, "weights": weights}
         for shape, name, passes, tokens, active, weights in [
             ("large", "moe-pruner, none", 2, 300, 90, 2000),
-            ("medium", "moe-pruner, rescale", 3, 100, 40, 900),
+            ("medium", "moe-pruner, rescale", 3, 100, 40, 500),
             ("small", "reap 25%", 1, 100, 10, 300),
             ("small", "moe-pruner, none", 2, 200, 10, 300),
         ]
