@@ -279,18 +279,14 @@ class _Removal:
 
     def _stream(self, run: RunFolder, inspection: Inspection) -> LayerStream | None:
         """Every layer was looked at when this returns; None where no text is to go through them."""
-        streamed = self.streamed
         if self.ids is None:
             inspection.look_at_all()
             return None
-        return LayerStream(
-            streamed.model,
-            streamed.layers,
+        return self.streamed.stream(
             self.ids,
             self.mask,
             self.batch_size,
             self.home,
-            hold=streamed.hold,
             inspect=inspection,
             spill=run.path if self.spill else None,
             processes=self.processes,

@@ -22,7 +22,6 @@ from moesparse.calibration import Windows, check_windows
 from moesparse.checkpoint import note_recipe, write_companions
 from moesparse.errors import UsageError
 from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
-from moesparse.layerwise import LayerStream
 from moesparse.memory import available_memory
 from moesparse.plan import Plan, plan_pruning
 from moesparse.processes import Processes
@@ -168,17 +167,9 @@ def prune_checkpoint(
         if ids is None:
             inspection.look_at_all()
         else:
-            stream = LayerStream(
-                model,
-                streamed.layers,
-                ids,
-                mask,
-                batch_size,
-                home,
-                hold=streamed.hold,
-                inspect=inspection,
-                spill=run.path if spill else None,
-                processes=processes,
+            spill_to = run.path if spill else None
+            stream = streamed.stream(
+                ids, mask, batch_size, home, inspect=inspection, spill=spill_to, processes=processes
             )
         before = expert_sizes(model, blocks)
 

@@ -183,18 +183,8 @@ def calibrate_checkpoint(
     folder = unfinished_folder(path)
     with RunFolder.open(folder, inputs, resume=resume, processes=processes) as run:
         inspection = Inspection(streamed, allow_pruned, progress)
-        stream = LayerStream(
-            streamed.model,
-            streamed.layers,
-            ids,
-            mask,
-            batch_size,
-            home,
-            hold=streamed.hold,
-            inspect=inspection,
-            spill=run.path if spill else None,
-            processes=processes,
-        )
+        spill_to = run.path if spill else None
+        stream = streamed.stream(ids, mask, batch_size, home, inspect=inspection, spill=spill_to, processes=processes)
         record_layers(run, streamed, stream, progress, moments=moments)
         blocks, sums = read_sums(run, len(ids))
         if by_window is not None:

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from moesparse.blocks import decoder_layers, find_moe_blocks
 from moesparse.checkpoint_keys import checkpoint_views
 from moesparse.errors import CheckpointError, NotInPiecesError, UnsupportedModelError
+from moesparse.layerwise import LayerStream
 from moesparse.memory import return_free_memory
+from moesparse.processes import Processes
 from moesparse.shards import Shards, TensorInfo, reading
 
 if TYPE_CHECKING:
@@ -123,6 +125,31 @@ class StreamedModel:
             shards: hold it under the keys of the checkpoint.
         """
         self._fill(self._inside[position], device, shards)
+
+    def stream(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        batch_size: int,
+        device: torch.device | None,
+        *,
+        inspect: Callable[[int], None],
+        spill: Path | None = None,
+        processes: Processes | None = None,
+    ) -> LayerStream:
+        """Windows on their way through the layers, each held while it works; arguments are those of `LayerStream`."""
+        return LayerStream(
+            self.model,
+            self.layers,
+            ids,
+            mask,
+            batch_size,
+            device,
+            hold=self.hold,
+            inspect=inspect,
+            spill=spill,
+            processes=processes,
+        )
 
     def signature(self) -> str:
         """Hash of the config, of name, dtype and shape of every tensor, and of 256 bytes out of each."""

