@@ -59,7 +59,9 @@ class Journal:
     ) -> None:
         self.rows = rows
         self.warnings: list[str] = []
+        # by the row that a part began with: no movement was found; the lowest of the means of cross-entropy
         self._flat: set[int] = set()
+        self._lowest: dict[int, float] = {}
         self._progress, self._steps, self._speaks = progress, steps, speaks
         self._began, self._tokens = time.perf_counter(), 0
         self._writer: Any = None
@@ -88,36 +90,44 @@ class Journal:
         self._say("distill: " + ", ".join(parts))
 
     def check(self, first: int, steps: int) -> None:
-        """Warn, once for each sign, as early as the rows of a part of the run show it.
+        """Warn, once for each sign, as early as the rows of a part of the run show it. To be called after every step.
 
         Args:
             first: row with which the part began: the whole run, or one block's.
             steps: of the part.
         """
-        rows = self.rows[first:]
-        if len(rows) < 2 * _MEAN_OVER:
+        count = len(self.rows) - first
+        if count < 2 * _MEAN_OVER:
             return
-        # by a tenth of the part the expert loss has moved, or the rate is too low for this model
-        if first not in self._flat and steps // 10 <= len(rows) <= steps // 2 + 2 * _MEAN_OVER:
+        # by a tenth of the part the expert loss has moved, or the rate is too low for this model; looked at once in a
+        # hundredth of the part, because it takes all rows
+        soon = steps // 10 <= count <= steps // 2 + 2 * _MEAN_OVER and count % max(steps // 100, 1) == 0
+        if first not in self._flat and soon:
+            rows = self.rows[first:]
             # without an expert loss it is the teacher's logits that the student must come closer to
             name, what = ("kl", "KL") if "kl" in rows[0] and not rows[0]["experts"] else ("experts", "the expert loss")
             before, after, noise = _halves(rows, name)
             if after > _PLATEAU * before + noise:
                 self._flat.add(first)
                 self._warn(
-                    f"{what} went from {before:.3g} to {after:.3g} within {len(rows)} steps: the learning "
+                    f"{what} went from {before:.3g} to {after:.3g} within {count} steps: the learning "
                     "rate does not suit this model, or lambda is too small"
                 )
-        if "ce" not in rows[0]:
+        if "ce" not in self.rows[first]:
             return
-        ce = _means(rows, "ce")
-        # the first row too: a run that is wrecked at once has no good mean
-        best = min(rows[0]["ce"], *ce)
-        limit = math.log(_SPIKE) + _SPREAD * _noise(rows, "ce")
-        if ce[-1] - best > limit and not any("perplexity" in text for text in self.warnings):
+        last = statistics.fmean(row["ce"] for row in self.rows[-_MEAN_OVER:])
+        if first in self._lowest:
+            self._lowest[first] = min(self._lowest[first], last)
+        else:
+            # the first row too: a run that is wrecked at once has no good mean
+            self._lowest[first] = min(self.rows[first]["ce"], *_means(self.rows[first:], "ce"))
+        rise = last - self._lowest[first]
+        if rise <= math.log(_SPIKE) or any("perplexity" in text for text in self.warnings):
+            return
+        if rise > math.log(_SPIKE) + _SPREAD * _noise(self.rows[first:], "ce"):
             self._warn(
-                f"perplexity of the training windows rose from {math.exp(best):.4g} to {_exp(ce[-1]):.4g} by step "
-                f"{rows[-1]['step']}: the learning rate is too high for this model"
+                f"perplexity of the training windows rose from {math.exp(self._lowest[first]):.4g} to {_exp(last):.4g} "
+                f"by step {self.rows[-1]['step']}: the learning rate is too high for this model"
             )
 
     def tell(self, event: ProgressEvent) -> None:
