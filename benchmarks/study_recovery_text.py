@@ -146,7 +146,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         )
     axes.axhline(result["dense"], color="black", linewidth=1, label="dense")
     axes.axhline(result["dense"] * GOAL, color="black", linewidth=1, linestyle=":", label="dense + 2%")
-    axes.set_xlabel("tokens of training text, each seen once (millions)")
+    axes.set_xlabel("tokens of training text (millions)")
     axes.set_ylabel("held-out perplexity, 2:4")
     axes.legend(fontsize=8)
     figure.tight_layout()
