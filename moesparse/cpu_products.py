@@ -2,7 +2,8 @@
 
 torch multiplies bfloat16 on such a CPU in plain loops. The product of two half-precision numbers is exact in float32,
 and either way the sum is one of float32 that is rounded once: what differs is the order of adding up, as it does
-between one device and another. Weights are widened a few megabytes at a time.
+between one device and another. Weights are widened a few megabytes at a time. Training gains as much: its backward is
+products, and that of attention, which torch computes in the same loops.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _PART = 1 << 20
 def fast_products(module: nn.Module) -> AbstractContextManager[Any]:
     """Have the matrix products of the body done in float32 where `module` holds weights this CPU multiplies slowly.
 
-    To be entered around forward passes only, without gradients; a generator must not yield inside of it.
+    To be entered around forward passes, or around them and their backward; a generator must not yield inside of it.
     """
     slow = any(tensor.device.type == "cpu" and _is_slow(tensor.dtype) for tensor in module.parameters())
     return _InFloat32() if slow else nullcontext()
@@ -96,11 +97,34 @@ def _grouped_mm(
     return out
 
 
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    *options: Any,
+    attn_mask: Tensor | None = None,
+    **more: Any,
+) -> tuple[Tensor, ...] | None:
+    """Gradients of query, key and value; the forward, which is a fifth of it, stays torch's own."""
+    if not _is_slow(query.dtype) or not query.is_cpu:
+        return None
+    wide = [tensor.float() for tensor in (grad, query, key, value, out)]
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.float()
+    backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    found = backward(*wide, logsumexp, *options, attn_mask=attn_mask, **more)
+    return tuple(each.to(query.dtype) for each in found)
+
+
 _aten = torch.ops.aten
-_PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,
     _aten.linear.default: _linear,
     _aten.bmm.default: _bmm,
     _aten._grouped_mm.default: _grouped_mm,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from moesparse import cpu_products
 from moesparse.calibration import calibrate
 from moesparse.cpu_products import fast_products
+from moesparse.distillation import MODES, Settings, distill
 from moesparse.layerwise import LayerStream
-from moesparse.testing import assert_within_budget, tiny_model
+from moesparse.testing import assert_within_budget, prune_by_magnitude, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +96,75 @@ def test_calibration_and_the_stream_multiply_so(run):
             assert not _get_current_dispatch_mode_stack()
     assert seen
     assert all(seen)
+
+
+def _attention_gradients(tensors, grad, **options):
+    leaves = [each.detach().clone().requires_grad_() for each in tensors]
+    F.scaled_dot_product_attention(*leaves, **options).backward(grad)
+    return [each.grad for each in leaves]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_attention(masked, dtype):
+    *tensors, grad = _draw(4, 2, 3, 40, 16, dtype=dtype)
+    mask = _draw(2, 1, 40, 40, dtype=dtype) if masked else None
+    options = {"attn_mask": mask, "is_causal": not masked, "scale": 0.3}
+    plain = _attention_gradients(tensors, grad, **options)
+    called = []
+    product = cpu_products._attention_backward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            cpu_products._PRODUCTS,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+            lambda *given, **more: called.append(1) or product(*given, **more),
+        )
+        with fast_products(nn.Linear(1, 1).to(dtype)):
+            ours = _attention_gradients(tensors, grad, **options)
+    assert called
+    wide = options | {"attn_mask": None if mask is None else mask.double()}
+    exact = _attention_gradients([each.double() for each in tensors], grad.double(), **wide)
+    for name, found, near, true in zip(("query", "key", "value"), ours, plain, exact, strict=True):
+        assert found.dtype == dtype
+        assert_within_budget(found, near, true, name)
+
+
+def test_gradients_of_a_model():
+    """Every gradient of a half-precision MoE is as near to that of the same weights in float32 as torch's own."""
+    ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+
+    def gradients(model, fast):
+        with fast_products(model) if fast else nullcontext():
+            model(ids, labels=ids).loss.backward()
+        return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+    model = tiny_model("mixtral").to(torch.bfloat16)
+    exact = gradients(copy.deepcopy(model).float(), fast=False)
+    plain = gradients(copy.deepcopy(model), fast=False)
+    ours = gradients(model, fast=True)
+    assert ours.keys() == exact.keys()
+    far = {name: [float((each[name].float() - exact[name]).norm()) for each in (ours, plain)] for name in exact}
+    for name, (found, near) in far.items():
+        assert found <= 1.1 * near + 1e-3 * float(exact[name].norm()), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("train", ["experts", "all"])
+def test_distillation_multiplies_so(mode, train):
+    """Forward and backward, also where all of the student's weights are float32 while they train."""
+    if mode == "blockwise" and train == "all":
+        pytest.skip("blockwise mode trains experts")
+    seen = []
+    teacher = tiny_model("mixtral").to(torch.bfloat16)
+    student = prune_by_magnitude(tiny_model("mixtral").to(torch.bfloat16), "2:4")
+    ids = torch.randint(3, 60, (4, 40), generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            cpu_products._PRODUCTS,
+            torch.ops.aten._grouped_mm.default,
+            lambda a, b, *rest, **more: seen.append((a.dim(), b.dim())) or None,
+        )
+        distill(student, teacher, ids, mode, settings=Settings(1e-3, epochs=1, batch_size=4, train=train))
+    # rows by matrices in the forward; rows by rows is the gradient of the weights
+    assert {(2, 3), (2, 2)} <= set(seen)
+    assert not _get_current_dispatch_mode_stack()

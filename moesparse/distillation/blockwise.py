@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moesparse.blocks import decoder_layers
 from moesparse.calibration import placed
+from moesparse.cpu_products import fast_products
 from moesparse.dispatch import experts_run_by
 from moesparse.distillation.experts import Routed, TeacherExperts, expert_loss, slot_outputs
 from moesparse.distillation.journal import Journal, StateFile
@@ -103,7 +104,7 @@ def train_block(
     steps = settings.steps(windows)
     experts = pair.student.experts
     trained = expert_parameters([pair.student])
-    with placed(experts, device), master_weights(experts, trained):
+    with placed(experts, device), master_weights(experts, trained), fast_products(pair.teacher.experts):
         trainer = Trainer(trained, settings, steps)
         if resumed is not None:
             trainer.load(resumed)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moesparse.blocks import decoder_layers
 from moesparse.calibration import evaluating
+from moesparse.cpu_products import fast_products
 from moesparse.dispatch import experts_run_by
 from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.experts import Routed, StudentExperts
@@ -59,6 +60,8 @@ def train_whole(
         )
         for network in (model, teacher):
             stack.enter_context(evaluating(network))
+        # the teacher's weights tell: the student's are float32 while they train
+        stack.enter_context(fast_products(teacher))
         source: _Source
         if cached is None or cached.missing(len(ids)):
             with ExitStack() as inner:
