@@ -126,13 +126,27 @@ def check_output_folder(folder: str | os.PathLike[str]) -> Path:
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         what = "a file" if path.is_file() else "a folder that holds files"
         raise CheckpointError(f"OUT must be a new or empty folder, got {what}: {path}. Remove it or name another")
+    check_writable("OUT", path)
+    return path
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Refuse a path at which nothing can be written; folders on the way to it may be missing.
+
+    Args:
+        name: of the argument.
+
+    Raises:
+        CheckpointError: it, or the folder it lies in, is read-only, or that is no folder.
+    """
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"{name} must lie in a folder that can be written, got {path}: {parent} is a file")
     for each in (parent, path):
         if each.exists() and not os.access(each, os.W_OK):
-            raise CheckpointError(f"OUT must lie in a folder that can be written, got {path}: {each} is read-only")
-    return path
+            raise CheckpointError(f"{name} must lie in a folder that can be written, got {path}: {each} is read-only")
 
 
 @contextlib.contextmanager

@@ -16,12 +16,27 @@ from moesparse.saliency.updates import parse_update
 from moesparse.saliency.weights import moments_needed
 from moesparse.selection import BUDGETS
 
-__all__ = ["DEFAULT_EXPERT_SALIENCY", "DEFAULT_SALIENCY", "DEFAULT_UPDATE", "DEFAULT_WEIGHTS", "Recipe"]
+__all__ = [
+    "DEFAULT_EXPERT_SALIENCY",
+    "DEFAULT_SALIENCY",
+    "DEFAULT_UPDATE",
+    "DEFAULT_WEIGHTS",
+    "Recipe",
+    "check_removal",
+]
 
 DEFAULT_WEIGHTS = "2:4"
 DEFAULT_SALIENCY = "gated-admm"
 DEFAULT_UPDATE = "least-squares+rescale"
 DEFAULT_EXPERT_SALIENCY = "reap"
+
+
+def check_removal(experts: float | None, keep_experts: int | None) -> None:
+    """Raise UsageError for both at once, or a share outside of (0, 1); how many can stay is for the model to say."""
+    if experts is not None and keep_experts is not None:
+        raise UsageError(f"only one of experts and keep_experts may be given, got {experts} and {keep_experts}")
+    if experts is not None and not 0 < experts < 1:
+        raise UsageError(f"experts must be a share between 0 and 1, got {experts}")
 
 
 @dataclass(frozen=True)
@@ -82,17 +97,16 @@ class Recipe:
             object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))
         elif self.patterns is None and not self.removes_experts and self.target_bytes is None:
             raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
-        if self.experts is not None and self.keep_experts is not None:
-            raise UsageError(
-                f"only one of experts and keep_experts may be given, got {self.experts} and {self.keep_experts}"
-            )
+        check_removal(self.experts, self.keep_experts)
         moments_needed(self.saliency, self.update)  # refuses an unknown rule
         check_criterion(self.expert_saliency)
         check_mix(self.expert_mix)
         if self.expert_budget not in BUDGETS:
             raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
-        if self.refine_experts and not self.removes_experts and self.target_bytes is None:
-            raise UsageError("refine_experts must come with experts or keep_experts, got neither")
+        if not self.removes_experts and self.target_bytes is None:
+            for name in ("refine_experts", "protect_experts", "expert_floor"):
+                if getattr(self, name) not in (None, False):
+                    raise UsageError(f"{name} must come with experts or keep_experts, got neither")
 
     def _check_target(self) -> None:
         check_target(self.target_bytes)  # type: ignore[arg-type]

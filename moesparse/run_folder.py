@@ -30,7 +30,7 @@ from moesparse.manifest import file_hash, write_manifest_entries
 from moesparse.processes import Processes
 from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
 
-__all__ = ["JOURNAL_FILE", "Part", "RunFolder", "check_inputs", "claimed", "locked", "what_is_kept"]
+__all__ = ["JOURNAL_FILE", "Part", "RunFolder", "check_inputs", "check_run_folder", "claimed", "locked", "what_is_kept"]
 
 _LOCK_FILE = ".moesparse.lock"
 _FORMAT = 1
@@ -118,9 +118,8 @@ class RunFolder:
         cls, path: Path, inputs: dict[str, Any], resume: bool, stack: contextlib.ExitStack
     ) -> tuple[_Journal, list[str]]:
         """The journal to go on with, locked until the stack is left, and the parts to do again."""
+        check_run_folder(path)
         found = path / JOURNAL_FILE
-        if not found.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} <= {_LOCK_FILE}):
-            check_output_folder(path)
         stack.callback(_remove_if_empty, path, made=not path.exists())
         path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(path))
@@ -271,6 +270,18 @@ class RunFolder:
     def _save(self, *new: Part) -> None:
         journal = dataclasses.replace(self._journal, parts=[*self._journal.parts, *new])
         _write_whole(self.path / JOURNAL_FILE, json.dumps({"format": _FORMAT, **asdict(journal)}))
+
+
+def check_run_folder(path: Path) -> None:
+    """Refuse a folder in which no run can start or go on: it is a file, or holds what no run has left there.
+
+    Raises:
+        CheckpointError: names what it is.
+    """
+    if (path / JOURNAL_FILE).exists():
+        return
+    if not (path.is_dir() and {file.name for file in path.iterdir()} <= {_LOCK_FILE}):
+        check_output_folder(path)
 
 
 def what_is_kept(folder: Path) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moesparse._version import __version__
 from moesparse.calibration import Windows, check_windows
+from moesparse.checkpoint import check_writable
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.layer_statistics import drop_lone_angles, record_layer
 from moesparse.layerwise import LayerStream
@@ -206,7 +207,7 @@ def check_statistics_file(path: Path) -> None:
     """Refuse a file that is there: whether it is of this model, text and seed is not for a program to guess.
 
     Raises:
-        UsageError: it is a folder. CheckpointError: it is there.
+        UsageError: it is a folder. CheckpointError: it is there, or cannot be written.
     """
     if path.is_dir():
         raise UsageError(f"STATISTICS must be a file to write, got the folder {path}")
@@ -215,6 +216,7 @@ def check_statistics_file(path: Path) -> None:
             f"STATISTICS must be a new file, got {path}, which is there: old statistics are neither used again nor "
             "written over. Remove it or name another"
         )
+    check_writable("STATISTICS", path)
 
 
 def _write_file(run: RunFolder, statistics: ModelStatistics) -> Path:

@@ -138,15 +138,21 @@ def domain_windows(
         ([samples, min(length, context)] int64, domain of each window).
 
     Raises:
-        CalibrationError: a domain whose text fills no window. And all errors of `windows`.
+        UsageError: fewer samples than domains. CalibrationError: a domain whose text fills no window. And all errors
+            of `windows`.
     """
+    names = dict.fromkeys(one.domain for one in sources)
+    if samples < len(names):
+        raise UsageError(
+            f"samples must be at least {len(names)}, a window for each domain ({', '.join(names)}), got {samples}"
+        )
     ids, origin = _sample_windows([one.path for one in sources], tokenizer, samples, length, seed, max_length)
     domains = [sources[number].domain for number in origin]
     for one in sources:
         if one.domain not in domains:
             raise CalibrationError(
                 f"domain {one.domain!r} must give at least one window of {ids.shape[1]} tokens, got none from "
-                f"{one.path}: give it more text, shorter windows, or raise samples={samples}"
+                f"{one.path}: give it more text, shorter windows, or more samples than {samples}"
             )
     return ids, domains
 

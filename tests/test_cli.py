@@ -30,10 +30,10 @@ def moesparse(*arguments, **options):
 MAGNITUDE = ("--saliency", "magnitude", "--update", "none")
 
 
-def in_process(monkeypatch, capsys, *arguments):
+def in_process(monkeypatch, capsys, *arguments, columns=100):
     """The same entry point without a new interpreter: (exit code, standard output, standard error)."""
     monkeypatch.setattr(sys, "argv", ["moesparse", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stop:
         main()
     out, err = capsys.readouterr()
@@ -143,9 +143,21 @@ def test_bench_says_what_it_measured(monkeypatch, capsys):
         (["prune", "demo", "OUT", "--weights", "2:5"], 2, "m in 4, 8, 16, 32, got 2:5"),
         (["prune", "demo", "OUT", "--weights", "1.2"], 2, "between 0 and 1 (the share removed), got 1.2"),
         (["prune", "demo", "OUT", "--saliency", "mystery"], 2, "saliency must be one of magnitude"),
-        (["prune", "demo", "OUT", *MAGNITUDE, "--statistics", "x"], 2, "--statistics must be left out for magnitude"),
+        (["prune", "demo", "OUT", *MAGNITUDE, "--statistics", "x"], 2, "--statistics must come with --experts or --k"),
+        (["prune", "demo", "OUT", "--statistics", "x"], 2, "--statistics must come with --experts or --keep-experts"),
         (["prune", "demo", "OUT", "--device", "tpu9"], 2, "--device must be auto, cpu, cuda or cuda:N, got 'tpu9'"),
+        (["prune", "demo", "OUT", "--device", "meta"], 2, "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
+        (["prune", "demo", "OUT", "--device", "cuda:99"], 2, "--device must be one this machine has, got 'cuda:99'"),
         (["prune", "demo", "OUT", "--samples", "0"], 2, "Invalid value for '--samples'"),
+        (["prune", "demo", "OUT", "--samples", "4"], 2, "samples must be at least 6, a window for each domain"),
+        (["prune", "demo", "OUT", "--experts", "1.5"], 2, "experts must be a share between 0 and 1, got 1.5"),
+        (["prune", "demo", "OUT", "--expert-saliency", "ean"], 2, "--expert-saliency must come with --experts"),
+        (["prune", "demo", "OUT", "--protect-super-experts"], 2, "protect_experts must come with experts or keep_exp"),
+        (["prune", "demo", "OUT", "--expert-floor", "3"], 2, "expert_floor must come with experts or keep_experts"),
+        (["prune", "demo", "OUT", "--choices", "drop,2:4"], 2, "--choices must come with --target-bytes, which"),
+        (["prune", "demo", "OUT", "--temperature", "1"], 2, "--temperature must come with --demonstrations-from-model"),
+        (["prune", "demo", "OUT", "--report", "FULL"], 2, "--report must be a file to write, got the folder"),
+        (["prune", "demo", "OUT", "--report", "INFILE"], 1, "--report must lie in a folder that can be written, got"),
         (["prune", "demo"], 2, "Missing argument"),
         (["prune", "NOWHERE", "OUT"], 1, "MODEL must be a local folder or a hub id"),
         (["prune", "demo", "FULL"], 1, "OUT must be a new or empty folder"),
@@ -154,6 +166,13 @@ def test_bench_says_what_it_measured(monkeypatch, capsys):
         (["eval", "demo", "--text", "missing.txt"], 2, "--text must be a file or a datasets name"),
         (["bench", "--shape", "gpt-9"], 2, "--shape must be one of Mixtral-8x7B"),
         (["bench", "--routing", "fair"], 2, "--routing must be one of uniform, skewed, got 'fair'"),
+        (["calibrate", "demo", "OUT", "--experts", "1.5"], 2, "experts must be a share between 0 and 1, got 1.5"),
+        (["calibrate", "demo", "OUT", "--budget", "global"], 2, "--budget global must come with --experts or --keep-"),
+        (["calibrate", "demo", "OUT", "--expert-floor", "3"], 2, "--expert-floor must come with --experts or --keep"),
+        (["calibrate", "demo", "INFILE"], 1, "STATISTICS must lie in a folder that can be written, got"),
+        (["eval", "demo", "-o", "INFILE"], 1, "--output must lie in a folder that can be written, got"),
+        (["report", "demo", "-o", "INFILE"], 1, "--output must lie in a folder that can be written, got"),
+        (["report", "demo", "--png", "BINARY"], 2, "--png must be a folder, got the file"),
         (["inspect", "FULL"], 1, "MODEL must be a folder with a config.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -162,7 +181,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(arguments, code, message, tmp_pa
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 50)
-    places = {"OUT": "out", "FULL": "full", "BINARY": "binary", "NOWHERE": "nowhere"}
+    places = {"OUT": "out", "FULL": "full", "BINARY": "binary", "NOWHERE": "nowhere", "INFILE": "binary/x"}
     words = [tmp_path / places[word] if word in places else word for word in arguments]
     found, out, err = in_process(monkeypatch, capsys, *words)
     assert found == code
@@ -170,6 +189,24 @@ def test_a_mistake_is_one_line_and_an_exit_code(arguments, code, message, tmp_pa
     assert "Traceback" not in err
     assert out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_out_is_looked_at_before_the_plan_is_made(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, err = in_process(monkeypatch, capsys, "prune", "demo", tmp_path)
+    assert code == 1
+    assert err.startswith("error: OUT must be a new or empty folder, got a folder that holds files")
+
+
+def test_inspect_and_help_lose_no_words_at_80_columns(monkeypatch, capsys):
+    _, out, _ = in_process(monkeypatch, capsys, "inspect", "demo", columns=80)
+    rows = [line.split() for line in out.splitlines()]
+    for layer in range(4):
+        start = rows.index([f"model.layers.{layer}.mlp.experts", "16", "experts"])
+        assert rows[start + 1] == ["gate_up_proj", "16x256x192", "0.00%", "dense", "1.5", "MiB"]
+        assert rows[start + 2] == ["down_proj", "16x192x128", "0.00%", "dense", "768", "KiB"]
+    _, out, _ = in_process(monkeypatch, capsys, "eval", "--help", columns=80)
+    assert "moesparse[eval]" in out
 
 
 def test_ctrl_c_leaves_no_output(tmp_path):

@@ -130,6 +130,8 @@ def test_the_command_ends_with_1_and_names_what_is_off(packed: Path):
     run = CliRunner().invoke(app, ["inspect", str(packed), "--verify"])
     assert run.exit_code == 1
     assert f"error: {shard.name} was changed after it was written" in run.stderr
+    assert "looked at, and not all of it holds: tensors" in run.stdout
+    assert "verified" not in run.stdout
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"must hold {shard.name}, got a folder without it"):
         CliRunner().invoke(app, ["inspect", str(packed)], catch_exceptions=False)

@@ -84,6 +84,7 @@ def calibrate(
     """
     from moesparse.domains import check_mix, mixed_scores, split_windows, survey
     from moesparse.errors import UsageError
+    from moesparse.recipe import check_removal
     from moesparse.saliency.experts import check_criterion, dead_experts, stack_sums
     from moesparse.statistics import check_moments
     from moesparse.streamed_statistics import check_statistics_file
@@ -92,8 +93,12 @@ def calibrate(
     check_criterion(expert_saliency)
     check_mix(mix)
     check_statistics_file(statistics)
+    check_removal(experts, keep_experts)
     rule = {"keep": keep_experts, "remove": experts, "budget": budget, "floor": expert_floor}
     chooses = experts is not None or keep_experts is not None
+    for option, given in (("--budget global", budget != "per-layer"), ("--expert-floor", expert_floor is not None)):
+        if given and not chooses:
+            raise UsageError(f"{option} must come with --experts or --keep-experts, whose choice it shows, got neither")
     if (whole or demonstrations_from_model is not None) and (resume or dry_run or max_memory):
         raise UsageError(
             "--resume, --dry-run and --max-memory must be left out where the whole model is loaded: --whole and "

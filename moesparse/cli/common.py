@@ -57,7 +57,7 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console, transient=True, disable=quiet) as bars:
+    with Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
         task = bars.add_task("starting", total=None, speed="")
         started = time.perf_counter()
         told = False
@@ -184,6 +184,12 @@ class TextOptions:
     batch_size: int = 8
     device: Any = None
 
+    def __post_init__(self) -> None:
+        if self.temperature and self.from_model is None:
+            raise UsageError(
+                f"--temperature must come with --demonstrations-from-model, got {self.temperature} without it"
+            )
+
     def read(
         self, tokenizer: PreTrainedTokenizerBase | None, source: str, network: Any, progress: Progress = silent
     ) -> CalibrationText:
@@ -253,7 +259,9 @@ def calibration_windows(
     from moesparse import text
 
     if tokenizer is None:
-        raise CalibrationError(f"MODEL must hold a tokenizer to read calibration text, got {source} without one")
+        raise CalibrationError(
+            f"MODEL must hold a tokenizer that transformers can load, to read text, got {source} without one"
+        )
     if not sources:
         sources = embedded_texts("calibration", source)
         if not sources:
@@ -263,6 +271,19 @@ def calibration_windows(
             )
     named = [text.parse_source(argument) for argument in sources]
     return text.domain_windows(named, tokenizer, samples=samples, length=length, seed=seed, max_length=context)
+
+
+def check_output_file(option: str, path: Path) -> None:
+    """Refuse a place that no file can be written to, before the work whose result goes there.
+
+    Raises:
+        UsageError: it is a folder. CheckpointError: it lies in none that can be written.
+    """
+    from moesparse.checkpoint import check_writable
+
+    if path.is_dir():
+        raise UsageError(f"{option} must be a file to write, got the folder {path}")
+    check_writable(option, path)
 
 
 def format_bytes(count: int) -> str:
@@ -294,8 +315,11 @@ def resolve_device(name: str) -> Any:
         return None
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device must be one this machine has, got {name!r} and torch sees no GPU")
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+        raise UsageError(f"--device must be one this machine has, got {name!r} and torch sees {found}")
     return device

@@ -214,10 +214,11 @@ class _Run:
         from moesparse.checkpoint import load_tokenizer
         from moesparse.distillation import distill_checkpoint
         from moesparse.model_card import distilled_card
-        from moesparse.run_folder import what_is_kept
+        from moesparse.run_folder import check_run_folder, what_is_kept
         from moesparse.skeleton import local_folder
         from moesparse.streaming import meta_model
 
+        check_run_folder(self.output)
         source, dense = (local_folder(model_source(name)) for name in (self.student, self.teacher))
         tokenizer = load_tokenizer(source)
         with saying_what_is_left(lambda: what_is_kept(self.output)), progress_bar() as progress:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moesparse.cli.common import (
+    check_output_file,
     embedded_texts,
     model_source,
     print_json,
@@ -61,11 +62,11 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure a model, packed or dense: perplexity and bits per byte on text, or accuracy on tasks of lm-eval.
+    r"""Measure a model, packed or dense: perplexity and bits per byte on text, or accuracy on tasks of lm-eval.
 
     On text, every window is scored on its own and its first token is not scored; the last partial window is dropped.
     Figures compare only at equal window, stride and text; across tokenizers compare bits per byte. Tasks need the
-    extra moesparse[eval].
+    extra moesparse\[eval].
 
     Examples:
 
@@ -82,8 +83,8 @@ def evaluate(
         text_options={"--text": text, "--length": length, "--stride": stride},
         task_options={"--tasks-path": tasks_path, "--num-fewshot": num_fewshot, "--limit": limit},
     )
-    if output is not None and output.is_dir():
-        raise UsageError(f"--output must be a file to write, got the folder {output}")
+    if output is not None:
+        check_output_file("--output", output)
     if tasks is not None:
         names = [name.strip() for argument in tasks for name in argument.split(",") if name.strip()]
         shown = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed}
@@ -180,7 +181,7 @@ def _load(model: str, device: Any) -> tuple[Any, Any]:
 
     network, tokenizer = load_pretrained(model_source(model))
     if tokenizer is None:
-        raise CheckpointError(f"MODEL must hold a tokenizer, got {model} without one")
+        raise CheckpointError(f"MODEL must hold a tokenizer that transformers can load, got {model} without one")
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda")
     return network if device is None else network.to(device), tokenizer

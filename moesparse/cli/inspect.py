@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -50,16 +51,18 @@ def inspect(
 
 
 def _show(result: Inspection) -> None:
-    table = Table()
-    for column in ("block", "experts", "tensor", "shape", "zeros", "pattern", "bytes"):
-        table.add_column(column, justify="right" if column in ("experts", "shape", "zeros", "bytes") else "left")
+    # a block and its tensors in one column, as of `moesparse prune`: 80 columns hold the names whole
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("block\n  tensor", no_wrap=True)
+    for column in ("shape", "zeros", "pattern", "bytes"):
+        justify: Literal["left", "right"] = "left" if column == "pattern" else "right"
+        table.add_column(column, justify=justify, no_wrap=True, vertical="bottom")
     for block in result.blocks:
-        for number, tensor in enumerate(block.tensors):
+        table.add_row(block.name, f"{block.experts} experts")
+        for tensor in block.tensors:
             table.add_row(
-                block.name if number == 0 else "",
-                str(block.experts) if number == 0 else "",
-                tensor.name,
-                " x ".join(map(str, tensor.shape)),
+                f"  {tensor.name}",
+                "x".join(map(str, tensor.shape)),
                 f"{100 * tensor.sparsity:.2f}%",
                 f"{tensor.pattern} packed" if tensor.packed else tensor.pattern,
                 format_bytes(tensor.bytes),
@@ -70,9 +73,13 @@ def _show(result: Inspection) -> None:
     out.print(
         f"expert parameters {result.expert_parameters:,}, others {result.other_parameters:,}\n"
         f"expert bytes {format_bytes(result.expert_bytes)} ({share:.1%} of dense), "
-        f"others {format_bytes(result.other_bytes)}"
+        f"others {format_bytes(result.other_bytes)}",
+        soft_wrap=True,
     )
     if result.recipe is not None:
-        out.print("pruned by " + ", ".join(f"{key}={value}" for key, value in result.recipe.items()))
+        out.print("pruned by " + ", ".join(f"{key}={value}" for key, value in result.recipe.items()), soft_wrap=True)
     if result.verified is not None:
-        out.print("verified: " + ", ".join(f"{key} {value}" for key, value in result.verified.items()))
+        verdict = "looked at, and not all of it holds" if result.problems else "verified"
+        out.print(
+            f"{verdict}: " + ", ".join(f"{key} {value}" for key, value in result.verified.items()), soft_wrap=True
+        )

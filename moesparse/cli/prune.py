@@ -21,6 +21,7 @@ from moesparse.cli.common import (
     TEMPERATURE_HELP,
     WHOLE_HELP,
     TextOptions,
+    check_output_file,
     console,
     format_bytes,
     model_source,
@@ -98,7 +99,8 @@ def prune(
     statistics: Annotated[
         list[str] | None,
         typer.Option(
-            help="Instead of text, to remove experts alone: FILE or FILE=DOMAIN that moesparse calibrate wrote. Repeat."
+            help="Instead of text, to remove experts with --update none: FILE or FILE=DOMAIN that moesparse calibrate "
+            "wrote. Repeat."
         ),
     ] = None,
     demonstrations_from_model: Annotated[int | None, typer.Option(metavar="N", help=FROM_MODEL_HELP)] = None,
@@ -149,6 +151,7 @@ def prune(
 
       torchrun --nproc-per-node 8 -m moesparse prune mixtral/ out/mixtral --calibration c4.jsonl
     """
+    from moesparse.budget import DEFAULT_CHOICES
     from moesparse.budget_pruning import BudgetReport, plan_budget
     from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
     from moesparse.errors import UsageError
@@ -157,10 +160,17 @@ def prune(
     from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, DEFAULT_WEIGHTS, Recipe
     from moesparse.run_folder import claimed
 
+    removes = experts is not None or keep_experts is not None
     if not weights:
-        weights = DEFAULT_WEIGHTS if experts is None and keep_experts is None else "none"
+        weights = "none" if removes else DEFAULT_WEIGHTS
     elif target_bytes:
         raise UsageError(f"--weights must be left out with --target-bytes, which chooses patterns, got {weights}")
+    if expert_saliency and not (removes or target_bytes):
+        raise UsageError("--expert-saliency must come with --experts, --keep-experts or --target-bytes, got none")
+    if statistics and not removes:
+        raise UsageError("--statistics must come with --experts or --keep-experts, for which they choose, got neither")
+    if not target_bytes and choices != ",".join(DEFAULT_CHOICES):
+        raise UsageError(f"--choices must come with --target-bytes, which searches among them, got {choices} alone")
     recipe = Recipe(
         weights=None if weights == "none" else weights,
         target_bytes=target_bytes or None,
@@ -181,6 +191,8 @@ def prune(
     )
     if statistics and (calibration or demonstrations_from_model is not None):
         raise UsageError("only one of --statistics and calibration text may be given, got both")
+    if report is not None:
+        check_output_file("--report", report)
     target = resolve_device(device)
     source = model_source(model)
     text_options = TextOptions(
@@ -210,8 +222,6 @@ def prune(
             "--refine-experts": refine_experts,
         }
         refuse_several(", ".join(name for name, given in loading.items() if given))
-    if statistics and not needs_data:
-        raise UsageError("--statistics must be left out for magnitude without an update, which looks at weights alone")
     saved = _load_statistics(statistics, seed) if statistics else None
     if streams:
         with quiet_libraries():
@@ -270,6 +280,7 @@ def prune(
 
 def _finish(result: Any, out: Path, report: Path | None, as_json: bool) -> None:
     if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(result.to_json())
     if as_json:
         print_json(result.to_dict() | {"output": str(out)})
@@ -299,11 +310,14 @@ def _prune_streamed(
     from moesparse.checkpoint import load_tokenizer
     from moesparse.cli.streamed import naming_the_whole, parse_limit, plan_for, read_text, tell_plan
     from moesparse.model_card import model_card
+    from moesparse.run_folder import check_run_folder
     from moesparse.skeleton import local_folder
     from moesparse.streamed_experts import what_is_left
     from moesparse.streamed_pruning import prune_checkpoint
 
     limit = parse_limit(max_memory)
+    if not dry_run:
+        check_run_folder(out)
     folder = local_folder(model_source(model))
     plan = plan_for(folder, recipe, text if reads else replace(text, samples=0, length=1))
     if tell_plan(plan, text.device, dry_run=dry_run, as_json=as_json):

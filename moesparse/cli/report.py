@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moesparse.cli.common import console, format_bytes, model_source, print_json, quiet_libraries
+from moesparse.cli.common import check_output_file, console, format_bytes, model_source, print_json, quiet_libraries
 from moesparse.cli.evaluate import measure
 from moesparse.errors import UsageError
 
@@ -50,6 +50,9 @@ def report(
     from moesparse.report import Findings, build, read_checkpoint, read_results, read_routing
 
     folder, statistics = _split(sources)
+    check_output_file("--output", output)
+    if png is not None and png.is_file():
+        raise UsageError(f"--png must be a folder, got the file {png}")
     if (evaluate or text) and folder is None:
         raise UsageError("SOURCE must hold a checkpoint folder to measure perplexity, got statistics alone")
     if (evaluate or text) and after is not None:

@@ -62,10 +62,12 @@ def _planned_for(folder: Path, text: TextOptions) -> tuple[Any, Any, dict[str, i
 
 def tell_plan(plan: Plan, device: Any, *, dry_run: bool, as_json: bool) -> bool:
     """Show what a run will take; whether that was all that was asked for."""
+    if as_json and not dry_run:
+        return False
     facts = plan_with_time(plan, device)
-    if dry_run and as_json:
+    if as_json:
         print_json(facts)
-    elif not as_json:
+    else:
         show_plan(facts)
     return dry_run
 
