@@ -1,11 +1,13 @@
 """The command line as a user meets it: results, exit codes, and one clear line for every mistake."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +126,20 @@ def test_eval_tells_dense_from_pruned(pruned, monkeypatch, capsys):
     assert dense["protocol"] == {"window": 256, "stride": 256, "bos": False}
 
 
+def test_a_result_whose_file_cannot_be_written_is_shown_all_the_same(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("And the king said unto him. " * 20)
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ("eval", "demo", "--text", tmp_path / "a.txt", "--length", "32", "--json", "-o", tmp_path / "a.json")
+    code, out, err = in_process(monkeypatch, capsys, *words)
+    assert code == 1
+    assert json.loads(out)["tokens"] > 100
+    assert err == f"error: {tmp_path / 'a.json'}: No space left on device\n"
+
+
 def test_bench_says_what_it_measured(monkeypatch, capsys):
     words = ("bench", "--shape", "gpt-oss-20b", "--tokens", "3", "--device", "cpu", "--json")
     code, out, err = in_process(monkeypatch, capsys, *words)
@@ -173,6 +189,7 @@ def test_bench_says_what_it_measured(monkeypatch, capsys):
         (["eval", "demo", "-o", "INFILE"], 1, "--output must lie in a folder that can be written, got"),
         (["report", "demo", "-o", "INFILE"], 1, "--output must lie in a folder that can be written, got"),
         (["report", "demo", "--png", "BINARY"], 2, "--png must be a folder, got the file"),
+        (["distill", "OUT", "--teacher", "demo", "-o", "OUT", "--preset", "huge"], 2, "--preset must be one of paper"),
         (["inspect", "FULL"], 1, "MODEL must be a folder with a config.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -94,10 +94,13 @@ def main() -> None:
             job.claim()
             if os.environ.get("MOESPARSE_TRACEBACK"):
                 traceback.print_exc()
-            console.print(
-                f"[bold red]unexpected {type(error).__name__}:[/] {job.name}{escape(str(error))}\n"
-                "This is a defect of moesparse; MOESPARSE_TRACEBACK=1 shows where it happened.",
-                highlight=False,
-                soft_wrap=True,
-            )
+            if isinstance(error, OSError) and error.filename is not None:
+                # a full disk, a folder that went away: the system names the file and the reason
+                text = f"[bold red]error:[/] {job.name}{escape(f'{error.filename}: {error.strerror}')}"
+            else:
+                text = (
+                    f"[bold red]unexpected {type(error).__name__}:[/] {job.name}{escape(str(error))}\n"
+                    "This is a defect of moesparse; MOESPARSE_TRACEBACK=1 shows where it happened."
+                )
+            console.print(text, highlight=False, soft_wrap=True)
             sys.exit(1)

@@ -153,12 +153,14 @@ def calibrate(
             | ({"choice": choice} if choice else {})
         )
         return
-    console.print(f"wrote {statistics}: {result.tokens:,} tokens, {len(result.blocks)} blocks", highlight=False)
+    console.print(
+        f"wrote {statistics}: {result.tokens:,} tokens, {len(result.blocks)} blocks", highlight=False, soft_wrap=True
+    )
     for name, ids in zip(result.blocks, dead, strict=True):
         if ids:
-            console.print(f"[yellow]no calibration tokens:[/] {name} experts {' '.join(map(str, ids))}")
+            console.print(f"[yellow]no calibration tokens:[/] {name} experts {' '.join(map(str, ids))}", soft_wrap=True)
     for name, ids in choice.get("kept", {}).items():
-        console.print(f"{name} would keep {len(ids)}: {' '.join(map(str, ids))}", highlight=False)
+        console.print(f"{name} would keep {len(ids)}: {' '.join(map(str, ids))}", highlight=False, soft_wrap=True)
     if choice:
         show_domains(choice["domains"], expert_saliency)
 

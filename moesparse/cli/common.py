@@ -153,7 +153,10 @@ WHOLE_HELP = (
 )
 RESUME_HELP = "Go on with the unfinished run that was left there."
 DRY_RUN_HELP = "Only print the plan: memory, bytes, time. config.json is enough."
-MAX_MEMORY_HELP = "RAM to stay within, such as 24GiB; refused when it cannot be. Under torchrun of each process."
+MAX_MEMORY_HELP = (
+    "RAM to stay within, such as 24GiB, beside what Python and torch take; refused when it cannot be. Under torchrun "
+    "of each process."
+)
 PROTECT_HELP = "Keep super-experts, those with extreme outputs (arXiv 2507.23279), whatever their score."
 
 
@@ -223,7 +226,7 @@ class TextOptions:
 def show_domains(found: Mapping[str, Any], criterion: Any) -> None:
     """What each domain would keep, how far they agree, and how firm the choice is."""
     table = Table(title=f"domains by {criterion}", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("domain")
+    table.add_column("domain", no_wrap=True)
     table.add_column("windows", justify="right")
     names = list(found["kept"])
     if len(names) > 1:

@@ -99,8 +99,11 @@ def distill(
     """
     from moesparse.distillation import DistillWarning
     from moesparse.distillation.distributed import TrainingProcesses
-    from moesparse.distillation.settings import check_mode, resolve_settings
+    from moesparse.distillation.settings import PRESETS, check_mode, resolve_settings
+    from moesparse.errors import UsageError
 
+    if preset and preset not in PRESETS:
+        raise UsageError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     target = resolve_device(device)
     with joined(target):
         changes = {
@@ -272,4 +275,4 @@ def _show(report: Any, output: Path) -> None:
         f"{report.zeros[0]:,} zeros of {report.weights:,} expert weights, all kept",
         highlight=False,
     )
-    console.print(f"wrote {output}; next: moesparse eval {output}", highlight=False)
+    console.print(f"wrote {output}; next: moesparse eval {output}", highlight=False, soft_wrap=True)

@@ -91,15 +91,16 @@ def evaluate(
         values = ask(model, names, path=tasks_path, batch_size=batch_size, device=device, **shown)
     else:
         values = measure(model, text, length=length, stride=stride, batch_size=batch_size, device=device)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"model": model} | values, indent=2) + "\n")
+    # shown first: a file that cannot be written after all does not lose what was measured
     if as_json:
         print_json(values)
     elif tasks is not None:
         _show_tasks(values)
     else:
         _show_text(values)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"model": model} | values, indent=2) + "\n")
 
 
 def _check_kind(asks: bool, text_options: dict[str, Any], task_options: dict[str, Any]) -> None:

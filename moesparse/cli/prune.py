@@ -34,6 +34,8 @@ from moesparse.cli.common import (
 )
 from moesparse.cli.processes import job, joined, refuse_several
 
+_FALLBACKS_SHOWN = 10
+
 SALIENCY_HELP = (
     "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm (the "
     "default)."
@@ -409,11 +411,13 @@ def _show(result: Any, out: Path) -> None:
         _show_experts(result)
     if result.blocks:
         _show_weights(result)
-        console.print(f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero", highlight=False)
+        wrote = f"wrote {out}: {100 * result.sparsity:.1f}% of the expert weights are zero"
     else:
-        console.print(f"wrote {out}", highlight=False)
+        wrote = f"wrote {out}"
     console.print(
-        f"next: moesparse eval {out}   |   moesparse inspect {out}   |   moesparse report {out}", highlight=False
+        f"{wrote}\nnext: moesparse eval {out}   |   moesparse inspect {out}   |   moesparse report {out}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -459,8 +463,13 @@ def _show_weights(result: Any) -> None:
             shape = "x".join(map(str, tensor.shape))
             table.add_row(f"  {tensor.name}", shape, f"{100 * tensor.sparsity:.1f}%", error, "", "")
     console.print(table)
-    for block, tensor, expert in result.fallbacks[:10]:
-        console.print(f"[yellow]no calibration tokens:[/] {block} expert {expert}: {tensor} was masked by magnitude")
+    for block, tensor, expert in result.fallbacks[:_FALLBACKS_SHOWN]:
+        console.print(
+            f"[yellow]no calibration tokens:[/] {block} expert {expert}: {tensor} was masked by magnitude",
+            soft_wrap=True,
+        )
+    if len(result.fallbacks) > _FALLBACKS_SHOWN:
+        console.print(f"and {len(result.fallbacks) - _FALLBACKS_SHOWN} more, in the report", highlight=False)
 
 
 def _percent(values: list[float]) -> str:

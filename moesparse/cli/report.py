@@ -89,11 +89,11 @@ def report(
         sections = [section.title for section in page.sections]
         print_json({"output": str(output), "png": written, "sections": sections, "missing": page.missing})
         return
-    console.print(f"wrote {output}: {format_bytes(output.stat().st_size)}, one file", highlight=False)
+    console.print(f"wrote {output}: {format_bytes(output.stat().st_size)}, one file", highlight=False, soft_wrap=True)
     for path in written:
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     for sentence in page.missing:
-        console.print(f"left out: {sentence}", highlight=False, markup=False)
+        console.print(f"left out: {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _split(sources: list[str]) -> tuple[Path | None, dict[str, Path]]:
