@@ -190,6 +190,7 @@ def test_bench_says_what_it_measured(monkeypatch, capsys):
         (["report", "demo", "-o", "INFILE"], 1, "--output must lie in a folder that can be written, got"),
         (["report", "demo", "--png", "BINARY"], 2, "--png must be a folder, got the file"),
         (["distill", "OUT", "--teacher", "demo", "-o", "OUT", "--preset", "huge"], 2, "--preset must be one of paper"),
+        (["distill", "BROKEN", "--teacher", "demo", "-o", "OUT", "--mode", "blockwise"], 1, "must be valid JSON"),
         (["inspect", "FULL"], 1, "MODEL must be a folder with a config.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -198,7 +199,16 @@ def test_a_mistake_is_one_line_and_an_exit_code(arguments, code, message, tmp_pa
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 50)
-    places = {"OUT": "out", "FULL": "full", "BINARY": "binary", "NOWHERE": "nowhere", "INFILE": "binary/x"}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"a":')
+    places = {
+        "OUT": "out",
+        "FULL": "full",
+        "BINARY": "binary",
+        "NOWHERE": "nowhere",
+        "BROKEN": "broken",
+        "INFILE": "binary/x",
+    }
     words = [tmp_path / places[word] if word in places else word for word in arguments]
     found, out, err = in_process(monkeypatch, capsys, *words)
     assert found == code
@@ -222,6 +232,8 @@ def test_inspect_and_help_lose_no_words_at_80_columns(monkeypatch, capsys):
         start = rows.index([f"model.layers.{layer}.mlp.experts", "16", "experts"])
         assert rows[start + 1] == ["gate_up_proj", "16x256x192", "0.00%", "dense", "1.5", "MiB"]
         assert rows[start + 2] == ["down_proj", "16x192x128", "0.00%", "dense", "768", "KiB"]
+    _, out, _ = in_process(monkeypatch, capsys, "bench", "--shape", "list", columns=80)
+    assert "mistralai/Mixtral-8x22B-v0.1 8       2     6144   16384        silu       no" in out
     _, out, _ = in_process(monkeypatch, capsys, "eval", "--help", columns=80)
     assert "moesparse[eval]" in out
 

@@ -132,7 +132,10 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"holds the state of a run that was stopped; resume it"):
         distill(*student_and_teacher(), ids, settings=SETTINGS, state=tmp_path)
     for change, message in (
-        ({"settings": Settings(epochs=7)}, "must have the settings of the one in"),
+        (
+            {"settings": dataclasses.replace(SETTINGS, epochs=7)},
+            rf"must have the settings of the one in .*, {{'epochs': {SETTINGS.epochs}}}, got {{'epochs': 7}}$",
+        ),
         ({"windows": windows(seed=1)}, "must have the windows of the one in"),
         ({"mode": "blockwise"}, "must have the mode of the one in .*, global, got blockwise"),
     ):

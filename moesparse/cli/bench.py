@@ -88,9 +88,15 @@ def _show_shapes(shapes: Sequence[Any], as_json: bool) -> None:
     if as_json:
         print_json([{name: getattr(one, name) for name in columns} for one in shapes])
         return
-    table = Table(*columns)
+    # name and source in one column, so that 80 columns hold them whole
+    headers = ("name\n  source", "experts", *columns[2:-1])
+    table = Table(*headers, box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
+        column.vertical = "bottom"
     for one in shapes:
-        table.add_row(*(str(getattr(one, name)) for name in columns))
+        values = (str(getattr(one, name)) for name in columns[1:-2])
+        table.add_row(f"{one.name}\n  {one.source}", *values, "yes" if one.bias else "no")
     Console().print(table)
 
 

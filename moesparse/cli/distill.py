@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -251,8 +250,10 @@ def _card(folder: Path) -> str:
 
 
 def _is_packed(folder: str) -> bool:
+    from moesparse.shards import read_json
+
     file = Path(folder) / "config.json"
-    return file.is_file() and "quantization_config" in json.loads(file.read_text())
+    return file.is_file() and "quantization_config" in read_json(file)
 
 
 def _show(report: Any, output: Path) -> None:

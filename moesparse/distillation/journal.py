@@ -215,9 +215,9 @@ class StateFile:
         except Exception as error:  # pickle's, zip's and torch's own kinds
             raise CheckpointError(f"{self._path} must be the state of a run, got a damaged file; remove it") from error
         for name, value in differing.items():
+            old, new = _only_what_differs(value, self._key[name])
             raise MoESparseError(
-                f"the run to resume must have the {name} of the one in {self._path.parent}, {value}, got "
-                f"{self._key[name]}"
+                f"the run to resume must have the {name} of the one in {self._path.parent}, {old}, got {new}"
             )
         self.state = held
 
@@ -244,3 +244,11 @@ class StateFile:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def _only_what_differs(old: Any, new: Any) -> tuple[Any, Any]:
+    """Of two values for a message: of two mappings the entries that are not the same."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return old, new
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {name: old.get(name) for name in names}, {name: new.get(name) for name in names}
