@@ -21,6 +21,7 @@ from moesparse.cli import main
 from moesparse.cli.distill import _show as show
 from moesparse.distillation import Settings, distill, distill_checkpoint
 from moesparse.distillation import journal as journal_module
+from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.matching import match
 from moesparse.distillation.teacher import cache_bytes
 from moesparse.errors import CheckpointError, MoESparseError, UsageError
@@ -470,6 +471,16 @@ class TestStates:
 
     def test_a_cache_of_the_same_windows_in_another_order_is_refused(self, tmp_path):
         """Its files are found by the numbers of the windows."""
-        distill(*student_and_teacher(), windows(), settings=SETTINGS, cache=tmp_path)
+        cache, state = tmp_path / "cache", tmp_path / "state"
+        distill(*student_and_teacher(), windows(), settings=SETTINGS, cache=cache)
         with pytest.raises(MoESparseError, match="cache must hold outputs of the same windows"):
-            distill(*student_and_teacher(), windows().flip(0), settings=SETTINGS, cache=tmp_path)
+            distill(*student_and_teacher(), windows().flip(0), settings=SETTINGS, cache=cache, state=state)
+        assert not state.exists()
+
+    @pytest.mark.parametrize(
+        ("batch", "micro", "cure"), [(8, 8, "take micro_batch 2, or one that divides it"), (6, 1, "another batch_size")]
+    )
+    def test_a_batch_that_processes_cannot_share_is_refused_with_a_cure(self, batch, micro, cure):
+        settings = Settings(batch_size=batch, micro_batch=micro)
+        with pytest.raises(UsageError, match=rf"a multiple of the 4 processes, got {batch} / {micro}: .*{cure}"):
+            TrainingProcesses(0, 4).check("global", settings)

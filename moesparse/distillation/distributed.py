@@ -41,9 +41,11 @@ class TrainingProcesses(Processes):
         if mode != "global":
             raise UsageError(f"mode must be 'global' with {self.count} processes, got {mode!r}: run it in one")
         if settings.batch_size // settings.micro_batch % self.count:
+            most, rest = divmod(settings.batch_size, self.count)
+            cure = f"take micro_batch {most}, or one that divides it" if not rest else "take another batch_size"
             raise UsageError(
                 f"batch_size / micro_batch must be a multiple of the {self.count} processes, got "
-                f"{settings.batch_size} / {settings.micro_batch}"
+                f"{settings.batch_size} / {settings.micro_batch}: {cure}"
             )
 
     def check_cache(self, missing: int) -> None:

@@ -8,7 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -175,7 +175,9 @@ def _means(rows: list[dict[str, Any]], name: str) -> list[float]:
 
 
 class StateFile:
-    """What a killed run goes on from: one file that is replaced as a whole. `close` gives the folder free.
+    """What a killed run goes on from: one file that is replaced as a whole.
+
+    `close` gives the folder free, and removes it where it is new and no state was saved.
 
     Args:
         folder: holds the file.
@@ -196,6 +198,7 @@ class StateFile:
         self._key = dict(key)
         self._lock = ExitStack()
         self.state: dict[str, Any] | None = None
+        self._made = writes and not self._path.parent.exists()
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if writes:
@@ -244,6 +247,9 @@ class StateFile:
 
     def close(self) -> None:
         self._lock.close()
+        if self._made:
+            with suppress(OSError):  # it holds a state
+                self._path.parent.rmdir()
 
 
 def _only_what_differs(old: Any, new: Any) -> tuple[Any, Any]:

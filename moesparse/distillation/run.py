@@ -67,7 +67,7 @@ def distill(
         checkpointing: recompute each layer in the backward instead of keeping its activations; global mode.
         cache: folder for the teacher's outputs on these windows, computed once and then read; global mode. It does not
             keep logits.
-        state: folder for what a killed run goes on from; removed by nobody.
+        state: folder for what a killed run goes on from; removed by nobody once it holds a state.
         save_every: steps between two states.
         resume: go on from the state in that folder, if there is one.
         logs: folder for TensorBoard.
