@@ -238,6 +238,17 @@ def test_inspect_and_help_lose_no_words_at_80_columns(monkeypatch, capsys):
     assert "moesparse[eval]" in out
 
 
+def test_ctrl_c_in_a_command_that_writes_at_the_end_promises_no_more_than_that(monkeypatch, capsys):
+    """It may come after OUT took its name."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moesparse.inspection.inspect_folder", stop)
+    code, out, err = in_process(monkeypatch, capsys, "inspect", "demo")
+    assert (code, out, err) == (1, "", "interrupted: nothing is left half written\n")
+
+
 def test_ctrl_c_leaves_no_output(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "moesparse", "prune", "demo", tmp_path / "out", "--length", "256", "--samples", "200"],

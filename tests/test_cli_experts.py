@@ -136,7 +136,10 @@ def test_named_domains_are_compared_and_mixed(folder, tmp_path, monkeypatch, cap
     code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "table", *arguments[1:], text=text)
     assert code == 0, err
     assert "domains by gated-norm" in err
-    assert "overlap with law" in err
+    mean = sum(found["overlap"][0]["blocks"]) / len(found["overlap"][0]["blocks"])
+    rows = [line.split() for line in err.splitlines()]
+    assert ["domain", "windows", "code", "law"] in rows
+    assert ["code", "4", f"{mean:.2f}"] in rows
     assert "resampling the 8 demonstrations keeps" in err
 
 

@@ -83,7 +83,7 @@ def main() -> None:
             sys.exit(2 if isinstance(error, UsageError) else 1)
         except SystemExit as stop:
             if stop.code == _INTERRUPTED:
-                console.print("[bold red]interrupted:[/] nothing was written", soft_wrap=True)
+                console.print("[bold red]interrupted:[/] nothing is left half written", soft_wrap=True)
                 sys.exit(1)
             raise
         except BrokenPipeError:

@@ -225,27 +225,29 @@ class TextOptions:
 
 def show_domains(found: Mapping[str, Any], criterion: Any) -> None:
     """What each domain would keep, how far they agree, and how firm the choice is."""
-    table = Table(title=f"domains by {criterion}", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("domain", no_wrap=True)
-    table.add_column("windows", justify="right")
     names = list(found["kept"])
+    table = Table(title=f"domains by {criterion}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("domain", no_wrap=True)
+    table.add_column("windows", justify="right", no_wrap=True)
     if len(names) > 1:
         for name in names:
-            table.add_column(f"overlap with {name}", justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         pairs = {frozenset(each["domains"]): each["blocks"] for each in found["overlap"]}
         for name in names:
             cells = ["" if name == other else _span(pairs[frozenset((name, other))]) for other in names]
             windows = found["windows"][name]
             table.add_row(name, "" if windows is None else str(windows), *cells)
         console.print(table)
-        console.print("overlap: Jaccard of the kept experts, mean over blocks (lowest)", highlight=False)
+        console.print(
+            "between domains: Jaccard overlap of the kept experts, mean over blocks (lowest)", highlight=False
+        )
     if found["stability"] is not None:
         colour = "green" if found["stability"]["stable"] else "yellow"
         console.print(f"[{colour}]{found['stability']['summary']}[/]", highlight=False, soft_wrap=True)
 
 
 def _span(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.2f} ({min(values):.2f})"
+    return f"{sum(values) / len(values):.2f}\n({min(values):.2f})"
 
 
 def calibration_windows(
