@@ -36,7 +36,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R",), do_not_specialize_on_alignment=("slot_of_ptr", "num_rows_ptr"))
 def _activate_kernel(
     partial_ptr,  # (SPLIT_K, R, N), N = 2 * I when GATED
     bias_ptr,  # (E, N), read when HAS_BIAS
@@ -128,7 +128,7 @@ def activate_rows(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R",), do_not_specialize_on_alignment=("row_of_ptr",))
 def _combine_kernel(
     rows_ptr,  # (SPLIT_K, R, H)
     bias_ptr,  # (E, H), read when HAS_BIAS

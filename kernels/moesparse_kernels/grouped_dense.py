@@ -20,12 +20,16 @@ from .tuning import GroupedConfig
 __all__ = ["grouped_dense"]
 
 
-@triton.jit
+# what changes from call to call is no constant and no promise: a server would compile at every new batch size
+@triton.jit(
+    do_not_specialize=("R", "tiles", "num_blocks", "split_k", "group_m"),
+    do_not_specialize_on_alignment=("slot_of_ptr", "offsets_ptr", "block_expert_ptr", "block_row_ptr"),
+)
 def _grouped_dense_kernel(
     x_ptr,  # (T, K) when GATHER, else (R, K)
     weight_ptr,  # (E, N, K), last dim contiguous
     bias_ptr,  # (E, N), read when HAS_BIAS
-    out_ptr,  # (SPLIT_K, R, N_OUT)
+    out_ptr,  # (split_k, R, N_OUT)
     slot_of_ptr,  # (R,) int32, read when GATHER
     offsets_ptr,  # (E + 1,) int32
     block_expert_ptr,  # (num_blocks,) int32
@@ -36,30 +40,30 @@ def _grouped_dense_kernel(
     N_OUT,  # N / 2 when GATED, else N
     tiles,  # cdiv(N_OUT, columns of a program)
     num_blocks,
+    split_k,
+    group_m,  # blocks that walk the weight together
     stride_xm,
     stride_we,
     stride_wn,
-    TOP_K: tl.constexpr,
+    TOP_K: tl.constexpr,  # read when GATHER
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (num_blocks * tiles, SPLIT_K): one program makes a block of rows by BLOCK_N weight rows."""
-    # GROUP_M blocks walk the weight together, so that a tile read by one is in L2 for the others
+    """Grid (num_blocks * tiles, split_k): one program makes a block of rows by BLOCK_N weight rows."""
+    # group_m blocks walk the weight together, so that a tile read by one is in L2 for the others
     pid = tl.program_id(0)
-    group = pid // (GROUP_M * tiles)
-    blocks_here = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
-    block = group * GROUP_M + (pid % (GROUP_M * tiles)) % blocks_here
-    tile = (pid % (GROUP_M * tiles)) // blocks_here
+    group = pid // (group_m * tiles)
+    blocks_here = tl.minimum(num_blocks - group * group_m, group_m)
+    block = group * group_m + (pid % (group_m * tiles)) % blocks_here
+    tile = (pid % (group_m * tiles)) // blocks_here
     expert = tl.load(block_expert_ptr + block).to(tl.int64)
     if expert < 0:
         return
@@ -78,7 +82,7 @@ def _grouped_dense_kernel(
     weight_rows = tl.where(mask_n, offs_n, 0)
     split = tl.program_id(1)
     k_steps = tl.cdiv(K, BLOCK_K)
-    steps = tl.cdiv(k_steps, SPLIT_K)
+    steps = tl.cdiv(k_steps, split_k)
     first_step = split * steps
     last_step = tl.minimum(first_step + steps, k_steps)
     offs_k = first_step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -189,20 +193,20 @@ def grouped_dense(
             n_out,
             tiles,
             num_blocks,
+            split_k,
+            config.group_m,
             x.stride(0),
             weight.stride(0),
             weight.stride(1),
-            TOP_K=top_k_index.shape[1],
+            TOP_K=top_k_index.shape[1] if gather else 1,
             GATHER=gather,
             GATED=gate_here,
             ACTIVATION=activation if fused else "none",
             HAS_BIAS=fused and bias is not None,
             EVEN_K=K % config.block_k == 0,
-            SPLIT_K=split_k,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
             SWAP=config.swap,
             STAGES=config.num_stages,
             num_warps=config.num_warps,

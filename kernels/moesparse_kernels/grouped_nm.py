@@ -107,13 +107,17 @@ def _row_order(SWAP: tl.constexpr):
     return order
 
 
-@triton.jit
+# what changes from call to call is no constant and no promise: a server would compile at every new batch size
+@triton.jit(
+    do_not_specialize=("R", "tiles", "k_steps", "num_blocks", "split_k", "group_m"),
+    do_not_specialize_on_alignment=("slot_of_ptr", "offsets_ptr", "block_expert_ptr", "block_row_ptr"),
+)
 def _grouped_nm_kernel(
     x_ptr,  # (T, K) when GATHER, else (R, K)
     values_ptr,  # (E, tiles, K_PAD / 64, 4, 4, 32, 4) int32
     index_ptr,  # (E, tiles, K_PAD / 128, 4, 32, 4) int32
     bias_ptr,  # (E, N), read when HAS_BIAS
-    out_ptr,  # (SPLIT_K, R, N_OUT)
+    out_ptr,  # (split_k, R, N_OUT)
     slot_of_ptr,  # (R,) int32, read when GATHER
     offsets_ptr,  # (E + 1,) int32
     block_expert_ptr,  # (num_blocks,) int32
@@ -125,26 +129,26 @@ def _grouped_nm_kernel(
     tiles,  # cdiv(N, 128)
     k_steps,  # cdiv(K, 128)
     num_blocks,
+    split_k,
+    group_m,  # blocks that walk the weight together
     stride_xm,
-    TOP_K: tl.constexpr,
+    TOP_K: tl.constexpr,  # read when GATHER
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    GROUP_M: tl.constexpr,
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (num_blocks * tiles, SPLIT_K): one program makes a block of rows by a tile of 128 weight rows."""
-    # GROUP_M blocks walk the weight together, so that a tile read by one is in L2 for the others
+    """Grid (num_blocks * tiles, split_k): one program makes a block of rows by a tile of 128 weight rows."""
+    # group_m blocks walk the weight together, so that a tile read by one is in L2 for the others
     pid = tl.program_id(0)
-    group = pid // (GROUP_M * tiles)
-    blocks_here = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
-    block = group * GROUP_M + (pid % (GROUP_M * tiles)) % blocks_here
-    tile = (pid % (GROUP_M * tiles)) // blocks_here
+    group = pid // (group_m * tiles)
+    blocks_here = tl.minimum(num_blocks - group * group_m, group_m)
+    block = group * group_m + (pid % (group_m * tiles)) % blocks_here
+    tile = (pid % (group_m * tiles)) // blocks_here
     expert = tl.load(block_expert_ptr + block).to(tl.int64)
     if expert < 0:
         return
@@ -177,7 +181,7 @@ def _grouped_nm_kernel(
     index_ptrs = index_ptr + first_tile * (k_pad * 4) + thread[:, None] * 4 + lanes[None, :]
 
     split = tl.program_id(1)
-    steps = tl.cdiv(k_steps, SPLIT_K)
+    steps = tl.cdiv(k_steps, split_k)
     first_step = split * steps
     last_step = tl.minimum(first_step + steps, k_steps)
     offs_k = first_step * 128 + tl.arange(0, 128)
@@ -310,16 +314,16 @@ def grouped_nm(
             tiles,
             k_steps,
             num_blocks,
+            split_k,
+            config.group_m,
             x.stride(0),
-            TOP_K=top_k_index.shape[1],
+            TOP_K=top_k_index.shape[1] if gather else 1,
             GATHER=gather,
             GATED=gated and fused,
             ACTIVATION=activation if fused else "none",
             HAS_BIAS=fused and bias is not None,
             EVEN_K=K % _TILE == 0,
-            SPLIT_K=split_k,
             BLOCK_M=config.block_m,
-            GROUP_M=config.group_m,
             SWAP=config.swap,
             STAGES=config.num_stages,
             num_warps=config.num_warps,

@@ -5,7 +5,7 @@ stable counting sort by expert; every slot becomes one row, so rows of an expert
 
     row(slot) = #{slots of a smaller expert} + #{earlier slots of the same expert}
 
-A block is at most BLOCK_M rows of one expert. How many blocks there are depends on the data, so the schedule is as
+A block is at most block_m rows of one expert. How many blocks there are depends on the data, so the schedule is as
 long as it can get and its tail is marked -1: nothing waits for the device, and a CUDA graph can hold the launch.
 
 One launch up to `_CHUNK` slots, two beyond: chunk histograms, then ranks from the histograms of the earlier chunks.
@@ -39,7 +39,7 @@ def _experts_of(top_k_index_ptr, slots, R, E):
     return tl.where(slots < R, ids, -2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "E"))
 def _histogram_kernel(
     top_k_index_ptr,  # (R,) int32 or int64
     counts_ptr,  # (chunks, BLOCK_E) int32
@@ -59,7 +59,10 @@ def _histogram_kernel(
     tl.store(counts_ptr + chunk * BLOCK_E + offs_e, counts)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("R", "E", "num_blocks", "chunks", "block_m"),
+    do_not_specialize_on_alignment=("row_of_ptr", "offsets_ptr", "block_expert_ptr", "block_row_ptr"),
+)
 def _sort_kernel(
     top_k_index_ptr,  # (R,) int32 or int64
     counts_ptr,  # (chunks, BLOCK_E) int32; not read when ONE_CHUNK
@@ -72,7 +75,7 @@ def _sort_kernel(
     E,
     num_blocks,
     chunks,
-    BLOCK_M: tl.constexpr,
+    block_m,
     CHUNK: tl.constexpr,
     SUB: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -115,7 +118,7 @@ def _sort_kernel(
         tl.store(row_of_ptr + slots, tl.where(ids < 0, -1, rows), mask=slots < R)
         next_row += tl.sum(one_hot.to(tl.int32), axis=0)
 
-    blocks = tl.where(offs_e < E, (total + BLOCK_M - 1) // BLOCK_M, 0)
+    blocks = tl.where(offs_e < E, (total + block_m - 1) // block_m, 0)
     last_block = tl.cumsum(blocks, axis=0)
     first_block = last_block - blocks
     for start in range(chunk * SUB, num_blocks, chunks * SUB):
@@ -123,7 +126,7 @@ def _sort_kernel(
         # experts whose blocks all lie before this one; at least E behind the last block
         expert = tl.sum((last_block[None, :] <= block[:, None]).to(tl.int32), axis=1)
         own = expert[:, None] == offs_e[None, :]
-        row = tl.sum(tl.where(own, first_row[None, :] + (block[:, None] - first_block[None, :]) * BLOCK_M, 0), axis=1)
+        row = tl.sum(tl.where(own, first_row[None, :] + (block[:, None] - first_block[None, :]) * block_m, 0), axis=1)
         tl.store(block_expert_ptr + block, tl.where(expert < E, expert, -1), mask=block < num_blocks)
         tl.store(block_row_ptr + block, tl.where(expert < E, row, 0), mask=block < num_blocks)
 
@@ -178,7 +181,7 @@ def sort_slots(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> tor
         num_experts,
         block_expert.numel(),
         chunks,
-        BLOCK_M=block_m,
+        block_m,
         CHUNK=chunk,
         SUB=sub,
         BLOCK_E=block_e,

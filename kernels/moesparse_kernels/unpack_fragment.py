@@ -12,7 +12,7 @@ from .layout import NMWeight
 __all__ = ["unpack_fragment"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tiles", "k_steps"))
 def _unpack_kernel(
     values_ptr,  # (E, tiles, K_PAD / 64, 4, 4, 32, 4) int32
     index_ptr,  # (E, tiles, K_PAD / 128, 4, 32, 4) int32

@@ -6,7 +6,7 @@ from aot_harness import assert_at_most, assert_no_local_memory, compile_kernel, 
 from moesparse_kernels.epilogue import _activate_kernel, _combine_kernel
 from moesparse_kernels.grouped_dense import _grouped_dense_kernel
 from moesparse_kernels.grouped_nm import _grouped_nm_kernel
-from moesparse_kernels.routing import _sort_kernel
+from moesparse_kernels.routing import _histogram_kernel, _sort_kernel
 from moesparse_kernels.unpack_fragment import _unpack_kernel
 
 ARGUMENTS = {
@@ -16,7 +16,7 @@ ARGUMENTS = {
     **dict.fromkeys(("block_expert_ptr", "block_row_ptr"), "*i32"),
     **dict.fromkeys(("N", "K", "N_OUT", "stride_xm", "stride_wn"), "i32:16"),
     "stride_we": "i64:16",
-    **dict.fromkeys(("R", "tiles", "k_steps", "num_blocks"), "i32"),
+    **dict.fromkeys(("R", "tiles", "k_steps", "num_blocks", "split_k", "group_m"), "i32"),
 }
 
 
@@ -28,12 +28,32 @@ def constants(block_m, gated, stages, **more):
         "ACTIVATION": "silu" if gated else "none",
         "HAS_BIAS": False,
         "EVEN_K": True,
-        "SPLIT_K": 1,
         "BLOCK_M": block_m,
-        "GROUP_M": 1,
         "STAGES": stages,
         **more,
     }
+
+
+KERNELS = (
+    _grouped_nm_kernel,
+    _grouped_dense_kernel,
+    _histogram_kernel,
+    _sort_kernel,
+    _activate_kernel,
+    _combine_kernel,
+    _unpack_kernel,
+)
+# sizes that differ between calls or layers, and what starts anywhere inside the buffer of `route`
+SIZES = {"R", "E", "tiles", "k_steps", "num_blocks", "chunks", "split_k", "group_m", "block_m"}
+PARTS_OF_A_BUFFER = {"row_of_ptr", "offsets_ptr", "num_rows_ptr", "block_expert_ptr", "block_row_ptr"}
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+def test_a_new_batch_size_is_no_new_kernel(kernel):
+    # Triton compiles a size that is 1, or a multiple of 16, and a pointer that is one, as another kernel
+    for parameter in kernel.params:
+        assert parameter.do_not_specialize or parameter.name not in SIZES, parameter.name
+        assert parameter.do_not_specialize_on_alignment or parameter.name not in PARTS_OF_A_BUFFER, parameter.name
 
 
 def case(gated, block_m, swap=False):
@@ -118,9 +138,9 @@ def test_route_spills_nothing(experts, sub, machine_code_rows):
         "top_k_index_ptr": "*i64:16",
         **dict.fromkeys(("counts_ptr", "slot_of_ptr"), "*i32:16"),
         **dict.fromkeys(("row_of_ptr", "offsets_ptr", "block_expert_ptr", "block_row_ptr"), "*i32"),
-        **dict.fromkeys(("R", "E", "num_blocks", "chunks"), "i32"),
+        **dict.fromkeys(("R", "E", "num_blocks", "chunks", "block_m"), "i32"),
     }
-    sizes = {"BLOCK_M": 16, "CHUNK": 1024, "SUB": sub, "BLOCK_E": experts, "ONE_CHUNK": False}
+    sizes = {"CHUNK": 1024, "SUB": sub, "BLOCK_E": experts, "ONE_CHUNK": False}
     code = compile_kernel(_sort_kernel, arguments, sizes, "sm_90", num_warps=8)
     machine_code_rows.append(row(code, f"{experts} experts"))
     assert_no_local_memory(code)
