@@ -31,9 +31,9 @@ test: $(STAMP) ## all tests that need no GPU
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests
 
 # what is installed is used as it is: a GPU machine may have no network
-gpu: ## GPU tests, benchmarks, figures: PART="tests decode ..." SHAPES=... AGAIN=1; DRY=1 without a GPU
+gpu: ## GPU tests, benchmarks, figures: PART="tests decode ..." SHAPES=... LIMIT=540 AGAIN=1; DRY=1 without a GPU
 	PYTHONPATH=.:kernels:$(PYTHONPATH) $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu \
-		$(if $(PART),--parts $(PART)) $(if $(SHAPES),--shapes $(SHAPES)) $(if $(AGAIN),--again) \
+		$(if $(PART),--parts $(PART)) $(if $(SHAPES),--shapes $(SHAPES)) $(if $(AGAIN),--again) $(if $(LIMIT),--limit $(LIMIT)) \
 		$(if $(DRY),--dry --results $(or $(RESULTS),out/gpu-dry-run),$(if $(RESULTS),--results $(RESULTS)))
 
 peers: $(STAMP) ## side by side with llm-compressor and plain baselines, in environments of their own

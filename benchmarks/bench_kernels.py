@@ -198,9 +198,8 @@ def measure(case: Case, session: Session) -> dict[str, Any]:
     except torch.OutOfMemoryError as full:
         return {"status": "skipped", "reason": str(full).splitlines()[0]}
     except Exception as failure:
-        if device_is_lost(failure):
-            raise
-        return {"status": "failed", "reason": f"{type(failure).__name__}: {failure}"[:500]}
+        status = "lost" if device_is_lost() else "failed"
+        return {"status": status, "reason": f"{type(failure).__name__}: {failure}"[:500]}
     rate = case.moved / timing.median
     return {
         "status": "ok",
@@ -239,9 +238,14 @@ def run(session: Session, dtypes: tuple[str, ...] = ("bfloat16",)) -> bool:
             for case in made:
                 sizes = {"experts": shape.num_experts, "hidden": shape.hidden, "intermediate": shape.intermediate}
                 rows.append({**key, **sizes, "op": case.op, "contender": case.contender, **measure(case, session)})
+                if rows[-1]["status"] == "lost":
+                    break
             _compare(rows)
             results.put(rows)
             measured += rows
+            if rows[-1]["status"] == "lost":
+                print_table(measured)
+                return False
             if session.device.type == "cuda":
                 torch.cuda.empty_cache()
         print(f"kernels: {shape.name} done", file=sys.stderr, flush=True)
@@ -263,7 +267,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         against = f"{row['us'] * row['speedup']:>12,.1f}{row['speedup']:>8.2f}x" if "speedup" in row else ""
         print(f"{start}{row['us']:>11,.1f}{row['gb_s']:>9,.1f}{row['copy_share']:>7.0%}{against}")
     for row in rows:
-        if row["status"] in ("wrong", "failed") and row["contender"] != "moesparse":
+        if row["status"] in ("wrong", "failed", "lost") and row["contender"] != "moesparse":
             print(f"{row['shape']} {row['op']} {row['contender']}: {row['reason']}")
 
 

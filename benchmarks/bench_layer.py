@@ -11,11 +11,12 @@ as they come: a run that was cut off goes on where it stopped. Times, flush and 
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
 
-from benchmarks.common import Session, parser, start
+from benchmarks.common import DEVICE_LOST, Session, parser, start
 from benchmarks.shapes import DECODE_TOKENS, DRY_TOKENS, PREFILL_TOKENS
 from moesparse.benchmarking import bench_layer, contenders_for, print_rows
 from moesparse.benchmarking.layer import ROUTINGS, make_layer
@@ -34,6 +35,7 @@ def run(session: Session, part: str, tokens: list[int] | None = None, dtypes: tu
     for shape in session.shapes:
         for dtype in dtypes:
             layer = None
+            lost = {} if session.again else results.lost(part=part, shape=shape.name, dtype=dtype)
             for law in ROUTINGS:
                 for count in tokens or (DRY_TOKENS if session.dry else TOKENS)[part]:
                     key = {"part": part, "shape": shape.name, "dtype": dtype, "tokens": count, "routing": law}
@@ -41,9 +43,13 @@ def run(session: Session, part: str, tokens: list[int] | None = None, dtypes: tu
                         measured += [row for row in results.rows if all(row.get(k) == v for k, v in key.items())]
                         continue
                     layer = layer or make_layer(shape, getattr(torch, dtype), session.device)
-                    rows = bench_layer(layer, count, law, session.ceilings, contenders, budget=session.budget)
+                    how = {"budget": session.budget, "lost": lost}
+                    rows = bench_layer(layer, count, law, session.ceilings, contenders, **how)
                     results.put([{"part": part, **row} for row in rows])
                     measured += rows
+                    if rows[-1]["status"] == "lost" and rows[-1]["contender"] not in lost:
+                        print_rows(measured)
+                        raise SystemExit(DEVICE_LOST)
             del layer
             if session.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -58,7 +64,15 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--tokens", nargs="*", type=int, help="instead of the part's own")
     options.add_argument("--dtypes", nargs="*", default=["bfloat16"], choices=["bfloat16", "float16"])
     chosen = options.parse_args(arguments)
-    if not run(start(chosen), chosen.part, chosen.tokens, tuple(chosen.dtypes)):
+    try:
+        fine = run(start(chosen), chosen.part, chosen.tokens, tuple(chosen.dtypes))
+    except SystemExit as end:
+        if end.code == DEVICE_LOST:
+            # the device's objects would abort an orderly end
+            sys.stdout.flush()
+            os._exit(DEVICE_LOST)
+        raise
+    if not fine:
         sys.exit(1)
 
 

@@ -70,9 +70,8 @@ def measure(call: Callable[[], torch.Tensor], wanted: torch.Tensor, session: Ses
     except ValueError as refusal:
         return {"status": "skipped", "reason": str(refusal)}
     except Exception as failure:
-        if device_is_lost(failure):
-            raise
-        return {"status": "failed", "reason": f"{type(failure).__name__}: {failure}"[:500]}
+        status = "lost" if device_is_lost() else "failed"
+        return {"status": status, "reason": f"{type(failure).__name__}: {failure}"[:500]}
     return {"status": "ok", "error": error, **timing.as_row()}
 
 
@@ -91,6 +90,8 @@ def measure_shape(shape: Shape, tokens: int, session: Session) -> list[dict[str,
         if row["status"] == "ok":
             row["dense_tflop_s"] = 2e-6 * tokens * N * K / row["us"]
         rows.append(row)
+        if row["status"] == "lost":
+            break
     ours = [row for row in rows if row["contender"].startswith("sparse_mma") and row["status"] == "ok"]
     others = [row["us"] for row in rows if row not in ours and row["status"] == "ok"]
     for row in ours if others else []:
@@ -111,6 +112,9 @@ def run(session: Session, tokens: tuple[int, ...]) -> bool:
             rows = [key | row for row in measure_shape(shape, count, session)]
             results.put(rows)
             measured += rows
+            if rows[-1]["status"] == "lost":
+                print_table(measured)
+                return False
         print(f"sparse_mma: {shape.name} done", file=sys.stderr, flush=True)
     print_table(measured)
     return all(row["status"] in ("ok", "skipped") for row in measured)

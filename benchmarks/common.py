@@ -13,7 +13,10 @@ from benchmarks.results import RESULTS, ResultFile, device_folder
 from benchmarks.shapes import choose_shapes
 from moesparse.benchmarking import Ceilings, Shape, environment, measure_ceilings
 
-__all__ = ["Session", "parser", "start"]
+__all__ = ["DEVICE_LOST", "Session", "parser", "start"]
+
+DEVICE_LOST = 70
+"""Exit code of a script whose device answers no more: a process of its own can go on."""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
     make gpu                                    # all parts, in order
     make gpu PART="decode prefill" SHAPES=OLMoE-1B-7B
     make gpu PART=decode AGAIN=1                # measure again what this commit has measured
+    make gpu LIMIT=540                          # after so many seconds stop what is at work and begin nothing more
     make gpu DRY=1                              # on a CPU: plain torch, tiny shapes, results under out/
 
-    tests      the gpu-marked tests, then compute-sanitizer's memcheck and racecheck on a few of them where it exists
+    tests      the gpu-marked tests, several at a time where pytest-xdist is there
     ceilings   copy bandwidth and bf16 matmul, with the record of the machine
     kernels    pruning, packing and unpacking against plain torch
     tune       launch sizes into kernels/moesparse_kernels/configs/<gpu>.json
@@ -15,28 +16,32 @@
     dispatch   the backend by load, from decode and prefill, into the same table
     cost       pruning whole blocks of published shapes, folder to folder
     generate   tokens a second of a whole model, dense against packed
+    sanitize   compute-sanitizer's memcheck and racecheck on a few of the tests, where it exists
     figures    roofline and speed-ups, from the result files
 
-Every part is a process of its own: one that fails, or loses the device, does not take the others along. Nothing needs
-a network or an installation beyond torch, triton, transformers and pytest (matplotlib for the figures). The last lines
-say which parts held. A run without git at hand takes the commit from $MOESPARSE_COMMIT.
+Every part is a process of its own: one that fails, or loses the device, does not take the others along. A kernel that
+loses the device is named in its row, and its part goes on without it. Rows are on the disk as soon as they are
+measured. Nothing needs a network or an installation beyond torch, triton, transformers and pytest (matplotlib for the
+figures). The last lines say which parts held. A run without git at hand takes the commit from $MOESPARSE_COMMIT.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import parser, start
+from benchmarks.common import DEVICE_LOST, parser
 from benchmarks.results import RESULTS, device_folder
 
 __all__ = ["PARTS", "main"]
@@ -45,44 +50,70 @@ ROOT = Path(__file__).resolve().parents[1]
 # a few small shapes: every access of a kernel is checked, which is slow
 _SANITIZED = "test_small_shapes and (bias or token) and bfloat16"
 _SANITIZER_SECONDS = 150
+# tests at a time: most of their seconds are Triton's compiler; the largest hold some 15 GB of the device
+_WORKERS, _WORKER_BYTES = 4, 30 * 10**9
+# processes of one part that may lose the device, each to another kernel
+_RESTARTS = 8
+_STOPPED = 124
 
 
-def _python(*arguments: str, timeout: float | None = None, prefix: tuple[str, ...] = (), **environment: str) -> bool:
+def _python(
+    options: argparse.Namespace,
+    *arguments: str,
+    limit: float = math.inf,
+    prefix: tuple[str, ...] = (),
+    **environment: str,
+) -> int:
+    """Exit code of a Python process, which ends with all that it started when its time is up."""
     command = [*prefix, sys.executable, *arguments]
     print("$", " ".join(command), flush=True)
+    limit = min(limit, options.until - time.monotonic())
+    # a group of its own, because a tool between us and Python would leave Python behind, at work on the device
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, process_group=0)
     try:
-        return subprocess.run(command, cwd=ROOT, env=os.environ | environment, timeout=timeout).returncode == 0
+        return process.wait(None if math.isinf(limit) else max(limit, 0))
     except subprocess.TimeoutExpired:
-        print(f"stopped after {timeout:.0f} s", flush=True)
-        return False
+        print(f"stopped after {limit:.0f} s", flush=True)
+        return _STOPPED
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def gpu_tests() -> list[str]:
+    """The files with gpu-marked tests: the others may import what this machine does not have."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    return sorted(str(file.relative_to(ROOT)) for file in files if "pytest.mark.gpu" in file.read_text())
 
 
 def _tests(options: argparse.Namespace) -> bool:
+    pytest = ("-m", "pytest", *gpu_tests(), "-m", "gpu", "-q")
     if options.dry:
         # no test can run: that all of them are found and import is what is left to see
-        return _python("-m", "pytest", "tests", "benchmarks", "-m", "gpu", "-q", "--collect-only", "--no-summary")
-    held = _python("-m", "pytest", "tests", "-m", "gpu", "-q", "-x" if options.first_failure else "--tb=short")
+        return _python(options, *pytest, "benchmarks", "--collect-only", "--no-summary") == 0
+    workers = min(_WORKERS, torch.cuda.get_device_properties().total_memory // _WORKER_BYTES)
+    parallel = ("-n", str(workers)) if workers > 1 and find_spec("xdist") else ()
+    return _python(options, *pytest, *parallel, "-x" if options.first_failure else "--tb=short") == 0
+
+
+def _sanitize(options: argparse.Namespace) -> bool:
     sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        print("compute-sanitizer is not on the PATH: memory and race checks did not run")
-        return held
-    for tool in ("memcheck", "racecheck"):
-        held &= _python(
+    if options.dry or sanitizer is None:
+        print("memory and race checks do not run: they need a GPU and compute-sanitizer on the PATH")
+        return True
+    codes = [
+        _python(
+            options,
             *("-m", "pytest", "tests/kernels/test_moe_gpu.py", "-m", "gpu", "-q", "-k", _SANITIZED),
             prefix=(sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"),
-            timeout=_SANITIZER_SECONDS,
+            limit=_SANITIZER_SECONDS,
             # the caching allocator would hide an access beyond a tensor's end
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )
-    return held
-
-
-def _ceilings(options: argparse.Namespace) -> bool:
-    session = start(options)
-    results = session.file("ceilings")
-    results.put([{"part": "ceilings", "contender": "measured"}])
-    print(json.dumps(results.rows[-1], indent=1))
-    return True
+        for tool in ("memcheck", "racecheck")
+    ]
+    return not any(codes)
 
 
 def _script(module: str, *words: str) -> Callable[[argparse.Namespace], bool]:
@@ -94,19 +125,25 @@ def _script(module: str, *words: str) -> Callable[[argparse.Namespace], bool]:
             arguments += ["--results", str(options.results)]
         arguments += ["--dry"] if options.dry else []
         arguments += ["--again"] if options.again else []
-        return _python(*arguments)
+        code = _python(options, *arguments)
+        for _ in range(_RESTARTS):
+            if code != DEVICE_LOST:
+                break
+            # what it has measured it does not measure again
+            code = _python(options, *(word for word in arguments if word != "--again"))
+        return code == 0
 
     return run
 
 
 def _figures(options: argparse.Namespace) -> bool:
     device = torch.device("cpu" if options.dry else f"cuda:{torch.cuda.current_device()}")
-    return _python("-m", "benchmarks.figures", str(device_folder(options.results or RESULTS, device)))
+    return _python(options, "-m", "benchmarks.figures", str(device_folder(options.results or RESULTS, device))) == 0
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "tests": _tests,
-    "ceilings": _ceilings,
+    "ceilings": _script("ceilings"),
     "kernels": _script("bench_kernels"),
     "tune": _script("tune", "launch"),
     "decode": _script("bench_layer", "decode"),
@@ -115,6 +152,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "dispatch": _script("tune", "dispatch"),
     "cost": _script("bench_cost"),
     "generate": _script("bench_generate"),
+    "sanitize": _sanitize,
     "figures": _figures,
 }
 
@@ -123,20 +161,27 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--parts", nargs="*", choices=PARTS, default=[], help="all when left out")
     options.add_argument("--first-failure", action="store_true", help="stop the tests at the first failure")
+    options.add_argument("--limit", type=float, default=math.inf, help="seconds until all is stopped (none)")
     chosen = options.parse_args(arguments)
     if not chosen.dry and not torch.cuda.is_available():
         raise SystemExit("make gpu needs a CUDA device, and torch sees none; `make gpu DRY=1` runs it tiny on a CPU")
     if chosen.results is not None:
         chosen.results = chosen.results.resolve()
+    chosen.until = time.monotonic() + chosen.limit
+    # so that being ended ends the part at work too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     held = {}
     for part in chosen.parts or PARTS:
-        print(f"== {part}", flush=True)
         began = time.monotonic()
-        held[part] = (PARTS[part](chosen), time.monotonic() - began)
+        if began < chosen.until:
+            print(f"== {part}", flush=True)
+            held[part] = ("yes" if PARTS[part](chosen) else "NO", time.monotonic() - began)
+        else:
+            held[part] = ("not begun: no time was left", 0.0)
     print("\npart       seconds  held")
-    for part, (fine, seconds) in held.items():
-        print(f"{part:<10} {seconds:>7.0f}  {'yes' if fine else 'NO'}")
-    sys.exit(0 if all(fine for fine, _ in held.values()) else 1)
+    for part, (word, seconds) in held.items():
+        print(f"{part:<10} {seconds:>7.0f}  {word}")
+    sys.exit(0 if all(word == "yes" for word, _ in held.values()) else 1)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ class ResultFile:
         found = {row["contender"] for row in self.rows if all(row.get(name) == wanted[name] for name in wanted)}
         return found.issuperset(contenders)
 
+    def lost(self, **key: Any) -> dict[str, str]:
+        """Contenders that lost the device on this commit -> what the device said."""
+        wanted = key | {"commit": self._environment["commit"], "status": "lost"}
+        found = [row for row in self.rows if all(row.get(name) == wanted[name] for name in wanted)]
+        return {row["contender"]: row["reason"] for row in found}
+
     def put(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows in place of those with the same key, and write the file, whole or not at all."""
         fresh = [{**row, **self._environment} for row in rows]

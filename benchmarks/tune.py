@@ -131,8 +131,8 @@ def _seconds(run: Run, wanted: torch.Tensor, session: Session) -> Callable[[Grou
             if not off < 1e-2:
                 return math.inf
             return time_call(lambda: run(config), session.device, budget=session.budget / 2).median
-        except Exception as error:
-            if device_is_lost(error):
+        except Exception:
+            if device_is_lost():
                 raise
             return math.inf
 

@@ -1,18 +1,25 @@
 """`make gpu DRY=1`: everything that will run on a GPU runs here, tiny and in plain torch. Nothing looks at a time."""
 
+import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_cost
+from benchmarks import bench_cost, bench_generate, gpu
+from benchmarks import bench_layer as layer_script
+from benchmarks.common import DEVICE_LOST, Session
 from benchmarks.gpu import PARTS
-from moesparse.benchmarking import SHAPES, Ceilings, Shape, bench_layer, contenders_for, measure, time_call
+from moesparse.benchmarking import SHAPES, Ceilings, Shape, bench_layer, contenders_for, layer, measure, time_call
 from moesparse.benchmarking.layer import Contender, RoutedCall, make_layer, make_routing
 from moesparse_kernels.tuning import GroupedConfig
 
@@ -82,7 +89,7 @@ def test_the_cost_model_finds_what_made_the_seconds():
 
 def test_a_packed_model_generates_what_the_dense_one_does(dry_run):
     rows = rows_of(dry_run[0], "generate")
-    assert [row["contender"] for row in rows[::3]] == ["grouped_mm", "batched_mm", "packed"]
+    assert [row["contender"] for row in rows[::3]] == ["grouped_mm", "moesparse", "packed"]
     assert min(row["agree"] for row in rows) > 0.8  # nearly equal logits
     dense, packed = rows[0]["weight_bytes"], rows[-1]["weight_bytes"]
     experts = 2 * 8 * 3 * 64 * 64 * 2
@@ -164,6 +171,39 @@ def test_a_second_run_measures_nothing_again(dry_run):
     assert rows_of(folder, "decode") == before
 
 
+def test_nothing_begins_once_the_time_is_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--dry", "--results", str(tmp_path), "--parts", "decode", "figures", "--limit", "0.3"])
+    assert end.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "stopped after 0 s" in lines
+    decode, figures = (line.split(None, 2) for line in lines[-2:])
+    assert (decode[0], decode[2]) == ("decode", "NO")
+    assert figures == ["figures", "0", "not begun: no time was left"]
+
+
+def test_what_is_stopped_leaves_no_process_behind(tmp_path):
+    # the sanitizer stands between `make gpu` and the tests that it runs
+    note = tmp_path / "pid"
+    waiting = f"import os, pathlib, time; pathlib.Path({str(note)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {waiting!r}])"
+    options = argparse.Namespace(until=time.monotonic() + 60)
+    assert gpu._python(options, "-c", outer, limit=3) == gpu._STOPPED
+    inner = Path(f"/proc/{note.read_text()}/stat")
+    deadline = time.monotonic() + 5
+    # gone, or dead and waiting for its new parent to notice
+    while inner.exists() and inner.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_gpu_tests_are_found_by_their_mark():
+    wanted = {"kernels/test_moe_gpu.py", "kernels/test_sparse_mma.py", "test_calibration.py", "test_modules.py"}
+    assert {f"tests/{name}" for name in wanted} <= set(gpu.gpu_tests())
+    assert "tests/test_text.py" not in gpu.gpu_tests()
+
+
 def test_without_a_gpu_it_refuses(monkeypatch):
     done = make(CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0
@@ -210,6 +250,88 @@ def test_what_cannot_run_is_skipped_or_failed_with_its_reason():
     skipped, failed = bench_layer(layer, 2, "uniform", CEILINGS, contenders, budget=0.001)
     assert skipped["status"] == "skipped" and "cpu tensors" in skipped["reason"]
     assert failed["status"] == "failed" and failed["reason"] == "RuntimeError: no such kernel"
+
+
+def test_a_contender_that_loses_the_device_stops_its_process_and_is_left_out_of_the_next(tmp_path, monkeypatch):
+    right, gone = contenders_for(CPU)[0], []
+    monkeypatch.setattr(layer, "device_is_lost", lambda: bool(gone))
+
+    def prepare(call):
+        gone.append(call)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    contenders = [right, Contender("breaks", ("cpu",), True, prepare), replace(right, name="dense", sparse=False)]
+    monkeypatch.setattr(layer_script, "contenders_for", lambda device: contenders)
+    session = Session(CPU, True, [TINY], CEILINGS, {"commit": "this"}, tmp_path, again=False, budget=0.001)
+    with pytest.raises(SystemExit) as end:
+        layer_script.run(session, "decode")
+    assert end.value.code == DEVICE_LOST
+    assert [row["status"] for row in rows_of(tmp_path, "decode")] == ["ok", "lost"]
+
+    gone.clear()  # the next process has the device back
+    assert not layer_script.run(session, "decode")
+    rows = rows_of(tmp_path, "decode")
+    assert gone == [] and len(rows) == 3 * 4
+    for row in rows:
+        assert row["status"] == ("lost" if row["contender"] == "breaks" else "ok")
+        assert row["status"] == "ok" or "illegal memory access" in row["reason"]
+
+
+def test_a_part_whose_device_is_lost_goes_on_in_a_new_process(monkeypatch):
+    codes, commands = [DEVICE_LOST, DEVICE_LOST, 0], []
+    monkeypatch.setattr(gpu, "_python", lambda options, *words: commands.append(words) or codes.pop(0))
+    options = argparse.Namespace(shapes=None, results=None, dry=False, again=True)
+    assert PARTS["decode"](options)
+    assert ["--again" in words for words in commands] == [True, False, False]
+
+
+def test_a_capture_that_fails_is_closed(monkeypatch):
+    # torch itself leaves its stream current and its pool open, and then nothing can be captured any more
+    stream, ended = SimpleNamespace(device_index=3, wait_stream=lambda other: None), []
+
+    @contextlib.contextmanager
+    def graph(made, pool):
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, value in {
+        "current_stream": lambda: stream,
+        "Stream": lambda: stream,
+        "stream": lambda chosen: contextlib.nullcontext(),
+        "CUDAGraph": object,
+        "graph_pool_handle": lambda: (0, 7),
+        "graph": graph,
+        "set_stream": lambda chosen: ended.append(chosen),
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *where: ended.append(where), raising=False)
+    assert measure._capture(lambda: None) is None
+    assert ended == [stream, (3, (0, 7)), (3, (0, 7))]
+
+
+@pytest.mark.gpu
+def test_a_call_that_cannot_be_captured_spoils_no_later_one():
+    x, device = torch.ones(1024, device="cuda"), torch.device("cuda", 0)
+    assert not time_call(lambda: x.sum().item(), device).graph
+    assert time_call(lambda: x.sum(), device).graph
+    torch.cuda.empty_cache()
+
+
+def test_what_does_not_fit_into_memory_is_left_out_of_generation(tmp_path, monkeypatch, capsys):
+    def generate(model, prompts, new):
+        if len(prompts) > 1 and model.get_experts_implementation() == {"": "grouped_mm"}:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB\nmore")
+        return torch.zeros(len(prompts), new), 1.0
+
+    monkeypatch.setattr(bench_generate, "generate", generate)
+    monkeypatch.setattr(bench_generate, "BATCHES", (1, 2))
+    monkeypatch.setattr(sys, "argv", ["bench_generate", "--dry", "--results", str(tmp_path)])
+    bench_generate.main()
+    measured = [(row["contender"], row["tokens"]) for row in rows_of(tmp_path / "cpu", "generate")]
+    assert measured == [("grouped_mm", 1), ("moesparse", 1), ("moesparse", 2), ("packed", 1), ("packed", 2)]
+    assert "| grouped_mm | 2 | CUDA out of memory. Tried to allocate 64 GiB |" in capsys.readouterr().out
 
 
 def test_routing_laws():

@@ -9,7 +9,7 @@ larger of its bytes over the measured copy bandwidth and these operations over t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -323,9 +323,15 @@ def contenders_for(device: torch.device) -> list[Contender]:
     return [contender for contender in CONTENDERS if device.type in contender.devices]
 
 
-def device_is_lost(error: Exception) -> bool:
-    """After such an error every later call on the device fails too."""
-    return any(words in str(error) for words in ("illegal memory access", "unspecified launch failure", "misaligned"))
+def device_is_lost() -> bool:
+    """Whether every later call on the device fails, as after an illegal access; only a new process has it back."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _bench_one(call: RoutedCall, contender: Contender, ceilings: Ceilings, budget: float) -> dict[str, Any]:
@@ -344,9 +350,8 @@ def _bench_one(call: RoutedCall, contender: Contender, ceilings: Ceilings, budge
         if str(error).startswith("backend "):
             # a forced backend that does not fit this weight or this device
             return {"status": "skipped", "reason": str(error)}
-        if device_is_lost(error):
-            raise
-        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+        status = "lost" if device_is_lost() else "failed"
+        return {"status": status, "reason": f"{type(error).__name__}: {error}"[:500]}
     moved = call.moved(contender.sparse)
     floor = ceilings.floor(moved, call.flops)
     return {
@@ -373,15 +378,19 @@ def bench_layer(
     *,
     seed: int = 0,
     budget: float = 0.06,
+    lost: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Verify, then time, every contender on one call of a layer.
 
+    Args:
+        lost: names of contenders that have lost the device in another process, with the reason: they do not run.
+
     Returns:
-        One row for each contender: sizes, status ("ok", "skipped", "wrong" or "failed", with the reason), errors
-        against fp64, times in microseconds, rates, shares of the ceilings, and `speedup`, the best dense time over its
-        own.
-        A contender that is wrong is not timed.
+        One row for each contender: sizes, status ("ok", "skipped", "wrong", "failed" or "lost", with the reason),
+        errors against fp64, times in microseconds, rates, shares of the ceilings, and `speedup`, the best dense time
+        over its own. A contender that is wrong is not timed. Where one loses the device, its row is the last.
     """
+    lost = lost or {}
     call = RoutedCall.make(layer, tokens, law, seed)
     shape = layer.shape
     rows = []
@@ -401,9 +410,15 @@ def bench_layer(
                 "touched_experts": call.touched,
                 "contender": contender.name,
                 "sparse": contender.sparse,
-                **_bench_one(call, contender, ceilings, budget),
+                **(
+                    {"status": "lost", "reason": lost[contender.name]}
+                    if contender.name in lost
+                    else _bench_one(call, contender, ceilings, budget)
+                ),
             }
         )
+        if rows[-1]["status"] == "lost" and contender.name not in lost:
+            break
     dense = [row["us"] for row in rows if row["status"] == "ok" and not row["sparse"]]
     best = min(dense, default=math.nan)
     for row in rows:
@@ -440,6 +455,6 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     for reason in dict.fromkeys(
         f"{row['shape']} {row['contender']} {row['status']}: {row['reason']}"
         for row in rows
-        if row["status"] in ("wrong", "failed")
+        if row["status"] in ("wrong", "failed", "lost")
     ):
         print(reason)

@@ -8,6 +8,7 @@ warm.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -63,16 +64,21 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
 
 def _capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
     """A graph of the call, or None when it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(here)
     with torch.cuda.stream(stream):
         call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    here.wait_stream(stream)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             call()
     except RuntimeError:
+        # torch leaves its capture stream current and the pool open, and then no later call could be captured
+        torch.cuda.set_stream(here)
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(here.device_index, pool)  # type: ignore[attr-defined]
+            torch._C._cuda_releasePool(here.device_index, pool)  # type: ignore[attr-defined]
         torch.cuda.synchronize()
         return None
     return graph

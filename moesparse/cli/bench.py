@@ -70,6 +70,8 @@ def bench(
         layer = make_layer(measured, torch.bfloat16, target)
         for count in tokens or DEFAULT_TOKENS.get(target.type, DEFAULT_TOKENS["cpu"]):
             rows += bench_layer(layer, count, routing, ceilings, contenders_for(target))
+            if rows[-1]["status"] == "lost":
+                break
         packed, dense = (
             sum(weight.nbytes for weight in weights)
             for weights in ((layer.packed_gate_up, layer.packed_down), (layer.gate_up, layer.down))
@@ -79,7 +81,7 @@ def bench(
         print_json(result)
     else:
         _show(result)
-    if any(row["status"] in ("wrong", "failed") for row in rows):
+    if any(row["status"] in ("wrong", "failed", "lost") for row in rows):
         raise typer.Exit(1)
 
 
