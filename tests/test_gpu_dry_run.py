@@ -277,6 +277,17 @@ def test_a_contender_that_loses_the_device_stops_its_process_and_is_left_out_of_
         assert row["status"] == "ok" or "illegal memory access" in row["reason"]
 
 
+def test_a_device_is_lost_when_it_answers_no_more(monkeypatch):
+    def synchronize():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not layer.device_is_lost()
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert layer.device_is_lost()
+
+
 def test_a_part_whose_device_is_lost_goes_on_in_a_new_process(monkeypatch):
     codes, commands = [DEVICE_LOST, DEVICE_LOST, 0], []
     monkeypatch.setattr(gpu, "_python", lambda options, *words: commands.append(words) or codes.pop(0))
