@@ -307,7 +307,7 @@ class TestCommandRefusals:
     def test_wrong_usage(self, tmp_path, monkeypatch, capsys):
         code, error = self.run(monkeypatch, capsys, "-o", tmp_path / "out", "--preset", "huge")
         assert code == 2
-        assert "must be Settings or one of paper, small, got 'huge'" in error
+        assert "--preset must be one of paper, small, got 'huge'" in error
 
 
 def test_states_are_replaced_as_a_whole(tmp_path, monkeypatch):

@@ -82,6 +82,7 @@ def test_a_checkpoint_says_which_experts_are_left(tmp_path):
     [
         ({"weights": None}, "must prune weights or remove experts"),
         ({"experts": 0.25, "keep_experts": 4}, "only one of experts and keep_experts"),
+        ({"experts": 1.5}, "experts must be a share between 0 and 1, got 1.5"),
         ({"refine_experts": True}, "must come with experts or keep_experts"),
         ({"experts": 0.25, "expert_saliency": "reep"}, "criterion must be one of frequency, .* got 'reep'"),
     ],
@@ -96,7 +97,6 @@ def test_recipes_that_cannot_be(recipe, message):
     [
         ({"keep_experts": 0}, "keep must be between 1 and the 8 experts"),
         ({"keep_experts": 9}, "keep must be between 1 and the 8 experts"),
-        ({"experts": 1.5}, "remove must be a share between 0 and 1"),
     ],
 )
 def test_counts_that_cannot_be_change_nothing(recipe, message):
