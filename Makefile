@@ -26,9 +26,9 @@ demo: $(STAMP) ## prune the embedded model six ways and compare
 	rm -rf $(DEMO_OUT)
 	$(BIN)/moesparse demo --output $(DEMO_OUT)
 
-# a file at a time on every core: what a file sets up once is dear
+# a file at a time on every core: what a file sets up once is dear; in their order, because files of few tests are the longest
 test: $(STAMP) ## all tests that need no GPU
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
 
 # what is installed is used as it is: a GPU machine may have no network
 gpu: ## GPU tests, benchmarks, figures: PART="tests decode ..." SHAPES=... LIMIT=540 AGAIN=1; DRY=1 without a GPU
