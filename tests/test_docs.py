@@ -149,3 +149,16 @@ def test_the_cpu_cost_in_the_readme_is_that_of_the_result_files():
             ratios.append(us["moe_nm reference"] / min(us.values()))
     stated = re.search(r"took ([\d.]+) to ([\d.]+) times", " ".join((ROOT / "README.md").read_text().split()))
     assert [float(value) for value in stated.groups()] == [round(min(ratios), 1), round(max(ratios), 1)]
+
+
+def test_tables_are_what_their_commands_print(capsys):
+    from benchmarks import bench_savings, study_recovery_text
+
+    bench_savings.show(ROOT / "benchmarks/results/cpu/savings.json")
+    for row in capsys.readouterr().out.splitlines():
+        assert row in (DOCS / "performance.md").read_text().splitlines()
+    study_recovery_text.show(json.loads(study_recovery_text.RESULTS.read_text()))
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
+    assert len(rows) > 8
+    for row in rows:
+        assert row in (DOCS / "recovery.md").read_text().splitlines()
