@@ -8,9 +8,8 @@ greedily from the same prompts: the dense experts through transformers' `grouped
 `batched_mm` and copies every token's experts, and through this package's dense layer, where the gate is a launch of
 its own; the packed ones through moesparse. What does not fit into memory is left out. A time is that of the whole
 `generate` call with its prefill, the median of the runs after one that is not counted; tokens are the new ones of all
-sequences.
-`agree` is the share of new tokens equal to the first contender's: random weights give nearly equal logits, so a few
-differ by rounding.
+sequences. `agree` is the share of new tokens equal to the first contender's: random weights give nearly equal logits,
+so a few differ by rounding.
 """
 
 from __future__ import annotations

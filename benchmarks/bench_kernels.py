@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.common import Session, parser, start
 from moesparse.benchmarking import Shape, time_call
-from moesparse.benchmarking.layer import device_is_lost, make_routing
+from moesparse.benchmarking.layer import failed, make_routing
 from moesparse_kernels import NMWeight, column_energy, nm_prune, reference, row_topk
 from moesparse_kernels.unpack import unpack
 
@@ -198,8 +198,7 @@ def measure(case: Case, session: Session) -> dict[str, Any]:
     except torch.OutOfMemoryError as full:
         return {"status": "skipped", "reason": str(full).splitlines()[0]}
     except Exception as failure:
-        status = "lost" if device_is_lost() else "failed"
-        return {"status": status, "reason": f"{type(failure).__name__}: {failure}"[:500]}
+        return failed(failure)
     rate = case.moved / timing.median
     return {
         "status": "ok",

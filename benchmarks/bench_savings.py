@@ -51,7 +51,10 @@ print(json.dumps([moesparse.__file__, time.process_time() - began]))
 
 
 def git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the clone must hold the commits before and after each change, got: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 def seconds_of(code: Path, source: Path, windows: Path, recipe: dict[str, Any]) -> float:

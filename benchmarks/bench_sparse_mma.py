@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.common import Session, parser, start
 from moesparse.benchmarking import Shape, time_call
-from moesparse.benchmarking.layer import device_is_lost
+from moesparse.benchmarking.layer import failed
 from moesparse_kernels import NMWeight, reference
 from moesparse_kernels.semi_structured import compressed_experts, linear, reason_unavailable
 
@@ -70,8 +70,7 @@ def measure(call: Callable[[], torch.Tensor], wanted: torch.Tensor, session: Ses
     except ValueError as refusal:
         return {"status": "skipped", "reason": str(refusal)}
     except Exception as failure:
-        status = "lost" if device_is_lost() else "failed"
-        return {"status": status, "reason": f"{type(failure).__name__}: {failure}"[:500]}
+        return failed(failure)
     return {"status": "ok", "error": error, **timing.as_row()}
 
 

@@ -7,7 +7,7 @@
 
 The text is what the embedded model was trained on. Masks and weights see the 160 calibration windows of
 study_recovery.py; distillation then sees windows of 256 tokens, as many of each domain, drawn by the seed without
-repetition until a domain's text is used up (7.8 M tokens in all: the smallest domain has 5123 windows) and then drawn
+repetition until a domain's text is used up (7.86 M tokens in all: the smallest domain has 5123 windows) and then drawn
 anew; a row's repeats says how many windows were seen before. Eight windows a domain are held back from all draws, and
 learning rates chosen on them. Before a run the drawn windows are checked to share no 60 characters with the shipped
 held-out text. Perplexity and seconds as in study_recovery.py. Rows are written as they are measured.

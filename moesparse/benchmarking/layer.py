@@ -32,6 +32,7 @@ __all__ = [
     "bench_layer",
     "contenders_for",
     "device_is_lost",
+    "failed",
     "make_layer",
     "make_routing",
     "print_rows",
@@ -334,6 +335,12 @@ def device_is_lost() -> bool:
     return False
 
 
+def failed(error: Exception) -> dict[str, str]:
+    """What a row says of a contender that raised: "failed", or "lost" where it took the device along."""
+    status = "lost" if device_is_lost() else "failed"
+    return {"status": status, "reason": f"{type(error).__name__}: {error}"[:500]}
+
+
 def _bench_one(call: RoutedCall, contender: Contender, ceilings: Ceilings, budget: float) -> dict[str, Any]:
     device = call.x.device
     try:
@@ -350,8 +357,7 @@ def _bench_one(call: RoutedCall, contender: Contender, ceilings: Ceilings, budge
         if str(error).startswith("backend "):
             # a forced backend that does not fit this weight or this device
             return {"status": "skipped", "reason": str(error)}
-        status = "lost" if device_is_lost() else "failed"
-        return {"status": status, "reason": f"{type(error).__name__}: {error}"[:500]}
+        return failed(error)
     moved = call.moved(contender.sparse)
     floor = ceilings.floor(moved, call.flops)
     return {
