@@ -33,7 +33,9 @@ from benchmarks.shapes import DRY_TOKENS, TUNE_TOKENS
 from moesparse.benchmarking import time_call
 from moesparse.benchmarking.layer import ExpertLayer, RoutedCall, device_is_lost, make_layer
 from moesparse_kernels import NMWeight
-from moesparse_kernels.moe_reference import Routings, down_reference, up_reference
+from moesparse_kernels.moe_reference import down_reference, up_reference
+from moesparse_kernels.ops import route_inside
+from moesparse_kernels.schedule import Routings
 from moesparse_kernels.tuning import GroupedConfig, config_folder, grouped_config
 
 __all__ = ["backend_bounds", "descend", "main", "run_dispatch", "run_launch"]
@@ -80,7 +82,7 @@ def _problems(call: RoutedCall, kind: str) -> dict[str, tuple[Run, torch.Tensor]
     layer, activation = call.layer, call.layer.options["activation"]
     # a gate that is not fused runs between two plain GEMMs
     fused = {"activation": activation, "gated": True} if isinstance(activation, str) else _NOT_FUSED
-    routings = Routings(call.top_k_index, layer.shape.num_experts)
+    routings = Routings(call.top_k_index, layer.shape.num_experts, route_inside)
     up_bias, down_bias = layer.gate_up_bias, layer.down_bias
     random = torch.Generator(device=call.x.device).manual_seed(0)
     rows = torch.empty(

@@ -7,11 +7,11 @@ moe_nm, moe_dense                   the expert layer; every backend of NM_BACKEN
                                     such as backend="semi_structured", torch's sparse tensor-core GEMMs
 """
 
-from moesparse_kernels.dispatch import DENSE_BACKENDS, NM_BACKENDS
-from moesparse_kernels.layout import NMWeight
-from moesparse_kernels.moe import moe_dense, moe_nm
-from moesparse_kernels.moe_reference import Routing
-from moesparse_kernels.ops import column_energy, column_energy_sorted, nm_prune, route, row_topk
+from .dispatch import DENSE_BACKENDS, NM_BACKENDS
+from .layout import NMWeight
+from .moe import moe_dense, moe_nm
+from .ops import column_energy, column_energy_sorted, nm_prune, route, row_topk
+from .schedule import Routing
 
 __all__ = [
     "DENSE_BACKENDS",

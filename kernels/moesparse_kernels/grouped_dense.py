@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate, activate_rows
-from .moe_reference import Routing
+from .schedule import Routing
 from .tuning import GroupedConfig
 
 __all__ = ["grouped_dense"]

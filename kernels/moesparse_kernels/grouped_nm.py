@@ -8,7 +8,7 @@ M rows, N columns of the output, K the reduction dimension.
 A weight never passes through shared memory as bf16: a thread copies its own 16 bytes of packed values, turns them
 into the dense operand of its tensor-core instruction in registers (`_expand`), and multiplies. Two things make that
 possible. The fragment order was laid out for it; and the reduction dimension is reordered inside each 32 columns,
-for the weight by the storage and for x by naming its registers in that order (`_reorder_columns`), which costs
+for the weight by the storage and for x by naming its registers in that order (`reorder_columns`), which costs
 nothing: a thread's eight columns are neighbours in memory, one 16-byte read.
 
 Gate and up rows of one output column sit in different tiles of the weight. A program therefore takes half of a gate
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate, activate_rows
-from .moe_reference import Routing
+from .schedule import Routing
 from .tuning import GroupedConfig
 
 __all__ = ["can_fuse_gate", "grouped_nm"]
@@ -62,12 +62,12 @@ def _halves(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def _weight_tile(words, index, dtype: tl.constexpr, SWAP: tl.constexpr):
+def weight_tile(words, index, dtype: tl.constexpr, SWAP: tl.constexpr):
     """A dense tile of 128 rows by 128 columns from its packed words; only names of registers move.
 
     words: int32 (1024, 4), rows (kt 2, r 4, w 4, lane 32), columns (p2 2, v 2); index: int32 (128, 4), rows (w,
-    lane), columns r. Returns (N, K) when SWAP, else (K, N), with N and K in the order of `_row_order` and
-    `_reorder_columns`.
+    lane), columns r. Returns (N, K) when SWAP, else (K, N), with N and K in the order of `tile_row_order` and
+    `reorder_columns`.
     """
     first, second = tl.split(tl.reshape(words, (1024, 2, 2)))
     shifts = tl.arange(0, 4) * 4
@@ -86,8 +86,8 @@ def _weight_tile(words, index, dtype: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _reorder_columns(x, BLOCK_M: tl.constexpr, SWAP: tl.constexpr):
-    """x (BLOCK_M, 128) with its columns in the order of `_weight_tile`'s reduction dimension."""
+def reorder_columns(x, BLOCK_M: tl.constexpr, SWAP: tl.constexpr):
+    """x (BLOCK_M, 128) with its columns in the order of `weight_tile`'s reduction dimension."""
     x = tl.reshape(x, (BLOCK_M, 4, 4, 2, 2, 2))  # m (kt p2) q b jh jl
     if SWAP:
         x = tl.trans(x, (0, 1, 4, 5, 2, 3))
@@ -97,7 +97,7 @@ def _reorder_columns(x, BLOCK_M: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _row_order(SWAP: tl.constexpr):
+def tile_row_order(SWAP: tl.constexpr):
     """Row of the weight tile, 32 * w + 8 * r + g, behind each position along N of the product."""
     i = tl.arange(0, 128)
     if SWAP:  # positions (r1, w, r0, g)
@@ -201,8 +201,8 @@ def _grouped_nm_kernel(
         else:
             columns = step * 128 + tl.arange(0, 128)
             x = tl.load(x_ptrs, mask=mask_m[:, None] & (columns < K)[None, :], other=0.0)
-        weight = _weight_tile(packed, index, x_ptr.dtype.element_ty, SWAP)
-        x = _reorder_columns(x, BLOCK_M, SWAP)
+        weight = weight_tile(packed, index, x_ptr.dtype.element_ty, SWAP)
+        x = reorder_columns(x, BLOCK_M, SWAP)
         if SWAP:
             acc = tl.dot(weight, x.T, acc)
         else:
@@ -239,7 +239,7 @@ def _grouped_nm_kernel(
             result = acc.T
         else:
             result = acc
-        offs_n = tile * 128 + _row_order(SWAP)
+        offs_n = tile * 128 + tile_row_order(SWAP)
         mask_n = offs_n < N_OUT
         if HAS_BIAS:
             result += tl.load(bias_ptr + expert * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]

@@ -17,12 +17,15 @@ apart and put them together again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from .dispatch import DENSE_BACKENDS, NM_BACKENDS, choose_dense_backend, choose_nm_backend
 from .layout import NMWeight
-from .moe_reference import ACTIVATIONS, Routings, down_reference, up_reference
+from .moe_reference import ACTIVATIONS, down_reference, up_reference
+from .ops import route_inside
+from .schedule import Routings
 from .unpack import unpack
 
 __all__ = ["moe_dense", "moe_nm"]
@@ -266,121 +269,199 @@ def _down(
     return down_gpu(rows, top_k_index, top_k_weights, weight, bias, backend, routings)
 
 
-_PACKED = "Tensor {0}values, Tensor {0}index, int[] {0}layout, str {0}order"
-_ROUTED = "Tensor top_k_index, Tensor top_k_weights"
+def _op(name: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Register a typed function as torch.ops.moesparse.<name>.
 
-torch.library.define(
-    "moesparse::moe_nm",
-    f"(Tensor x, {_ROUTED}, {_PACKED.format('gate_up_')}, {_PACKED.format('down_')}, Tensor? gate_up_bias, "
-    "Tensor? down_bias, str activation, bool gated, str backend) -> Tensor",
-)
-torch.library.define(
-    "moesparse::moe_nm_up",
-    f"(Tensor x, Tensor top_k_index, {_PACKED.format('')}, Tensor? bias, str backend) -> Tensor",
-)
-torch.library.define(
-    "moesparse::moe_nm_down", f"(Tensor rows, {_ROUTED}, {_PACKED.format('')}, Tensor? bias, str backend) -> Tensor"
-)
-torch.library.define(
-    "moesparse::moe_dense",
-    f"(Tensor x, {_ROUTED}, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, str activation, "
-    "bool gated, str backend) -> Tensor",
-)
-torch.library.define(
-    "moesparse::moe_dense_up", "(Tensor x, Tensor top_k_index, Tensor weight, Tensor? bias, str backend) -> Tensor"
-)
-torch.library.define(
-    "moesparse::moe_dense_down", f"(Tensor rows, {_ROUTED}, Tensor weight, Tensor? bias, str backend) -> Tensor"
-)
+    As `torch.library.custom_op` does, but without its Python wrapper around every call: a decode step makes one call a
+    layer and waits for it.
+    """
+
+    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        # a layout is a constant of the weight, no size that a graph could leave open
+        schema = torch.library.infer_schema(function, mutates_args=()).replace("SymInt[]", "int[]")
+        torch.library.define(f"moesparse::{name}", schema)
+        torch.library.impl(f"moesparse::{name}", "default", function)
+        return function
+
+    return register
 
 
-def _run_layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend):
+def _layer(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: NMWeight | torch.Tensor,
+    down: NMWeight | torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    backend: str,
+) -> torch.Tensor:
+    """(T, H) -> (T, H): both projections on one routing."""
     with torch.cuda.device_of(x):
-        routings = Routings(top_k_index, gate_up.shape[0])
+        routings = Routings(top_k_index, gate_up.shape[0], route_inside)
         hidden = _up(x, top_k_index, gate_up, gate_up_bias, activation, gated, backend, routings)
         return _down(hidden, top_k_index, top_k_weights, down, down_bias, backend, routings)
 
 
-@torch.library.impl("moesparse::moe_nm", "default")
+def _up_alone(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    weight: NMWeight | torch.Tensor,
+    bias: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """(T, H) -> (R, N), expert-sorted, without an activation."""
+    with torch.cuda.device_of(x):
+        routings = Routings(top_k_index, weight.shape[0], route_inside)
+        return _up(x, top_k_index, weight, bias, "none", False, backend, routings)
+
+
+def _down_alone(
+    rows: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weight: NMWeight | torch.Tensor,
+    bias: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """(R, I), expert-sorted -> (T, H)."""
+    with torch.cuda.device_of(rows):
+        routings = Routings(top_k_index, weight.shape[0], route_inside)
+        return _down(rows, top_k_index, top_k_weights, weight, bias, backend, routings)
+
+
+# an op takes tensors, numbers and strings: a packed weight travels as its values, index, (E, N, K, n, m) and order
+
+
+@_op("moe_nm")
 def _moe_nm(
-    x,
-    top_k_index,
-    top_k_weights,
-    gate_up_values,
-    gate_up_index,
-    gate_up_layout,
-    gate_up_order,
-    down_values,
-    down_index,
-    down_layout,
-    down_order,
-    gate_up_bias,
-    down_bias,
-    activation,
-    gated,
-    backend,
-):
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up_values: torch.Tensor,
+    gate_up_index: torch.Tensor,
+    gate_up_layout: Sequence[int],
+    gate_up_order: str,
+    down_values: torch.Tensor,
+    down_index: torch.Tensor,
+    down_layout: Sequence[int],
+    down_order: str,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    backend: str,
+) -> torch.Tensor:
     gate_up = _rebuild(gate_up_values, gate_up_index, gate_up_layout, gate_up_order, x.dtype)
     down = _rebuild(down_values, down_index, down_layout, down_order, x.dtype)
-    return _run_layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend)
+    return _layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend)
+
+
+@_op("moe_nm_up")
+def _moe_nm_up(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    values: torch.Tensor,
+    index: torch.Tensor,
+    layout: Sequence[int],
+    order: str,
+    bias: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    return _up_alone(x, top_k_index, _rebuild(values, index, layout, order, x.dtype), bias, backend)
+
+
+@_op("moe_nm_down")
+def _moe_nm_down(
+    rows: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    values: torch.Tensor,
+    index: torch.Tensor,
+    layout: Sequence[int],
+    order: str,
+    bias: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    weight = _rebuild(values, index, layout, order, rows.dtype)
+    return _down_alone(rows, top_k_index, top_k_weights, weight, bias, backend)
+
+
+@_op("moe_dense")
+def _moe_dense(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    backend: str,
+) -> torch.Tensor:
+    return _layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend)
+
+
+@_op("moe_dense_up")
+def _moe_dense_up(
+    x: torch.Tensor, top_k_index: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
+) -> torch.Tensor:
+    return _up_alone(x, top_k_index, weight, bias, backend)
+
+
+@_op("moe_dense_down")
+def _moe_dense_down(
+    rows: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    return _down_alone(rows, top_k_index, top_k_weights, weight, bias, backend)
 
 
 @torch.library.register_fake("moesparse::moe_nm")
-def _moe_nm_fake(x, top_k_index, *_):
+@torch.library.register_fake("moesparse::moe_dense")
+def _layer_fake(x: torch.Tensor, top_k_index: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(x)
-
-
-@torch.library.impl("moesparse::moe_nm_up", "default")
-def _moe_nm_up(x, top_k_index, values, index, layout, order, bias, backend):
-    with torch.cuda.device_of(x):
-        weight = _rebuild(values, index, layout, order, x.dtype)
-        return _up(x, top_k_index, weight, bias, "none", False, backend, Routings(top_k_index, layout[0]))
 
 
 @torch.library.register_fake("moesparse::moe_nm_up")
-def _moe_nm_up_fake(x, top_k_index, values, index, layout, *_):
+def _nm_up_fake(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    values: torch.Tensor,
+    index: torch.Tensor,
+    layout: Sequence[int],
+    *_: Any,
+) -> torch.Tensor:
     return x.new_empty(top_k_index.numel(), layout[1])
 
 
-@torch.library.impl("moesparse::moe_nm_down", "default")
-def _moe_nm_down(rows, top_k_index, top_k_weights, values, index, layout, order, bias, backend):
-    with torch.cuda.device_of(rows):
-        weight = _rebuild(values, index, layout, order, rows.dtype)
-        return _down(rows, top_k_index, top_k_weights, weight, bias, backend, Routings(top_k_index, layout[0]))
-
-
 @torch.library.register_fake("moesparse::moe_nm_down")
-def _moe_nm_down_fake(rows, top_k_index, top_k_weights, values, index, layout, *_):
+def _nm_down_fake(
+    rows: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    values: torch.Tensor,
+    index: torch.Tensor,
+    layout: Sequence[int],
+    *_: Any,
+) -> torch.Tensor:
     return rows.new_empty(top_k_index.shape[0], layout[1])
 
 
-@torch.library.impl("moesparse::moe_dense", "default")
-def _moe_dense(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend):
-    return _run_layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend)
-
-
-@torch.library.register_fake("moesparse::moe_dense")
-def _moe_dense_fake(x, top_k_index, *_):
-    return torch.empty_like(x)
-
-
-@torch.library.impl("moesparse::moe_dense_up", "default")
-def _moe_dense_up(x, top_k_index, weight, bias, backend):
-    with torch.cuda.device_of(x):
-        return _up(x, top_k_index, weight, bias, "none", False, backend, Routings(top_k_index, weight.shape[0]))
-
-
 @torch.library.register_fake("moesparse::moe_dense_up")
-def _moe_dense_up_fake(x, top_k_index, weight, *_):
+def _dense_up_fake(x: torch.Tensor, top_k_index: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(top_k_index.numel(), weight.shape[1])
 
 
-@torch.library.impl("moesparse::moe_dense_down", "default")
-def _moe_dense_down(rows, top_k_index, top_k_weights, weight, bias, backend):
-    with torch.cuda.device_of(rows):
-        return _down(rows, top_k_index, top_k_weights, weight, bias, backend, Routings(top_k_index, weight.shape[0]))
-
-
 @torch.library.register_fake("moesparse::moe_dense_down")
-def _moe_dense_down_fake(rows, top_k_index, top_k_weights, weight, *_):
+def _dense_down_fake(
+    rows: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, weight: torch.Tensor, *_: Any
+) -> torch.Tensor:
     return rows.new_empty(top_k_index.shape[0], weight.shape[1])

@@ -13,7 +13,7 @@ from .epilogue import activate_rows, combine
 from .grouped_dense import grouped_dense
 from .grouped_nm import grouped_nm
 from .layout import NMWeight
-from .moe_reference import Routing, Routings
+from .schedule import Routing, Routings
 from .semi_structured import down_semi_structured, up_semi_structured
 from .tuning import GroupedConfig, grouped_config
 

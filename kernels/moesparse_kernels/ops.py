@@ -15,11 +15,11 @@ from typing import Literal, overload
 
 import torch
 
-from moesparse_kernels import reference
-from moesparse_kernels.layout import GROUP_SIZES, NMWeight
-from moesparse_kernels.moe_reference import Routing, route_torch, routing_sizes
+from . import reference
+from .layout import GROUP_SIZES, NMWeight
+from .schedule import Routing, route_torch, routing_sizes
 
-__all__ = ["column_energy", "column_energy_sorted", "nm_prune", "route", "row_topk"]
+__all__ = ["column_energy", "column_energy_sorted", "nm_prune", "route", "route_inside", "row_topk", "use_triton"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -62,7 +62,7 @@ def _energy(
 ) -> torch.Tensor:
     if not use_triton(x):
         return reference.column_energy(x, offsets, gates, order, top_k)
-    from moesparse_kernels import energy
+    from . import energy
 
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -185,7 +185,7 @@ def _weight_and_scale(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.
 def _nm_prune_op(weight: torch.Tensor, scale: torch.Tensor, n: int, m: int) -> torch.Tensor:
     if not use_triton(weight):
         return reference.nm_prune(weight, scale, n, m)
-    from moesparse_kernels import select
+    from . import select
 
     return select.nm_prune(weight, scale, n, m)
 
@@ -199,7 +199,7 @@ def _(weight: torch.Tensor, scale: torch.Tensor, n: int, m: int) -> torch.Tensor
 def _nm_prune_packed_op(weight: torch.Tensor, scale: torch.Tensor, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
     if not use_triton(weight):
         return reference.nm_prune_packed(weight, scale, n, m)
-    from moesparse_kernels import select
+    from . import select
 
     return select.nm_prune_packed(weight, scale, n, m)
 
@@ -264,7 +264,7 @@ def nm_prune(
 def _row_topk_op(weight: torch.Tensor, scale: torch.Tensor, keep: int) -> torch.Tensor:
     if not use_triton(weight):
         return reference.row_topk(weight, scale, keep)
-    from moesparse_kernels import threshold
+    from . import threshold
 
     if weight.shape[-1] > threshold.MAX_COLUMNS:
         return reference.row_topk(weight, scale, keep)
@@ -299,15 +299,25 @@ def row_topk(weight: torch.Tensor, scale: torch.Tensor, keep: int) -> torch.Tens
     return _row_topk_op(experts, scales, keep).view(weight.shape)
 
 
-@torch.library.custom_op("moesparse::route", mutates_args=())
-def _route_op(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> torch.Tensor:
+def _sorted_slots(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> torch.Tensor:
+    """The tensors of a `Routing` one after the other, (sum of `routing_sizes`,) int32."""
     if use_triton(top_k_index):
-        from moesparse_kernels.routing import sort_slots
+        from .routing import sort_slots
 
         return sort_slots(top_k_index, num_experts, block_m)
     routing = route_torch(top_k_index, num_experts, block_m)
     tensors = (routing.slot_of, routing.row_of, routing.offsets, routing.block_expert, routing.block_row)
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def route_inside(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
+    """`route` for the body of another op: arguments that were checked, and no second op around the same work."""
+    return Routing.split(_sorted_slots(top_k_index, num_experts, block_m), top_k_index.shape, num_experts, block_m)
+
+
+@torch.library.custom_op("moesparse::route", mutates_args=())
+def _route_op(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> torch.Tensor:
+    return _sorted_slots(top_k_index, num_experts, block_m)
 
 
 @_route_op.register_fake

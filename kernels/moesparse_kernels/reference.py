@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from moesparse_kernels.row_order import encode_rows, pack_bits, row_blocks
+from .row_order import encode_rows, pack_bits, row_blocks
 
 __all__ = ["column_energy", "nm_prune", "nm_prune_packed", "row_topk"]
 

@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .moe_reference import Routing, routing_sizes
+from .schedule import routing_sizes
 
-__all__ = ["route", "sort_slots"]
+__all__ = ["sort_slots"]
 
 # slots ranked at a time by comparing every pair of them; fewer when there are many experts, or the tables of slots by
 # experts do not fit the registers
@@ -129,11 +129,6 @@ def _sort_kernel(
         row = tl.sum(tl.where(own, first_row[None, :] + (block[:, None] - first_block[None, :]) * block_m, 0), axis=1)
         tl.store(block_expert_ptr + block, tl.where(expert < E, expert, -1), mask=block < num_blocks)
         tl.store(block_row_ptr + block, tl.where(expert < E, row, 0), mask=block < num_blocks)
-
-
-def route(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> Routing:
-    """`ops.route` without its checks; same arguments, result and limits as `sort_slots`."""
-    return Routing.split(sort_slots(top_k_index, num_experts, block_m), top_k_index.shape, num_experts, block_m)
 
 
 def sort_slots(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> torch.Tensor:

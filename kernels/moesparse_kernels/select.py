@@ -19,7 +19,7 @@ __all__ = ["nm_prune", "nm_prune_packed"]
 
 
 @triton.jit
-def _score_bits(w, scale):
+def score_bits(w, scale):
     """|w| * scale as int32 bits, ordered like the scores; NaN above infinity."""
     return (w.to(tl.float32) * scale).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
@@ -105,7 +105,7 @@ def _nm_prune_octet_kernel(
         # the next row is on its way while this one is ranked
         w_next = tl.load(weight_ptr + tl.minimum(i + 1, rows - 1) * K + offs_k, mask=mask_k, other=0.0)
         columns = _split_octets(w, BLOCK_K)
-        keep = _octet_keep(_split_octets(_score_bits(w, scale), BLOCK_K), GROUP_N, GROUP_M)
+        keep = _octet_keep(_split_octets(score_bits(w, scale), BLOCK_K), GROUP_N, GROUP_M)
         if PACKED:
             # a product with 0x11111111 sums nibbles from the right: how many are kept up to and with column j
             position = (keep * 0x11111111) & (keep * 15)
@@ -157,7 +157,7 @@ def _nm_prune_kernel(
     offs = group[:, None] * GROUP_M + column
     mask = offs < K
     w = tl.load(weight_ptr + row * K + offs, mask=mask, other=0.0)
-    score = _score_bits(w, tl.load(scale_ptr + expert * K + offs, mask=mask, other=0.0))
+    score = score_bits(w, tl.load(scale_ptr + expert * K + offs, mask=mask, other=0.0))
     rank = tl.zeros((BLOCK_G, GROUP_M), dtype=tl.int32)
     for j in range(GROUP_M):
         other = tl.max(tl.where(column == j, score, -1), axis=1)[:, None]

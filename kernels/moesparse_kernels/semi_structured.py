@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .layout import NMWeight
-from .moe_reference import Routing, activate_torch
+from .moe_reference import activate_torch
+from .schedule import Routing
 
 __all__ = ["compressed_experts", "down_semi_structured", "linear", "reason_unavailable", "up_semi_structured"]
 

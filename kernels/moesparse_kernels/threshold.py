@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moesparse_kernels.select import _score_bits
+from .select import score_bits
 
 __all__ = ["MAX_COLUMNS", "row_topk"]
 
@@ -38,7 +38,7 @@ def _row_topk_kernel(
     w = tl.load(weight_ptr + row * K + offs_k, mask=mask_k, other=0.0)
     scale = tl.load(scale_ptr + expert * K + offs_k, mask=mask_k, other=0.0)
     # below every score: a padding column is never counted
-    score = tl.where(mask_k, _score_bits(w, scale), -1)
+    score = tl.where(mask_k, score_bits(w, scale), -1)
     # the threshold lies in low..high; `count` scores reach low, and count >= keep
     low = tl.min(tl.where(mask_k, score, 0x7FFFFFFF))
     high = tl.max(score)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .grouped_nm import _reorder_columns, _row_order, _weight_tile
+from .grouped_nm import reorder_columns, tile_row_order, weight_tile
 from .layout import NMWeight
 
 __all__ = ["unpack_fragment"]
@@ -30,10 +30,10 @@ def _unpack_kernel(
     quad = tl.arange(0, 4)
     words = tl.load(values_ptr + pid * 4096 + tl.arange(0, 1024)[:, None] * 4 + quad[None, :])
     index = tl.load(index_ptr + pid * 512 + tl.arange(0, 128)[:, None] * 4 + quad[None, :])
-    weight = _weight_tile(words, index, out_ptr.dtype.element_ty, True)
-    offs_n = tile * 128 + _row_order(True)
-    # the columns of the tile are in the order that _reorder_columns gives to x
-    offs_k = step * 128 + tl.reshape(_reorder_columns(tl.arange(0, 128)[None, :], 1, True), (128,))
+    weight = weight_tile(words, index, out_ptr.dtype.element_ty, True)
+    offs_n = tile * 128 + tile_row_order(True)
+    # the columns of the tile are in the order that reorder_columns gives to x
+    offs_k = step * 128 + tl.reshape(reorder_columns(tl.arange(0, 128)[None, :], 1, True), (128,))
     out_ptrs = out_ptr + (expert * N + offs_n)[:, None] * K + offs_k[None, :]
     tl.store(out_ptrs, weight, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :])
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moesparse_kernels import dispatch, route, tuning
 from moesparse_kernels.layout import NMWeight
 from moesparse_kernels.moe import moe_dense, moe_nm
-from moesparse_kernels.moe_reference import block_bound
+from moesparse_kernels.schedule import block_bound
 from moesparse_kernels.tuning import GroupedConfig, backend_from_table, grouped_config
 from moesparse_kernels.unpack import unpack
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from moe_cases import SHAPES, Layer, assert_layer, assert_within_budget, make_layer
 
-from moesparse_kernels import moe_gpu, reference
+from moesparse_kernels import moe_gpu, reference, route
 from moesparse_kernels.layout import NMWeight
 from moesparse_kernels.moe import moe_dense, moe_nm
-from moesparse_kernels.moe_reference import route_torch
+from moesparse_kernels.schedule import route_torch
 from moesparse_kernels.semi_structured import reason_unavailable
 from moesparse_kernels.unpack import unpack
 
@@ -109,8 +109,6 @@ def test_real_shapes(model, dtype, tokens):
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 8, 128), (200, 8, 128), (16384, 8, 128), (500, 4, 512)])
 def test_route(tokens, top_k, experts):
-    from moesparse_kernels.routing import route
-
     top_k_index = torch.rand(tokens, experts, device="cuda").topk(top_k, dim=-1).indices
     top_k_index[::7] = experts
     actual, wanted = route(top_k_index, experts, 16), route_torch(top_k_index, experts, 16)

@@ -10,7 +10,7 @@ from moesparse_kernels.grouped_dense import grouped_dense
 from moesparse_kernels.grouped_nm import grouped_nm
 from moesparse_kernels.layout import NMWeight
 from moesparse_kernels.moe import moe_dense, moe_nm
-from moesparse_kernels.moe_reference import route_torch
+from moesparse_kernels.schedule import route_torch
 from moesparse_kernels.tuning import GroupedConfig
 from moesparse_kernels.unpack_fragment import unpack_fragment
 
