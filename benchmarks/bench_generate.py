@@ -24,7 +24,7 @@ import moesparse
 from benchmarks.common import parser
 from benchmarks.results import RESULTS, ResultFile, device_folder
 from moesparse.benchmarking import environment
-from moesparse.memory import peak_memory, reset_peak_memory
+from moesparse.system.memory import peak_memory, reset_peak_memory
 
 DENSE = ("grouped_mm", "moesparse")
 BATCHES = (1, 8, 64)

@@ -34,9 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse.masks import Pattern, check_mask, mask_from_score
-from moesparse.memory import peak_memory, reset_peak_memory
-from moesparse.saliency import MASK_RULES, UPDATE_RULES, Update, choose_masks, obs_gate, update_weights
+from moesparse.system.memory import peak_memory, reset_peak_memory
+from moesparse.weights.mask_rules import MASK_RULES, choose_masks, obs_gate
+from moesparse.weights.patterns import Pattern, check_mask, mask_from_score
+from moesparse.weights.weight_rules import UPDATE_RULES, Update, update_weights
 
 # experts, out_features, in_features; what the matrix reads
 SHAPES = {

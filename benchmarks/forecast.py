@@ -17,7 +17,7 @@ import torch
 import moesparse
 from moesparse.plan import Plan
 from moesparse.plan_experts import plan_run
-from moesparse.saliency.solvers import memory_for_solver
+from moesparse.weights.solvers import memory_for_solver
 
 WINDOWS, LENGTH, BATCH = 128, 2048, 8
 

@@ -18,8 +18,8 @@ from benchmarks.study_protocol import Study, curve, draw, finish, mean_and_sprea
 from moesparse import demo
 from moesparse.distillation import Settings, distill
 from moesparse.figures import new_figure
-from moesparse.masks import Pattern
 from moesparse.pruning import Recipe
+from moesparse.weights.patterns import Pattern
 
 RATIOS = ("0.3", "0.5", "0.6", "0.7", "0.8", "0.9")
 GROUPS = ("1:4", "2:4", "3:4", "4:8", "6:8")

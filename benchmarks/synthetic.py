@@ -70,7 +70,7 @@ def make_checkpoint(
     from transformers import AutoModelForCausalLM
 
     from moesparse.checkpoint_keys import checkpoint_views
-    from moesparse.shards import ShardWriter, TensorSpec
+    from moesparse.system.shards import ShardWriter, TensorSpec
 
     config = make_config(folder, layers, hidden, intermediate, dtype=dtype, **sizes)
     with torch.device("meta"):

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from moesparse.blocks import MoEBlock
 from moesparse.errors import UsageError
-from moesparse.masks import Pattern
-from moesparse.sizes import parse_size
+from moesparse.system.sizes import parse_size
+from moesparse.weights.patterns import Pattern
 
 __all__ = [
     "DEFAULT_CHOICES",

@@ -31,13 +31,13 @@ from moesparse.evaluate import perplexity
 from moesparse.expert_pruning import check_budget, choose_rule, score_windows
 from moesparse.layer_statistics import layerwise_statistics
 from moesparse.layerwise import LayerStream
-from moesparse.masks import Pattern
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.recipe import Recipe
 from moesparse.saliency.experts import super_experts
-from moesparse.saliency.updates import moments_of, output_energy, parse_update, update_weights
-from moesparse.saliency.weights import choose_masks, moments_needed, obs_gate
 from moesparse.statistics import ExpertStatistics
+from moesparse.weights.mask_rules import choose_masks, moments_needed, obs_gate
+from moesparse.weights.patterns import Pattern
+from moesparse.weights.weight_rules import moments_of, output_energy, parse_update, update_weights
 
 if TYPE_CHECKING:
     from moesparse.pruning import Report

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, find_moe_blocks
-from moesparse.cpu_products import fast_products
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
-from moesparse.masks import all_finite
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.recorder import record, window_sums
 from moesparse.residual import measure_angles
 from moesparse.statistics import ModelStatistics, check_moments, memory_needed, model_fingerprint, windows_hash
+from moesparse.system.cpu_products import fast_products
+from moesparse.weights.patterns import all_finite
 
 __all__ = [
     "Windows",

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moesparse.cpu_products import fast_products
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.harness import PAPER_TASKS as PAPER_TASKS
 from moesparse.harness import TaskResult as TaskResult
@@ -32,6 +31,7 @@ from moesparse.harness import TasksReport as TasksReport
 from moesparse.harness import load_tasks as load_tasks
 from moesparse.harness import tasks as tasks
 from moesparse.progress import Progress, ProgressEvent
+from moesparse.system.cpu_products import fast_products
 from moesparse.text import DEFAULT_LENGTH, PathLike, adds_bos, encode_document, evaluation_windows
 
 # fp32 logits held at a time (256 MiB), and logits that a model may return at a time (512 MiB in bf16)

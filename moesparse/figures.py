@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import UsageError
-from moesparse.masks import Pattern
+from moesparse.weights.patterns import Pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from moesparse.errors import MoESparseError
-from moesparse.manifest import MANIFEST_FILE, check_manifest
-from moesparse.masks import Pattern, PatternFinder, check_mask
 from moesparse.modules import META_SUFFIX, MatrixLayout
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.shards import Shards
 from moesparse.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
+from moesparse.system.manifest import MANIFEST_FILE, check_manifest
+from moesparse.system.shards import Shards
+from moesparse.weights.patterns import Pattern, PatternFinder, check_mask
 from moesparse_kernels.row_order import count_kept
 
 __all__ = ["BlockFacts", "Inspection", "TensorFacts", "bad_groups", "inspect_folder"]

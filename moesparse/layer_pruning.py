@@ -21,13 +21,15 @@ from torch import nn
 from moesparse.blocks import ExpertMatrix, MoEBlock
 from moesparse.budget import DENSE
 from moesparse.layerwise import LayerStream
-from moesparse.masks import check_mask
-from moesparse.memory import peak_memory, reset_peak_memory
-from moesparse.processes import Processes
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.recipe import Recipe
 from moesparse.recorder import CrossMoment, Recorder, record
-from moesparse.saliency.updates import (
+from moesparse.statistics import ExpertStatistics, memory_needed
+from moesparse.system.memory import peak_memory, reset_peak_memory
+from moesparse.system.processes import Processes
+from moesparse.weights.mask_rules import COLUMN_RULES, choose_masks, moments_needed, obs_gate, prune_in_place
+from moesparse.weights.patterns import check_mask
+from moesparse.weights.weight_rules import (
     PrunedInputs,
     Update,
     asymmetric_target,
@@ -38,8 +40,6 @@ from moesparse.saliency.updates import (
     rescale_factor,
     update_weights,
 )
-from moesparse.saliency.weights import COLUMN_RULES, choose_masks, moments_needed, obs_gate, prune_in_place
-from moesparse.statistics import ExpertStatistics, memory_needed
 
 __all__ = ["BlockReport", "TensorReport", "prune_block", "prune_layerwise"]
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesparse.cpu_products import fast_products
 from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.hidden_states import HiddenStates
-from moesparse.processes import Processes
+from moesparse.system.cpu_products import fast_products
+from moesparse.system.processes import Processes
 
 PROBE_TOKENS = 16
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import MoESparseError
-from moesparse.masks import Pattern, detect_patterns
 from moesparse.modules import PACKED_DTYPES, SparseExperts
+from moesparse.weights.patterns import Pattern, detect_patterns
 from moesparse_kernels import NMWeight
 
 __all__ = [

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from moesparse.blocks import MoEBlock, decoder_layers
-from moesparse.cpu_products import fast_products
 from moesparse.pruning import Recipe
-from moesparse.saliency.solvers import memory_for_solver
-from moesparse.saliency.updates import parse_update
-from moesparse.saliency.weights import COLUMN_RULES, moments_needed
 from moesparse.statistics import input_sizes, memory_needed
+from moesparse.system.cpu_products import fast_products
+from moesparse.weights.mask_rules import COLUMN_RULES, moments_needed
+from moesparse.weights.solvers import memory_for_solver
+from moesparse.weights.weight_rules import parse_update
 
 __all__ = ["Plan", "file_flops", "gemm_rate", "head_size", "plan_pruning"]
 
@@ -39,7 +39,7 @@ _WALK_FLOPS = 8000
 _SELECT_FLOPS = 1500
 _READ_FLOPS = 115
 _WRITE_FLOPS = 130
-# compiled products and buffers that torch's CPU libraries keep, see moesparse.memory
+# compiled products and buffers that torch's CPU libraries keep, see moesparse.system.memory
 _KEPT_BY_LIBRARIES = 64 * 2**20
 
 
@@ -235,7 +235,7 @@ def gemm_rate(
 ) -> float:
     """Multiply-adds times two a second of a product of 1024 x 1024 on a device, measured now in about 0.1 s.
 
-    In half precision it is measured as layers are run, see moesparse.cpu_products.
+    In half precision it is measured as layers are run, see moesparse.system.cpu_products.
     """
     layer = nn.Linear(1024, 1024, bias=False, device=device, dtype=dtype)
     x = torch.randn(1024, 1024, device=device).to(dtype)

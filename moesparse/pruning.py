@@ -23,6 +23,7 @@ from moesparse.layerwise import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
 from moesparse.statistics import ModelStatistics, model_fingerprint
+from moesparse.system.processes import default_device
 
 __all__ = [
     "DEFAULT_EXPERT_SALIENCY",
@@ -263,10 +264,6 @@ def _remove_experts(
         progress=progress,
     )
     return report.to_dict()
-
-
-def default_device() -> torch.device | None:
-    return torch.device("cuda") if torch.cuda.is_available() else None
 
 
 def check_needs_no_data(recipe: Recipe) -> None:

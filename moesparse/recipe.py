@@ -10,11 +10,11 @@ from typing import Any
 from moesparse.budget import DEFAULT_CHOICES, DENSE, check_choices, check_target
 from moesparse.domains import DEFAULT_MIX, check_mix
 from moesparse.errors import UsageError
-from moesparse.masks import Pattern
 from moesparse.saliency.experts import check_criterion
-from moesparse.saliency.updates import parse_update
-from moesparse.saliency.weights import moments_needed
 from moesparse.selection import BUDGETS
+from moesparse.weights.mask_rules import moments_needed
+from moesparse.weights.patterns import Pattern
+from moesparse.weights.weight_rules import parse_update
 
 __all__ = [
     "DEFAULT_EXPERT_SALIENCY",
@@ -46,8 +46,8 @@ class Recipe:
     Attributes:
         weights: "n:m" (n of every m consecutive inputs of an output row stay), or the share removed from every output
             row, in (0, 1); None leaves the weights of the experts that stay as they are.
-        saliency: the mask rule, one of moesparse.saliency.weights.MASK_RULES.
-        update: the weight rule, one of moesparse.saliency.updates.UPDATE_RULES; "none" is the papers' own.
+        saliency: the mask rule, one of moesparse.weights.mask_rules.MASK_RULES.
+        update: the weight rule, one of moesparse.weights.weight_rules.UPDATE_RULES; "none" is the papers' own.
         propagate: the next block is calibrated on what the pruned blocks before it give (False: on the dense model).
         seed: of the "random" mask rule and expert criterion; every other rule is deterministic.
         experts: share of the experts removed from every block before the weights are pruned, in (0, 1), or

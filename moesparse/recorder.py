@@ -16,8 +16,8 @@ from torch import Tensor
 from moesparse.blocks import ExpertMatrix, MoEBlock
 from moesparse.dispatch import experts_run_by
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.processes import Processes
 from moesparse.statistics import ExpertStatistics, input_sizes
+from moesparse.system.processes import Processes
 
 __all__ = ["ROW_SUMS", "CrossMoment", "Recorder", "record", "window_sums"]
 

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.cpu_products import fast_products
 from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
 from moesparse.layerwise import LayerStream
-from moesparse.processes import Batch
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
+from moesparse.system.cpu_products import fast_products
+from moesparse.system.processes import Batch
 
 __all__ = [
     "DEFAULT_RIDGE",

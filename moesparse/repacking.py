@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from moesparse.checkpoint import atomic_folder, check_output_folder, copy_small_files
 from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.inspection import bad_groups
-from moesparse.manifest import MANIFEST_FILE, write_manifest
-from moesparse.masks import Pattern, PatternFinder
 from moesparse.model_card import card_in_form
 from moesparse.modules import META_SUFFIX, PACKED_DTYPES
 from moesparse.packing import choose_among, nothing_to_pack
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.shards import ShardWriter, TensorInfo, TensorSpec
 from moesparse.skeleton import Skeleton, StoredMatrix, open_skeleton
+from moesparse.system.folders import atomic_folder, check_output_folder, copy_small_files
+from moesparse.system.manifest import MANIFEST_FILE, write_manifest
+from moesparse.system.shards import ShardWriter, TensorInfo, TensorSpec
+from moesparse.weights.patterns import Pattern, PatternFinder
 from moesparse_kernels import NMWeight
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch import Tensor
 from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
 from moesparse.modules import META_SUFFIX, PACKED_DTYPES, MatrixLayout
-from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json, read_weight_map
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json, read_weight_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.processes import Processes
+from moesparse.system.processes import Processes
 
 if TYPE_CHECKING:
     from moesparse.blocks import MoEBlock

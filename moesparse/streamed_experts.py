@@ -24,7 +24,7 @@ from torch import Tensor
 from moesparse._version import __version__
 from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import Windows, check_windows
-from moesparse.checkpoint import JOURNAL_FILE, REPORT_FILE, check_output_folder
+from moesparse.checkpoint import REPORT_FILE
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.expert_pruning import (
     ONE_DOMAIN,
@@ -36,19 +36,20 @@ from moesparse.expert_pruning import (
 )
 from moesparse.layerwise import LayerStream
 from moesparse.plan_experts import any_choice, plan_run, without_experts
-from moesparse.processes import Processes
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.pruning import Report, default_device, describe_calibration, expert_sizes
+from moesparse.pruning import Report, describe_calibration, expert_sizes
 from moesparse.recipe import Recipe
 from moesparse.refit import RefitReport, check_refit, remove_and_refit_block
-from moesparse.run_folder import RunFolder, check_inputs, what_is_kept
-from moesparse.shards import read_json
 from moesparse.statistics import ModelStatistics, ordered_hash
 from moesparse.streamed_inspection import Inspection
 from moesparse.streamed_pruning import assemble_checkpoint, prune_checkpoint, spills, write_layer, write_outside
 from moesparse.streamed_statistics import read_sums, record_layers
 from moesparse.streaming import StreamedModel
 from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
+from moesparse.system.folders import check_output_folder
+from moesparse.system.processes import Processes, default_device
+from moesparse.system.run_folder import JOURNAL_FILE, RunFolder, check_inputs, what_is_kept
+from moesparse.system.shards import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

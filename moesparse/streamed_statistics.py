@@ -1,6 +1,6 @@
 """Statistics of a checkpoint that need not fit in memory: one decoder layer at a time, resumable.
 
-Every layer's statistics are a part of the run (moesparse.run_folder) once the calibration set has gone through it. A
+Every layer's statistics are a part of the run (moesparse.system.run_folder) once the calibration set has gone through it. A
 run that was stopped sends the windows through the finished layers again, for what they feed the next one, and records
 from there on.
 """
@@ -18,17 +18,12 @@ from torch import Tensor
 
 from moesparse._version import __version__
 from moesparse.calibration import Windows, check_windows
-from moesparse.checkpoint import check_writable
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.layer_statistics import drop_lone_angles, record_layer
 from moesparse.layerwise import LayerStream
 from moesparse.plan_experts import plan_calibration
-from moesparse.processes import Processes
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.pruning import default_device
 from moesparse.recorder import Recorder, window_sums
-from moesparse.run_folder import RunFolder
-from moesparse.shards import SINGLE_FILE, Shards, ShardWriter, TensorSpec
 from moesparse.statistics import (
     ExpertStatistics,
     ModelStatistics,
@@ -37,8 +32,12 @@ from moesparse.statistics import (
     windows_hash,
 )
 from moesparse.streamed_inspection import Inspection, blocks_of
-from moesparse.streamed_pruning import MAX_SHARD_BYTES, spills
+from moesparse.streamed_pruning import spills
 from moesparse.streaming import StreamedModel
+from moesparse.system.folders import check_writable
+from moesparse.system.processes import Processes, default_device
+from moesparse.system.run_folder import RunFolder
+from moesparse.system.shards import MAX_SHARD_BYTES, SINGLE_FILE, Shards, ShardWriter, TensorSpec
 
 __all__ = ["calibrate_checkpoint", "read_sums", "record_layers", "unfinished_folder"]
 

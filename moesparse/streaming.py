@@ -22,9 +22,9 @@ from moesparse.blocks import decoder_layers, find_moe_blocks
 from moesparse.checkpoint_keys import checkpoint_views
 from moesparse.errors import CheckpointError, NotInPiecesError, UnsupportedModelError
 from moesparse.layerwise import LayerStream
-from moesparse.memory import return_free_memory
-from moesparse.processes import Processes
-from moesparse.shards import Shards, TensorInfo, reading
+from moesparse.system.memory import return_free_memory
+from moesparse.system.processes import Processes
+from moesparse.system.shards import Shards, TensorInfo, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -258,7 +258,7 @@ def tiny_model(family: str, seed: int = 0, **config: Any) -> nn.Module:
 def prune_by_magnitude(model: nn.Module, pattern: str = "2:4") -> nn.Module:
     """The model with every expert matrix masked in place: the quickest way to weights that hold an n:m pattern."""
     from moesparse.blocks import find_moe_blocks
-    from moesparse.masks import Pattern, mask_from_score
+    from moesparse.weights.patterns import Pattern, mask_from_score
 
     for block in find_moe_blocks(model):
         for matrix in block.matrices:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moesparse.shards import ShardWriter
+from moesparse.system.shards import ShardWriter
 
 ENOSPC = OSError(28, "No space left on device")
 

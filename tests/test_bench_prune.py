@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesparse.masks import Pattern, mask_from_score
+from moesparse.weights.patterns import Pattern, mask_from_score
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_prune.py"
 

@@ -18,11 +18,11 @@ from moesparse.budget_pruning import measure_costs, plan_budget
 from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate import Perplexity
-from moesparse.masks import Pattern, mask_from_score
 from moesparse.packing import pack
 from moesparse.pruning import prune
 from moesparse.recipe import Recipe
 from moesparse.testing import tiny_model
+from moesparse.weights.patterns import Pattern, mask_from_score
 
 WINDOWS = torch.randint(3, 60, (16, 20), generator=torch.Generator().manual_seed(3))
 CHOICES = ("drop", "2:4", "4:8", "6:8", "dense")

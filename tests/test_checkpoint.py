@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from moesparse.checkpoint import CONFIG_KEY, atomic_folder, check_output_folder, load_pretrained, save_pretrained
+from moesparse.checkpoint import CONFIG_KEY, load_pretrained, save_pretrained
 from moesparse.errors import CheckpointError
+from moesparse.system.folders import atomic_folder, check_output_folder
 
 
 @pytest.fixture(scope="module")

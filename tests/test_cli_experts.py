@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from moesparse.calibration import calibrate
 from moesparse.cli import main
-from moesparse.run_folder import claimed
 from moesparse.saliency.experts import expert_scores
 from moesparse.statistics import ModelStatistics
+from moesparse.system.run_folder import claimed
 from moesparse.testing import tiny_model
 
 

@@ -25,8 +25,8 @@ from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.matching import match
 from moesparse.distillation.teacher import cache_bytes
 from moesparse.errors import CheckpointError, MoESparseError, UsageError
-from moesparse.processes import join
 from moesparse.surgery import remove_experts
+from moesparse.system.processes import join
 from moesparse.testing import prune_by_magnitude, tiny_model
 
 SETTINGS = Settings(learning_rate=3e-3, epochs=4, batch_size=4, micro_batch=2)

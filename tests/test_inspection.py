@@ -22,8 +22,8 @@ from moesparse.checkpoint import load_pretrained, save_pretrained
 from moesparse.cli import app
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
 from moesparse.inspection import inspect_folder
-from moesparse.manifest import write_manifest
 from moesparse.repacking import pack_folder
+from moesparse.system.manifest import write_manifest
 from moesparse.testing import prune_by_magnitude, tiny_model
 
 META = "model.layers.1.block_sparse_moe.experts.5.w2.weight_meta"

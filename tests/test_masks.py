@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesparse import masks
 from moesparse.errors import MoESparseError, UsageError
-from moesparse.masks import GROUP_SIZES, Pattern, check_mask, detect_patterns, mask_from_score
+from moesparse.weights import patterns as masks
+from moesparse.weights.patterns import GROUP_SIZES, Pattern, check_mask, detect_patterns, mask_from_score
 
 PATTERNS = [
     Pattern(n=2, m=4),

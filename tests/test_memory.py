@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesparse.memory import return_free_memory
+from moesparse.system.memory import return_free_memory
 
 
 def resident():

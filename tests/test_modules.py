@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import MoESparseError, UnsupportedModelError
-from moesparse.masks import Pattern
 from moesparse.modules import SparseExperts
 from moesparse.testing import MOE_FAMILIES, assert_within_budget, has_family, prune_by_magnitude, tiny_model
+from moesparse.weights.patterns import Pattern
 from moesparse_kernels import NMWeight, moe_dense
 
 # plain; no gate; clamped, interleaved, biased and transposed; a clamp alone; a norm behind each expert

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moesparse.integrations.transformers import FORMAT_VERSION, METHOD
-from moesparse.shards import ShardWriter, TensorSpec
+from moesparse.system.shards import ShardWriter, TensorSpec
 from moesparse_kernels import NMWeight
 
 PAGE = (Path(__file__).parents[1] / "docs/packed-format.md").read_text()

@@ -15,10 +15,10 @@ from torch import nn
 import moesparse
 from moesparse.blocks import find_moe_blocks
 from moesparse.errors import MoESparseError, UnsupportedModelError
-from moesparse.masks import Pattern, mask_from_score
 from moesparse.modules import SparseExperts
 from moesparse.packing import choose_pattern, pack, packed_blocks, unpack
 from moesparse.testing import prune_by_magnitude, tiny_model
+from moesparse.weights.patterns import Pattern, mask_from_score
 
 
 def pruned(family: str = "mixtral", pattern: str = "2:4") -> nn.Module:

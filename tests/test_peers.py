@@ -15,9 +15,10 @@ from benchmarks.peers.contenders import CONTENDERS, Contender
 from benchmarks.peers.llm_compressor import causal
 from benchmarks.results import ResultFile
 from benchmarks.synthetic import make_checkpoint, random_windows
-from moesparse.masks import Pattern
-from moesparse.memory import return_free_memory
-from moesparse.saliency import choose_masks, update_weights
+from moesparse.system.memory import return_free_memory
+from moesparse.weights.mask_rules import choose_masks
+from moesparse.weights.patterns import Pattern
+from moesparse.weights.weight_rules import update_weights
 
 
 class Sums:

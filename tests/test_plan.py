@@ -13,8 +13,8 @@ from moesparse.cli.streamed import parse_limit
 from moesparse.errors import UsageError
 from moesparse.plan import file_flops, gemm_rate, plan_pruning
 from moesparse.plan_experts import plan_run
-from moesparse.saliency.solvers import memory_for_solver
 from moesparse.testing import tiny_model
+from moesparse.weights.solvers import memory_for_solver
 
 GIB = 2**30
 QWEN3_30B = {

@@ -11,10 +11,10 @@ import moesparse
 from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
-from moesparse.masks import check_mask
 from moesparse.pruning import Recipe, prune
 from moesparse.recorder import Recorder, record
 from moesparse.testing import tiny_model
+from moesparse.weights.patterns import check_mask
 
 # transposed, biased and interleaved; no gate; shared experts and dense first layers; state-space layers between
 FAMILIES = ["mixtral", "gpt_oss", "nemotron_h", "deepseek_v3", "qwen3_moe", "jamba"]

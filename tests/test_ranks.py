@@ -22,13 +22,13 @@ from moesparse import Recipe
 from moesparse.calibration import calibrate
 from moesparse.cli import main
 from moesparse.errors import CalibrationError, ProcessError, UsageError
-from moesparse.processes import Processes, join
-from moesparse.run_folder import JOURNAL_FILE, RunFolder
-from moesparse.saliency.weights import choose_masks
 from moesparse.statistics import ModelStatistics
 from moesparse.streamed_pruning import prune_checkpoint
 from moesparse.streamed_statistics import calibrate_checkpoint
+from moesparse.system.processes import Processes, join
+from moesparse.system.run_folder import JOURNAL_FILE, RunFolder
 from moesparse.testing import tiny_model
+from moesparse.weights.mask_rules import choose_masks
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["moesparse.cli", "moesparse.streamed_experts", "transformers.models.mixtral"])

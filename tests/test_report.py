@@ -13,11 +13,11 @@ from moesparse.calibration import calibrate
 from moesparse.checkpoint import REPORT_FILE, save_pretrained
 from moesparse.cli import main
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
-from moesparse.masks import Pattern
 from moesparse.pruning import Recipe, prune
 from moesparse.report import Findings, build, read_checkpoint, read_results, read_routing
 from moesparse.saliency.experts import expert_scores
 from moesparse.testing import tiny_model
+from moesparse.weights.patterns import Pattern
 
 pytest.importorskip("matplotlib")
 
@@ -79,7 +79,7 @@ class TestNumbers:
 
     @pytest.mark.parametrize("pattern", ["2:4", "4:8", "6:8", "1:4"])
     def test_packed_bytes_are_those_of_a_packed_weight(self, pattern):
-        from moesparse.masks import mask_from_score
+        from moesparse.weights.patterns import mask_from_score
         from moesparse_kernels.layout import NMWeight
 
         n, m = Pattern.parse(pattern).group

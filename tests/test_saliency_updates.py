@@ -8,18 +8,16 @@ from expert_data import Sums, random_weight, routed
 from test_saliency_weights import textbook_sparsegpt
 
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.masks import Pattern, check_mask
-from moesparse.saliency import (
-    MASK_RULES,
+from moesparse.weights import solvers
+from moesparse.weights.mask_rules import MASK_RULES, choose_masks, obs_gate
+from moesparse.weights.patterns import Pattern, check_mask
+from moesparse.weights.weight_rules import (
     UPDATE_RULES,
     PrunedInputs,
     asymmetric_target,
-    choose_masks,
     match_output,
-    obs_gate,
     output_energy,
     rescale_factor,
-    solvers,
     update_weights,
 )
 

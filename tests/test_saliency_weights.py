@@ -7,10 +7,11 @@ import torch
 from expert_data import Sums, random_weight, routed
 
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
-from moesparse.masks import Pattern, check_mask, mask_from_score
-from moesparse.saliency import MASK_RULES, UPDATE_RULES, choose_masks, moments_needed, prune_in_place, solvers, weights
-from moesparse.saliency.updates import update_weights
-from moesparse.saliency.weights import obs_gate
+from moesparse.weights import mask_rules as weights
+from moesparse.weights import solvers
+from moesparse.weights.mask_rules import MASK_RULES, choose_masks, moments_needed, obs_gate, prune_in_place
+from moesparse.weights.patterns import Pattern, check_mask, mask_from_score
+from moesparse.weights.weight_rules import UPDATE_RULES, update_weights
 
 TWO_FOUR = Pattern(n=2, m=4)
 PATTERNS = [TWO_FOUR, Pattern(n=3, m=8), Pattern(ratio=0.6)]
@@ -200,7 +201,7 @@ def test_pruning_in_place_leaves_what_the_mask_leaves(rule, pattern, dtype, monk
     choice = choose_masks(weight, rule, pattern, sums, "hidden")
     want = weight.masked_fill(~choice.mask, 0.0)
     stored = weight.mT.contiguous().mT
-    monkeypatch.setattr("moesparse.masks._CPU_CHUNK", 2 * 32)
+    monkeypatch.setattr("moesparse.weights.patterns._CPU_CHUNK", 2 * 32)
     assert prune_in_place(stored, rule, pattern, sums, "hidden") == choice.fallback
     assert torch.equal(stored, want)
     # what a GPU does, with the kernels' torch reference in the place of the kernels

@@ -11,10 +11,10 @@ import moesparse
 from moesparse import Recipe
 from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
-from moesparse.run_folder import JOURNAL_FILE
 from moesparse.statistics import ModelStatistics
 from moesparse.streamed_pruning import prune_checkpoint
 from moesparse.streamed_statistics import calibrate_checkpoint
+from moesparse.system.run_folder import JOURNAL_FILE
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))

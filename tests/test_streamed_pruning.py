@@ -13,9 +13,9 @@ from moesparse import Recipe
 from moesparse.errors import CalibrationError, CheckpointError, MoESparseError, UsageError
 from moesparse.plan import plan_pruning
 from moesparse.progress import silent
-from moesparse.run_folder import JOURNAL_FILE
 from moesparse.streamed_pruning import prune_checkpoint
 from moesparse.streaming import StreamedModel
+from moesparse.system.run_folder import JOURNAL_FILE
 from moesparse.testing import tiny_model
 
 RECIPE = Recipe(weights="2:4", saliency="gated-sparsegpt", update="least-squares+rescale")

@@ -12,8 +12,8 @@ from benchmarks import study_architectures, study_calibration, study_gate, study
 from benchmarks import study_stability as stability
 from moesparse import demo
 from moesparse.blocks import find_moe_blocks
-from moesparse.masks import Pattern, mask_from_score
 from moesparse.recorder import record
+from moesparse.weights.patterns import Pattern, mask_from_score
 
 
 def arguments(folder: Path, *more: str) -> argparse.Namespace:

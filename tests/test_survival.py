@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moesparse import Recipe
 from moesparse.errors import CalibrationError, CheckpointError
-from moesparse.run_folder import JOURNAL_FILE
 from moesparse.streamed_pruning import prune_checkpoint
+from moesparse.system.run_folder import JOURNAL_FILE
 from moesparse.testing import tiny_model
 
 RECIPE = Recipe(weights="2:4", saliency="gated-sparsegpt", update="least-squares+rescale")

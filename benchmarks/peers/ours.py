@@ -14,7 +14,7 @@ import transformers
 import moesparse
 from benchmarks.peers import plain
 from benchmarks.peers.clock import Clock, serve
-from moesparse.memory import bound_compiled_products
+from moesparse.system.memory import bound_compiled_products
 
 
 def run(job: dict[str, Any], clock: Clock) -> None:

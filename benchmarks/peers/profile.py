@@ -22,7 +22,7 @@ from benchmarks.peers.clock import Clock
 from benchmarks.peers.contenders import CONTENDERS
 from benchmarks.peers.table import OURS
 from benchmarks.results import RESULTS, ResultFile
-from moesparse.memory import bound_compiled_products
+from moesparse.system.memory import bound_compiled_products
 
 # what a function's name has in it, and whether the calls inside of it count; the first kind that fits
 KINDS: dict[str, tuple[tuple[str, ...], bool]] = {

@@ -27,7 +27,7 @@ from moesparse.cli.prune import prune
 from moesparse.cli.report import report
 from moesparse.cli.serve import serve
 from moesparse.errors import MoESparseError, UsageError
-from moesparse.memory import bound_compiled_products
+from moesparse.system.memory import bound_compiled_products
 
 _INTERRUPTED = 130
 """What typer makes of Ctrl-C."""

@@ -178,10 +178,10 @@ class _Run:
     def by_layer(self, *, resume: bool, dry_run: bool, max_memory: str, as_json: bool) -> Done | None:
         """One layer in memory at a time; None where there is no more to tell."""
         from moesparse.cli.streamed import calibration_plan_for, naming_the_whole, parse_limit, read_text, tell_plan
-        from moesparse.run_folder import what_is_kept
         from moesparse.skeleton import local_folder
         from moesparse.streamed_statistics import calibrate_checkpoint, unfinished_folder
         from moesparse.streaming import meta_model
+        from moesparse.system.run_folder import what_is_kept
 
         limit = parse_limit(max_memory)
         folder = local_folder(model_source(self.model))
@@ -217,7 +217,7 @@ class _Run:
         """Load the model."""
         from moesparse.calibration import calibrate as run
         from moesparse.checkpoint import load_pretrained
-        from moesparse.run_folder import claimed
+        from moesparse.system.run_folder import claimed
 
         source = model_source(self.model)
         with saying_what_is_left(lambda: ""), claimed(self.statistics), progress_bar() as progress:

@@ -284,7 +284,7 @@ def check_output_file(option: str, path: Path) -> None:
     Raises:
         UsageError: it is a folder. CheckpointError: it lies in none that can be written.
     """
-    from moesparse.checkpoint import check_writable
+    from moesparse.system.folders import check_writable
 
     if path.is_dir():
         raise UsageError(f"{option} must be a file to write, got the folder {path}")

@@ -52,10 +52,11 @@ def demo(
     ordinary transformers checkpoint, loaded back, and continues a few lines beside the dense one.
     """
     from moesparse import demo as embedded
-    from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
+    from moesparse.checkpoint import load_pretrained, save_pretrained
     from moesparse.evaluate import generate
     from moesparse.model_card import model_card
     from moesparse.pruning import Recipe, prune
+    from moesparse.system.folders import check_output_folder
 
     folder = check_output_folder(output if output is not None else _free_name(Path("moesparse-demo")))
     with quiet_libraries(), progress_bar() as progress:

@@ -162,11 +162,12 @@ class _Run:
 
     def whole(self, mode: str, packed: bool, **options: Any) -> Any:
         """Load both models; None in every process but the first."""
-        from moesparse.checkpoint import CONFIG_KEY, check_output_folder, load_pretrained, save_pretrained
+        from moesparse.checkpoint import CONFIG_KEY, load_pretrained, save_pretrained
         from moesparse.distillation import distill
         from moesparse.errors import CheckpointError
         from moesparse.model_card import card_in_form, distilled_card
         from moesparse.packing import packed_blocks
+        from moesparse.system.folders import check_output_folder
 
         check_output_folder(self.output)
         state = self.output.with_name(self.output.name + ".state")
@@ -216,9 +217,9 @@ class _Run:
         from moesparse.checkpoint import load_tokenizer
         from moesparse.distillation import distill_checkpoint
         from moesparse.model_card import distilled_card
-        from moesparse.run_folder import check_run_folder, what_is_kept
         from moesparse.skeleton import local_folder
         from moesparse.streaming import meta_model
+        from moesparse.system.run_folder import check_run_folder, what_is_kept
 
         check_run_folder(self.output)
         source, dense = (local_folder(model_source(name)) for name in (self.student, self.teacher))
@@ -250,7 +251,7 @@ def _card(folder: Path) -> str:
 
 
 def _is_packed(folder: str) -> bool:
-    from moesparse.shards import read_json
+    from moesparse.system.shards import read_json
 
     file = Path(folder) / "config.json"
     return file.is_file() and "quantization_config" in read_json(file)

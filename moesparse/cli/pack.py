@@ -36,9 +36,9 @@ def pack(
 
       moesparse pack olmoe-2to4 olmoe-packed
     """
-    from moesparse.checkpoint import check_output_folder
     from moesparse.repacking import pack_folder
     from moesparse.skeleton import local_folder
+    from moesparse.system.folders import check_output_folder
 
     check_output_folder(out)
     with quiet_libraries(), progress_bar() as progress:
@@ -59,9 +59,9 @@ def unpack(
 
       moesparse unpack olmoe-packed olmoe-dense
     """
-    from moesparse.checkpoint import check_output_folder
     from moesparse.repacking import unpack_folder
     from moesparse.skeleton import local_folder
+    from moesparse.system.folders import check_output_folder
 
     check_output_folder(out)
     with quiet_libraries(), progress_bar() as progress:

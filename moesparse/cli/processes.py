@@ -60,7 +60,7 @@ class Job:
 
     def join(self, device: Any) -> None:
         """Start the process group, where there are several."""
-        from moesparse import processes
+        from moesparse.system import processes
 
         self.store = processes.join(device)
         if self.store is not None:

@@ -155,12 +155,13 @@ def prune(
     """
     from moesparse.budget import DEFAULT_CHOICES
     from moesparse.budget_pruning import BudgetReport, plan_budget
-    from moesparse.checkpoint import check_output_folder, load_pretrained, save_pretrained
+    from moesparse.checkpoint import load_pretrained, save_pretrained
     from moesparse.errors import UsageError
     from moesparse.model_card import model_card
     from moesparse.pruning import prune as run
     from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, DEFAULT_WEIGHTS, Recipe
-    from moesparse.run_folder import claimed
+    from moesparse.system.folders import check_output_folder
+    from moesparse.system.run_folder import claimed
 
     removes = experts is not None or keep_experts is not None
     if not weights:
@@ -312,10 +313,10 @@ def _prune_streamed(
     from moesparse.checkpoint import load_tokenizer
     from moesparse.cli.streamed import naming_the_whole, parse_limit, plan_for, read_text, tell_plan
     from moesparse.model_card import model_card
-    from moesparse.run_folder import check_run_folder
     from moesparse.skeleton import local_folder
     from moesparse.streamed_experts import what_is_left
     from moesparse.streamed_pruning import prune_checkpoint
+    from moesparse.system.run_folder import check_run_folder
 
     limit = parse_limit(max_memory)
     if not dry_run:

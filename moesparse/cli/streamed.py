@@ -13,7 +13,7 @@ from rich.table import Table
 from moesparse.cli.common import console, format_bytes, print_json
 from moesparse.cli.processes import count
 from moesparse.errors import NotInPiecesError, UsageError
-from moesparse.sizes import parse_size
+from moesparse.system.sizes import parse_size
 
 if TYPE_CHECKING:
     from moesparse.cli.common import CalibrationText, TextOptions

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from moesparse.blocks import decoder_layers
 from moesparse.calibration import placed
-from moesparse.cpu_products import fast_products
 from moesparse.dispatch import experts_run_by
 from moesparse.distillation.experts import Routed, TeacherExperts, expert_loss, slot_outputs
 from moesparse.distillation.journal import Journal, StateFile
@@ -24,6 +23,7 @@ from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.training import Trainer, expert_parameters, master_weights, windows_of_step
 from moesparse.layerwise import LayerStream
+from moesparse.system.cpu_products import fast_products
 
 __all__ = ["BlockInputs", "run_layer", "train_block", "train_blockwise"]
 

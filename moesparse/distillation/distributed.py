@@ -23,7 +23,7 @@ from moesparse.distillation.settings import Settings
 from moesparse.distillation.teacher import LiveTeacher
 from moesparse.distillation.training import expert_parameters, master_weights
 from moesparse.errors import UsageError
-from moesparse.processes import Processes
+from moesparse.system.processes import Processes
 
 __all__ = ["TrainingProcesses"]
 

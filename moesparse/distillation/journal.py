@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from moesparse.checkpoint import flush
 from moesparse.errors import CheckpointError, MoESparseError, UsageError
 from moesparse.progress import Progress, ProgressEvent
-from moesparse.run_folder import locked
+from moesparse.system.folders import flush
+from moesparse.system.run_folder import locked
 
 __all__ = ["DistillWarning", "Journal", "StateFile"]
 

@@ -21,10 +21,10 @@ from moesparse.distillation.report import DistillReport, count_zeros
 from moesparse.distillation.settings import Settings, resolve_settings
 from moesparse.distillation.whole import train_whole
 from moesparse.errors import UsageError
-from moesparse.memory import peak_memory, reset_peak_memory
 from moesparse.packing import pack, packed_blocks, unpack
 from moesparse.progress import Progress, silent
 from moesparse.statistics import model_fingerprint, ordered_hash
+from moesparse.system.memory import peak_memory, reset_peak_memory
 
 __all__ = ["distill"]
 

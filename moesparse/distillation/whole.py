@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from moesparse.blocks import decoder_layers
 from moesparse.calibration import evaluating
-from moesparse.cpu_products import fast_products
 from moesparse.dispatch import experts_run_by
 from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.experts import Routed, StudentExperts
@@ -24,6 +23,7 @@ from moesparse.distillation.settings import Settings
 from moesparse.distillation.teacher import CachedTeacher, LiveTeacher
 from moesparse.distillation.training import Trainer, expert_parameters, windows_of_step
 from moesparse.errors import MoESparseError
+from moesparse.system.cpu_products import fast_products
 
 __all__ = ["train_whole"]
 

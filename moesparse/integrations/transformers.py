@@ -34,9 +34,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
 from moesparse.integrations.conversions import Patterns, conversions_of, packed_conversions, plan_loading
-from moesparse.masks import Pattern
 from moesparse.modules import META_SUFFIX, PACKED_DTYPES, MatrixLayout, SparseExperts
-from moesparse.shards import Shards
+from moesparse.system.shards import Shards
+from moesparse.weights.patterns import Pattern
 from moesparse_kernels import moe_dense
 
 __all__ = [

@@ -1,6 +1,7 @@
 """From weights and calibration sums to masks (`weights`) and to the weights under them (`updates`)."""
 
-from moesparse.saliency.updates import (
+from moesparse.weights.mask_rules import MASK_RULES, MaskChoice, choose_masks, moments_needed, obs_gate, prune_in_place
+from moesparse.weights.weight_rules import (
     UPDATE_RULES,
     PrunedInputs,
     Update,
@@ -10,7 +11,6 @@ from moesparse.saliency.updates import (
     rescale_factor,
     update_weights,
 )
-from moesparse.saliency.weights import MASK_RULES, MaskChoice, choose_masks, moments_needed, obs_gate, prune_in_place
 
 __all__ = [
     "MASK_RULES",

@@ -31,8 +31,8 @@ from vllm.model_executor.model_loader.weight_utils import initialize_single_dumm
 from vllm.plugins import load_general_plugins
 
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
-from moesparse.masks import Pattern, mask_from_score
 from moesparse.testing import assert_within_budget
+from moesparse.weights.patterns import Pattern, mask_from_score
 from moesparse_kernels import NMWeight
 
 # all sizes differ, so that a transposed or swapped matrix cannot pass; tokens and experts are no powers of two

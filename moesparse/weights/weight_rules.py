@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.saliency.solvers import DAMPING, expert_slices, factorise, layer_hessian, least_squares, obs, row_error
+from moesparse.weights.solvers import DAMPING, expert_slices, factorise, layer_hessian, least_squares, obs, row_error
 
 Gate = Literal["plain", "gated"]
 

@@ -256,3 +256,7 @@ def _reaching_others() -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0]
         raise ProcessError(f"another process of this run has ended or cannot be reached ({reason})") from error
+
+
+def default_device() -> torch.device | None:
+    return torch.device("cuda") if torch.cuda.is_available() else None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import CalibrationError
-from moesparse.masks import Pattern, keep_in_groups, keep_in_rows, mask_from_score
+from moesparse.weights.patterns import Pattern, keep_in_groups, keep_in_rows, mask_from_score
 
 DAMPING = 0.01
 _MAX_DAMPING = 1.0

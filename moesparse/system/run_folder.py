@@ -24,13 +24,16 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moesparse.checkpoint import JOURNAL_FILE, check_output_folder, flush
 from moesparse.errors import CheckpointError, MoESparseError, UsageError
-from moesparse.manifest import file_hash, write_manifest_entries
-from moesparse.processes import Processes
-from moesparse.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
+from moesparse.system.folders import check_output_folder, flush
+from moesparse.system.manifest import file_hash, write_manifest_entries
+from moesparse.system.processes import Processes
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
 
 __all__ = ["JOURNAL_FILE", "Part", "RunFolder", "check_inputs", "check_run_folder", "claimed", "locked", "what_is_kept"]
+
+JOURNAL_FILE = "moesparse_journal.json"
+"""In a folder that a run has not finished, see moesparse.system.run_folder."""
 
 _LOCK_FILE = ".moesparse.lock"
 _FORMAT = 1

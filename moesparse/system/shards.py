@@ -37,6 +37,9 @@ __all__ = [
     "reading",
 ]
 
+MAX_SHARD_BYTES = 5 * 10**9
+"""Of one file of the output, as transformers writes them."""
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 

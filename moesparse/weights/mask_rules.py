@@ -10,7 +10,7 @@
 | gated-sparsegpt, gated-admm | the same with the gate inside the second moment | ours |
 | random | anything: the control that every rule must beat | |
 
-The rules give masks only; `moesparse.saliency.updates` gives the weights, and each rule here goes with each one there.
+The rules give masks only; `moesparse.weights.weight_rules` gives the weights, and each rule here goes with each one there.
 Rules that score a weight by |W| times a scale of its column can also prune in place, without a mask: `prune_in_place`.
 """
 
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import MoESparseError, UsageError
-from moesparse.masks import Pattern, all_finite, keep_in_groups, mask_from_score, matrix_parts
-from moesparse.saliency import solvers
-from moesparse.saliency.updates import Gate, Statistics, moments_of, parse_update
+from moesparse.weights import solvers
+from moesparse.weights.patterns import Pattern, all_finite, keep_in_groups, mask_from_score, matrix_parts
+from moesparse.weights.weight_rules import Gate, Statistics, moments_of, parse_update
 from moesparse_kernels import nm_prune, row_topk
 
 
@@ -81,7 +81,7 @@ def choose_masks(
     Args:
         weight: [E, out, in], any float dtype, any strides; not modified.
         rule: one of `MASK_RULES`.
-        pattern: unstructured or n:m; see `moesparse.masks`.
+        pattern: unstructured or n:m; see `moesparse.weights.patterns`.
         stats: sums over the calibration tokens; what it must hold is `moments_needed(rule, "none")`.
         input: what the matrix multiplies, "hidden" or "activation".
         seed: of "random"; no other rule draws numbers.

@@ -10,7 +10,7 @@ from typing import Any
 
 from moesparse._version import __version__
 from moesparse.errors import CheckpointError
-from moesparse.shards import read_json
+from moesparse.system.shards import read_json
 
 __all__ = ["MANIFEST_FILE", "check_manifest", "file_hash", "write_manifest", "write_manifest_entries"]
 

@@ -1,0 +1,1 @@
+"""The machine: files that survive a kill, memory, processes, devices."""

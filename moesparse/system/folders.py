@@ -1,0 +1,147 @@
+"""Output folders: refused before the work, written whole or not at all, with what lies beside the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from moesparse.errors import CheckpointError
+
+__all__ = ["atomic_folder", "check_output_folder", "check_writable", "copy_small_files", "flush"]
+
+_PARTIAL = ".partial"
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+_TEMPLATES = "additional_chat_templates"
+
+
+def check_output_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder to write to: it must not exist yet, or be empty.
+
+    Raises:
+        CheckpointError: it is a file, holds files, or its parent cannot be written.
+    """
+    path = Path(folder)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        what = "a file" if path.is_file() else "a folder that holds files"
+        raise CheckpointError(f"OUT must be a new or empty folder, got {what}: {path}. Remove it or name another")
+    check_writable("OUT", path)
+    return path
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Refuse a path at which nothing can be written; folders on the way to it may be missing.
+
+    Args:
+        name: of the argument.
+
+    Raises:
+        CheckpointError: it, or the folder it lies in, is read-only, or that is no folder.
+    """
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"{name} must lie in a folder that can be written, got {path}: {parent} is a file")
+    for each in (parent, path):
+        if each.exists() and not os.access(each, os.W_OK):
+            raise CheckpointError(f"{name} must lie in a folder that can be written, got {path}: {each} is read-only")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when it does not.
+
+    Whatever stops the block (an error, a full disk, Ctrl-C), `folder` is left as it was. Files are flushed to the disk
+    before the rename. What a killed process left behind is removed by the next one that writes the same folder.
+
+    Raises:
+        CheckpointError: the folder holds files already, or writing failed; the reason is named.
+    """
+    from safetensors import SafetensorError
+
+    path = check_output_folder(folder)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    work, lock = _work_folder(path.absolute())
+    try:
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors and mkdtemp make theirs private
+                flush(file)
+        flush(work)
+        work.chmod(0o755)
+        os.replace(work, path)
+        flush(path.absolute().parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}. Nothing was left there") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _work_folder(path: Path) -> tuple[Path, int]:
+    """A new temporary folder for `path`, and the descriptor that holds its lock.
+
+    Those that were left by a process that was killed are removed: nobody holds their locks.
+    """
+    parent = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)  # a folder that another process has made and not yet locked is no leftover
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
+            descriptor = os.open(old, os.O_RDONLY)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+            os.close(descriptor)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        lock = os.open(work, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return work, lock
+    finally:
+        os.close(parent)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_small_files(source: Path, folder: Path, leave: Collection[str]) -> None:
+    """Copy what lies beside the weights (tokenizer, chat templates, licence) but for the names to leave.
+
+    Hidden files, weights of any format and files that are there already are left out.
+
+    Raises:
+        CheckpointError: one is a link to a file elsewhere, which would be published with the copy.
+    """
+    templates = source / _TEMPLATES
+    inside = [source.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")  # the hub's cache
+    for file in [*source.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]:
+        if (
+            not file.is_file()
+            or file.name in leave
+            or file.name.startswith(".")
+            or file.name.endswith(_WEIGHT_SUFFIXES)
+        ):
+            continue
+        target = folder / file.relative_to(source)
+        if target.exists():
+            continue
+        if not any(file.resolve().is_relative_to(place) for place in inside):
+            raise CheckpointError(f"{file} must not lead out of its folder, got a link to {file.resolve()}; remove it")
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, target)

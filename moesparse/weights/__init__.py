@@ -1,0 +1,1 @@
+"""Which weights of a matrix stay and what they become: formulas, without a model."""
