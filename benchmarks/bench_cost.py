@@ -34,9 +34,9 @@ from benchmarks.common import parser
 from benchmarks.results import RESULTS, ResultFile, device_folder
 from benchmarks.synthetic import make_checkpoint, make_config, random_windows
 from moesparse.benchmarking import environment
+from moesparse.models.meta import meta_model
 from moesparse.plan import gemm_rate, head_size
 from moesparse.plan_experts import plan_run
-from moesparse.streaming import meta_model
 from moesparse.system.memory import bound_compiled_products, peak_memory, reset_peak_memory
 
 # recipe, passes over all layers, passes less over the last one

@@ -32,9 +32,9 @@ from benchmarks.common import RESULTS
 from benchmarks.synthetic import make_checkpoint, make_config
 from moesparse import Recipe, find_moe_blocks
 from moesparse.benchmarking import environment
+from moesparse.models.meta import meta_model
 from moesparse.plan import Plan
 from moesparse.plan_experts import plan_run
-from moesparse.streaming import meta_model
 
 # name -> recipe, hidden, intermediate, as the table says it
 RECIPES: dict[str, tuple[dict[str, Any], int, int, str]] = {

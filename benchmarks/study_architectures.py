@@ -25,10 +25,10 @@ import torch
 from benchmarks.study_protocol import BATCH, Study, draw, finish, mean_and_spread, parser
 from moesparse.calibration import calibrate
 from moesparse.figures import new_figure
+from moesparse.models.fingerprint import model_fingerprint
 from moesparse.pruning import Recipe
 from moesparse.saliency.experts import expert_scores
 from moesparse.selection import choose_experts
-from moesparse.statistics import model_fingerprint
 from moesparse.surgery import remove_experts
 
 REFERENCE = "mixtral"

@@ -28,9 +28,9 @@ from torch import Tensor
 from benchmarks.study_protocol import geometric, spread
 from moesparse import demo, figures
 from moesparse.benchmarking import environment
-from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import calibrate
 from moesparse.evaluate import perplexity
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.refit import remove_and_refit
 from moesparse.saliency.experts import EXPERT_CRITERIA, expert_scores, jaccard
 from moesparse.selection import choose_experts

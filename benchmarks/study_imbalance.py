@@ -24,9 +24,9 @@ from torch import Tensor
 
 from benchmarks.study_protocol import BATCH, Study, curve, draw, finish, geometric, mean_and_spread, parser
 from moesparse import demo
-from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.calibration import calibrate
 from moesparse.figures import new_figure
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.pruning import Recipe
 
 RATIOS = (None, 3.0, 6.0, 10.0)

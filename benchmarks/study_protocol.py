@@ -25,8 +25,9 @@ from torch import Tensor
 
 from moesparse import demo
 from moesparse.evaluate import perplexity
+from moesparse.models.fingerprint import model_fingerprint
 from moesparse.pruning import Recipe, prune
-from moesparse.statistics import model_fingerprint, windows_hash
+from moesparse.statistics import windows_hash
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks.study_protocol import BATCH, Study, curve, draw, finish, mean_and_spread, parser
 from moesparse import demo
-from moesparse.blocks import find_moe_blocks
 from moesparse.figures import new_figure
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning import Recipe, prune
 
 PATTERN = "2:4"

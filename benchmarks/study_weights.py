@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.study_protocol import geometric
 from moesparse import demo
 from moesparse.evaluate import perplexity
+from moesparse.models.fingerprint import model_fingerprint
 from moesparse.pruning import Recipe, prune
-from moesparse.statistics import model_fingerprint
 
 RULES = (
     ("random", "none"),

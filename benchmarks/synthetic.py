@@ -69,7 +69,7 @@ def make_checkpoint(
     """Write a Mixtral; the arguments are those of `make_config`, and the same ones give the same weights."""
     from transformers import AutoModelForCausalLM
 
-    from moesparse.checkpoint_keys import checkpoint_views
+    from moesparse.models.keys import checkpoint_views
     from moesparse.system.shards import ShardWriter, TensorSpec
 
     config = make_config(folder, layers, hidden, intermediate, dtype=dtype, **sizes)

@@ -19,11 +19,11 @@ from moesparse._version import __version__
 
 if TYPE_CHECKING:
     from moesparse import demo, evaluate, text
-    from moesparse.blocks import MoEBlock, find_moe_blocks
     from moesparse.calibration import calibrate
     from moesparse.checkpoint import load_pretrained, save_pretrained
     from moesparse.distillation import distill, distill_checkpoint
     from moesparse.errors import MoESparseError
+    from moesparse.models.blocks import MoEBlock, find_moe_blocks
     from moesparse.modules import SparseExperts
     from moesparse.packing import PackReport, pack, unpack
     from moesparse.pruning import Recipe, Report, prune
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from moesparse.surgery import remove_experts
 
 _HOMES = {
-    "MoEBlock": "blocks",
-    "find_moe_blocks": "blocks",
     "calibrate": "calibration",
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
     "distill": "distillation",
     "distill_checkpoint": "distillation",
     "MoESparseError": "errors",
+    "MoEBlock": "models.blocks",
+    "find_moe_blocks": "models.blocks",
     "SparseExperts": "modules",
     "PackReport": "packing",
     "pack": "packing",

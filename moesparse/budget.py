@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse.blocks import MoEBlock
 from moesparse.errors import UsageError
+from moesparse.models.blocks import MoEBlock
 from moesparse.system.sizes import parse_size
 from moesparse.weights.patterns import Pattern
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.budget import (
     DENSE,
     DROP,
@@ -25,12 +24,15 @@ from moesparse.budget import (
     search,
     target_in_bytes,
 )
-from moesparse.calibration import check_dense, check_windows, placed
+from moesparse.calibration import check_windows
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate import perplexity
 from moesparse.expert_pruning import check_budget, choose_rule, score_windows
 from moesparse.layer_statistics import layerwise_statistics
-from moesparse.layerwise import LayerStream
+from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.models.look import check_dense
+from moesparse.models.modes import placed
+from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.recipe import Recipe
 from moesparse.saliency.experts import super_experts

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
-from moesparse.errors import CalibrationError, MoESparseError, UsageError
+from moesparse.errors import CalibrationError, UsageError
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
+from moesparse.models.fingerprint import model_fingerprint
+from moesparse.models.look import check_dense
+from moesparse.models.meta import vocabulary_size
+from moesparse.models.modes import evaluating, placed
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.recorder import record, window_sums
 from moesparse.residual import measure_angles
-from moesparse.statistics import ModelStatistics, check_moments, memory_needed, model_fingerprint, windows_hash
+from moesparse.statistics import ModelStatistics, check_moments, memory_needed, windows_hash
 from moesparse.system.cpu_products import fast_products
-from moesparse.weights.patterns import all_finite
 
-__all__ = [
-    "Windows",
-    "calibrate",
-    "check_dense",
-    "check_finite",
-    "check_windows",
-    "evaluating",
-    "placed",
-    "vocabulary_size",
-]
+__all__ = ["Windows", "calibrate", "check_windows"]
 
 Windows = Tensor | tuple[Tensor, Tensor | None]
-
-# Exact zeros in a trained weight are rare (bf16 underflow); a pruned expert has a quarter of them or more.
-_DENSE_ZEROS = 0.01
-_SAMPLE_PER_EXPERT = 2**16
 
 
 def calibrate(
@@ -163,71 +152,11 @@ def check_windows(windows: Windows, vocabulary: int | None = None) -> tuple[Tens
     return ids, None if mask.all() else mask
 
 
-def check_finite(blocks: Sequence[MoEBlock]) -> None:
-    """Refuse experts with a NaN or an infinity.
-
-    Raises:
-        MoESparseError: names the matrix.
-    """
-    for block in blocks:
-        for matrix in block.matrices:
-            if not all_finite(matrix.parameter):
-                raise MoESparseError(f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity")
-
-
-def check_dense(blocks: Sequence[MoEBlock]) -> None:
-    """Refuse a model that was pruned before: its sums would describe the pruned experts, and its zeros would come back.
-
-    Looks at about 65,536 weights of every expert, and at the router's tensors of E entries.
-
-    Raises:
-        CalibrationError: names the block with an expert of zeros, with more than 1% zeros, or with a masked router.
-    """
-    cure = "Calibrate the dense model, or allow pruned ones (allow_pruned=True) to go on from here."
-    for block in blocks:
-        for matrix in block.matrices:
-            weight = matrix.weight
-            if weight.is_meta:
-                continue
-            rows_apart = max(1, weight[0].numel() // _SAMPLE_PER_EXPERT)
-            sample = weight[:, ::rows_apart]
-            zeros = 1 - torch.count_nonzero(sample, dim=(1, 2)) / sample[0].numel()
-            expert = int(zeros.argmax())
-            share = float(zeros[expert])
-            if share > _DENSE_ZEROS:
-                amount = "nothing but zeros" if share == 1 else f"{share:.0%} zeros"
-                raise CalibrationError(
-                    f"the model must be dense, got {amount} in {block.name}.{matrix.name}, expert {expert}. {cure}"
-                )
-        for name, tensor in _router_tensors(block):
-            lowest = torch.finfo(tensor.dtype).min
-            if (tensor <= lowest).any():
-                raise CalibrationError(
-                    f"the model must use all its experts, got a masked one in {block.moe_name}.{name}. {cure}"
-                )
-
-
-def _router_tensors(block: MoEBlock) -> Iterator[tuple[str, Tensor]]:
-    """Weights, biases and corrections beside the experts that have one entry or row per expert."""
-    own = {id(tensor) for tensor in [*block.experts.parameters(), *block.experts.buffers()]}
-    for name, tensor in [*block.moe.named_parameters(), *block.moe.named_buffers()]:
-        per_expert = tensor.ndim in (1, 2) and block.num_experts in tensor.shape
-        if per_expert and tensor.is_floating_point() and not tensor.is_meta and id(tensor) not in own:
-            yield name, tensor.detach()
-
-
 def _body(model: nn.Module, blocks: Sequence[MoEBlock]) -> nn.Module:
     """The model without its head, when all blocks are in there."""
     body = getattr(model, "base_model", model)
     inside = {id(module) for module in body.modules()}
     return body if all(id(block.experts) in inside for block in blocks) else model
-
-
-def vocabulary_size(model: nn.Module) -> int | None:
-    """Rows of the input embedding; None where the model has none."""
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
-    return getattr(embedding, "num_embeddings", None)
 
 
 def _check_memory(blocks: Sequence[MoEBlock], moments: str) -> int:
@@ -248,31 +177,3 @@ def _moments_device(place: torch.device, needed: int) -> torch.device | None:
     if place.type == "cuda" and needed > torch.cuda.mem_get_info(place)[0] // 2:
         return torch.device("cpu")
     return None
-
-
-@contextmanager
-def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """Have the model on `device` for the body; yields where its inputs belong."""
-    home = next(model.parameters()).device
-    if device is None or torch.device(device) == home:
-        yield home
-        return
-    if len(getattr(model, "hf_device_map", {})) > 1:
-        raise UsageError(f"device must be None for a model spread over several devices, got {device}")
-    try:
-        model.to(device)
-        yield torch.device(device)
-    finally:
-        model.to(home)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the body; every module's own flag comes back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

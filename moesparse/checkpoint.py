@@ -12,7 +12,7 @@ from torch import nn
 
 from moesparse._version import __version__
 from moesparse.errors import CheckpointError
-from moesparse.skeleton import check_layer_counts
+from moesparse.models.meta import check_layer_counts
 from moesparse.system.folders import atomic_folder, copy_small_files
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
 from moesparse.system.run_folder import JOURNAL_FILE

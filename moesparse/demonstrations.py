@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse.calibration import placed
 from moesparse.errors import UsageError
+from moesparse.models.modes import placed
 from moesparse.progress import Progress, ProgressEvent, silent
 
 __all__ = ["check_new_tokens", "continue_prompts"]

@@ -30,6 +30,7 @@ from moesparse.harness import TaskSet as TaskSet
 from moesparse.harness import TasksReport as TasksReport
 from moesparse.harness import load_tasks as load_tasks
 from moesparse.harness import tasks as tasks
+from moesparse.models.meta import context_length
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.system.cpu_products import fast_products
 from moesparse.text import DEFAULT_LENGTH, PathLike, adds_bos, encode_document, evaluation_windows
@@ -389,12 +390,3 @@ def _input_device(model: Any) -> torch.device:
     if _is_transformers(model):
         return model.get_input_embeddings().weight.device
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def context_length(model: nn.Module) -> int:
-    """Tokens a model can take at once, from its config; 2**30 where the config sets no bound."""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else 1 << 30

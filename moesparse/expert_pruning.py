@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.domains import DEFAULT_MIX, DomainReport, check_mix, mixed_scores, split_windows, survey
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.layer_statistics import layerwise_statistics
-from moesparse.layerwise import LayerStream
+from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.models.fingerprint import model_fingerprint
+from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, silent
 from moesparse.refine import RefineReport, refine_choice
 from moesparse.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit
@@ -32,7 +33,7 @@ from moesparse.saliency.experts import (
     super_experts,
 )
 from moesparse.selection import BUDGETS, choose_experts
-from moesparse.statistics import ModelStatistics, model_fingerprint
+from moesparse.statistics import ModelStatistics
 from moesparse.surgery import SurgeryReport, remove_experts, router_groups
 
 __all__ = [

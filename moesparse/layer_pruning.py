@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesparse.blocks import ExpertMatrix, MoEBlock
 from moesparse.budget import DENSE
-from moesparse.layerwise import LayerStream
+from moesparse.models.blocks import ExpertMatrix, MoEBlock
+from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.recipe import Recipe
 from moesparse.recorder import CrossMoment, Recorder, record

@@ -7,13 +7,14 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
-from moesparse.layerwise import LayerStream
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
+from moesparse.models.fingerprint import model_fingerprint
+from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.recorder import Recorder, record, window_sums
 from moesparse.residual import measure_angles
 from moesparse.saliency.experts import ANGLED_NORM_SUM
-from moesparse.statistics import ExpertStatistics, ModelStatistics, model_fingerprint, windows_hash
+from moesparse.statistics import ExpertStatistics, ModelStatistics, windows_hash
 
 __all__ = ["drop_lone_angles", "layerwise_statistics", "record_layer"]
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock
 from moesparse.errors import MoESparseError, UnsupportedModelError
+from moesparse.models.blocks import MoEBlock
 from moesparse_kernels import NMWeight, moe_nm
 
 __all__ = ["META_SUFFIX", "PACKED_DTYPES", "MatrixLayout", "SparseExperts"]

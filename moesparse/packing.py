@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import MoESparseError
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.modules import PACKED_DTYPES, SparseExperts
 from moesparse.weights.patterns import Pattern, detect_patterns
 from moesparse_kernels import NMWeight

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesparse.blocks import MoEBlock, decoder_layers
+from moesparse.models.blocks import MoEBlock, decoder_layers
 from moesparse.pruning import Recipe
 from moesparse.statistics import input_sizes, memory_needed
 from moesparse.system.cpu_products import fast_products

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock
 from moesparse.expert_pruning import choose_rule
+from moesparse.models.blocks import MoEBlock
 from moesparse.plan import Plan, file_flops, head_size, plan_pruning
 from moesparse.recipe import Recipe
 from moesparse.refit import memory_for_refit, refit_flops

@@ -13,16 +13,18 @@ import torch
 from torch import nn
 
 from moesparse._version import __version__
-from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.budget import DENSE, matrix_sizes, packed_bytes
-from moesparse.calibration import check_dense, check_finite, check_windows
+from moesparse.calibration import check_windows
 from moesparse.errors import CalibrationError
 from moesparse.expert_pruning import prune_experts
 from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
-from moesparse.layerwise import LayerStream
+from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.models.fingerprint import model_fingerprint
+from moesparse.models.look import check_dense, check_finite
+from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
-from moesparse.statistics import ModelStatistics, model_fingerprint
+from moesparse.statistics import ModelStatistics
 from moesparse.system.processes import default_device
 
 __all__ = [

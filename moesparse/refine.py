@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock
 from moesparse.errors import UnsupportedModelError, UsageError
+from moesparse.models.blocks import MoEBlock
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.surgery import RemovalPlan, plan_removal, router_groups
 

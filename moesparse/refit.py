@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
-from moesparse.layerwise import LayerStream
+from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
 from moesparse.system.cpu_products import fast_products

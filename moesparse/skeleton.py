@@ -8,17 +8,16 @@ is read.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
+from moesparse.models.meta import _meta_model, check_layer_counts
 from moesparse.modules import META_SUFFIX, PACKED_DTYPES, MatrixLayout
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json, read_weight_map
 
@@ -29,10 +28,8 @@ if TYPE_CHECKING:
     from moesparse.integrations.conversions import LoadPlan, Target
     from moesparse.integrations.transformers import MoESparseConfig
 
-__all__ = ["Piece", "Skeleton", "StoredMatrix", "check_layer_counts", "local_folder", "open_skeleton"]
+__all__ = ["Piece", "Skeleton", "StoredMatrix", "local_folder", "open_skeleton"]
 
-_FEW_LAYERS = 1000
-_LAYER_COUNT = re.compile(r"layers?$|blocks?$|depth$")
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")
 
 
@@ -217,32 +214,6 @@ def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
         conversions = packed_conversions(conversions, packing.blocks)
     plan = plan_loading(model, conversions, {name: info.shape for name, info in shards.tensors.items()})
     return Skeleton(folder, config, shards, model, blocks, parameters, packing, conversions, plan)
-
-
-def _meta_model(folder: Path) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def check_layer_counts(config: dict[str, Any], folder: Path, tensors: int) -> None:
-    """Refuse a config.json that asks for more layers than the checkpoint has tensors: building them would not end.
-
-    Raises:
-        CheckpointError: names the key.
-    """
-    parts: list[Any] = [config]
-    while parts:
-        part = parts.pop()
-        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        for key, value in part.items() if isinstance(part, dict) else ():
-            if _LAYER_COUNT.search(key) and isinstance(value, int) and value > max(tensors, _FEW_LAYERS):
-                raise CheckpointError(
-                    f"{folder / 'config.json'} must not ask for more layers than there are tensors, got {key} = "
-                    f"{value} and {tensors} tensors"
-                )
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:

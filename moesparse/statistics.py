@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import CalibrationError, UsageError
+from moesparse.models.fingerprint import model_fingerprint
 from moesparse.system.processes import Processes
 
 if TYPE_CHECKING:
-    from moesparse.blocks import MoEBlock
+    from moesparse.models.blocks import MoEBlock
 
 SCHEMA_VERSION = 2
 FORMAT = "moesparse-statistics"
@@ -34,11 +35,6 @@ _ENERGIES = ("energy", "gated_energy")
 _MOMENTS = ("moment", "gated_moment")
 _NAMED = (*_ENERGIES, *_MOMENTS, "extra")
 _MAXIMA = "maxima"
-
-# Elements hashed per tensor: 16 per expert with 256 experts, so one changed expert is seen.
-_SAMPLES = 4096
-# Written by the machine that loads or saves the model; none of them changes what the model computes.
-_VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
 def check_moments(moments: str) -> None:
@@ -395,62 +391,6 @@ class ModelStatistics:
             seed=json.loads(metadata["seed"]),
             tokens=int(metadata["tokens"]),
         )
-
-
-def model_fingerprint(model: nn.Module, samples: Mapping[str, Tensor] | None = None) -> str:
-    """32 hex digits that tell models apart: config, names and shapes of all tensors, and a sample of their values.
-
-    Of each parameter and saved buffer about 4096 evenly strided elements are hashed (as float32, so the same values in
-    another dtype give the same fingerprint). Pruning, removing experts or fine-tuning changes some of them with near
-    certainty; a change of a few single weights may pass unseen. Costs milliseconds and reads only the sample. Config
-    keys that name folders, versions and dtypes are left out.
-
-    Args:
-        model: its tensors may be on the meta device where `samples` holds them.
-        samples: name of a tensor -> its `fingerprint_sample`, taken while it was in memory.
-    """
-    digest = hashlib.sha256()
-    config = getattr(model, "config", None)
-    if config is not None:
-        entries = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(vars(config))
-        digest.update(json.dumps(_stable(entries), sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        sample = samples[name] if samples and name in samples else fingerprint_sample(tensor)
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _stable(entries: Any) -> Any:
-    """A config without its volatile keys, at every depth."""
-    if isinstance(entries, Mapping):
-        return {str(key): _stable(value) for key, value in entries.items() if key not in _VOLATILE_CONFIG}
-    if isinstance(entries, list | tuple):
-        return [_stable(value) for value in entries]
-    return entries
-
-
-def fingerprint_sample(tensor: Tensor) -> Tensor:
-    """About _SAMPLES evenly strided elements as float32 on the CPU."""
-    # a copy even where dtype and device are these: a view would hold all of the tensor
-    return tensor.detach().reshape(-1)[:: _sample_stride(tensor)].to("cpu", torch.float32, copy=True)
-
-
-def _sample_stride(tensor: Tensor) -> int:
-    # odd, or with widths that are powers of two every sample would lie in the same few columns
-    return max(1, tensor.numel() // _SAMPLES) | 1
-
-
-def room_for_samples(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Room for the `fingerprint_sample` of each of these tensors, which may be on the meta device, in one piece.
-
-    Samples that are made while large tensors come and go would lie between them, and what was freed around them could
-    not be used again: the memory of a process grew with the number of layers.
-    """
-    sizes = [len(range(0, tensor.numel(), _sample_stride(tensor))) for tensor in tensors.values()]
-    return dict(zip(tensors, torch.empty(sum(sizes)).split(sizes), strict=True))
 
 
 def windows_hash(windows: Tensor, attention_mask: Tensor | None = None) -> str:

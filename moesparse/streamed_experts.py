@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from moesparse._version import __version__
-from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import Windows, check_windows
 from moesparse.checkpoint import REPORT_FILE
 from moesparse.errors import CheckpointError, UsageError
@@ -34,17 +33,18 @@ from moesparse.expert_pruning import (
     choose_from_domains,
     choose_from_windows,
 )
-from moesparse.layerwise import LayerStream
+from moesparse.models.blocks import find_moe_blocks
+from moesparse.models.look import Inspection
+from moesparse.models.on_disk import StreamedModel
+from moesparse.models.stream import LayerStream
 from moesparse.plan_experts import any_choice, plan_run, without_experts
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import Report, describe_calibration, expert_sizes
 from moesparse.recipe import Recipe
 from moesparse.refit import RefitReport, check_refit, remove_and_refit_block
 from moesparse.statistics import ModelStatistics, ordered_hash
-from moesparse.streamed_inspection import Inspection
 from moesparse.streamed_pruning import assemble_checkpoint, prune_checkpoint, spills, write_layer, write_outside
 from moesparse.streamed_statistics import read_sums, record_layers
-from moesparse.streaming import StreamedModel
 from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
 from moesparse.system.folders import check_output_folder
 from moesparse.system.processes import Processes, default_device

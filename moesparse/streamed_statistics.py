@@ -20,7 +20,9 @@ from moesparse._version import __version__
 from moesparse.calibration import Windows, check_windows
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.layer_statistics import drop_lone_angles, record_layer
-from moesparse.layerwise import LayerStream
+from moesparse.models.look import Inspection, blocks_of
+from moesparse.models.on_disk import StreamedModel
+from moesparse.models.stream import LayerStream
 from moesparse.plan_experts import plan_calibration
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.recorder import Recorder, window_sums
@@ -31,9 +33,7 @@ from moesparse.statistics import (
     ordered_hash,
     windows_hash,
 )
-from moesparse.streamed_inspection import Inspection, blocks_of
 from moesparse.streamed_pruning import spills
-from moesparse.streaming import StreamedModel
 from moesparse.system.folders import check_writable
 from moesparse.system.processes import Processes, default_device
 from moesparse.system.run_folder import RunFolder

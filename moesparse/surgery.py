@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import UsageError
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.surgery_twins import (
     GROUP_KEYS,
     Cut,

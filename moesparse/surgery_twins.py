@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock
 from moesparse.errors import UnsupportedModelError
+from moesparse.models.blocks import MoEBlock
 
 __all__ = [
     "GROUP_KEYS",

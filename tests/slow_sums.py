@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.statistics import ExpertStatistics, ModelStatistics
 
 VOCABULARY = 64

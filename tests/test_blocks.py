@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, check_coverage, decoder_layers, find_moe_blocks
 from moesparse.errors import UnsupportedModelError
+from moesparse.models.blocks import MoEBlock, check_coverage, decoder_layers, find_moe_blocks
 from moesparse.testing import MOE_FAMILIES, UNSUPPORTED_FAMILIES, has_family, tiny_model
 
 # In every supported transformers release.

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moesparse.budget_pruning
-from moesparse.blocks import find_moe_blocks
 from moesparse.budget import BlockCosts, check_choices, check_target, packed_bytes, search, target_in_bytes
 from moesparse.budget_pruning import measure_costs, plan_budget
 from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate import Perplexity
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.packing import pack
 from moesparse.pruning import prune
 from moesparse.recipe import Recipe

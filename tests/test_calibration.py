@@ -10,9 +10,9 @@ import pytest
 import torch
 from slow_sums import EXPERTS, VOCABULARY, assert_same_bits, assert_same_sums, sums_of, windows
 
-from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import calibrate, check_windows
 from moesparse.errors import CalibrationError, UsageError
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.progress import ProgressEvent
 from moesparse.statistics import memory_needed
 from moesparse.testing import prune_by_magnitude, tiny_model

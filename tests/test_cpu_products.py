@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from moesparse.calibration import calibrate
 from moesparse.distillation import Settings, distill
-from moesparse.layerwise import LayerStream
+from moesparse.models.stream import LayerStream
 from moesparse.system import cpu_products
 from moesparse.system.cpu_products import fast_products
 from moesparse.testing import assert_within_budget, prune_by_magnitude, tiny_model

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import moesparse
-from moesparse.blocks import find_moe_blocks
-from moesparse.dispatch import experts_run_by
 from moesparse.distillation import MODES, DistillWarning, Settings, distill
 from moesparse.distillation.experts import Routed, StudentExperts, TeacherExperts, expert_loss
 from moesparse.distillation.journal import Journal
@@ -20,6 +18,8 @@ from moesparse.distillation.settings import check_mode, resolve_settings
 from moesparse.distillation.training import windows_of_step
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.evaluate import perplexity
+from moesparse.models.blocks import find_moe_blocks
+from moesparse.models.experts_function import experts_run_by
 from moesparse.progress import silent
 from moesparse.surgery import remove_experts
 from moesparse.testing import prune_by_magnitude, tiny_model

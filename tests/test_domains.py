@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import calibrate
 from moesparse.domains import mixed_scores, split_windows, survey
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.expert_pruning import choose_rule, prune_experts
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.saliency.experts import EXPERT_CRITERIA, expert_scores, score_sums, stack_sums, sums_needed
 from moesparse.testing import tiny_model
 

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
-from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import calibrate
 from moesparse.checkpoint import load_pretrained, save_pretrained
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.expert_pruning import choose_from_statistics, prune_experts
 from moesparse.model_card import model_card
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning import Recipe, prune
 from moesparse.saliency.experts import FAMILY, super_experts
 from moesparse.testing import tiny_model

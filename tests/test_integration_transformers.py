@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moesparse
-from moesparse.blocks import find_moe_blocks
 from moesparse.checkpoint import load_pretrained, save_pretrained
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.modules import SparseExperts
 from moesparse.packing import pack, packed_blocks, unpack
 from moesparse.testing import MOE_FAMILIES, has_family, prune_by_magnitude, tiny_model

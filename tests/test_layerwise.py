@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from moesparse.blocks import decoder_layers, find_moe_blocks
 from moesparse.errors import UnsupportedModelError
-from moesparse.layerwise import LayerStream
+from moesparse.models.blocks import decoder_layers, find_moe_blocks
+from moesparse.models.stream import LayerStream
 from moesparse.testing import tiny_model
 
 # plain; shared experts with dense first layers; masks by layer type; state-space layers between; rotary per layer type

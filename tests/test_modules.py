@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import MoESparseError, UnsupportedModelError
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.modules import SparseExperts
 from moesparse.testing import MOE_FAMILIES, assert_within_budget, has_family, prune_by_magnitude, tiny_model
 from moesparse.weights.patterns import Pattern

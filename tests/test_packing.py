@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import moesparse
-from moesparse.blocks import find_moe_blocks
 from moesparse.errors import MoESparseError, UnsupportedModelError
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.modules import SparseExperts
 from moesparse.packing import choose_pattern, pack, packed_blocks, unpack
 from moesparse.testing import prune_by_magnitude, tiny_model

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import moesparse
-from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning import Recipe, prune
 from moesparse.recorder import Recorder, record
 from moesparse.testing import tiny_model

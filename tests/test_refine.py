@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from moesparse.blocks import find_moe_blocks
 from moesparse.errors import UnsupportedModelError
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.refine import refine_choice
 from moesparse.surgery import remove_experts
 from moesparse.testing import tiny_model

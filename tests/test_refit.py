@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesparse.blocks import find_moe_blocks
 from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.refit import DEFAULT_RIDGE, _Features, memory_for_refit, refit_block, remove_and_refit
 from moesparse.surgery import remove_experts
 from moesparse.testing import tiny_model

@@ -18,11 +18,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import moesparse
-from moesparse.blocks import find_moe_blocks
 from moesparse.checkpoint import load_pretrained, save_pretrained
 from moesparse.cli import app
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
 from moesparse.inspection import inspect_folder
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.packing import packed_blocks
 from moesparse.repacking import pack_folder, unpack_folder
 from moesparse.testing import has_family, prune_by_magnitude, tiny_model

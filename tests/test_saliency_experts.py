@@ -7,9 +7,9 @@ from collections import defaultdict
 import pytest
 import torch
 
-from moesparse.blocks import find_moe_blocks
 from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError, UsageError
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.saliency.experts import (
     EXPERT_CRITERIA,
     FAMILY,

@@ -12,14 +12,8 @@ from slow_sums import assert_same_bits, assert_same_sums, sums_of, windows
 
 from moesparse.calibration import calibrate
 from moesparse.errors import CalibrationError
-from moesparse.statistics import (
-    FORMAT,
-    ExpertStatistics,
-    ModelStatistics,
-    fingerprint_sample,
-    model_fingerprint,
-    windows_hash,
-)
+from moesparse.models.fingerprint import fingerprint_sample, model_fingerprint
+from moesparse.statistics import FORMAT, ExpertStatistics, ModelStatistics, windows_hash
 from moesparse.testing import prune_by_magnitude, tiny_model
 
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 import moesparse
 from moesparse import Recipe
 from moesparse.errors import CalibrationError, CheckpointError, MoESparseError, UsageError
+from moesparse.models.on_disk import StreamedModel
 from moesparse.plan import plan_pruning
 from moesparse.progress import silent
 from moesparse.streamed_pruning import prune_checkpoint
-from moesparse.streaming import StreamedModel
 from moesparse.system.run_folder import JOURNAL_FILE
 from moesparse.testing import tiny_model
 

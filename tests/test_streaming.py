@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moesparse.checkpoint_keys import checkpoint_views
 from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.streaming import StreamedModel
+from moesparse.models.keys import checkpoint_views
+from moesparse.models.on_disk import StreamedModel
 from moesparse.testing import tiny_model
 
 # fused from per-expert keys; dense first layers and a float32 correction; stored fused and transposed; no gate, layers

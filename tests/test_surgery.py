@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import UnsupportedModelError, UsageError
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.surgery import plan_removal, remove_experts, router_groups
 from moesparse.testing import MOE_FAMILIES, tiny_model
 

@@ -178,9 +178,9 @@ class _Run:
     def by_layer(self, *, resume: bool, dry_run: bool, max_memory: str, as_json: bool) -> Done | None:
         """One layer in memory at a time; None where there is no more to tell."""
         from moesparse.cli.streamed import calibration_plan_for, naming_the_whole, parse_limit, read_text, tell_plan
+        from moesparse.models.meta import meta_model
         from moesparse.skeleton import local_folder
         from moesparse.streamed_statistics import calibrate_checkpoint, unfinished_folder
-        from moesparse.streaming import meta_model
         from moesparse.system.run_folder import what_is_kept
 
         limit = parse_limit(max_memory)
@@ -242,8 +242,8 @@ class _Run:
         """The rule of the choice that is to be shown, refused where it cannot be."""
         import torch
 
-        from moesparse.blocks import find_moe_blocks
         from moesparse.expert_pruning import choose_rule
+        from moesparse.models.blocks import find_moe_blocks
 
         if self.rule is None:
             return None

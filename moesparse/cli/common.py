@@ -198,7 +198,7 @@ class TextOptions:
     ) -> CalibrationText:
         """The windows of a run; with `from_model` the model writes that many tokens of each itself."""
         from moesparse.demonstrations import check_new_tokens, continue_prompts
-        from moesparse.evaluate import context_length
+        from moesparse.models.meta import context_length
 
         context = context_length(network)
         wanted: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "context": context}

@@ -217,8 +217,8 @@ class _Run:
         from moesparse.checkpoint import load_tokenizer
         from moesparse.distillation import distill_checkpoint
         from moesparse.model_card import distilled_card
+        from moesparse.models.meta import meta_model
         from moesparse.skeleton import local_folder
-        from moesparse.streaming import meta_model
         from moesparse.system.run_folder import check_run_folder, what_is_kept
 
         check_run_folder(self.output)

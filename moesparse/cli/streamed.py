@@ -50,9 +50,8 @@ def calibration_plan_for(folder: Path, moments: str, text: TextOptions) -> Plan:
 
 def _planned_for(folder: Path, text: TextOptions) -> tuple[Any, Any, dict[str, int]]:
     """The model without weights, its blocks, and the windows: of at most its context."""
-    from moesparse.blocks import find_moe_blocks
-    from moesparse.evaluate import context_length
-    from moesparse.streaming import meta_model
+    from moesparse.models.blocks import find_moe_blocks
+    from moesparse.models.meta import context_length, meta_model
 
     model = meta_model(folder)
     length = min(text.length, context_length(model))
@@ -75,7 +74,7 @@ def tell_plan(plan: Plan, device: Any, *, dry_run: bool, as_json: bool) -> bool:
 def read_text(text: TextOptions, folder: Path, progress: Progress) -> tuple[CalibrationText, Any]:
     """Calibration text for a checkpoint of which no weight is read, and its tokenizer."""
     from moesparse.checkpoint import load_tokenizer
-    from moesparse.streaming import meta_model
+    from moesparse.models.meta import meta_model
 
     tokenizer = load_tokenizer(folder)
     return text.read(tokenizer, str(folder), meta_model(folder), progress), tokenizer

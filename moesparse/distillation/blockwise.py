@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import decoder_layers
-from moesparse.calibration import placed
-from moesparse.dispatch import experts_run_by
 from moesparse.distillation.experts import Routed, TeacherExperts, expert_loss, slot_outputs
 from moesparse.distillation.journal import Journal, StateFile
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.training import Trainer, expert_parameters, master_weights, windows_of_step
-from moesparse.layerwise import LayerStream
+from moesparse.models.blocks import decoder_layers
+from moesparse.models.experts_function import experts_run_by
+from moesparse.models.modes import placed
+from moesparse.models.stream import LayerStream
 from moesparse.system.cpu_products import fast_products
 
 __all__ = ["BlockInputs", "run_layer", "train_block", "train_blockwise"]

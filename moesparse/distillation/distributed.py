@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.calibration import placed
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.teacher import LiveTeacher
 from moesparse.distillation.training import expert_parameters, master_weights
 from moesparse.errors import UsageError
+from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.models.modes import placed
 from moesparse.system.processes import Processes
 
 __all__ = ["TrainingProcesses"]

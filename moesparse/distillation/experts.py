@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesparse.blocks import ExpertMatrix, MoEBlock
 from moesparse.distillation.matching import Pair
+from moesparse.models.blocks import ExpertMatrix, MoEBlock
 
 __all__ = ["Routed", "StudentExperts", "TeacherExperts", "expert_loss", "slot_outputs"]
 

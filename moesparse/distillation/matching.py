@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.checkpoint import CONFIG_KEY
 from moesparse.errors import MoESparseError
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.surgery import KEPT_KEY
 from moesparse.weights.patterns import Pattern, check_mask
 

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from moesparse.dispatch import experts_run_by
 from moesparse.distillation.experts import Routed, TeacherExperts
 from moesparse.distillation.matching import Pair
 from moesparse.errors import CheckpointError, MoESparseError
+from moesparse.models.experts_function import experts_run_by
 from moesparse.progress import Progress, ProgressEvent
 
 __all__ = ["CachedTeacher", "LiveTeacher", "cache_bytes"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from moesparse.blocks import MoEBlock
 from moesparse.distillation.settings import Settings
 from moesparse.errors import MoESparseError
+from moesparse.models.blocks import MoEBlock
 
 __all__ = ["Trainer", "expert_parameters", "local", "master_weights", "windows_of_step"]
 

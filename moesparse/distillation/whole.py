@@ -12,9 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moesparse.blocks import decoder_layers
-from moesparse.calibration import evaluating
-from moesparse.dispatch import experts_run_by
 from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.experts import Routed, StudentExperts
 from moesparse.distillation.journal import Journal, StateFile
@@ -23,6 +20,9 @@ from moesparse.distillation.settings import Settings
 from moesparse.distillation.teacher import CachedTeacher, LiveTeacher
 from moesparse.distillation.training import Trainer, expert_parameters, windows_of_step
 from moesparse.errors import MoESparseError
+from moesparse.models.blocks import decoder_layers
+from moesparse.models.experts_function import experts_run_by
+from moesparse.models.modes import evaluating
 from moesparse.system.cpu_products import fast_products
 
 __all__ = ["train_whole"]

@@ -31,9 +31,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moesparse.blocks import MoEBlock, find_moe_blocks
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
 from moesparse.integrations.conversions import Patterns, conversions_of, packed_conversions, plan_loading
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.modules import META_SUFFIX, PACKED_DTYPES, MatrixLayout, SparseExperts
 from moesparse.system.shards import Shards
 from moesparse.weights.patterns import Pattern

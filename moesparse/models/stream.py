@@ -7,7 +7,7 @@ What a layer is called with besides its hidden states (masks, rotary tables) is 
 forward runs once per batch with every layer replaced by a stub that notes the call and hands its input on. That works
 for any model whose layers pass on nothing but hidden states, and a short probe proves it before anything is changed.
 
-Where a layer lives while it does not work is not decided here: in the model, or in a checkpoint (moesparse.streaming).
+Where a layer lives while it does not work is not decided here: in the model, or in a checkpoint (moesparse.models.on_disk).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from moesparse.errors import CalibrationError, UnsupportedModelError
-from moesparse.hidden_states import HiddenStates
+from moesparse.models.hidden_states import HiddenStates
+from moesparse.models.modes import _replaced_forwards
 from moesparse.system.cpu_products import fast_products
 from moesparse.system.processes import Processes
 
@@ -254,17 +255,6 @@ class LayerStream:
         return differs[0] if differs else None
 
 
-@contextlib.contextmanager
-def _replaced_forwards(layers: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Every layer's forward is `make(position)` for the body."""
-    with contextlib.ExitStack() as restore:
-        for position, layer in enumerate(layers):
-            own = vars(layer).get("forward")
-            layer.forward = make(position)
-            restore.callback(_restore_forward, layer, own)
-        yield
-
-
 def _forward(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     # the model without its head where there is one: logits are not needed
     base = getattr(model, "base_model", model)
@@ -297,13 +287,6 @@ def _not_finite(layer: nn.Module, position: int, args: tuple[Any, ...], kwargs: 
 
 def _hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _restore_forward(layer: nn.Module, own: Any) -> None:
-    if own is None:
-        del layer.forward
-    else:
-        layer.forward = own
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

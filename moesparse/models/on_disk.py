@@ -18,18 +18,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.blocks import decoder_layers, find_moe_blocks
-from moesparse.checkpoint_keys import checkpoint_views
-from moesparse.errors import CheckpointError, NotInPiecesError, UnsupportedModelError
-from moesparse.layerwise import LayerStream
+from moesparse.errors import CheckpointError, NotInPiecesError
+from moesparse.models.blocks import decoder_layers, find_moe_blocks
+from moesparse.models.keys import checkpoint_views
+from moesparse.models.meta import meta_model
+from moesparse.models.stream import LayerStream
 from moesparse.system.memory import return_free_memory
 from moesparse.system.processes import Processes
 from moesparse.system.shards import Shards, TensorInfo, reading
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
-__all__ = ["StreamedModel", "meta_model"]
+__all__ = ["StreamedModel"]
 
 
 class StreamedModel:
@@ -207,49 +208,3 @@ class StreamedModel:
             if id(parameter) not in placed:
                 placed.add(id(parameter))
                 torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
-
-
-def meta_model(
-    folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", shards: Shards | None = None
-) -> PreTrainedModel:
-    """The model as from_pretrained makes it, with its parameters and saved buffers on the meta device.
-
-    Args:
-        folder: holds a config.json.
-        dtype: of the weights; "auto" takes that of the config, then of the shards.
-        shards: of the checkpoint; without them the config must do.
-
-    Raises:
-        CheckpointError: no config that transformers knows. UnsupportedModelError: a quantized checkpoint.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"MODEL must be a checkpoint folder, got {folder}: {error}") from error
-    method = getattr(config, "quantization_config", None)
-    if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
-        raise UnsupportedModelError(
-            f"{folder} is quantized ({name}), and such a model is not read layer by layer: give it in bf16"
-        )
-    if not isinstance(dtype, torch.dtype):
-        stored = [] if shards is None else [info.torch_dtype for info in shards.tensors.values()]
-        dtype = config.dtype or next((each for each in stored if each is not None), torch.float32)
-    assert isinstance(dtype, torch.dtype)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # the few tensors that transformers keeps in float32 whatever the checkpoint's dtype
-    for pattern, wanted in model._get_dtype_plan(dtype).items():
-        matches = re.compile(pattern.replace("*", r".*"))
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if matches.search(name):
-                tensor.data = tensor.data.to(wanted)
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-    for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True
-    model.initialize_weights()  # computes the buffers that no checkpoint holds, such as rotary tables
-    return model.eval()

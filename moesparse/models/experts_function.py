@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moesparse.blocks import MoEBlock
 from moesparse.errors import UsageError
+from moesparse.models.blocks import MoEBlock
 
 __all__ = ["ExpertsFunction", "experts_run_by"]
 

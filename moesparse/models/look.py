@@ -1,0 +1,122 @@
+"""The one look at every layer of a checkpoint before any work: finite, dense, and sampled for the fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import CalibrationError, MoESparseError
+from moesparse.models.blocks import MoEBlock
+from moesparse.models.fingerprint import fingerprint_sample, model_fingerprint, room_for_samples
+from moesparse.models.on_disk import StreamedModel
+from moesparse.progress import Progress, ProgressEvent
+from moesparse.weights.patterns import all_finite
+
+__all__ = ["Inspection", "blocks_of", "check_dense", "check_finite"]
+
+# Exact zeros in a trained weight are rare (bf16 underflow); a pruned expert has a quarter of them or more.
+_DENSE_ZEROS = 0.01
+
+_SAMPLE_PER_EXPERT = 2**16
+
+
+class Inspection:
+    """Looks at every layer of a streamed model once, while it is in memory, before any work.
+
+    Args:
+        streamed: the model.
+        allow_pruned: accept experts that were pruned before.
+        progress: called with every layer.
+
+    Attributes:
+        samples: `fingerprint_sample` of every tensor of the layers, once it was seen.
+    """
+
+    def __init__(self, streamed: StreamedModel, allow_pruned: bool, progress: Progress) -> None:
+        self._streamed, self._allow_pruned, self._progress = streamed, allow_pruned, progress
+        self.samples = room_for_samples(streamed.inside())
+
+    def __call__(self, position: int) -> None:
+        """Look at one, which is held.
+
+        Raises:
+            MoESparseError: a weight of an expert is not finite. CalibrationError: experts were pruned before.
+        """
+        self._progress(ProgressEvent("check", position, len(self._streamed.layers), "layer"))
+        here = blocks_of(self._streamed, position)
+        check_finite(here)
+        if not self._allow_pruned:
+            check_dense(here)
+        for name, tensor in self._streamed.state(position).items():
+            self.samples[name].copy_(fingerprint_sample(tensor))
+
+    def look_at_all(self) -> None:
+        """Look at every layer, where nothing else holds them one after the other."""
+        for position in range(len(self._streamed.layers)):
+            with self._streamed.hold(position):
+                self(position)
+
+    @property
+    def fingerprint(self) -> str:
+        """`model_fingerprint`, once every layer was seen."""
+        return model_fingerprint(self._streamed.model, self.samples)
+
+
+def blocks_of(streamed: StreamedModel, position: int) -> list[MoEBlock]:
+    """The blocks of one layer."""
+    return [block for block in streamed.blocks if streamed.position(block.layer) == position]
+
+
+def check_finite(blocks: Sequence[MoEBlock]) -> None:
+    """Refuse experts with a NaN or an infinity.
+
+    Raises:
+        MoESparseError: names the matrix.
+    """
+    for block in blocks:
+        for matrix in block.matrices:
+            if not all_finite(matrix.parameter):
+                raise MoESparseError(f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity")
+
+
+def check_dense(blocks: Sequence[MoEBlock]) -> None:
+    """Refuse a model that was pruned before: its sums would describe the pruned experts, and its zeros would come back.
+
+    Looks at about 65,536 weights of every expert, and at the router's tensors of E entries.
+
+    Raises:
+        CalibrationError: names the block with an expert of zeros, with more than 1% zeros, or with a masked router.
+    """
+    cure = "Calibrate the dense model, or allow pruned ones (allow_pruned=True) to go on from here."
+    for block in blocks:
+        for matrix in block.matrices:
+            weight = matrix.weight
+            if weight.is_meta:
+                continue
+            rows_apart = max(1, weight[0].numel() // _SAMPLE_PER_EXPERT)
+            sample = weight[:, ::rows_apart]
+            zeros = 1 - torch.count_nonzero(sample, dim=(1, 2)) / sample[0].numel()
+            expert = int(zeros.argmax())
+            share = float(zeros[expert])
+            if share > _DENSE_ZEROS:
+                amount = "nothing but zeros" if share == 1 else f"{share:.0%} zeros"
+                raise CalibrationError(
+                    f"the model must be dense, got {amount} in {block.name}.{matrix.name}, expert {expert}. {cure}"
+                )
+        for name, tensor in _router_tensors(block):
+            lowest = torch.finfo(tensor.dtype).min
+            if (tensor <= lowest).any():
+                raise CalibrationError(
+                    f"the model must use all its experts, got a masked one in {block.moe_name}.{name}. {cure}"
+                )
+
+
+def _router_tensors(block: MoEBlock) -> Iterator[tuple[str, Tensor]]:
+    """Weights, biases and corrections beside the experts that have one entry or row per expert."""
+    own = {id(tensor) for tensor in [*block.experts.parameters(), *block.experts.buffers()]}
+    for name, tensor in [*block.moe.named_parameters(), *block.moe.named_buffers()]:
+        per_expert = tensor.ndim in (1, 2) and block.num_experts in tensor.shape
+        if per_expert and tensor.is_floating_point() and not tensor.is_meta and id(tensor) not in own:
+            yield name, tensor.detach()

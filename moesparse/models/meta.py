@@ -1,0 +1,111 @@
+"""A model without its weights: built from its config on the meta device, and what can be asked of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moesparse.errors import CheckpointError, UnsupportedModelError
+from moesparse.system.shards import Shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_layer_counts", "context_length", "meta_model", "vocabulary_size"]
+
+_FEW_LAYERS = 1000
+
+_LAYER_COUNT = re.compile(r"layers?$|blocks?$|depth$")
+
+
+def meta_model(
+    folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", shards: Shards | None = None
+) -> PreTrainedModel:
+    """The model as from_pretrained makes it, with its parameters and saved buffers on the meta device.
+
+    Args:
+        folder: holds a config.json.
+        dtype: of the weights; "auto" takes that of the config, then of the shards.
+        shards: of the checkpoint; without them the config must do.
+
+    Raises:
+        CheckpointError: no config that transformers knows. UnsupportedModelError: a quantized checkpoint.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"MODEL must be a checkpoint folder, got {folder}: {error}") from error
+    method = getattr(config, "quantization_config", None)
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
+        raise UnsupportedModelError(
+            f"{folder} is quantized ({name}), and such a model is not read layer by layer: give it in bf16"
+        )
+    if not isinstance(dtype, torch.dtype):
+        stored = [] if shards is None else [info.torch_dtype for info in shards.tensors.values()]
+        dtype = config.dtype or next((each for each in stored if each is not None), torch.float32)
+    assert isinstance(dtype, torch.dtype)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # the few tensors that transformers keeps in float32 whatever the checkpoint's dtype
+    for pattern, wanted in model._get_dtype_plan(dtype).items():
+        matches = re.compile(pattern.replace("*", r".*"))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if matches.search(name):
+                tensor.data = tensor.data.to(wanted)
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    model.initialize_weights()  # computes the buffers that no checkpoint holds, such as rotary tables
+    return model.eval()
+
+
+def _meta_model(folder: Path) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def check_layer_counts(config: dict[str, Any], folder: Path, tensors: int) -> None:
+    """Refuse a config.json that asks for more layers than the checkpoint has tensors: building them would not end.
+
+    Raises:
+        CheckpointError: names the key.
+    """
+    parts: list[Any] = [config]
+    while parts:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if _LAYER_COUNT.search(key) and isinstance(value, int) and value > max(tensors, _FEW_LAYERS):
+                raise CheckpointError(
+                    f"{folder / 'config.json'} must not ask for more layers than there are tensors, got {key} = "
+                    f"{value} and {tensors} tensors"
+                )
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Rows of the input embedding; None where the model has none."""
+    get = getattr(model, "get_input_embeddings", None)
+    embedding = get() if callable(get) else None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def context_length(model: nn.Module) -> int:
+    """Tokens a model can take at once, from its config; 2**30 where the config sets no bound."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else 1 << 30
