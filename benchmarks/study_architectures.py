@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from benchmarks.study_protocol import BATCH, Study, draw, finish, mean_and_spread, parser
-from moesparse.calibration import calibrate
+from moesparse.calibration.whole import calibrate
+from moesparse.experts.criteria import expert_scores
+from moesparse.experts.selection import choose_experts
+from moesparse.experts.surgery import remove_experts
 from moesparse.figures import new_figure
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.pruning import Recipe
-from moesparse.saliency.experts import expert_scores
-from moesparse.selection import choose_experts
-from moesparse.surgery import remove_experts
 
 REFERENCE = "mixtral"
 VARIANTS = (REFERENCE, "sigmoid-bias", "top-1", "shared-expert", "geglu")

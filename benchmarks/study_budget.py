@@ -28,9 +28,9 @@ from moesparse import demo
 from moesparse.benchmarking import environment
 from moesparse.budget import DEFAULT_CHOICES, DENSE, BudgetPlan, search
 from moesparse.budget_pruning import measure_costs, recipe_of
+from moesparse.experts.selection import choose_experts
 from moesparse.pruning import prune
 from moesparse.recipe import Recipe
-from moesparse.selection import choose_experts
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_budget.json"
 TARGETS = (0.4571, 0.5625, 0.7)

@@ -32,10 +32,9 @@ from benchmarks.study_experts import REMOVED, Study, cell, say
 from benchmarks.study_protocol import geometric
 from moesparse import demo
 from moesparse.benchmarking import environment
-from moesparse.calibration import calibrate
-from moesparse.demonstrations import continue_prompts
-from moesparse.domains import MIXES, mixed_scores
-from moesparse.saliency.experts import (
+from moesparse.calibration.demonstrations import continue_prompts
+from moesparse.calibration.whole import calibrate
+from moesparse.experts.criteria import (
     STABLE_OVERLAP,
     bootstrap_stability,
     expert_scores,
@@ -43,6 +42,7 @@ from moesparse.saliency.experts import (
     stack_sums,
     super_experts,
 )
+from moesparse.experts.domains import MIXES, mixed_scores
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_domains.json"
 CRITERIA = ("reap", "gated-norm", "gated-energy")

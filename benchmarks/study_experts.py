@@ -28,14 +28,14 @@ from torch import Tensor
 from benchmarks.study_protocol import geometric, spread
 from moesparse import demo, figures
 from moesparse.benchmarking import environment
-from moesparse.calibration import calibrate
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.calibration.whole import calibrate
 from moesparse.evaluate import perplexity
+from moesparse.experts.criteria import EXPERT_CRITERIA, expert_scores, jaccard
+from moesparse.experts.refit import remove_and_refit
+from moesparse.experts.selection import choose_experts
+from moesparse.experts.surgery import remove_experts
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.refit import remove_and_refit
-from moesparse.saliency.experts import EXPERT_CRITERIA, expert_scores, jaccard
-from moesparse.selection import choose_experts
-from moesparse.statistics import ModelStatistics
-from moesparse.surgery import remove_experts
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_experts.json"
 REMOVED = (0.25, 0.5)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.study_protocol import Study, curve, draw, finish, mean_and_spread, parser
-from moesparse import recorder
+from moesparse.calibration import recorder
 from moesparse.figures import new_figure
 from moesparse.pruning import Recipe
 

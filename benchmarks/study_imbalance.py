@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.study_protocol import BATCH, Study, curve, draw, finish, geometric, mean_and_spread, parser
 from moesparse import demo
-from moesparse.calibration import calibrate
+from moesparse.calibration.whole import calibrate
 from moesparse.figures import new_figure
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.pruning import Recipe

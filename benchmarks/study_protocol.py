@@ -24,10 +24,10 @@ import transformers
 from torch import Tensor
 
 from moesparse import demo
+from moesparse.calibration.windows import windows_hash
 from moesparse.evaluate import perplexity
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.pruning import Recipe, prune
-from moesparse.statistics import windows_hash
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

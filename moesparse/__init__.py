@@ -19,27 +19,31 @@ from moesparse._version import __version__
 
 if TYPE_CHECKING:
     from moesparse import demo, evaluate, text
-    from moesparse.calibration import calibrate
+    from moesparse.calibration.statistics import ModelStatistics
+    from moesparse.calibration.whole import calibrate
     from moesparse.checkpoint import load_pretrained, save_pretrained
     from moesparse.distillation import distill, distill_checkpoint
     from moesparse.errors import MoESparseError
+    from moesparse.experts.criteria import expert_scores
+    from moesparse.experts.selection import choose_experts
+    from moesparse.experts.surgery import remove_experts
     from moesparse.models.blocks import MoEBlock, find_moe_blocks
     from moesparse.modules import SparseExperts
     from moesparse.packing import PackReport, pack, unpack
     from moesparse.pruning import Recipe, Report, prune
-    from moesparse.saliency.experts import expert_scores
-    from moesparse.selection import choose_experts
-    from moesparse.statistics import ModelStatistics
     from moesparse.streamed_pruning import prune_checkpoint
-    from moesparse.surgery import remove_experts
 
 _HOMES = {
-    "calibrate": "calibration",
+    "ModelStatistics": "calibration.statistics",
+    "calibrate": "calibration.whole",
     "load_pretrained": "checkpoint",
     "save_pretrained": "checkpoint",
     "distill": "distillation",
     "distill_checkpoint": "distillation",
     "MoESparseError": "errors",
+    "expert_scores": "experts.criteria",
+    "choose_experts": "experts.selection",
+    "remove_experts": "experts.surgery",
     "MoEBlock": "models.blocks",
     "find_moe_blocks": "models.blocks",
     "SparseExperts": "modules",
@@ -49,11 +53,7 @@ _HOMES = {
     "Recipe": "pruning",
     "Report": "pruning",
     "prune": "pruning",
-    "expert_scores": "saliency.experts",
-    "choose_experts": "selection",
-    "ModelStatistics": "statistics",
     "prune_checkpoint": "streamed_pruning",
-    "remove_experts": "surgery",
 }
 _MODULES = ("demo", "evaluate", "text")
 

@@ -24,19 +24,19 @@ from moesparse.budget import (
     search,
     target_in_bytes,
 )
-from moesparse.calibration import check_windows
+from moesparse.calibration.layers import layerwise_statistics
+from moesparse.calibration.statistics import ExpertStatistics
+from moesparse.calibration.windows import check_windows
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate import perplexity
-from moesparse.expert_pruning import check_budget, choose_rule, score_windows
-from moesparse.layer_statistics import layerwise_statistics
+from moesparse.experts.choice import check_budget, choose_rule, score_windows
+from moesparse.experts.criteria import super_experts
 from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.models.look import check_dense
 from moesparse.models.modes import placed
 from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.recipe import Recipe
-from moesparse.saliency.experts import super_experts
-from moesparse.statistics import ExpertStatistics
 from moesparse.weights.mask_rules import choose_masks, moments_needed, obs_gate
 from moesparse.weights.patterns import Pattern
 from moesparse.weights.weight_rules import moments_of, output_energy, parse_update, update_weights

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from moesparse.budget import DENSE
+from moesparse.calibration.recorder import CrossMoment, Recorder, record
+from moesparse.calibration.statistics import ExpertStatistics, memory_needed
 from moesparse.models.blocks import ExpertMatrix, MoEBlock
 from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.recipe import Recipe
-from moesparse.recorder import CrossMoment, Recorder, record
-from moesparse.statistics import ExpertStatistics, memory_needed
 from moesparse.system.memory import peak_memory, reset_peak_memory
 from moesparse.system.processes import Processes
 from moesparse.weights.mask_rules import COLUMN_RULES, choose_masks, moments_needed, obs_gate, prune_in_place

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesparse.calibration.statistics import input_sizes, memory_needed
 from moesparse.models.blocks import MoEBlock, decoder_layers
 from moesparse.pruning import Recipe
-from moesparse.statistics import input_sizes, memory_needed
 from moesparse.system.cpu_products import fast_products
 from moesparse.weights.mask_rules import COLUMN_RULES, moments_needed
 from moesparse.weights.solvers import memory_for_solver

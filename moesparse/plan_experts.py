@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moesparse.expert_pruning import choose_rule
+from moesparse.calibration.statistics import input_sizes, memory_needed
+from moesparse.experts.choice import choose_rule
+from moesparse.experts.refit import memory_for_refit, refit_flops
 from moesparse.models.blocks import MoEBlock
 from moesparse.plan import Plan, file_flops, head_size, plan_pruning
 from moesparse.recipe import Recipe
-from moesparse.refit import memory_for_refit, refit_flops
-from moesparse.statistics import input_sizes, memory_needed
 
 __all__ = ["any_choice", "plan_calibration", "plan_run", "without_experts"]
 

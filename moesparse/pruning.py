@@ -14,9 +14,10 @@ from torch import nn
 
 from moesparse._version import __version__
 from moesparse.budget import DENSE, matrix_sizes, packed_bytes
-from moesparse.calibration import check_windows
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.calibration.windows import check_windows
 from moesparse.errors import CalibrationError
-from moesparse.expert_pruning import prune_experts
+from moesparse.experts.choice import prune_experts
 from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
 from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.models.fingerprint import model_fingerprint
@@ -24,7 +25,6 @@ from moesparse.models.look import check_dense, check_finite
 from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
-from moesparse.statistics import ModelStatistics
 from moesparse.system.processes import default_device
 
 __all__ = [

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesparse.budget import DEFAULT_CHOICES, DENSE, check_choices, check_target
-from moesparse.domains import DEFAULT_MIX, check_mix
 from moesparse.errors import UsageError
-from moesparse.saliency.experts import check_criterion
-from moesparse.selection import BUDGETS
+from moesparse.experts.criteria import check_criterion
+from moesparse.experts.domains import DEFAULT_MIX, check_mix
+from moesparse.experts.selection import BUDGETS
 from moesparse.weights.mask_rules import moments_needed
 from moesparse.weights.patterns import Pattern
 from moesparse.weights.weight_rules import parse_update
@@ -52,9 +52,9 @@ class Recipe:
         seed: of the "random" mask rule and expert criterion; every other rule is deterministic.
         experts: share of the experts removed from every block before the weights are pruned, in (0, 1), or
         keep_experts: how many stay. With a weight rule that holds "least-squares" the kept ones are refitted.
-        expert_saliency: the criterion, one of moesparse.saliency.experts.EXPERT_CRITERIA.
+        expert_saliency: the criterion, one of moesparse.experts.criteria.EXPERT_CRITERIA.
         refine_experts: swap experts after the first choice while the block's output error falls.
-        expert_mix: how the domains of the calibration text become one choice, one of moesparse.domains.MIXES.
+        expert_mix: how the domains of the calibration text become one choice, one of moesparse.experts.domains.MIXES.
         expert_budget: "per-layer", or "global", which `prune` refuses for every format that states one count for all.
         expert_floor: fewest experts of a block under the global budget.
         protect_experts: super-experts, of extreme activations, stay whatever their score.

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesparse.calibration.statistics import ModelStatistics
 from moesparse.checkpoint import CONFIG_KEY, REPORT_FILE
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
-from moesparse.statistics import ModelStatistics
 
 __all__ = [
     "Checkpoint",

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from moesparse._version import __version__
-from moesparse.calibration import Windows, check_windows
+from moesparse.calibration.layers import read_sums, record_layers
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.calibration.windows import Windows, check_windows, ordered_hash
 from moesparse.checkpoint import REPORT_FILE
 from moesparse.errors import CheckpointError, UsageError
-from moesparse.expert_pruning import (
+from moesparse.experts.choice import (
     ONE_DOMAIN,
     Choice,
     check_budget,
@@ -33,6 +35,8 @@ from moesparse.expert_pruning import (
     choose_from_domains,
     choose_from_windows,
 )
+from moesparse.experts.refit import RefitReport, check_refit, remove_and_refit_block
+from moesparse.experts.surgery import RemovalPlan, SurgeryReport, plan_removal
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.models.look import Inspection
 from moesparse.models.on_disk import StreamedModel
@@ -41,11 +45,7 @@ from moesparse.plan_experts import any_choice, plan_run, without_experts
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import Report, describe_calibration, expert_sizes
 from moesparse.recipe import Recipe
-from moesparse.refit import RefitReport, check_refit, remove_and_refit_block
-from moesparse.statistics import ModelStatistics, ordered_hash
 from moesparse.streamed_pruning import assemble_checkpoint, prune_checkpoint, spills, write_layer, write_outside
-from moesparse.streamed_statistics import read_sums, record_layers
-from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
 from moesparse.system.folders import check_output_folder
 from moesparse.system.processes import Processes, default_device
 from moesparse.system.run_folder import JOURNAL_FILE, RunFolder, check_inputs, what_is_kept

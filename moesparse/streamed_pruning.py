@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moesparse._version import __version__
-from moesparse.calibration import Windows, check_windows
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.calibration.windows import Windows, check_windows, ordered_hash
 from moesparse.checkpoint import note_recipe, write_companions
 from moesparse.errors import UsageError
 from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
@@ -27,7 +28,6 @@ from moesparse.models.on_disk import StreamedModel
 from moesparse.plan import Plan, plan_pruning
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.pruning import Recipe, Report, check_needs_no_data, describe_calibration, expert_sizes
-from moesparse.statistics import ModelStatistics, ordered_hash
 from moesparse.system.memory import available_memory
 from moesparse.system.processes import Processes, default_device
 from moesparse.system.run_folder import RunFolder

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moesparse.calibration.statistics import ExpertStatistics, ModelStatistics
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.statistics import ExpertStatistics, ModelStatistics
 
 VOCABULARY = 64
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import moesparse.budget_pruning
 from moesparse.budget import BlockCosts, check_choices, check_target, packed_bytes, search, target_in_bytes
 from moesparse.budget_pruning import measure_costs, plan_budget
-from moesparse.calibration import calibrate
+from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate import Perplexity
 from moesparse.models.blocks import find_moe_blocks

@@ -15,10 +15,10 @@ from faults import Watch, assert_same, at
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moesparse.calibration import calibrate
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.calibration.whole import calibrate
 from moesparse.cli import main
-from moesparse.saliency.experts import expert_scores
-from moesparse.statistics import ModelStatistics
+from moesparse.experts.criteria import expert_scores
 from moesparse.system.run_folder import claimed
 from moesparse.testing import tiny_model
 

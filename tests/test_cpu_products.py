@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from moesparse.calibration import calibrate
+from moesparse.calibration.whole import calibrate
 from moesparse.distillation import Settings, distill
 from moesparse.models.stream import LayerStream
 from moesparse.system import cpu_products

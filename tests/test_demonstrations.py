@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesparse.calibration import calibrate
-from moesparse.demonstrations import continue_prompts
+from moesparse.calibration.demonstrations import continue_prompts
+from moesparse.calibration.whole import calibrate
 from moesparse.errors import UsageError
 from moesparse.testing import tiny_model
 

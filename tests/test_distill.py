@@ -18,10 +18,10 @@ from moesparse.distillation.settings import check_mode, resolve_settings
 from moesparse.distillation.training import windows_of_step
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.evaluate import perplexity
+from moesparse.experts.surgery import remove_experts
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.models.experts_function import experts_run_by
 from moesparse.progress import silent
-from moesparse.surgery import remove_experts
 from moesparse.testing import prune_by_magnitude, tiny_model
 
 # transposed, biased and interleaved; no gate; a norm behind each expert; shared experts and a dense first layer

@@ -25,7 +25,7 @@ from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.matching import match
 from moesparse.distillation.teacher import cache_bytes
 from moesparse.errors import CheckpointError, MoESparseError, UsageError
-from moesparse.surgery import remove_experts
+from moesparse.experts.surgery import remove_experts
 from moesparse.system.processes import join
 from moesparse.testing import prune_by_magnitude, tiny_model
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesparse.calibration import calibrate
-from moesparse.domains import mixed_scores, split_windows, survey
+from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.expert_pruning import choose_rule, prune_experts
+from moesparse.experts.choice import choose_rule, prune_experts
+from moesparse.experts.criteria import EXPERT_CRITERIA, expert_scores, score_sums, stack_sums, sums_needed
+from moesparse.experts.domains import mixed_scores, split_windows, survey
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.saliency.experts import EXPERT_CRITERIA, expert_scores, score_sums, stack_sums, sums_needed
 from moesparse.testing import tiny_model
 
 LAW = torch.randint(3, 20, (5, 20), generator=torch.Generator().manual_seed(1))

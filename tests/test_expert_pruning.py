@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 
-from moesparse.calibration import calibrate
+from moesparse.calibration.whole import calibrate
 from moesparse.checkpoint import load_pretrained, save_pretrained
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.expert_pruning import choose_from_statistics, prune_experts
+from moesparse.experts.choice import choose_from_statistics, prune_experts
+from moesparse.experts.criteria import FAMILY, super_experts
 from moesparse.model_card import model_card
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning import Recipe, prune
-from moesparse.saliency.experts import FAMILY, super_experts
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (6, 20), generator=torch.Generator().manual_seed(3))

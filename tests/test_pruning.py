@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import moesparse
-from moesparse.calibration import calibrate
+from moesparse.calibration.recorder import Recorder, record
+from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning import Recipe, prune
-from moesparse.recorder import Recorder, record
 from moesparse.testing import tiny_model
 from moesparse.weights.patterns import check_mask
 

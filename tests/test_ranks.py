@@ -19,12 +19,12 @@ import torch
 from faults import assert_same
 
 from moesparse import Recipe
-from moesparse.calibration import calibrate
+from moesparse.calibration.checkpoint import calibrate_checkpoint
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.calibration.whole import calibrate
 from moesparse.cli import main
 from moesparse.errors import CalibrationError, ProcessError, UsageError
-from moesparse.statistics import ModelStatistics
 from moesparse.streamed_pruning import prune_checkpoint
-from moesparse.streamed_statistics import calibrate_checkpoint
 from moesparse.system.processes import Processes, join
 from moesparse.system.run_folder import JOURNAL_FILE, RunFolder
 from moesparse.testing import tiny_model

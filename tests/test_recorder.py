@@ -6,10 +6,10 @@ import pytest
 import torch
 from slow_sums import EXPERTS, assert_same_sums, experts_inputs, slow_sums, sums_of, windows
 
-from moesparse.calibration import calibrate
+from moesparse.calibration.recorder import Recorder, record
+from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.recorder import Recorder, record
 from moesparse.testing import tiny_model
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moesparse.errors import UnsupportedModelError
+from moesparse.experts.surgery import remove_experts
+from moesparse.experts.swaps import refine_choice
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.refine import refine_choice
-from moesparse.surgery import remove_experts
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (8, 24), generator=torch.Generator().manual_seed(5))

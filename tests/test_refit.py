@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
+from moesparse.experts.refit import DEFAULT_RIDGE, _Features, memory_for_refit, refit_block, remove_and_refit
+from moesparse.experts.surgery import remove_experts
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.refit import DEFAULT_RIDGE, _Features, memory_for_refit, refit_block, remove_and_refit
-from moesparse.surgery import remove_experts
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (8, 24), generator=torch.Generator().manual_seed(5))
@@ -21,7 +21,9 @@ def hidden_of(model, windows):
 
 
 def iterate_always(monkeypatch):
-    monkeypatch.setattr("moesparse.refit._matrix", lambda features, tokens, held: (min(features, tokens), False))
+    monkeypatch.setattr(
+        "moesparse.experts.refit._matrix", lambda features, tokens, held: (min(features, tokens), False)
+    )
 
 
 # with expert biases and transposed weights: gpt_oss; few tokens: an expert has fewer than features
@@ -32,7 +34,7 @@ def iterate_always(monkeypatch):
 def test_the_solvers_find_the_ridge_solution(family, solver, monkeypatch):
     if solver.startswith("conjugate"):
         iterate_always(monkeypatch)
-        monkeypatch.setattr("moesparse.refit._TOLERANCE", 1e-9)
+        monkeypatch.setattr("moesparse.experts.refit._TOLERANCE", 1e-9)
     torch.manual_seed(0)
     model = tiny_model(family)
     remove_experts(model, [[0, 3, 5]] * 2)
@@ -147,7 +149,7 @@ def test_padding_does_not_steer_the_fit():
 
 
 def test_tokens_are_capped_evenly(monkeypatch):
-    monkeypatch.setattr("moesparse.refit.MAX_TOKENS", 50)
+    monkeypatch.setattr("moesparse.experts.refit.MAX_TOKENS", 50)
     _, reports = remove_and_refit(tiny_model("mixtral"), KEPT, WINDOWS, batch_size=3)
     # 192 tokens, every 4th of each batch of 72, 72 and 48
     assert [report.tokens for report in reports] == [48, 48]
@@ -171,7 +173,7 @@ def test_memory_is_stated_for_a_mixtral_sized_block(monkeypatch):
         held = 2 * tokens * 96 + 6 * tokens * 32 + 4 * 6 * 32 * 96
         assert memory_for_refit(block, 6, tokens) == 4 * (held + factored)
     # as a whole it would take more than the features: one matrix for every expert, of I or of its rows
-    monkeypatch.setattr("moesparse.refit._MAX_SIDE", 0)
+    monkeypatch.setattr("moesparse.experts.refit._MAX_SIDE", 0)
     for tokens, factored in ((1000, 6 * 96**2), (250, 6 * (2 * 250 // 6) ** 2)):
         held = 2 * tokens * 96 + 6 * tokens * 32 + 4 * 6 * 32 * 96
         assert memory_for_refit(block, 6, tokens) == 4 * (held + factored)

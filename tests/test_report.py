@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from moesparse import report, report_page
-from moesparse.calibration import calibrate
+from moesparse.calibration.whole import calibrate
 from moesparse.checkpoint import REPORT_FILE, save_pretrained
 from moesparse.cli import main
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
+from moesparse.experts.criteria import expert_scores
 from moesparse.pruning import Recipe, prune
 from moesparse.report import Findings, build, read_checkpoint, read_results, read_routing
-from moesparse.saliency.experts import expert_scores
 from moesparse.testing import tiny_model
 from moesparse.weights.patterns import Pattern
 

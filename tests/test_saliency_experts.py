@@ -7,10 +7,10 @@ from collections import defaultdict
 import pytest
 import torch
 
-from moesparse.calibration import calibrate
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.models.blocks import find_moe_blocks
-from moesparse.saliency.experts import (
+from moesparse.experts.criteria import (
     EXPERT_CRITERIA,
     FAMILY,
     bootstrap_stability,
@@ -20,8 +20,8 @@ from moesparse.saliency.experts import (
     mix,
     recommend,
 )
-from moesparse.selection import choose_experts
-from moesparse.statistics import ModelStatistics
+from moesparse.experts.selection import choose_experts
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (6, 20), generator=torch.Generator().manual_seed(3))

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from slow_sums import assert_same_bits, assert_same_sums, sums_of, windows
 
-from moesparse.calibration import calibrate
+from moesparse.calibration.statistics import FORMAT, ExpertStatistics, ModelStatistics
+from moesparse.calibration.whole import calibrate
+from moesparse.calibration.windows import windows_hash
 from moesparse.errors import CalibrationError
 from moesparse.models.fingerprint import fingerprint_sample, model_fingerprint
-from moesparse.statistics import FORMAT, ExpertStatistics, ModelStatistics, windows_hash
 from moesparse.testing import prune_by_magnitude, tiny_model
 
 

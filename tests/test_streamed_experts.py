@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 import moesparse
 from moesparse import Recipe
-from moesparse.calibration import calibrate
+from moesparse.calibration.checkpoint import calibrate_checkpoint
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
-from moesparse.statistics import ModelStatistics
 from moesparse.streamed_pruning import prune_checkpoint
-from moesparse.streamed_statistics import calibrate_checkpoint
 from moesparse.system.run_folder import JOURNAL_FILE
 from moesparse.testing import tiny_model
 

@@ -11,8 +11,8 @@ import torch
 from benchmarks import study_architectures, study_calibration, study_gate, study_imbalance, study_limit, study_protocol
 from benchmarks import study_stability as stability
 from moesparse import demo
+from moesparse.calibration.recorder import record
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.recorder import record
 from moesparse.weights.patterns import Pattern, mask_from_score
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from moesparse.errors import UnsupportedModelError, UsageError
+from moesparse.experts.surgery import plan_removal, remove_experts, router_groups
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.surgery import plan_removal, remove_experts, router_groups
 from moesparse.testing import MOE_FAMILIES, tiny_model
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
@@ -289,7 +289,7 @@ def test_what_cannot_be_placed_is_refused_by_name_before_anything_changes(change
     if change == "extra":
         model.model.layers[0].mlp.scale = nn.Parameter(torch.ones(8))
     elif change == "no key":
-        monkeypatch.setattr("moesparse.surgery.config_settings", lambda *_: [])
+        monkeypatch.setattr("moesparse.experts.surgery.config_settings", lambda *_: [])
     before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     with pytest.raises(UnsupportedModelError, match=message):
         remove_experts(model, [[0, 1, 2], [0, 1, 2]])

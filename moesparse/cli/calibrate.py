@@ -33,7 +33,7 @@ from moesparse.cli.processes import job, joined, refuse_several
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moesparse.statistics import ModelStatistics
+    from moesparse.calibration.statistics import ModelStatistics
 
     Done = tuple[ModelStatistics, dict[str, Tensor], list[str], Callable[[Tensor], list[Tensor]] | None]
 
@@ -82,12 +82,12 @@ def calibrate(
 
       moesparse calibrate demo out/demo.stats --experts 0.5 --budget global --expert-floor 4
     """
-    from moesparse.domains import check_mix, mixed_scores, split_windows, survey
+    from moesparse.calibration.checkpoint import check_statistics_file
+    from moesparse.calibration.statistics import check_moments
     from moesparse.errors import UsageError
+    from moesparse.experts.criteria import check_criterion, dead_experts, stack_sums
+    from moesparse.experts.domains import check_mix, mixed_scores, split_windows, survey
     from moesparse.recipe import check_removal
-    from moesparse.saliency.experts import check_criterion, dead_experts, stack_sums
-    from moesparse.statistics import check_moments
-    from moesparse.streamed_statistics import check_statistics_file
 
     check_moments(moments)
     check_criterion(expert_saliency)
@@ -177,10 +177,10 @@ class _Run:
 
     def by_layer(self, *, resume: bool, dry_run: bool, max_memory: str, as_json: bool) -> Done | None:
         """One layer in memory at a time; None where there is no more to tell."""
+        from moesparse.calibration.checkpoint import calibrate_checkpoint, unfinished_folder
         from moesparse.cli.streamed import calibration_plan_for, naming_the_whole, parse_limit, read_text, tell_plan
         from moesparse.models.meta import meta_model
         from moesparse.skeleton import local_folder
-        from moesparse.streamed_statistics import calibrate_checkpoint, unfinished_folder
         from moesparse.system.run_folder import what_is_kept
 
         limit = parse_limit(max_memory)
@@ -215,7 +215,7 @@ class _Run:
 
     def whole(self) -> Done:
         """Load the model."""
-        from moesparse.calibration import calibrate as run
+        from moesparse.calibration.whole import calibrate as run
         from moesparse.checkpoint import load_pretrained
         from moesparse.system.run_folder import claimed
 
@@ -242,7 +242,7 @@ class _Run:
         """The rule of the choice that is to be shown, refused where it cannot be."""
         import torch
 
-        from moesparse.expert_pruning import choose_rule
+        from moesparse.experts.choice import choose_rule
         from moesparse.models.blocks import find_moe_blocks
 
         if self.rule is None:

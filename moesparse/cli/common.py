@@ -197,7 +197,7 @@ class TextOptions:
         self, tokenizer: PreTrainedTokenizerBase | None, source: str, network: Any, progress: Progress = silent
     ) -> CalibrationText:
         """The windows of a run; with `from_model` the model writes that many tokens of each itself."""
-        from moesparse.demonstrations import check_new_tokens, continue_prompts
+        from moesparse.calibration.demonstrations import check_new_tokens, continue_prompts
         from moesparse.models.meta import context_length
 
         context = context_length(network)

@@ -357,8 +357,8 @@ def _prune_streamed(
 
 def _load_statistics(sources: list[str], seed: int | None) -> Any:
     """Statistics by domain, or those of the one file without a name of its own; their text was drawn by the seed."""
+    from moesparse.calibration.statistics import ModelStatistics
     from moesparse.errors import UsageError
-    from moesparse.statistics import ModelStatistics
     from moesparse.text import parse_source
 
     named = [parse_source(source) for source in sources]

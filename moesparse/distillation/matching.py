@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moesparse.checkpoint import CONFIG_KEY
 from moesparse.errors import MoESparseError
+from moesparse.experts.surgery import KEPT_KEY
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.surgery import KEPT_KEY
 from moesparse.weights.patterns import Pattern, check_mask
 
 __all__ = ["Pair", "check_pair", "is_pruned", "match", "pair_blocks", "refuse_dense", "stated_pattern"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesparse.calibration import Windows, check_windows
+from moesparse.calibration.windows import Windows, check_windows, ordered_hash
 from moesparse.distillation import distributed
 from moesparse.distillation.blockwise import train_blockwise
 from moesparse.distillation.journal import Journal, StateFile
@@ -25,7 +25,6 @@ from moesparse.models.fingerprint import model_fingerprint
 from moesparse.models.meta import vocabulary_size
 from moesparse.packing import pack, packed_blocks, unpack
 from moesparse.progress import Progress, silent
-from moesparse.statistics import ordered_hash
 from moesparse.system.memory import peak_memory, reset_peak_memory
 
 __all__ = ["distill"]

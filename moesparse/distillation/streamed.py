@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moesparse.calibration import Windows, check_windows
+from moesparse.calibration.windows import Windows, check_windows, ordered_hash
 from moesparse.checkpoint import CONFIG_KEY
 from moesparse.distillation.blockwise import run_layer, train_block
 from moesparse.distillation.journal import Journal
@@ -22,7 +22,6 @@ from moesparse.distillation.report import DistillReport, count_zeros
 from moesparse.distillation.settings import Settings, resolve_settings
 from moesparse.models.on_disk import StreamedModel
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.statistics import ordered_hash
 from moesparse.streamed_pruning import assemble_checkpoint, write_layer, write_outside
 from moesparse.system.memory import peak_memory, reset_peak_memory
 from moesparse.system.run_folder import RunFolder

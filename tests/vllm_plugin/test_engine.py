@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 import moesparse
 from moesparse.checkpoint import save_pretrained
+from moesparse.experts.surgery import remove_experts
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.surgery import remove_experts
 from moesparse.testing import prune_by_magnitude, tiny_model
 from moesparse.weights.patterns import Pattern, mask_from_score
 

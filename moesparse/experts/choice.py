@@ -15,16 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.domains import DEFAULT_MIX, DomainReport, check_mix, mixed_scores, split_windows, survey
+from moesparse.calibration.layers import layerwise_statistics
+from moesparse.calibration.statistics import ModelStatistics
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.layer_statistics import layerwise_statistics
-from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.models.fingerprint import model_fingerprint
-from moesparse.models.stream import LayerStream
-from moesparse.progress import Progress, silent
-from moesparse.refine import RefineReport, refine_choice
-from moesparse.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit
-from moesparse.saliency.experts import (
+from moesparse.experts.criteria import (
     Criterion,
     check_criterion,
     dead_experts,
@@ -32,9 +26,15 @@ from moesparse.saliency.experts import (
     stack_sums,
     super_experts,
 )
-from moesparse.selection import BUDGETS, choose_experts
-from moesparse.statistics import ModelStatistics
-from moesparse.surgery import SurgeryReport, remove_experts, router_groups
+from moesparse.experts.domains import DEFAULT_MIX, DomainReport, check_mix, mixed_scores, split_windows, survey
+from moesparse.experts.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit
+from moesparse.experts.selection import BUDGETS, choose_experts
+from moesparse.experts.surgery import SurgeryReport, remove_experts, router_groups
+from moesparse.experts.swaps import RefineReport, refine_choice
+from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.models.fingerprint import model_fingerprint
+from moesparse.models.stream import LayerStream
+from moesparse.progress import Progress, silent
 
 __all__ = [
     "Choice",
@@ -123,10 +123,10 @@ def prune_experts(
         keep: experts that stay in every block; or
         remove: the share that goes, in (0, 1).
         domains: of each window; None is one domain.
-        mix: how several domains become one choice, one of moesparse.domains.MIXES.
+        mix: how several domains become one choice, one of moesparse.experts.domains.MIXES.
         budget: "per-layer"; "global" is refused, see `check_budget`.
         floor: of the global budget.
-        protect_super: super-experts stay whatever their score, see moesparse.saliency.experts.super_experts.
+        protect_super: super-experts stay whatever their score, see moesparse.experts.criteria.super_experts.
         refit: re-solve the kept down projections; needs windows.
         refine: swap experts after the first choice while the block's error falls; needs windows without padding.
         ridge: of the refit.

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import UnsupportedModelError, UsageError
+from moesparse.experts.surgery import RemovalPlan, plan_removal, router_groups
 from moesparse.models.blocks import MoEBlock
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.surgery import RemovalPlan, plan_removal, router_groups
 
 __all__ = ["RefineReport", "refine_choice"]
 

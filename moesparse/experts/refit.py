@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
+from moesparse.experts.surgery import RemovalPlan, SurgeryReport, plan_removal
 from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.surgery import RemovalPlan, SurgeryReport, plan_removal
 from moesparse.system.cpu_products import fast_products
 from moesparse.system.processes import Batch
 

@@ -2,7 +2,7 @@
 
 Which tensors belong to experts is not guessed from names. The model is built twice without memory (on the meta
 device), once from its own config and once from the config with the smaller count: whatever differs between the two,
-tensor dimensions and integer attributes, depends on the number of experts (`moesparse.surgery_twins`). That finds fused
+tensor dimensions and integer attributes, depends on the number of experts (`moesparse.experts.twins`). That finds fused
 weights, biases, router rows, selection biases, per-expert scales and `out_features` alike, and proves beforehand that
 the saved folder will load: its shapes are those that transformers builds from its config. What differs in a way this
 module cannot place is refused by name, before anything is changed.
@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import UsageError
-from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.surgery_twins import (
+from moesparse.experts.twins import (
     GROUP_KEYS,
     Cut,
     Setting,
@@ -33,6 +32,7 @@ from moesparse.surgery_twins import (
     inside,
     named_tensors,
 )
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
 
 __all__ = [
     "BlockSurgery",

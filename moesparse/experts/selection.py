@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import UsageError
-from moesparse.surgery import RouterGroups
+from moesparse.experts.surgery import RouterGroups
 
 __all__ = ["BUDGETS", "choose_experts"]
 

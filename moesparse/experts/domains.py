@@ -18,18 +18,8 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.saliency.experts import (
-    Criterion,
-    Stability,
-    Sums,
-    jaccard,
-    resample,
-    score_sums,
-    sums_needed,
-)
-from moesparse.saliency.experts import (
-    mix as mix_scores,
-)
+from moesparse.experts.criteria import Criterion, Stability, Sums, jaccard, resample, score_sums, sums_needed
+from moesparse.experts.criteria import mix as mix_scores
 
 __all__ = ["DEFAULT_MIX", "MIXES", "DomainReport", "check_mix", "mixed_scores", "split_windows", "survey"]
 

@@ -17,95 +17,21 @@ import torch
 from torch import Tensor
 
 from moesparse._version import __version__
-from moesparse.calibration import Windows, check_windows
+from moesparse.calibration.layers import _BY_WINDOW, read_sums, record_layers
+from moesparse.calibration.statistics import ModelStatistics, check_moments
+from moesparse.calibration.windows import Windows, check_windows, ordered_hash, windows_hash
 from moesparse.errors import CheckpointError, UsageError
-from moesparse.layer_statistics import drop_lone_angles, record_layer
-from moesparse.models.look import Inspection, blocks_of
+from moesparse.models.look import Inspection
 from moesparse.models.on_disk import StreamedModel
-from moesparse.models.stream import LayerStream
 from moesparse.plan_experts import plan_calibration
-from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.recorder import Recorder, window_sums
-from moesparse.statistics import (
-    ExpertStatistics,
-    ModelStatistics,
-    check_moments,
-    ordered_hash,
-    windows_hash,
-)
+from moesparse.progress import Progress, silent
 from moesparse.streamed_pruning import spills
 from moesparse.system.folders import check_writable
 from moesparse.system.processes import Processes, default_device
 from moesparse.system.run_folder import RunFolder
-from moesparse.system.shards import MAX_SHARD_BYTES, SINGLE_FILE, Shards, ShardWriter, TensorSpec
+from moesparse.system.shards import SINGLE_FILE, Shards, ShardWriter, TensorSpec
 
-__all__ = ["calibrate_checkpoint", "read_sums", "record_layers", "unfinished_folder"]
-
-_BY_WINDOW = "by_window."
-# of every column, or of every pair of them: what a choice of experts does not read
-_BY_COLUMN = ("energy.", "gated_energy.", "moment.", "gated_moment.")
-
-
-def record_layers(
-    run: RunFolder, streamed: StreamedModel, stream: LayerStream, progress: Progress, *, moments: str = "none"
-) -> None:
-    """Have the statistics of every layer as parts of the run, aside; the stream is used up where one was missing.
-
-    Holds one layer, its sums and those of its windows.
-    """
-    done = len(run.aside)
-    count = 1 + max(streamed.position(block.layer) for block in streamed.blocks)
-    if done == count:
-        return
-    for position in range(count):
-        progress(ProgressEvent("score experts", position, count, "layer"))
-        missing = position >= done
-        with stream.on_device(position):
-            # the finished ones are recorded again: a recorder adds up in the order of the model's own loop, and the
-            # layers behind must see the same bits
-            recorders = record_layer(
-                streamed.model,
-                stream,
-                position,
-                blocks_of(streamed, position),
-                moments=moments if missing else "none",
-                by_window=missing,
-            )
-        if missing:
-            tensors = {key: tensor for recorder in recorders for key, tensor in _tensors(recorder).items()}
-            run.write(f"statistics-{position:05d}", tensors, None, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
-
-
-def _tensors(recorder: Recorder) -> dict[str, Tensor]:
-    statistics = recorder.statistics
-    by_window = {f"{_BY_WINDOW}{name}": tensor for name, tensor in (recorder.window_sums or {}).items()}
-    named = statistics.named_tensors() | statistics.named_maxima() | by_window
-    return {f"{name}/{recorder.block.name}": tensor for name, tensor in named.items()}
-
-
-def read_sums(run: RunFolder, windows: int) -> tuple[dict[str, ExpertStatistics], dict[str, Tensor]]:
-    """What `record_layers` has left, but for what there is of every column.
-
-    Args:
-        run: with the statistics of every layer.
-        windows: of the calibration set.
-
-    Returns:
-        block -> its sums, in forward order, and name of a sum -> [windows, blocks, E] float64.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    held: dict[str, dict[str, Tensor]] = {}
-    for part in run.aside:
-        shards = run.read(part)
-        for key in shards.tensors:
-            name, _, block = key.partition("/")
-            if name.startswith(_BY_WINDOW):
-                held.setdefault(block, {})[name.removeprefix(_BY_WINDOW)] = shards.read(key)
-            elif not name.startswith(_BY_COLUMN):
-                found.setdefault(block, {})[name] = shards.read(key)
-    statistics = {block: ExpertStatistics.from_named(named, by_column=False) for block, named in found.items()}
-    drop_lone_angles(statistics)
-    return statistics, window_sums(list(held.values()), windows)
+__all__ = ["calibrate_checkpoint", "unfinished_folder"]
 
 
 def calibrate_checkpoint(

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesparse.calibration.statistics import ANGLED_NORM_SUM, ExpertStatistics, ModelStatistics
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.statistics import ExpertStatistics, ModelStatistics
 
 __all__ = [
-    "ANGLED_NORM_SUM",
     "EXPERT_CRITERIA",
     "FAMILY",
     "STABLE_OVERLAP",
@@ -59,8 +58,6 @@ EXPERT_CRITERIA = (*FAMILY, "easy-ep", "random")
 """Every criterion with a name. easy-ep (arXiv 2504.06792): sum of g * |f| * max(0, 1 - cos(h, h + r)), h the residual
 before the experts and r what they add to it together; random: the floor every other must beat."""
 
-ANGLED_NORM_SUM = "angled_norm_sum"
-"""Name in ExpertStatistics.extra of the sum that easy-ep needs."""
 
 # (a, B) -> the sum that holds it.
 _SUMS = {

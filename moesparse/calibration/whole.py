@@ -9,6 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moesparse.calibration.angles import measure_angles
+from moesparse.calibration.recorder import record, window_sums
+from moesparse.calibration.statistics import ModelStatistics, check_moments, memory_needed
+from moesparse.calibration.windows import Windows, check_windows, windows_hash
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.models.fingerprint import model_fingerprint
@@ -16,14 +20,9 @@ from moesparse.models.look import check_dense
 from moesparse.models.meta import vocabulary_size
 from moesparse.models.modes import evaluating, placed
 from moesparse.progress import Progress, ProgressEvent
-from moesparse.recorder import record, window_sums
-from moesparse.residual import measure_angles
-from moesparse.statistics import ModelStatistics, check_moments, memory_needed, windows_hash
 from moesparse.system.cpu_products import fast_products
 
-__all__ = ["Windows", "calibrate", "check_windows"]
-
-Windows = Tensor | tuple[Tensor, Tensor | None]
+__all__ = ["calibrate"]
 
 
 def calibrate(
@@ -119,37 +118,6 @@ def calibrate(
         seed=seed,
         tokens=tokens,
     )
-
-
-def check_windows(windows: Windows, vocabulary: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """The token ids [n, t] and the mask [n, t] bool, or None without padding, that `windows` stands for.
-
-    Raises:
-        UsageError: no LongTensor [n, t] with n, t > 0; ids outside [0, vocabulary); a mask of another shape, with
-            values other than 0 and 1, or with a window of padding only.
-    """
-    ids, mask = windows if isinstance(windows, tuple) else (windows, None)
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2 or not ids.numel():
-        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise UsageError(f"windows must be a LongTensor [n, t] with at least one token, got {got}")
-    if vocabulary is not None and (ids.min() < 0 or ids.max() >= vocabulary):
-        raise UsageError(
-            f"token ids must lie in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}: "
-            "were the windows made with another tokenizer?"
-        )
-    if mask is None:
-        return ids, None
-    if mask.shape != ids.shape:
-        raise UsageError(
-            f"attention_mask must have the shape of the windows, {list(ids.shape)}, got {list(mask.shape)}"
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise UsageError("attention_mask must hold 0 and 1 only")
-    mask = mask.bool()
-    if not mask.any(dim=1).all():
-        empty = int((~mask.any(dim=1)).nonzero()[0])
-        raise UsageError(f"every window must hold a token, got only padding in window {empty}")
-    return ids, None if mask.all() else mask
 
 
 def _body(model: nn.Module, blocks: Sequence[MoEBlock]) -> nn.Module:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesparse.saliency.experts import ANGLED_NORM_SUM
+from moesparse.calibration.statistics import ANGLED_NORM_SUM
 
 if TYPE_CHECKING:
-    from moesparse.recorder import Recorder
+    from moesparse.calibration.recorder import Recorder
 
 
 @contextmanager

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesparse.calibration.statistics import ExpertStatistics, input_sizes
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.models.blocks import ExpertMatrix, MoEBlock
 from moesparse.models.experts_function import experts_run_by
-from moesparse.statistics import ExpertStatistics, input_sizes
 from moesparse.system.processes import Processes
 
 __all__ = ["ROW_SUMS", "CrossMoment", "Recorder", "record", "window_sums"]

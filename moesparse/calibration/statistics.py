@@ -8,10 +8,9 @@ differ in size, and sums of two parts of the text simply add up.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moesparse.calibration.windows import add_hashes
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.system.processes import Processes
 
 if TYPE_CHECKING:
     from moesparse.models.blocks import MoEBlock
+
+ANGLED_NORM_SUM = "angled_norm_sum"
+"""Name in ExpertStatistics.extra of the sum that easy-ep needs."""
 
 SCHEMA_VERSION = 2
 FORMAT = "moesparse-statistics"
@@ -391,36 +394,3 @@ class ModelStatistics:
             seed=json.loads(metadata["seed"]),
             tokens=int(metadata["tokens"]),
         )
-
-
-def windows_hash(windows: Tensor, attention_mask: Tensor | None = None) -> str:
-    """32 hex digits for a set of windows: the sum, modulo 2^128, of the SHA-256 of each window's tokens.
-
-    Padding is left out. Being a sum it does not depend on order or batching, and `add_hashes` of two parts is the hash
-    of the whole.
-
-    Args:
-        windows: [n, t] integer token ids.
-        attention_mask: [n, t], non-zero where there is a token; None means no padding.
-    """
-    rows = windows.cpu().to(torch.int64)
-    keep = None if attention_mask is None else attention_mask.cpu().bool()
-    hashes = []
-    for index, row in enumerate(rows):
-        tokens = row if keep is None else row[keep[index]]
-        hashes.append(hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()[:32])
-    return add_hashes(hashes)
-
-
-def ordered_hash(windows: Tensor, attention_mask: Tensor | None = None) -> str:
-    """32 hex digits for windows in their order: what a run whose batches must be the same again is known by."""
-    digest = hashlib.sha256(str(tuple(windows.shape)).encode())
-    digest.update(windows.cpu().numpy().astype("<i8").tobytes())
-    if attention_mask is not None:
-        digest.update(attention_mask.cpu().bool().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def add_hashes(hashes: Sequence[str]) -> str:
-    """The `windows_hash` of all windows together from the hashes of disjoint parts."""
-    return f"{sum(int(value, 16) for value in hashes) % 2**128:032x}"

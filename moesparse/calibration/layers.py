@@ -7,16 +7,25 @@ from contextlib import ExitStack
 
 from torch import Tensor, nn
 
+from moesparse.calibration.angles import measure_angles
+from moesparse.calibration.recorder import Recorder, record, window_sums
+from moesparse.calibration.statistics import ANGLED_NORM_SUM, ExpertStatistics, ModelStatistics
+from moesparse.calibration.windows import windows_hash
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.models.fingerprint import model_fingerprint
+from moesparse.models.look import blocks_of
+from moesparse.models.on_disk import StreamedModel
 from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.recorder import Recorder, record, window_sums
-from moesparse.residual import measure_angles
-from moesparse.saliency.experts import ANGLED_NORM_SUM
-from moesparse.statistics import ExpertStatistics, ModelStatistics, windows_hash
+from moesparse.system.run_folder import RunFolder
+from moesparse.system.shards import MAX_SHARD_BYTES
 
-__all__ = ["drop_lone_angles", "layerwise_statistics", "record_layer"]
+__all__ = ["drop_lone_angles", "layerwise_statistics", "read_sums", "record_layer", "record_layers"]
+
+_BY_WINDOW = "by_window."
+
+# of every column, or of every pair of them: what a choice of experts does not read
+_BY_COLUMN = ("energy.", "gated_energy.", "moment.", "gated_moment.")
 
 
 def layerwise_statistics(
@@ -113,3 +122,65 @@ def drop_lone_angles(found: Mapping[str, ExpertStatistics]) -> None:
     if not all(ANGLED_NORM_SUM in statistics.extra for statistics in found.values()):
         for statistics in found.values():
             statistics.extra.pop(ANGLED_NORM_SUM, None)
+
+
+def record_layers(
+    run: RunFolder, streamed: StreamedModel, stream: LayerStream, progress: Progress, *, moments: str = "none"
+) -> None:
+    """Have the statistics of every layer as parts of the run, aside; the stream is used up where one was missing.
+
+    Holds one layer, its sums and those of its windows.
+    """
+    done = len(run.aside)
+    count = 1 + max(streamed.position(block.layer) for block in streamed.blocks)
+    if done == count:
+        return
+    for position in range(count):
+        progress(ProgressEvent("score experts", position, count, "layer"))
+        missing = position >= done
+        with stream.on_device(position):
+            # the finished ones are recorded again: a recorder adds up in the order of the model's own loop, and the
+            # layers behind must see the same bits
+            recorders = record_layer(
+                streamed.model,
+                stream,
+                position,
+                blocks_of(streamed, position),
+                moments=moments if missing else "none",
+                by_window=missing,
+            )
+        if missing:
+            tensors = {key: tensor for recorder in recorders for key, tensor in _tensors(recorder).items()}
+            run.write(f"statistics-{position:05d}", tensors, None, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
+
+
+def _tensors(recorder: Recorder) -> dict[str, Tensor]:
+    statistics = recorder.statistics
+    by_window = {f"{_BY_WINDOW}{name}": tensor for name, tensor in (recorder.window_sums or {}).items()}
+    named = statistics.named_tensors() | statistics.named_maxima() | by_window
+    return {f"{name}/{recorder.block.name}": tensor for name, tensor in named.items()}
+
+
+def read_sums(run: RunFolder, windows: int) -> tuple[dict[str, ExpertStatistics], dict[str, Tensor]]:
+    """What `record_layers` has left, but for what there is of every column.
+
+    Args:
+        run: with the statistics of every layer.
+        windows: of the calibration set.
+
+    Returns:
+        block -> its sums, in forward order, and name of a sum -> [windows, blocks, E] float64.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    held: dict[str, dict[str, Tensor]] = {}
+    for part in run.aside:
+        shards = run.read(part)
+        for key in shards.tensors:
+            name, _, block = key.partition("/")
+            if name.startswith(_BY_WINDOW):
+                held.setdefault(block, {})[name.removeprefix(_BY_WINDOW)] = shards.read(key)
+            elif not name.startswith(_BY_COLUMN):
+                found.setdefault(block, {})[name] = shards.read(key)
+    statistics = {block: ExpertStatistics.from_named(named, by_column=False) for block, named in found.items()}
+    drop_lone_angles(statistics)
+    return statistics, window_sums(list(held.values()), windows)

@@ -1,0 +1,1 @@
+"""Text through the dense model once: sums per expert, and what that takes."""

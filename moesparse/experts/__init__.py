@@ -1,0 +1,1 @@
+"""Which experts stay, the others cut out, and those that stay re-solved."""
