@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from moesparse import demo, evaluate, text
     from moesparse.calibration.statistics import ModelStatistics
     from moesparse.calibration.whole import calibrate
-    from moesparse.checkpoint import load_pretrained, save_pretrained
+    from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
     from moesparse.distillation import distill, distill_checkpoint
     from moesparse.errors import MoESparseError
     from moesparse.experts.criteria import expert_scores
     from moesparse.experts.selection import choose_experts
     from moesparse.experts.surgery import remove_experts
     from moesparse.models.blocks import MoEBlock, find_moe_blocks
-    from moesparse.modules import SparseExperts
-    from moesparse.packing import PackReport, pack, unpack
+    from moesparse.packed.experts import SparseExperts
+    from moesparse.packed.model import PackReport, pack, unpack
     from moesparse.pruning import Recipe, Report, prune
     from moesparse.streamed_pruning import prune_checkpoint
 
 _HOMES = {
     "ModelStatistics": "calibration.statistics",
     "calibrate": "calibration.whole",
-    "load_pretrained": "checkpoint",
-    "save_pretrained": "checkpoint",
+    "load_pretrained": "checkpoints.pretrained",
+    "save_pretrained": "checkpoints.pretrained",
     "distill": "distillation",
     "distill_checkpoint": "distillation",
     "MoESparseError": "errors",
@@ -46,10 +46,10 @@ _HOMES = {
     "remove_experts": "experts.surgery",
     "MoEBlock": "models.blocks",
     "find_moe_blocks": "models.blocks",
-    "SparseExperts": "modules",
-    "PackReport": "packing",
-    "pack": "packing",
-    "unpack": "packing",
+    "SparseExperts": "packed.experts",
+    "PackReport": "packed.model",
+    "pack": "packed.model",
+    "unpack": "packed.model",
     "Recipe": "pruning",
     "Report": "pruning",
     "prune": "pruning",

@@ -1,7 +1,7 @@
 """Register with transformers when transformers is used, and not before: importing moesparse stays light.
 
 transformers has no entry points for quantizers. So a finder on sys.meta_path waits for the import of the module that
-loads models, lets the usual finders find it, and imports moesparse.integrations.transformers right after it. Nothing of
+loads models, lets the usual finders find it, and imports moesparse.packed.quantizer right after it. Nothing of
 transformers is changed, and the finder takes itself off the list when its one use has come.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 __all__ = ["register_with_transformers"]
 
 _LOADER_OF_MODELS = "transformers.modeling_utils"
-_INTEGRATION = "moesparse.integrations.transformers"
+_INTEGRATION = "moesparse.packed.quantizer"
 
 
 class _Waiting(MetaPathFinder):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moesparse import figures
-from moesparse.checkpoint import REPORT_FILE
+from moesparse.checkpoints.pretrained import REPORT_FILE
 from moesparse.report_findings import (
     Checkpoint,
     Findings,

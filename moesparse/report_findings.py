@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moesparse.calibration.statistics import ModelStatistics
-from moesparse.checkpoint import CONFIG_KEY, REPORT_FILE
+from moesparse.checkpoints.pretrained import CONFIG_KEY, REPORT_FILE
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
 
 __all__ = [

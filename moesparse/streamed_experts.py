@@ -25,7 +25,7 @@ from moesparse._version import __version__
 from moesparse.calibration.layers import read_sums, record_layers
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.windows import Windows, check_windows, ordered_hash
-from moesparse.checkpoint import REPORT_FILE
+from moesparse.checkpoints.pretrained import REPORT_FILE
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.experts.choice import (
     ONE_DOMAIN,

@@ -20,7 +20,7 @@ import torch
 from moesparse._version import __version__
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.windows import Windows, check_windows, ordered_hash
-from moesparse.checkpoint import note_recipe, write_companions
+from moesparse.checkpoints.pretrained import note_recipe, write_companions
 from moesparse.errors import UsageError
 from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
 from moesparse.models.look import Inspection, blocks_of

@@ -18,7 +18,7 @@ from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate import Perplexity
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.packing import pack
+from moesparse.packed.model import pack
 from moesparse.pruning import prune
 from moesparse.recipe import Recipe
 from moesparse.testing import tiny_model

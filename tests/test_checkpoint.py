@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from moesparse.checkpoint import CONFIG_KEY, load_pretrained, save_pretrained
+from moesparse.checkpoints.pretrained import CONFIG_KEY, load_pretrained, save_pretrained
 from moesparse.errors import CheckpointError
 from moesparse.system.folders import atomic_folder, check_output_folder
 

@@ -244,7 +244,7 @@ def test_ctrl_c_in_a_command_that_writes_at_the_end_promises_no_more_than_that(m
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moesparse.inspection.inspect_folder", stop)
+    monkeypatch.setattr("moesparse.checkpoints.inspection.inspect_folder", stop)
     code, out, err = in_process(monkeypatch, capsys, "inspect", "demo")
     assert (code, out, err) == (1, "", "interrupted: nothing is left half written\n")
 

@@ -244,7 +244,7 @@ def command(*arguments):
 
 def test_the_command_lowers_the_perplexity_of_the_embedded_model_at_2_4(tmp_path):
     """prune, distill, eval: the whole way on disk, and every zero is still there."""
-    from moesparse.checkpoint import load_pretrained
+    from moesparse.checkpoints.pretrained import load_pretrained
     from moesparse.evaluate import perplexity
     from moesparse.pruning import Recipe, prune
 
@@ -252,7 +252,7 @@ def test_the_command_lowers_the_perplexity_of_the_embedded_model_at_2_4(tmp_path
     text = torch.cat([demo.windows("calibration", domain)[:8] for domain in demo.DOMAINS])
     student, tokenizer = demo.load(torch.bfloat16)
     report = prune(student, text, Recipe(weights="2:4", saliency="moe-pruner", update="none"))
-    from moesparse.checkpoint import save_pretrained
+    from moesparse.checkpoints.pretrained import save_pretrained
 
     save_pretrained(student, pruned, tokenizer=tokenizer, recipe=report.recipe, report=report.to_dict())
     run = command(

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from moesparse.calibration.whole import calibrate
-from moesparse.checkpoint import load_pretrained, save_pretrained
+from moesparse.checkpoints.card import model_card
+from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.choice import choose_from_statistics, prune_experts
 from moesparse.experts.criteria import FAMILY, super_experts
-from moesparse.model_card import model_card
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning import Recipe, prune
 from moesparse.testing import tiny_model

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moesparse import demo
-from moesparse.checkpoint import load_pretrained, save_pretrained
+from moesparse.checkpoints.inspection import inspect_folder
+from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
+from moesparse.checkpoints.repack import pack_folder
 from moesparse.cli import app
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
-from moesparse.inspection import inspect_folder
-from moesparse.repacking import pack_folder
 from moesparse.system.manifest import write_manifest
 from moesparse.testing import prune_by_magnitude, tiny_model
 

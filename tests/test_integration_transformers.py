@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moesparse
-from moesparse.checkpoint import load_pretrained, save_pretrained
+from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.modules import SparseExperts
-from moesparse.packing import pack, packed_blocks, unpack
+from moesparse.packed.experts import SparseExperts
+from moesparse.packed.model import pack, packed_blocks, unpack
 from moesparse.testing import MOE_FAMILIES, has_family, prune_by_magnitude, tiny_model
 
 # merged with and without a renamed block; first layers dense and shared experts; stored fused, transposed, with biases
@@ -226,7 +226,7 @@ def test_packing_a_dense_model_is_refused_and_leaves_no_folder(tmp_path: Path):
 
 def test_experts_left_dense_run_through_our_kernels_when_asked(monkeypatch: pytest.MonkeyPatch):
     calls = []
-    from moesparse.integrations import transformers as integration
+    from moesparse.packed import quantizer as integration
 
     real = integration.moe_dense
     monkeypatch.setattr(integration, "moe_dense", lambda *a, **k: calls.append(1) or real(*a, **k))

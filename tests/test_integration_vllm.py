@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from moesparse.integrations.vllm import register
+from moesparse.packed.vllm import register
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed; tests/vllm_plugin is for it")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesparse.errors import MoESparseError, UnsupportedModelError
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.modules import SparseExperts
+from moesparse.packed.experts import SparseExperts
 from moesparse.testing import MOE_FAMILIES, assert_within_budget, has_family, prune_by_magnitude, tiny_model
 from moesparse.weights.patterns import Pattern
 from moesparse_kernels import NMWeight, moe_dense

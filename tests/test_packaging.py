@@ -105,7 +105,7 @@ def test_the_entry_points_are_declared(wheel, names):
     points = configparser.ConfigParser()
     points.read_string(zipfile.ZipFile(wheel).read(declared).decode())
     assert points["console_scripts"]["moesparse"] == "moesparse.cli:main"
-    assert points["vllm.general_plugins"]["moesparse"] == "moesparse.integrations.vllm:register"
+    assert points["vllm.general_plugins"]["moesparse"] == "moesparse.packed.vllm:register"
 
 
 @pytest.mark.skipif(find_spec("moesparse.cli") is None, reason="the command line is not in this tree")

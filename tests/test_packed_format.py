@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moesparse.integrations.transformers import FORMAT_VERSION, METHOD
+from moesparse.packed.quantizer import FORMAT_VERSION, METHOD
 from moesparse.system.shards import ShardWriter, TensorSpec
 from moesparse_kernels import NMWeight
 

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import moesparse
-from moesparse.checkpoint import save_pretrained
+from moesparse.checkpoints.pretrained import save_pretrained
 from moesparse.errors import UnsupportedModelError
-from moesparse.packing import packed_blocks
+from moesparse.packed.model import packed_blocks
 from moesparse.testing import prune_by_magnitude, tiny_model
 
 TOKENS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -189,7 +189,7 @@ def test_200_tokens_of_a_calibrated_recipe_are_those_of_the_dense_folder(prompt:
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model pruned with calibration and re-solved weights, dense and packed on the disk."""
-    from moesparse.repacking import pack_folder
+    from moesparse.checkpoints.repack import pack_folder
 
     folder = tmp_path_factory.mktemp("calibrated")
     model, tokenizer = moesparse.demo.load()

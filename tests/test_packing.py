@@ -15,8 +15,8 @@ from torch import nn
 import moesparse
 from moesparse.errors import MoESparseError, UnsupportedModelError
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.modules import SparseExperts
-from moesparse.packing import choose_pattern, pack, packed_blocks, unpack
+from moesparse.packed.experts import SparseExperts
+from moesparse.packed.model import choose_pattern, pack, packed_blocks, unpack
 from moesparse.testing import prune_by_magnitude, tiny_model
 from moesparse.weights.patterns import Pattern, mask_from_score
 

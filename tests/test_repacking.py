@@ -18,13 +18,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import moesparse
-from moesparse.checkpoint import load_pretrained, save_pretrained
+from moesparse.checkpoints.inspection import inspect_folder
+from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
+from moesparse.checkpoints.repack import pack_folder, unpack_folder
 from moesparse.cli import app
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
-from moesparse.inspection import inspect_folder
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.packing import packed_blocks
-from moesparse.repacking import pack_folder, unpack_folder
+from moesparse.packed.model import packed_blocks
 from moesparse.testing import has_family, prune_by_magnitude, tiny_model
 
 
@@ -287,7 +287,7 @@ def test_an_error_in_the_middle_leaves_an_empty_folder_as_it_was(large: Path, tm
         calls.append(arguments)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moesparse.repacking.write_manifest", fail)
+    monkeypatch.setattr("moesparse.checkpoints.repack.write_manifest", fail)
     with pytest.raises(CheckpointError, match=r"cannot write .*No space left on device. Nothing was left there"):
         pack_folder(large, tmp_path / "out")
     assert calls

@@ -10,7 +10,7 @@ import torch
 
 from moesparse import report, report_page
 from moesparse.calibration.whole import calibrate
-from moesparse.checkpoint import REPORT_FILE, save_pretrained
+from moesparse.checkpoints.pretrained import REPORT_FILE, save_pretrained
 from moesparse.cli import main
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
 from moesparse.experts.criteria import expert_scores

@@ -18,7 +18,7 @@ import moesparse
 from moesparse import demo
 from moesparse.cli import main
 from moesparse.evaluate import generate
-from moesparse.integrations.serving import GRACE_SECONDS
+from moesparse.packed.server import GRACE_SECONDS
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")

@@ -178,9 +178,9 @@ class _Run:
     def by_layer(self, *, resume: bool, dry_run: bool, max_memory: str, as_json: bool) -> Done | None:
         """One layer in memory at a time; None where there is no more to tell."""
         from moesparse.calibration.checkpoint import calibrate_checkpoint, unfinished_folder
+        from moesparse.checkpoints.hub import local_folder
         from moesparse.cli.streamed import calibration_plan_for, naming_the_whole, parse_limit, read_text, tell_plan
         from moesparse.models.meta import meta_model
-        from moesparse.skeleton import local_folder
         from moesparse.system.run_folder import what_is_kept
 
         limit = parse_limit(max_memory)
@@ -216,7 +216,7 @@ class _Run:
     def whole(self) -> Done:
         """Load the model."""
         from moesparse.calibration.whole import calibrate as run
-        from moesparse.checkpoint import load_pretrained
+        from moesparse.checkpoints.pretrained import load_pretrained
         from moesparse.system.run_folder import claimed
 
         source = model_source(self.model)

@@ -52,9 +52,9 @@ def demo(
     ordinary transformers checkpoint, loaded back, and continues a few lines beside the dense one.
     """
     from moesparse import demo as embedded
-    from moesparse.checkpoint import load_pretrained, save_pretrained
+    from moesparse.checkpoints.card import model_card
+    from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
     from moesparse.evaluate import generate
-    from moesparse.model_card import model_card
     from moesparse.pruning import Recipe, prune
     from moesparse.system.folders import check_output_folder
 

@@ -178,7 +178,7 @@ def _load(model: str, device: Any) -> tuple[Any, Any]:
     """Model and tokenizer, on the device, or on a GPU when there is one."""
     import torch
 
-    from moesparse.checkpoint import load_pretrained
+    from moesparse.checkpoints.pretrained import load_pretrained
 
     network, tokenizer = load_pretrained(model_source(model))
     if tokenizer is None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from moesparse.cli.common import format_bytes, model_source, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from moesparse.inspection import Inspection
+    from moesparse.checkpoints.inspection import Inspection
 
 
 def inspect(
@@ -35,8 +35,8 @@ def inspect(
 
       moesparse inspect out/demo-packed --verify
     """
-    from moesparse.inspection import inspect_folder
-    from moesparse.skeleton import local_folder
+    from moesparse.checkpoints.hub import local_folder
+    from moesparse.checkpoints.inspection import inspect_folder
 
     with quiet_libraries(), progress_bar() as progress:
         result = inspect_folder(local_folder(model_source(model)), verify=verify, progress=progress)

@@ -11,7 +11,7 @@ import typer
 from moesparse.cli.common import console, format_bytes, model_source, print_json, progress_bar, quiet_libraries
 
 if TYPE_CHECKING:
-    from moesparse.repacking import FolderReport
+    from moesparse.checkpoints.repack import FolderReport
 
 _SHARD_HELP = "Largest safetensors file, in GB (10^9 bytes)."
 _JSON_HELP = "Print one JSON object."
@@ -36,8 +36,8 @@ def pack(
 
       moesparse pack olmoe-2to4 olmoe-packed
     """
-    from moesparse.repacking import pack_folder
-    from moesparse.skeleton import local_folder
+    from moesparse.checkpoints.hub import local_folder
+    from moesparse.checkpoints.repack import pack_folder
     from moesparse.system.folders import check_output_folder
 
     check_output_folder(out)
@@ -59,8 +59,8 @@ def unpack(
 
       moesparse unpack olmoe-packed olmoe-dense
     """
-    from moesparse.repacking import unpack_folder
-    from moesparse.skeleton import local_folder
+    from moesparse.checkpoints.hub import local_folder
+    from moesparse.checkpoints.repack import unpack_folder
     from moesparse.system.folders import check_output_folder
 
     check_output_folder(out)

@@ -155,9 +155,9 @@ def prune(
     """
     from moesparse.budget import DEFAULT_CHOICES
     from moesparse.budget_pruning import BudgetReport, plan_budget
-    from moesparse.checkpoint import load_pretrained, save_pretrained
+    from moesparse.checkpoints.card import model_card
+    from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
     from moesparse.errors import UsageError
-    from moesparse.model_card import model_card
     from moesparse.pruning import prune as run
     from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, DEFAULT_WEIGHTS, Recipe
     from moesparse.system.folders import check_output_folder
@@ -310,10 +310,10 @@ def _prune_streamed(
     Args:
         reads: the text; without it there are statistics, or the recipe needs neither.
     """
-    from moesparse.checkpoint import load_tokenizer
+    from moesparse.checkpoints.card import model_card
+    from moesparse.checkpoints.hub import local_folder
+    from moesparse.checkpoints.pretrained import load_tokenizer
     from moesparse.cli.streamed import naming_the_whole, parse_limit, plan_for, read_text, tell_plan
-    from moesparse.model_card import model_card
-    from moesparse.skeleton import local_folder
     from moesparse.streamed_experts import what_is_left
     from moesparse.streamed_pruning import prune_checkpoint
     from moesparse.system.run_folder import check_run_folder

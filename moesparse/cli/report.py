@@ -117,7 +117,7 @@ def _split(sources: list[str]) -> tuple[Path | None, dict[str, Path]]:
 
 
 def _describe(folder: Path) -> dict[str, object]:
-    from moesparse.inspection import inspect_folder
+    from moesparse.checkpoints.inspection import inspect_folder
 
     with quiet_libraries():
         return inspect_folder(folder).to_dict()

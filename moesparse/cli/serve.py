@@ -26,7 +26,7 @@ def serve(context: typer.Context) -> None:
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    from moesparse.integrations.serving import serve_signature
+    from moesparse.packed.server import serve_signature
 
     app.command()(serve_signature(_serve))
     app(context.args, prog_name="moesparse serve")
@@ -49,8 +49,8 @@ def _serve(model: str, chat_template: str | None, host: str, port: int, **option
     from transformers.utils import is_accelerate_available
     from transformers.utils.import_utils import is_serve_available
 
-    from moesparse.checkpoint import check_model_folder
-    from moesparse.integrations import serving
+    from moesparse.checkpoints.pretrained import check_model_folder
+    from moesparse.packed import server as serving
 
     if not (is_serve_available() and is_accelerate_available()):
         raise MoESparseError(

@@ -73,7 +73,7 @@ def tell_plan(plan: Plan, device: Any, *, dry_run: bool, as_json: bool) -> bool:
 
 def read_text(text: TextOptions, folder: Path, progress: Progress) -> tuple[CalibrationText, Any]:
     """Calibration text for a checkpoint of which no weight is read, and its tokenizer."""
-    from moesparse.checkpoint import load_tokenizer
+    from moesparse.checkpoints.pretrained import load_tokenizer
     from moesparse.models.meta import meta_model
 
     tokenizer = load_tokenizer(folder)

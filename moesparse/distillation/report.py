@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesparse.checkpoint import REPORT_FILE
+from moesparse.checkpoints.pretrained import REPORT_FILE
 from moesparse.distillation.matching import Pair
 
 __all__ = ["DistillReport", "count_zeros"]

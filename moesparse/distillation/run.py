@@ -23,7 +23,7 @@ from moesparse.distillation.whole import train_whole
 from moesparse.errors import UsageError
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.models.meta import vocabulary_size
-from moesparse.packing import pack, packed_blocks, unpack
+from moesparse.packed.model import pack, packed_blocks, unpack
 from moesparse.progress import Progress, silent
 from moesparse.system.memory import peak_memory, reset_peak_memory
 

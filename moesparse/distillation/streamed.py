@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moesparse.calibration.windows import Windows, check_windows, ordered_hash
-from moesparse.checkpoint import CONFIG_KEY
+from moesparse.checkpoints.pretrained import CONFIG_KEY
 from moesparse.distillation.blockwise import run_layer, train_block
 from moesparse.distillation.journal import Journal
 from moesparse.distillation.matching import check_pair, is_pruned, pair_blocks, refuse_dense, stated_pattern

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moesparse
-from moesparse.checkpoint import save_pretrained
+from moesparse.checkpoints.pretrained import save_pretrained
 from moesparse.experts.surgery import remove_experts
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.testing import prune_by_magnitude, tiny_model

@@ -333,7 +333,7 @@ def test_lora_is_refused(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_hidden_size_padded_for_a_communication_library_is_refused(monkeypatch: pytest.MonkeyPatch):
-    from moesparse.integrations.vllm_experts import PackedExpertsMethod
+    from moesparse.packed.vllm_experts import PackedExpertsMethod
 
     monkeypatch.setattr(PackedExpertsMethod, "maybe_roundup_sizes", lambda self, hidden, inner, *_: (128, inner))
     with pytest.raises(UnsupportedModelError, match="hidden states padded to 128; choose another --all2all-backend"):

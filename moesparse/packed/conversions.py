@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 )
 
 from moesparse.errors import UnsupportedModelError
-from moesparse.modules import META_SUFFIX
+from moesparse.packed.experts import META_SUFFIX
 
 if TYPE_CHECKING:
     # at run time it would import the module that imports this one (moesparse/_register.py)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import MoESparseError
-from moesparse.modules import META_SUFFIX, MatrixLayout
+from moesparse.packed.experts import META_SUFFIX, MatrixLayout
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
 from moesparse.system.manifest import MANIFEST_FILE, check_manifest
 from moesparse.system.shards import Shards
 from moesparse.weights.patterns import Pattern, PatternFinder, check_mask

@@ -22,7 +22,7 @@ def register() -> None:
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from moesparse.integrations.vllm_experts import METHOD, MoESparseQuantization
+        from moesparse.packed.vllm_experts import METHOD, MoESparseQuantization
     except ImportError as error:
         import vllm
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from moesparse.checkpoints.card import card_in_form
+from moesparse.checkpoints.inspection import bad_groups
+from moesparse.checkpoints.skeleton import Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.inspection import bad_groups
-from moesparse.model_card import card_in_form
-from moesparse.modules import META_SUFFIX, PACKED_DTYPES
-from moesparse.packing import choose_among, nothing_to_pack
+from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES
+from moesparse.packed.model import choose_among, nothing_to_pack
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.skeleton import Skeleton, StoredMatrix, open_skeleton
 from moesparse.system.folders import atomic_folder, check_output_folder, copy_small_files
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
 from moesparse.system.shards import ShardWriter, TensorInfo, TensorSpec
@@ -30,7 +30,7 @@ from moesparse.weights.patterns import Pattern, PatternFinder
 from moesparse_kernels import NMWeight
 
 if TYPE_CHECKING:
-    from moesparse.integrations.transformers import MoESparseConfig
+    from moesparse.packed.quantizer import MoESparseConfig
 
 __all__ = ["MAX_SHARD_BYTES", "FolderReport", "pack_folder", "unpack_folder"]
 
@@ -81,7 +81,7 @@ def pack_folder(
         UnsupportedModelError: a model without experts that fit, or whose family's checkpoints cannot hold packed ones.
         MoESparseError: no block holds a pattern worth packing.
     """
-    from moesparse.integrations.transformers import MoESparseConfig
+    from moesparse.packed.quantizer import MoESparseConfig
 
     check_output_folder(out)
     skeleton = open_skeleton(source)
@@ -255,8 +255,8 @@ def _check_family(skeleton: Skeleton, packing: MoESparseConfig, specs: Sequence[
     Raises:
         UnsupportedModelError: it would not; names the tensor.
     """
-    from moesparse.integrations.conversions import packed_conversions, plan_loading
-    from moesparse.integrations.transformers import insert_packed
+    from moesparse.packed.conversions import packed_conversions, plan_loading
+    from moesparse.packed.quantizer import insert_packed
 
     conversions = packed_conversions(skeleton.conversions, packing.blocks)
     insert_packed(skeleton.model, packing)

@@ -29,8 +29,8 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
-from moesparse.integrations.transformers import METHOD, MoESparseConfig
-from moesparse.modules import META_SUFFIX, MatrixLayout
+from moesparse.packed.experts import META_SUFFIX, MatrixLayout
+from moesparse.packed.quantizer import METHOD, MoESparseConfig
 from moesparse_kernels import NMWeight, moe_nm
 
 __all__ = ["METHOD", "MoESparseQuantization", "PackedExpertsMethod"]

@@ -48,7 +48,7 @@ def load_pretrained(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import moesparse.integrations.transformers  # noqa: F401, packed checkpoints too
+    import moesparse.packed.quantizer  # noqa: F401, packed checkpoints too
 
     folder = Path(source)
     if folder.is_dir():
@@ -138,8 +138,8 @@ def save_pretrained(
         UnsupportedModelError: the checkpoints of this family cannot hold packed experts.
         MoESparseError: packed, and no block holds an n:m pattern.
     """
-    from moesparse.integrations.transformers import packed_metadata
-    from moesparse.packing import state_in_form
+    from moesparse.packed.model import state_in_form
+    from moesparse.packed.quantizer import packed_metadata
 
     if recipe is not None:
         note_recipe(model, recipe)

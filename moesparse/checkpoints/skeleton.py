@@ -18,19 +18,17 @@ from torch import Tensor
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.models.meta import _meta_model, check_layer_counts
-from moesparse.modules import META_SUFFIX, PACKED_DTYPES, MatrixLayout
-from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json, read_weight_map
+from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES, MatrixLayout
+from moesparse.system.shards import Shards, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightTransform
 
-    from moesparse.integrations.conversions import LoadPlan, Target
-    from moesparse.integrations.transformers import MoESparseConfig
+    from moesparse.packed.conversions import LoadPlan, Target
+    from moesparse.packed.quantizer import MoESparseConfig
 
-__all__ = ["Piece", "Skeleton", "StoredMatrix", "local_folder", "open_skeleton"]
-
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")
+__all__ = ["Piece", "Skeleton", "StoredMatrix", "open_skeleton"]
 
 
 @dataclass(frozen=True)
@@ -181,8 +179,8 @@ def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
         CheckpointError: a file is missing, damaged or hostile, or config.json describes no model or another one.
         UnsupportedModelError: a model without experts that fit, or quantised by another method.
     """
-    from moesparse.integrations.conversions import get_model_conversion_mapping, packed_conversions, plan_loading
-    from moesparse.integrations.transformers import METHOD, MoESparseConfig, insert_packed
+    from moesparse.packed.conversions import get_model_conversion_mapping, packed_conversions, plan_loading
+    from moesparse.packed.quantizer import METHOD, MoESparseConfig, insert_packed
 
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -214,33 +212,3 @@ def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
         conversions = packed_conversions(conversions, packing.blocks)
     plan = plan_loading(model, conversions, {name: info.shape for name, info in shards.tensors.items()})
     return Skeleton(folder, config, shards, model, blocks, parameters, packing, conversions, plan)
-
-
-def local_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint; that of a hub id is downloaded first: config, tokenizer and safetensors, no code.
-
-    Raises:
-        CheckpointError: there is no such folder or id.
-    """
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"MODEL must be a folder or a hub id, got the file {path}")
-    from huggingface_hub import snapshot_download
-
-    name = os.fspath(source)
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=list(_SMALL_FILES), ignore_patterns=["*/*"]))
-        weights = [SINGLE_FILE]
-        if (folder / INDEX_FILE).exists():
-            weights += set(read_weight_map(folder / INDEX_FILE).values())
-        return Path(snapshot_download(name, allow_patterns=weights))
-    except MoESparseError:
-        raise
-    except Exception as error:  # huggingface_hub's many kinds, often over many lines
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"MODEL must be a local folder or a hub id with a causal language model, got {name!r}: "
-            f"{reason[0] if reason else type(error).__name__}"
-        ) from error

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from transformers.cli.serve import Serve
 
-import moesparse.integrations.transformers  # noqa: F401, packed checkpoints too
+import moesparse.packed.quantizer  # noqa: F401, packed checkpoints too
 from moesparse.errors import CheckpointError, MoESparseError, UsageError
 
 __all__ = ["PLAIN_TEMPLATE", "Server", "bind", "serve_signature"]

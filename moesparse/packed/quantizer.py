@@ -32,9 +32,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
-from moesparse.integrations.conversions import Patterns, conversions_of, packed_conversions, plan_loading
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.modules import META_SUFFIX, PACKED_DTYPES, MatrixLayout, SparseExperts
+from moesparse.packed.conversions import Patterns, conversions_of, packed_conversions, plan_loading
+from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES, MatrixLayout, SparseExperts
 from moesparse.system.shards import Shards
 from moesparse.weights.patterns import Pattern
 from moesparse_kernels import moe_dense

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesparse.errors import MoESparseError
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.modules import PACKED_DTYPES, SparseExperts
+from moesparse.packed.experts import PACKED_DTYPES, SparseExperts
 from moesparse.weights.patterns import Pattern, detect_patterns
 from moesparse_kernels import NMWeight
 
@@ -62,7 +62,7 @@ def pack(model: nn.Module) -> PackReport:
         UnsupportedModelError: the model has no experts, or some that do not fit, or is packed already.
         MoESparseError: no block holds a pattern worth packing; the model is unchanged.
     """
-    from moesparse.integrations.transformers import attach
+    from moesparse.packed.quantizer import attach
 
     report = PackReport()
     # taken off the list one by one: a block that stays on it would keep its dense weights alive
@@ -94,7 +94,7 @@ def unpack(model: nn.Module) -> PackReport:
     Raises:
         MoESparseError: the model holds no packed experts.
     """
-    from moesparse.integrations.transformers import detach
+    from moesparse.packed.quantizer import detach
 
     report = PackReport()
     # as in pack: what stays on the list stays in memory

@@ -1,0 +1,1 @@
+"""A model as a folder: opened, saved, packed, looked at, finished."""

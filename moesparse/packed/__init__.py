@@ -1,0 +1,1 @@
+"""n:m experts at work: the module, transformers, vLLM, a server."""
