@@ -10,8 +10,8 @@ gated-sparsegpt with least squares (with them; 14 MB); and a quarter of their ex
 peak is what the run adds to the resident memory of the process (VmHWM), measured after a run of a tiny model that has
 loaded every library; and that of every layer by itself, since the highest of more layers is higher where they differ by
 chance. Beside it stand what the plan forecast, and the peak of the same work on the smaller model as a whole. What
-torch's CPU libraries keep compiled is bounded as in the command line (moesparse.system.memory), and is part of the peak.
-Checkpoints lie in a temporary folder.
+torch's CPU libraries keep compiled is bounded as in the command line (moesparse.system.memory), and is part of the
+peak. Checkpoints lie in a temporary folder.
 """
 
 from __future__ import annotations

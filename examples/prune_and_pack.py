@@ -24,7 +24,7 @@ def main() -> None:
 
     model, tokenizer = moesparse.load_pretrained(chosen.model)
     text = chosen.text or [demo.text_path("calibration", domain) for domain in demo.DOMAINS]
-    context = moesparse.models.meta.context_length(model)
+    context = moesparse.evaluate.context_length(model)
     windows = moesparse.text.windows(text, tokenizer, samples=chosen.samples, max_length=context)
 
     # on a CPU a run with this mask rule takes a third of the default's time and is nearly as good

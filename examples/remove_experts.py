@@ -21,7 +21,7 @@ def main() -> None:
     chosen = arguments.parse_args()
 
     model, tokenizer = moesparse.load_pretrained(chosen.model, dtype=torch.float32)
-    context = min(moesparse.models.meta.context_length(model), 2048)
+    context = min(moesparse.evaluate.context_length(model), 2048)
     windows = moesparse.text.windows(chosen.text, tokenizer, samples=32, length=context)
 
     def perplexities() -> dict[str, float]:

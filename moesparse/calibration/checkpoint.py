@@ -1,8 +1,8 @@
 """Statistics of a checkpoint that need not fit in memory: one decoder layer at a time, resumable.
 
-Every layer's statistics are a part of the run (moesparse.system.run_folder) once the calibration set has gone through it. A
-run that was stopped sends the windows through the finished layers again, for what they feed the next one, and records
-from there on.
+Every layer's statistics are a part of the run (moesparse.system.run_folder) once the calibration set has gone through
+it. A run that was stopped sends the windows through the finished layers again, for what they feed the next one, and
+records from there on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What in a model depends on its number of experts, found by comparing it with twins built without memory.
 
 The model is built twice on the meta device, from its own config and from the config with the smaller count: whatever
-differs between the two depends on the number of experts. See `moesparse.experts.surgery`, which cuts what is found here.
+differs between the two depends on the number of experts. `moesparse.experts.surgery` cuts what is found here.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ What a layer is called with besides its hidden states (masks, rotary tables) is 
 forward runs once per batch with every layer replaced by a stub that notes the call and hands its input on. That works
 for any model whose layers pass on nothing but hidden states, and a short probe proves it before anything is changed.
 
-Where a layer lives while it does not work is not decided here: in the model, or in a checkpoint (moesparse.models.on_disk).
+Where a layer lives while it does not work is not decided here: in the model, or in a checkpoint (on_disk.py).
 """
 
 from __future__ import annotations

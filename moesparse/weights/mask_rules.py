@@ -10,7 +10,7 @@
 | gated-sparsegpt, gated-admm | the same with the gate inside the second moment | ours |
 | random | anything: the control that every rule must beat | |
 
-The rules give masks only; `moesparse.weights.weight_rules` gives the weights, and each rule here goes with each one there.
+The rules give masks only; weight_rules.py gives the weights, and each rule here goes with each one there.
 Rules that score a weight by |W| times a scale of its column can also prune in place, without a mask: `prune_in_place`.
 """
 
