@@ -27,9 +27,9 @@ from moesparse.calibration.whole import calibrate
 from moesparse.experts.criteria import expert_scores
 from moesparse.experts.selection import choose_experts
 from moesparse.experts.surgery import remove_experts
-from moesparse.figures import new_figure
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.pruning import Recipe
+from moesparse.report.figures import new_figure
 
 REFERENCE = "mixtral"
 VARIANTS = (REFERENCE, "sigmoid-bias", "top-1", "shared-expert", "geglu")

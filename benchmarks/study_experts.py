@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.study_protocol import geometric, spread
-from moesparse import demo, figures
+from moesparse import demo
 from moesparse.benchmarking import environment
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.whole import calibrate
@@ -36,6 +36,7 @@ from moesparse.experts.refit import remove_and_refit
 from moesparse.experts.selection import choose_experts
 from moesparse.experts.surgery import remove_experts
 from moesparse.models.blocks import find_moe_blocks
+from moesparse.report import figures
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_experts.json"
 REMOVED = (0.25, 0.5)

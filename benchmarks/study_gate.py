@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.study_protocol import Study, curve, draw, finish, mean_and_spread, parser
 from moesparse.calibration import recorder
-from moesparse.figures import new_figure
 from moesparse.pruning import Recipe
+from moesparse.report.figures import new_figure
 
 PATTERN = "2:4"
 EXPONENTS = (0.0, 0.5, 1.0)

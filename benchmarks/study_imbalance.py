@@ -25,9 +25,9 @@ from torch import Tensor
 from benchmarks.study_protocol import BATCH, Study, curve, draw, finish, geometric, mean_and_spread, parser
 from moesparse import demo
 from moesparse.calibration.whole import calibrate
-from moesparse.figures import new_figure
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.pruning import Recipe
+from moesparse.report.figures import new_figure
 
 RATIOS = (None, 3.0, 6.0, 10.0)
 BUDGETS = {"9/16": ("2:4", 9), "13/16": ("3:4", 13)}

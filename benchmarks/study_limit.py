@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.study_protocol import Study, curve, draw, finish, mean_and_spread, parser
 from moesparse import demo
 from moesparse.distillation import Settings, distill
-from moesparse.figures import new_figure
 from moesparse.pruning import Recipe
+from moesparse.report.figures import new_figure
 from moesparse.weights.patterns import Pattern
 
 RATIOS = ("0.3", "0.5", "0.6", "0.7", "0.8", "0.9")

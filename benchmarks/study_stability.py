@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from benchmarks.study_protocol import BATCH, Study, curve, draw, finish, mean_and_spread, parser
 from moesparse import demo
-from moesparse.figures import new_figure
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning import Recipe, prune
+from moesparse.report.figures import new_figure
 
 PATTERN = "2:4"
 NOISES = (0.25, 0.5, 1.0, 2.0)

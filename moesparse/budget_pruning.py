@@ -28,7 +28,7 @@ from moesparse.calibration.layers import layerwise_statistics
 from moesparse.calibration.statistics import ExpertStatistics
 from moesparse.calibration.windows import check_windows
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.evaluate import perplexity
+from moesparse.evaluate.on_text import perplexity
 from moesparse.experts.choice import check_budget, choose_rule, score_windows
 from moesparse.experts.criteria import super_experts
 from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks

@@ -10,7 +10,7 @@ from torch import nn
 
 from moesparse import evaluate
 from moesparse.errors import MoESparseError, UsageError
-from moesparse.evaluate import Perplexity
+from moesparse.evaluate import Perplexity, on_text
 
 VOCABULARY = 300
 
@@ -150,7 +150,7 @@ def test_overlapping_windows_score_every_token_once(model):
 
 def big_logit_tensors(monkeypatch, model, windows, rows: int) -> tuple[int, Perplexity]:
     """The most logits rows that one call of the head makes when chunks hold `rows`."""
-    monkeypatch.setattr(evaluate, "_CHUNK_LOGITS", rows * VOCABULARY)
+    monkeypatch.setattr(on_text, "_CHUNK_LOGITS", rows * VOCABULARY)
     seen = []
     handle = model.get_output_embeddings().register_forward_hook(
         lambda _module, _args, output: seen.append(output.numel() // VOCABULARY)
@@ -175,7 +175,7 @@ def test_logits_that_are_scaled_after_the_head_are_respected(monkeypatch):
     got = evaluate.perplexity(model, windows)
     assert got.nll == pytest.approx(float(losses_by_hand(model, windows).sum()), rel=1e-6)
     # where the model makes all logits itself, fewer windows go in at a time
-    monkeypatch.setattr(evaluate, "_BATCH_LOGITS", 2 * 16 * VOCABULARY)
+    monkeypatch.setattr(on_text, "_BATCH_LOGITS", 2 * 16 * VOCABULARY)
     calls = []
     evaluate.perplexity(model, windows, batch_size=5, progress=lambda event: calls.append(event.done))
     assert calls == [0, 2, 4, 5]

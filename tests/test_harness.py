@@ -13,8 +13,7 @@ from moesparse.cli import main
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
-from moesparse import harness  # noqa: E402
-from moesparse.harness import questions  # noqa: E402
+from moesparse.evaluate import on_tasks, questions  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -44,7 +43,7 @@ def pruned(tmp_path_factory):
 @pytest.fixture(scope="module")
 def all_tasks():
     """lm-eval's own files, read once for all tests."""
-    return lm_eval_tasks.TaskManager(include_path=[harness._OWN_TASKS])
+    return lm_eval_tasks.TaskManager(include_path=[on_tasks._OWN_TASKS])
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: bits_per_byte}}]
 """
     )
-    for number, name in enumerate(harness.PAPER_TASKS):
+    for number, name in enumerate(on_tasks.PAPER_TASKS):
         # the answer is the likely one in 9, 8, ... of the 9 questions
         rows = [
             {"q": "And the LORD spake unto", "a": ["Moses", "boat boat"], "right": int(row < number)}
@@ -172,7 +171,7 @@ def test_the_papers_mean_is_that_of_nine_accuracies(model_and_tokenizer, own_tas
     assert model.training
     model.eval()
     found = {task.name: task.metrics["acc"] for task in report.tasks}
-    assert tuple(found) == harness.PAPER_TASKS
+    assert tuple(found) == on_tasks.PAPER_TASKS
     assert list(found.values()) == pytest.approx([(9 - number) / 9 for number in range(9)])
     assert report.paper_mean == pytest.approx(5 / 9)
 
@@ -189,7 +188,7 @@ def test_shots_seed_and_limit_reach_lm_eval(model_and_tokenizer, own_tasks):
 
 
 def test_all_nine_are_tasks_of_lm_eval(all_tasks):
-    assert set(harness.PAPER_TASKS) <= set(all_tasks.all_tasks)
+    assert set(on_tasks.PAPER_TASKS) <= set(all_tasks.all_tasks)
     assert "mmlu" in all_tasks.all_groups
 
 
@@ -236,7 +235,7 @@ def test_the_command_shows_a_table(own_tasks, monkeypatch, capsys):
     code, out, err = in_process(monkeypatch, capsys, "demo", "--tasks", "paper", "--tasks-path", own_tasks)
     assert code in (0, None), err
     rows = {line.strip("│ ").split("│")[0].strip(): line for line in out.splitlines() if "│" in line}
-    assert rows.keys() >= {*harness.PAPER_TASKS, "mean of the nine"}
+    assert rows.keys() >= {*on_tasks.PAPER_TASKS, "mean of the nine"}
     assert "0.5556" in rows["mean of the nine"]
 
 
@@ -271,6 +270,6 @@ def test_a_mistake_is_one_line_and_an_exit_code(arguments, code, message, tmp_pa
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(on_tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(moesparse.MoESparseError, match=r"pip install 'moesparse\[eval\]'"):
         evaluate.load_tasks(["demo"])

@@ -54,7 +54,7 @@ def demo(
     from moesparse import demo as embedded
     from moesparse.checkpoints.card import model_card
     from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
-    from moesparse.evaluate import generate
+    from moesparse.evaluate.on_text import generate
     from moesparse.pruning import Recipe, prune
     from moesparse.system.folders import check_output_folder
 
@@ -117,7 +117,7 @@ def demo(
 
 def _measure(model: Any, heldout: dict[str, Any]) -> dict[str, Any]:
     """{"perplexity": geometric mean over domains, "domains": {name: perplexity}}."""
-    from moesparse.evaluate import perplexity
+    from moesparse.evaluate.on_text import perplexity
 
     domains = {domain: perplexity(model, ids, batch_size=16).perplexity for domain, ids in heldout.items()}
     mean = math.exp(sum(math.log(value) for value in domains.values()) / len(domains))

@@ -111,7 +111,7 @@ def _check_kind(asks: bool, text_options: dict[str, Any], task_options: dict[str
 
 
 def _show_text(values: dict[str, Any]) -> None:
-    from moesparse.evaluate import Protocol
+    from moesparse.evaluate.on_text import Protocol
 
     protocol = Protocol(**values["protocol"])
     table = Table(title=str(protocol))
@@ -165,7 +165,7 @@ def ask(
     Raises:
         UsageError: an unknown task. CheckpointError: no model, no tokenizer. MoESparseError: a task cannot be loaded.
     """
-    from moesparse.evaluate import load_tasks, tasks
+    from moesparse.evaluate.on_tasks import load_tasks, tasks
 
     target = resolve_device(device)
     with quiet_libraries():
@@ -210,7 +210,7 @@ def measure(
     Raises:
         UsageError: no text, or one that is no file and no datasets name. CheckpointError: no model, no tokenizer.
     """
-    from moesparse.evaluate import perplexity_of_files
+    from moesparse.evaluate.on_text import perplexity_of_files
     from moesparse.text import parse_source
 
     target = resolve_device(device)

@@ -47,7 +47,7 @@ def report(
 
       moesparse report out/small law.stats=law medicine.stats=medicine --png figures/
     """
-    from moesparse.report import Findings, build, read_checkpoint, read_results, read_routing
+    from moesparse.report.sections import Findings, build, read_checkpoint, read_results, read_routing
 
     folder, statistics = _split(sources)
     check_output_file("--output", output)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse import figures
 from moesparse.checkpoints.pretrained import REPORT_FILE
-from moesparse.report_findings import (
+from moesparse.report import figures
+from moesparse.report.findings import (
     Checkpoint,
     Findings,
     Routing,
@@ -26,7 +26,7 @@ from moesparse.report_findings import (
     read_routing,
     row_name,
 )
-from moesparse.report_page import Page, Section, format_size, layer_of, ranges, table
+from moesparse.report.page import Page, Section, format_size, layer_of, ranges, table
 
 __all__ = [
     "Checkpoint",

@@ -1,4 +1,4 @@
-"""Perplexity, bits per byte, greedy generation and lm-eval's tasks for any causal language model.
+"""Perplexity, bits per byte and greedy generation for any causal language model.
 
 Protocol: windows are scored independently of each other; the first token of a window has no context and is not scored;
 log-probabilities are computed from fp32 logits and summed in fp64. Figures of different windows, strides or texts are
@@ -24,12 +24,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesparse.errors import MoESparseError, UsageError
-from moesparse.harness import PAPER_TASKS as PAPER_TASKS
-from moesparse.harness import TaskResult as TaskResult
-from moesparse.harness import TaskSet as TaskSet
-from moesparse.harness import TasksReport as TasksReport
-from moesparse.harness import load_tasks as load_tasks
-from moesparse.harness import tasks as tasks
 from moesparse.models.meta import context_length
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.system.cpu_products import fast_products

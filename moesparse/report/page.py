@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from moesparse import figures
 from moesparse._version import __version__
+from moesparse.report import figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
