@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from moesparse.distillation import DistillReport
     from moesparse.pruning import Report
 
-_DENSE = ": its weights are stored dense with zeros"
-_PACKED = " after `import moesparse`: its experts are stored packed"
+STORED_DENSE = ": its weights are stored dense with zeros"
+STORED_PACKED = " after `import moesparse`: its experts are stored packed"
 
-_TEMPLATE = """---
+TEMPLATE = """---
 library_name: transformers
 tags: [moesparse, mixture-of-experts, pruned, {tag}]
 base_model: {base}
@@ -58,20 +58,20 @@ def model_card(base: str, report: Report) -> str:
             "experts without calibration tokens": fallbacks,
         }
     rows["calibration tokens"] = f"{report.calibration['tokens']:,}"
-    return _TEMPLATE.format(
+    return TEMPLATE.format(
         tag="2-4-sparsity" if recipe["weights"] == "2:4" else "sparse" if report.blocks else "expert-pruned",
         base=base.rstrip("/").rsplit("/", 2)[-1] if base.startswith(("/", ".")) else base,
         version=report.version,
         what=", ".join(what),
         router="" if report.experts is not None else ", and so is the router",
-        zeros=_DENSE if report.blocks else "",
+        zeros=STORED_DENSE if report.blocks else "",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
 
 
 def card_in_form(card: str, packed: bool) -> str:
     """A card that `model_card` wrote, for a checkpoint that was packed or unpacked; other cards stay the same."""
-    return card.replace(_DENSE, _PACKED) if packed else card.replace(_PACKED, _DENSE)
+    return card.replace(STORED_DENSE, STORED_PACKED) if packed else card.replace(STORED_PACKED, STORED_DENSE)
 
 
 def distilled_card(card: str, teacher: str, report: DistillReport, windows: int, length: int) -> str:
