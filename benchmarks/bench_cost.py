@@ -35,8 +35,7 @@ from benchmarks.results import RESULTS, ResultFile, device_folder
 from benchmarks.synthetic import make_checkpoint, make_config, random_windows
 from moesparse.benchmarking import environment
 from moesparse.models.meta import meta_model
-from moesparse.plan import gemm_rate, head_size
-from moesparse.plan_experts import plan_run
+from moesparse.pruning.plan import gemm_rate, head_size, plan_run
 from moesparse.system.memory import bound_compiled_products, peak_memory, reset_peak_memory
 
 # recipe, passes over all layers, passes less over the last one

@@ -33,8 +33,7 @@ from benchmarks.synthetic import make_checkpoint, make_config
 from moesparse import Recipe, find_moe_blocks
 from moesparse.benchmarking import environment
 from moesparse.models.meta import meta_model
-from moesparse.plan import Plan
-from moesparse.plan_experts import plan_run
+from moesparse.pruning.plan import Plan, plan_run
 
 # name -> recipe, hidden, intermediate, as the table says it
 RECIPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
@@ -60,7 +59,7 @@ import json, re, sys, time, torch, transformers
 from transformers import AutoModelForCausalLM
 import moesparse
 from benchmarks.synthetic import random_windows
-from moesparse.memory import bound_compiled_products, peak_memory, reset_peak_memory
+from moesparse.system.memory import bound_compiled_products, peak_memory, reset_peak_memory
 from moesparse.progress import ProgressEvent
 source, tiny, out, rules, whole = json.loads(sys.argv[1])
 torch.set_num_threads(1)

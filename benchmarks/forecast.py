@@ -3,8 +3,8 @@
     python -m benchmarks.forecast
 
 128 windows of 2048 tokens, batches of 8 windows, bf16. The operations and bytes are those of the plan
-(moesparse.plan); each is divided by a rate that is stated below with its source. The columns would overlap in part
-(reading ahead); their sum is what they take one after the other.
+(moesparse.pruning.plan); each is divided by a rate that is stated below with its source. The columns would overlap in
+part (reading ahead); their sum is what they take one after the other.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 import moesparse
-from moesparse.plan import Plan
-from moesparse.plan_experts import plan_run
+from moesparse.pruning.plan import Plan, plan_run
 from moesparse.weights.solvers import memory_for_solver
 
 WINDOWS, LENGTH, BATCH = 128, 2048, 8

@@ -28,7 +28,7 @@ from moesparse.experts.criteria import expert_scores
 from moesparse.experts.selection import choose_experts
 from moesparse.experts.surgery import remove_experts
 from moesparse.models.fingerprint import model_fingerprint
-from moesparse.pruning import Recipe
+from moesparse.pruning.recipe import Recipe
 from moesparse.report.figures import new_figure
 
 REFERENCE = "mixtral"

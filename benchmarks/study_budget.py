@@ -3,9 +3,9 @@
     python -m benchmarks.study_budget                     # about ten minutes on one core
     python -m benchmarks.study_budget --quick             # one seed, few windows, nothing written
 
-For every target the plan of moesparse.budget is carried out, and so are the uniform choices: each pattern everywhere
-with as many experts as fit. Masks by moe-pruner, weights by least-squares+rescale, experts by reap with refit. A seed
-is a choice of calibration windows; perplexity is that of held-out windows of 256 tokens, geometric mean over the
+For every target the plan of moesparse.pruning.budget is carried out, and so are the uniform choices: each pattern
+everywhere with as many experts as fit. Masks by moe-pruner, weights by least-squares+rescale, experts by reap with refit.
+A seed is a choice of calibration windows; perplexity is that of held-out windows of 256 tokens, geometric mean over the
 domains. Writes benchmarks/results/cpu/study_budget.json, whole after every seed, and prints a table.
 """
 
@@ -26,11 +26,11 @@ import torch
 from benchmarks.study_experts import Study, cell, say
 from moesparse import demo
 from moesparse.benchmarking import environment
-from moesparse.budget import DEFAULT_CHOICES, DENSE, BudgetPlan, search
-from moesparse.budget_pruning import measure_costs, recipe_of
 from moesparse.experts.selection import choose_experts
-from moesparse.pruning import prune
-from moesparse.recipe import Recipe
+from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, BudgetPlan, search
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
+from moesparse.pruning.to_budget import measure_costs, recipe_of
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_budget.json"
 TARGETS = (0.4571, 0.5625, 0.7)

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.study_protocol import Study, curve, draw, finish, geometric, mean_and_spread, parser
 from moesparse import demo
-from moesparse.pruning import Recipe
+from moesparse.pruning.recipe import Recipe
 from moesparse.report.figures import new_figure
 
 PATTERN = "2:4"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.study_protocol import Study, curve, draw, finish, mean_and_spread, parser
 from moesparse.calibration import recorder
-from moesparse.pruning import Recipe
+from moesparse.pruning.recipe import Recipe
 from moesparse.report.figures import new_figure
 
 PATTERN = "2:4"

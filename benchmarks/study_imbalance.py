@@ -26,7 +26,7 @@ from benchmarks.study_protocol import BATCH, Study, curve, draw, finish, geometr
 from moesparse import demo
 from moesparse.calibration.whole import calibrate
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.pruning import Recipe
+from moesparse.pruning.recipe import Recipe
 from moesparse.report.figures import new_figure
 
 RATIOS = (None, 3.0, 6.0, 10.0)

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.study_protocol import Study, curve, draw, finish, mean_and_spread, parser
 from moesparse import demo
 from moesparse.distillation import Settings, distill
-from moesparse.pruning import Recipe
+from moesparse.pruning.recipe import Recipe
 from moesparse.report.figures import new_figure
 from moesparse.weights.patterns import Pattern
 

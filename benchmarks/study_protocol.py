@@ -27,7 +27,8 @@ from moesparse import demo
 from moesparse.calibration.windows import windows_hash
 from moesparse.evaluate import perplexity
 from moesparse.models.fingerprint import model_fingerprint
-from moesparse.pruning import Recipe, prune
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

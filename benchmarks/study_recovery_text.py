@@ -34,7 +34,8 @@ from benchmarks.study_recovery import GOAL, STARTS, calibration, measure, plus_m
 from moesparse import demo
 from moesparse.distillation import Settings, distill
 from moesparse.evaluate import perplexity
-from moesparse.pruning import Recipe, prune
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
 from moesparse.system.memory import peak_memory, reset_peak_memory
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_recovery_text.json"

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from benchmarks.study_protocol import BATCH, Study, curve, draw, finish, mean_and_spread, parser
 from moesparse import demo
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.pruning import Recipe, prune
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
 from moesparse.report.figures import new_figure
 
 PATTERN = "2:4"

@@ -25,7 +25,8 @@ from benchmarks.study_protocol import geometric
 from moesparse import demo
 from moesparse.evaluate import perplexity
 from moesparse.models.fingerprint import model_fingerprint
-from moesparse.pruning import Recipe, prune
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
 
 RULES = (
     ("random", "none"),

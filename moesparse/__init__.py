@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from moesparse.models.blocks import MoEBlock, find_moe_blocks
     from moesparse.packed.experts import SparseExperts
     from moesparse.packed.model import PackReport, pack, unpack
-    from moesparse.pruning import Recipe, Report, prune
-    from moesparse.streamed_pruning import prune_checkpoint
+    from moesparse.pruning.recipe import Recipe
+    from moesparse.pruning.report import Report
+    from moesparse.pruning.run import prune
+    from moesparse.pruning.streamed import prune_checkpoint
 
 _HOMES = {
     "ModelStatistics": "calibration.statistics",
@@ -50,10 +52,10 @@ _HOMES = {
     "PackReport": "packed.model",
     "pack": "packed.model",
     "unpack": "packed.model",
-    "Recipe": "pruning",
-    "Report": "pruning",
-    "prune": "pruning",
-    "prune_checkpoint": "streamed_pruning",
+    "Recipe": "pruning.recipe",
+    "Report": "pruning.report",
+    "prune": "pruning.run",
+    "prune_checkpoint": "pruning.streamed",
 }
 _MODULES = ("demo", "evaluate", "text")
 

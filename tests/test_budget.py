@@ -11,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moesparse.budget_pruning
-from moesparse.budget import BlockCosts, check_choices, check_target, packed_bytes, search, target_in_bytes
-from moesparse.budget_pruning import measure_costs, plan_budget
+import moesparse.pruning.to_budget
 from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate import Perplexity
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.packed.model import pack
-from moesparse.pruning import prune
-from moesparse.recipe import Recipe
+from moesparse.pruning.budget import BlockCosts, check_choices, check_target, packed_bytes, search, target_in_bytes
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
+from moesparse.pruning.to_budget import measure_costs, plan_budget
 from moesparse.testing import tiny_model
 from moesparse.weights.patterns import Pattern, mask_from_score
 
@@ -78,7 +78,7 @@ def test_no_other_plan_of_these_bytes_is_estimated_to_lose_less(seed, share, siz
 
 
 def test_sizes_without_a_common_divisor_are_rounded_up_never_down(monkeypatch):
-    monkeypatch.setattr("moesparse.budget._LEVELS", 50)
+    monkeypatch.setattr("moesparse.pruning.budget._LEVELS", 50)
     costs = made_up_costs(0, sizes=(1048, 520))
     dense = sum(cost.bytes({"up": "dense", "down": "dense"}, 4) for cost in costs)
     for share in (0.4, 0.6, 0.9):
@@ -177,7 +177,7 @@ def _matrices(model):
 def test_the_better_of_mixed_and_uniform_is_kept_and_named(better, says, monkeypatch):
     """The losses are made up, in the order dense, uniform, mixed; the pruning is real."""
     losses = iter([2.0, 2.5, 2.4] if better == "mixed" else [2.0, 2.3, 2.4])
-    monkeypatch.setattr(moesparse.budget_pruning, "perplexity", lambda *_, **__: Perplexity(next(losses), 1))
+    monkeypatch.setattr(moesparse.pruning.to_budget, "perplexity", lambda *_, **__: Perplexity(next(losses), 1))
     recipe = Recipe(target_bytes=0.7, choices=("drop", "2:4", "6:8", "dense"), **QUICK)
     model = tiny_model("mixtral")
     report = prune(model, WINDOWS, recipe)
@@ -188,14 +188,14 @@ def test_the_better_of_mixed_and_uniform_is_kept_and_named(better, says, monkeyp
     assert report.sizes["after"]["packed"] == plan["bytes"]
     again = tiny_model("mixtral")
     rest = torch.cat((WINDOWS[:7], WINDOWS[8:15]))
-    prune(again, rest, moesparse.budget_pruning.recipe_of(recipe, _plan_of(plan), 8))
+    prune(again, rest, moesparse.pruning.to_budget.recipe_of(recipe, _plan_of(plan), 8))
     for (name, want), got in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(want, got), name
     assert model.config.num_local_experts == plan["keep"]
 
 
 def _plan_of(plan):
-    return moesparse.budget_pruning.BudgetPlan(**{name: value for name, value in plan.items() if name != "loss"})
+    return moesparse.pruning.to_budget.BudgetPlan(**{name: value for name, value in plan.items() if name != "loss"})
 
 
 def test_planning_changes_nothing_and_dead_experts_cost_nothing():

@@ -115,7 +115,7 @@ WRITER = """
     import resource, signal, sys, torch
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits it ignored
     from transformers import MixtralConfig, MixtralForCausalLM
-    from moesparse.checkpoint import save_pretrained
+    from moesparse.checkpoints.pretrained import save_pretrained
     config = MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
                            num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
     model = MixtralForCausalLM(config)
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_the_old_state(tmp_path):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_stop_in_the_middle_leaves_no_half_folder(tmp_path, stop):
     code = """
-        import moesparse.checkpoint as checkpoint, time
+        import moesparse.system.folders as checkpoint, time
         def slowly(path, flush=checkpoint.flush):
             print("writing", flush=True)
             time.sleep(60)

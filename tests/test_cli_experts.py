@@ -362,7 +362,7 @@ def test_a_run_that_loads_the_model_and_is_stopped_leaves_nothing(folder, tmp_pa
     def stop(*_arguments, **_options):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("moesparse.pruning.prune", stop)
+    monkeypatch.setattr("moesparse.pruning.run.prune", stop)
     code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", "--experts", 0.25, "--whole")
     assert code == 1
     assert "stopped: nothing was finished or written" in err

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import moesparse
 from moesparse.distillation import MODES, DistillWarning, Settings, distill
 from moesparse.distillation.experts import Routed, StudentExperts, TeacherExperts, expert_loss
-from moesparse.distillation.journal import Journal
+from moesparse.distillation.log import Journal
 from moesparse.distillation.matching import match
 from moesparse.distillation.settings import check_mode, resolve_settings
 from moesparse.distillation.training import windows_of_step

@@ -20,7 +20,7 @@ from moesparse import demo
 from moesparse.cli import main
 from moesparse.cli.distill import _show as show
 from moesparse.distillation import Settings, distill, distill_checkpoint
-from moesparse.distillation import journal as journal_module
+from moesparse.distillation import log as journal_module
 from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.matching import match
 from moesparse.distillation.teacher import cache_bytes
@@ -246,7 +246,8 @@ def test_the_command_lowers_the_perplexity_of_the_embedded_model_at_2_4(tmp_path
     """prune, distill, eval: the whole way on disk, and every zero is still there."""
     from moesparse.checkpoints.pretrained import load_pretrained
     from moesparse.evaluate import perplexity
-    from moesparse.pruning import Recipe, prune
+    from moesparse.pruning.recipe import Recipe
+    from moesparse.pruning.run import prune
 
     pruned, out = tmp_path / "pruned", tmp_path / "out"
     text = torch.cat([demo.windows("calibration", domain)[:8] for domain in demo.DOMAINS])

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from moesparse.calibration.whole import calibrate
-from moesparse.checkpoints.card import model_card
 from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.choice import choose_from_statistics, prune_experts
 from moesparse.experts.criteria import FAMILY, super_experts
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.pruning import Recipe, prune
+from moesparse.pruning.card import model_card
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (6, 20), generator=torch.Generator().manual_seed(3))

@@ -36,6 +36,6 @@ class Watch(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         assert name.partition(".")[0] != "vllm"
 sys.meta_path.insert(0, Watch())
-import moesparse.integrations.transformers, moesparse.integrations.vllm, moesparse.cli
+import moesparse.packed.quantizer, moesparse.packed.vllm, moesparse.cli
 """
     subprocess.run([sys.executable, "-c", code], check=True)

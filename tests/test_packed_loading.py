@@ -109,11 +109,11 @@ def test_loading_takes_the_packed_size_and_one_block(tmp_path: Path):
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.core_model_loading import revert_weight_conversion
-        from moesparse.checkpoint import save_pretrained
-        from moesparse.integrations.conversions import conversions_of, packed_conversions
-        from moesparse.integrations.transformers import MoESparseConfig, insert_packed
-        from moesparse.packing import packed_blocks
-        from moesparse.shards import ShardWriter, TensorSpec
+        from moesparse.checkpoints.pretrained import save_pretrained
+        from moesparse.packed.conversions import conversions_of, packed_conversions
+        from moesparse.packed.quantizer import MoESparseConfig, insert_packed
+        from moesparse.packed.model import packed_blocks
+        from moesparse.system.shards import ShardWriter, TensorSpec
         from moesparse.testing import prune_by_magnitude, tiny_model
 
         folder = Path(sys.argv[1])

@@ -121,7 +121,7 @@ def test_nothing_keeps_the_dense_weights_alive():
 def test_peak_memory_is_the_model_and_one_block():
     code = """
         import torch, moesparse
-        from moesparse.memory import peak_memory, reset_peak_memory
+        from moesparse.system.memory import peak_memory, reset_peak_memory
         from moesparse.testing import tiny_model
         small = tiny_model("mixtral")
         for block in moesparse.find_moe_blocks(small):

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, 
 from moesparse import Recipe, find_moe_blocks
 from moesparse.cli.streamed import parse_limit
 from moesparse.errors import UsageError
-from moesparse.plan import file_flops, gemm_rate, plan_pruning
-from moesparse.plan_experts import plan_run
+from moesparse.pruning.plan import file_flops, gemm_rate, plan_pruning, plan_run
 from moesparse.testing import tiny_model
 from moesparse.weights.solvers import memory_for_solver
 

@@ -12,7 +12,8 @@ from moesparse.calibration.recorder import Recorder, record
 from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 from moesparse.models.blocks import find_moe_blocks
-from moesparse.pruning import Recipe, prune
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
 from moesparse.testing import tiny_model
 from moesparse.weights.patterns import check_mask
 

@@ -220,7 +220,7 @@ def test_a_hub_id_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
 
 PACKER = """
     import sys
-    from moesparse.repacking import pack_folder
+    from moesparse.checkpoints.repack import pack_folder
     print("ready", flush=True)
     sys.stdin.readline()
     pack_folder(sys.argv[1], sys.argv[2], max_shard_bytes=2_000_000)
@@ -297,10 +297,10 @@ def test_an_error_in_the_middle_leaves_an_empty_folder_as_it_was(large: Path, tm
 def test_memory_is_one_matrix(tmp_path: Path):
     code = """
         import sys, torch
-        from moesparse.memory import peak_memory, reset_peak_memory
-        from moesparse.checkpoint import save_pretrained
-        from moesparse.repacking import pack_folder, unpack_folder
-        from moesparse.inspection import inspect_folder
+        from moesparse.system.memory import peak_memory, reset_peak_memory
+        from moesparse.checkpoints.pretrained import save_pretrained
+        from moesparse.checkpoints.repack import pack_folder, unpack_folder
+        from moesparse.checkpoints.inspection import inspect_folder
         from moesparse.testing import prune_by_magnitude, tiny_model
         folder = sys.argv[1]
         small = prune_by_magnitude(tiny_model("mixtral")).bfloat16()

@@ -13,10 +13,12 @@ from moesparse.checkpoints.pretrained import REPORT_FILE, save_pretrained
 from moesparse.cli import main
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
 from moesparse.experts.criteria import expert_scores
-from moesparse.pruning import Recipe, prune
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
 from moesparse.report import page as report_page
 from moesparse.report import sections as report
-from moesparse.report.sections import Findings, build, read_checkpoint, read_results, read_routing
+from moesparse.report.findings import Findings, read_checkpoint, read_results, read_routing
+from moesparse.report.sections import build
 from moesparse.testing import tiny_model
 from moesparse.weights.patterns import Pattern
 

@@ -12,9 +12,9 @@ import moesparse
 from moesparse import Recipe
 from moesparse.errors import CalibrationError, CheckpointError, MoESparseError, UsageError
 from moesparse.models.on_disk import StreamedModel
-from moesparse.plan import plan_pruning
 from moesparse.progress import silent
-from moesparse.streamed_pruning import prune_checkpoint
+from moesparse.pruning.plan import plan_pruning
+from moesparse.pruning.streamed import prune_checkpoint
 from moesparse.system.run_folder import JOURNAL_FILE
 from moesparse.testing import tiny_model
 
@@ -247,7 +247,7 @@ def test_a_recipe_of_many_patterns_is_refused(source, tmp_path):
 
 
 def test_hidden_states_in_a_file_change_nothing(source, tmp_path, pruned, monkeypatch):
-    monkeypatch.setattr("moesparse.streamed_pruning.available_memory", lambda: 1)
+    monkeypatch.setattr("moesparse.pruning.streamed.available_memory", lambda: 1)
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: mapped.append(1) or from_file(*args, **kwargs))

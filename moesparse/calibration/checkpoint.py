@@ -23,9 +23,9 @@ from moesparse.calibration.windows import Windows, check_windows, ordered_hash, 
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.models.look import Inspection
 from moesparse.models.on_disk import StreamedModel
-from moesparse.plan_experts import plan_calibration
 from moesparse.progress import Progress, silent
-from moesparse.streamed_pruning import spills
+from moesparse.pruning.plan import plan_calibration
+from moesparse.pruning.streamed import spills
 from moesparse.system.folders import check_writable
 from moesparse.system.processes import Processes, default_device
 from moesparse.system.run_folder import RunFolder

@@ -26,7 +26,7 @@ CONFIG_KEY = "moesparse"
 """Where a checkpoint's config.json says how it was pruned: {"version": ..., "recipe": {...}}."""
 
 REPORT_FILE = "moesparse_report.json"
-"""In a pruned checkpoint: the report of the run, as `moesparse.pruning.Report.to_dict` gives it."""
+"""In a pruned checkpoint: the report of the run, as `moesparse.pruning.report.Report.to_dict` gives it."""
 
 _OWN_FILES = ("config.json", "generation_config.json", "README.md", REPORT_FILE, MANIFEST_FILE)
 

@@ -179,7 +179,9 @@ def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
         CheckpointError: a file is missing, damaged or hostile, or config.json describes no model or another one.
         UnsupportedModelError: a model without experts that fit, or quantised by another method.
     """
-    from moesparse.packed.conversions import get_model_conversion_mapping, packed_conversions, plan_loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from moesparse.packed.conversions import packed_conversions, plan_loading
     from moesparse.packed.quantizer import METHOD, MoESparseConfig, insert_packed
 
     folder = Path(folder)

@@ -87,7 +87,7 @@ def calibrate(
     from moesparse.errors import UsageError
     from moesparse.experts.criteria import check_criterion, dead_experts, stack_sums
     from moesparse.experts.domains import check_mix, mixed_scores, split_windows, survey
-    from moesparse.recipe import check_removal
+    from moesparse.pruning.recipe import check_removal
 
     check_moments(moments)
     check_criterion(expert_saliency)

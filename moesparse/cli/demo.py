@@ -52,10 +52,11 @@ def demo(
     ordinary transformers checkpoint, loaded back, and continues a few lines beside the dense one.
     """
     from moesparse import demo as embedded
-    from moesparse.checkpoints.card import model_card
     from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
     from moesparse.evaluate.on_text import generate
-    from moesparse.pruning import Recipe, prune
+    from moesparse.pruning.card import model_card
+    from moesparse.pruning.recipe import Recipe
+    from moesparse.pruning.run import prune
     from moesparse.system.folders import check_output_folder
 
     folder = check_output_folder(output if output is not None else _free_name(Path("moesparse-demo")))

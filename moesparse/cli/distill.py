@@ -162,9 +162,10 @@ class _Run:
 
     def whole(self, mode: str, packed: bool, **options: Any) -> Any:
         """Load both models; None in every process but the first."""
-        from moesparse.checkpoints.card import card_in_form, distilled_card
+        from moesparse.checkpoints.card import card_in_form
         from moesparse.checkpoints.pretrained import CONFIG_KEY, load_pretrained, save_pretrained
         from moesparse.distillation import distill
+        from moesparse.distillation.card import distilled_card
         from moesparse.errors import CheckpointError
         from moesparse.packed.model import packed_blocks
         from moesparse.system.folders import check_output_folder
@@ -214,10 +215,10 @@ class _Run:
 
     def by_layer(self) -> Any:
         """One layer of each model in memory at a time."""
-        from moesparse.checkpoints.card import distilled_card
         from moesparse.checkpoints.hub import local_folder
         from moesparse.checkpoints.pretrained import load_tokenizer
         from moesparse.distillation import distill_checkpoint
+        from moesparse.distillation.card import distilled_card
         from moesparse.models.meta import meta_model
         from moesparse.system.run_folder import check_run_folder, what_is_kept
 

@@ -153,13 +153,19 @@ def prune(
 
       torchrun --nproc-per-node 8 -m moesparse prune mixtral/ out/mixtral --calibration c4.jsonl
     """
-    from moesparse.budget import DEFAULT_CHOICES
-    from moesparse.budget_pruning import BudgetReport, plan_budget
-    from moesparse.checkpoints.card import model_card
     from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
     from moesparse.errors import UsageError
-    from moesparse.pruning import prune as run
-    from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, DEFAULT_WEIGHTS, Recipe
+    from moesparse.pruning.budget import DEFAULT_CHOICES
+    from moesparse.pruning.card import model_card
+    from moesparse.pruning.recipe import (
+        DEFAULT_EXPERT_SALIENCY,
+        DEFAULT_SALIENCY,
+        DEFAULT_UPDATE,
+        DEFAULT_WEIGHTS,
+        Recipe,
+    )
+    from moesparse.pruning.run import prune as run
+    from moesparse.pruning.to_budget import BudgetReport, plan_budget
     from moesparse.system.folders import check_output_folder
     from moesparse.system.run_folder import claimed
 
@@ -310,12 +316,12 @@ def _prune_streamed(
     Args:
         reads: the text; without it there are statistics, or the recipe needs neither.
     """
-    from moesparse.checkpoints.card import model_card
     from moesparse.checkpoints.hub import local_folder
     from moesparse.checkpoints.pretrained import load_tokenizer
     from moesparse.cli.streamed import naming_the_whole, parse_limit, plan_for, read_text, tell_plan
-    from moesparse.streamed_experts import what_is_left
-    from moesparse.streamed_pruning import prune_checkpoint
+    from moesparse.pruning.card import model_card
+    from moesparse.pruning.streamed import prune_checkpoint
+    from moesparse.pruning.streamed_experts import what_is_left
     from moesparse.system.run_folder import check_run_folder
 
     limit = parse_limit(max_memory)

@@ -47,7 +47,8 @@ def report(
 
       moesparse report out/small law.stats=law medicine.stats=medicine --png figures/
     """
-    from moesparse.report.sections import Findings, build, read_checkpoint, read_results, read_routing
+    from moesparse.report.findings import Findings, read_checkpoint, read_results, read_routing
+    from moesparse.report.sections import build
 
     folder, statistics = _split(sources)
     check_output_file("--output", output)

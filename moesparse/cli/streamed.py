@@ -17,9 +17,9 @@ from moesparse.system.sizes import parse_size
 
 if TYPE_CHECKING:
     from moesparse.cli.common import CalibrationText, TextOptions
-    from moesparse.plan import Plan
     from moesparse.progress import Progress
-    from moesparse.recipe import Recipe
+    from moesparse.pruning.plan import Plan
+    from moesparse.pruning.recipe import Recipe
 
 
 def parse_limit(text: str) -> int | None:
@@ -34,7 +34,7 @@ def parse_limit(text: str) -> int | None:
 
 def plan_for(folder: Path, recipe: Recipe, text: TextOptions) -> Plan:
     """The plan of a run that prunes, from config.json alone."""
-    from moesparse.plan_experts import plan_run
+    from moesparse.pruning.plan import plan_run
 
     model, blocks, sizes = _planned_for(folder, text)
     return plan_run(model, blocks, recipe, **sizes)
@@ -42,7 +42,7 @@ def plan_for(folder: Path, recipe: Recipe, text: TextOptions) -> Plan:
 
 def calibration_plan_for(folder: Path, moments: str, text: TextOptions) -> Plan:
     """The plan of a run that calibrates, from config.json alone."""
-    from moesparse.plan_experts import plan_calibration
+    from moesparse.pruning.plan import plan_calibration
 
     model, blocks, sizes = _planned_for(folder, text)
     return plan_calibration(model, blocks, moments, **sizes)
@@ -96,7 +96,7 @@ def plan_with_time(plan: Plan, device: Any) -> dict[str, Any]:
     """The plan for JSON, with an estimate of the time at the speed of this machine."""
     import torch
 
-    from moesparse.plan import gemm_rate
+    from moesparse.pruning.plan import gemm_rate
 
     rate = gemm_rate(device)
     half = plan.weights < 3 * plan.parameters

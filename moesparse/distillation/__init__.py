@@ -1,6 +1,6 @@
 """Recovery after pruning: the pruned experts learn from the dense ones, zeros held. `moesparse.distill` is the door."""
 
-from moesparse.distillation.journal import DistillWarning
+from moesparse.distillation.log import DistillWarning
 from moesparse.distillation.report import DistillReport
 from moesparse.distillation.run import distill
 from moesparse.distillation.settings import MODES, PRESETS, Settings

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.distillation.experts import Routed, TeacherExperts, expert_loss, slot_outputs
-from moesparse.distillation.journal import Journal, StateFile
+from moesparse.distillation.log import Journal
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
+from moesparse.distillation.state import StateFile
 from moesparse.distillation.training import Trainer, expert_parameters, master_weights, windows_of_step
 from moesparse.models.blocks import decoder_layers
 from moesparse.models.experts_function import experts_run_by

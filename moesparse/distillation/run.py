@@ -15,10 +15,11 @@ from torch import nn
 from moesparse.calibration.windows import Windows, check_windows, ordered_hash
 from moesparse.distillation import distributed
 from moesparse.distillation.blockwise import train_blockwise
-from moesparse.distillation.journal import Journal, StateFile
+from moesparse.distillation.log import Journal
 from moesparse.distillation.matching import match
 from moesparse.distillation.report import DistillReport, count_zeros
 from moesparse.distillation.settings import Settings, resolve_settings
+from moesparse.distillation.state import StateFile
 from moesparse.distillation.whole import train_whole
 from moesparse.errors import UsageError
 from moesparse.models.fingerprint import model_fingerprint

@@ -16,13 +16,13 @@ import torch
 from moesparse.calibration.windows import Windows, check_windows, ordered_hash
 from moesparse.checkpoints.pretrained import CONFIG_KEY
 from moesparse.distillation.blockwise import run_layer, train_block
-from moesparse.distillation.journal import Journal
+from moesparse.distillation.log import Journal
 from moesparse.distillation.matching import check_pair, is_pruned, pair_blocks, refuse_dense, stated_pattern
 from moesparse.distillation.report import DistillReport, count_zeros
 from moesparse.distillation.settings import Settings, resolve_settings
 from moesparse.models.on_disk import StreamedModel
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.streamed_pruning import assemble_checkpoint, write_layer, write_outside
+from moesparse.pruning.streamed import assemble_checkpoint, write_layer, write_outside
 from moesparse.system.memory import peak_memory, reset_peak_memory
 from moesparse.system.run_folder import RunFolder
 

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.experts import Routed, StudentExperts
-from moesparse.distillation.journal import Journal, StateFile
+from moesparse.distillation.log import Journal
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
+from moesparse.distillation.state import StateFile
 from moesparse.distillation.teacher import CachedTeacher, LiveTeacher
 from moesparse.distillation.training import Trainer, expert_parameters, windows_of_step
 from moesparse.errors import MoESparseError

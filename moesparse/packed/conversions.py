@@ -42,7 +42,6 @@ __all__ = [
     "Patterns",
     "Target",
     "conversions_of",
-    "get_model_conversion_mapping",
     "packed_conversions",
     "plan_loading",
 ]

@@ -22,7 +22,8 @@ def register() -> None:
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from moesparse.packed.vllm_experts import METHOD, MoESparseQuantization
+        from moesparse.packed.quantizer import METHOD
+        from moesparse.packed.vllm_experts import MoESparseQuantization
     except ImportError as error:
         import vllm
 

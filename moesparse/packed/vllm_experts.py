@@ -33,7 +33,7 @@ from moesparse.packed.experts import META_SUFFIX, MatrixLayout
 from moesparse.packed.quantizer import METHOD, MoESparseConfig
 from moesparse_kernels import NMWeight, moe_nm
 
-__all__ = ["METHOD", "MoESparseQuantization", "PackedExpertsMethod"]
+__all__ = ["MoESparseQuantization", "PackedExpertsMethod"]
 
 # vLLM's names of the activations that the kernels run
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")

@@ -96,7 +96,7 @@ class Findings:
         title: of the page.
         checkpoint: the pruned (or dense) folder.
         routing: from files of statistics.
-        tensors: `moesparse.cli.inspect.describe` of the loaded weights, for folders without moesparse_report.json.
+        tensors: what `inspect_folder` found in the weights, for folders without moesparse_report.json.
         before, after: perplexities of the dense and of the pruned model, as `moesparse eval --json` prints them.
     """
 

@@ -17,32 +17,13 @@ from torch import Tensor
 from moesparse.checkpoints.pretrained import REPORT_FILE
 from moesparse.report import figures
 from moesparse.report.findings import (
-    Checkpoint,
     Findings,
-    Routing,
     geometric_mean,
-    read_checkpoint,
-    read_results,
-    read_routing,
     row_name,
 )
 from moesparse.report.page import Page, Section, format_size, layer_of, ranges, table
 
-__all__ = [
-    "Checkpoint",
-    "Findings",
-    "Page",
-    "Routing",
-    "build",
-    "chance_divergence",
-    "even_shares",
-    "format_size",
-    "geometric_mean",
-    "jensen_shannon",
-    "read_checkpoint",
-    "read_results",
-    "read_routing",
-]
+__all__ = ["build", "chance_divergence", "even_shares", "jensen_shannon"]
 
 _FORMS = {True: "packed", False: "dense with zeros, so that any program reads them"}
 

@@ -33,7 +33,7 @@ UPDATE_RULES = (
 
 
 class Statistics(Protocol):
-    """What the rules read of `moesparse.calibrate.ExpertStatistics`; dictionaries are keyed by the matrix's input."""
+    """What the rules read of `ExpertStatistics`; dictionaries are keyed by the matrix's input."""
 
     tokens: Tensor
     """[E] int64, tokens routed to each expert."""

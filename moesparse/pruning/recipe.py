@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moesparse.budget import DEFAULT_CHOICES, DENSE, check_choices, check_target
-from moesparse.errors import UsageError
+from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.criteria import check_criterion
 from moesparse.experts.domains import DEFAULT_MIX, check_mix
 from moesparse.experts.selection import BUDGETS
+from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, check_choices, check_target
 from moesparse.weights.mask_rules import moments_needed
 from moesparse.weights.patterns import Pattern
 from moesparse.weights.weight_rules import parse_update
@@ -61,7 +61,7 @@ class Recipe:
         patterns: instead of weights, block name -> matrix name -> a pattern as above, or "dense"; names every block.
         target_bytes: instead of weights and a share of experts, what the packed experts may take: a share of the dense
             experts' bytes, 0.4, or bytes, "3.2GB". `prune` then searches for patterns and a count, see
-            moesparse.budget, and meets it to within 1% where the choices can.
+            moesparse.pruning.budget, and meets it to within 1% where the choices can.
         choices: of that search, "drop", "dense" and patterns n:m.
         compare_uniform: prune a copy of the model to the best uniform choice at those bytes too, measure both on text
             kept aside, and keep the better; takes twice the time, and the memory of the copy.
@@ -171,3 +171,16 @@ class Recipe:
         unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
         unused += [] if self.patterns is not None else ["patterns"]
         return {name: value for name, value in found.items() if name not in unused}
+
+
+def check_needs_no_data(recipe: Recipe) -> None:
+    """Refuse to prune without calibration what looks at more than the weights.
+
+    Raises:
+        CalibrationError: names the rules.
+    """
+    if not recipe.reads_weights_alone:
+        raise CalibrationError(
+            f"calibration must be windows or statistics for saliency={recipe.saliency!r}, update={recipe.update!r}, "
+            "got None; only magnitude without an update needs no data"
+        )

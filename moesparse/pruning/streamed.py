@@ -22,12 +22,13 @@ from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.windows import Windows, check_windows, ordered_hash
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
 from moesparse.errors import UsageError
-from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
 from moesparse.models.look import Inspection, blocks_of
 from moesparse.models.on_disk import StreamedModel
-from moesparse.plan import Plan, plan_pruning
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.pruning import Recipe, Report, check_needs_no_data, describe_calibration, expert_sizes
+from moesparse.pruning.block import prune_block, prune_layerwise
+from moesparse.pruning.plan import Plan, plan_pruning
+from moesparse.pruning.recipe import Recipe, check_needs_no_data
+from moesparse.pruning.report import BlockReport, Report, TensorReport, describe_calibration, expert_sizes
 from moesparse.system.memory import available_memory
 from moesparse.system.processes import Processes, default_device
 from moesparse.system.run_folder import RunFolder
@@ -70,7 +71,7 @@ def prune_checkpoint(
         out: a new or empty folder, or with `resume` one that holds an unfinished run.
         calibration: (n, t) int64 windows, or (windows, attention mask), or None where the recipe looks at weights alone
             (magnitude, no update). To remove experts without a refit also saved statistics, see
-            `moesparse.streamed_experts`.
+            `moesparse.pruning.streamed_experts`.
         recipe: what to do: weights of one pattern, the removal of experts, or both.
         domains: of each window, for the choice of experts; None is one domain.
         tokenizer: saved beside the weights.
@@ -98,7 +99,7 @@ def prune_checkpoint(
     if calibration is None:
         check_needs_no_data(recipe)
     elif recipe.removes_experts:
-        from moesparse.streamed_experts import remove_experts_of_checkpoint
+        from moesparse.pruning.streamed_experts import remove_experts_of_checkpoint
 
         return remove_experts_of_checkpoint(
             source,

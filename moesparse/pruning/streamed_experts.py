@@ -41,11 +41,11 @@ from moesparse.models.blocks import find_moe_blocks
 from moesparse.models.look import Inspection
 from moesparse.models.on_disk import StreamedModel
 from moesparse.models.stream import LayerStream
-from moesparse.plan_experts import any_choice, plan_run, without_experts
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.pruning import Report, describe_calibration, expert_sizes
-from moesparse.recipe import Recipe
-from moesparse.streamed_pruning import assemble_checkpoint, prune_checkpoint, spills, write_layer, write_outside
+from moesparse.pruning.plan import any_choice, plan_run, without_experts
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.report import Report, describe_calibration, expert_sizes
+from moesparse.pruning.streamed import assemble_checkpoint, prune_checkpoint, spills, write_layer, write_outside
 from moesparse.system.folders import check_output_folder
 from moesparse.system.processes import Processes, default_device
 from moesparse.system.run_folder import JOURNAL_FILE, RunFolder, check_inputs, what_is_kept

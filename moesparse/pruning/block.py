@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from moesparse.budget import DENSE
 from moesparse.calibration.recorder import CrossMoment, Recorder, record
 from moesparse.calibration.statistics import ExpertStatistics, memory_needed
 from moesparse.models.blocks import ExpertMatrix, MoEBlock
 from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent
-from moesparse.recipe import Recipe
+from moesparse.pruning.budget import DENSE
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.report import BlockReport, TensorReport
 from moesparse.system.memory import peak_memory, reset_peak_memory
 from moesparse.system.processes import Processes
 from moesparse.weights.mask_rules import COLUMN_RULES, choose_masks, moments_needed, obs_gate, prune_in_place
@@ -41,46 +42,7 @@ from moesparse.weights.weight_rules import (
     update_weights,
 )
 
-__all__ = ["BlockReport", "TensorReport", "prune_block", "prune_layerwise"]
-
-
-@dataclass
-class TensorReport:
-    """One fused expert matrix after pruning.
-
-    Attributes:
-        name: parameter name in the experts module.
-        shape: (E, out, in), contraction last, whatever the family stores.
-        sparsity: share of exact zeros.
-        pattern: the pattern asked for, "dense" where the weights were left as they are.
-        holds: the pattern was found in every row after the weights were written back.
-        error_before: per expert, |(W - V) X| / |W X| of the masked dense weights on the calibration tokens; None where
-            the rules need no second moments.
-        error_after: the same once the kept weights were re-solved.
-        fallbacks: experts without calibration tokens, masked by magnitude.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    sparsity: float
-    pattern: str
-    holds: bool
-    error_before: list[float] | None = None
-    error_after: list[float] | None = None
-    fallbacks: list[int] = field(default_factory=list)
-
-
-@dataclass
-class BlockReport:
-    """One MoE block: its tensors, the tokens each expert saw, time and memory."""
-
-    name: str
-    experts: int
-    tokens_per_expert: list[int] | None
-    tensors: list[TensorReport]
-    rescale: list[float] | None
-    seconds: float
-    peak_bytes: int
+__all__ = ["prune_block", "prune_layerwise"]
 
 
 def prune_layerwise(

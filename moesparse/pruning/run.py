@@ -2,89 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from moesparse._version import __version__
-from moesparse.budget import DENSE, matrix_sizes, packed_bytes
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.windows import check_windows
 from moesparse.errors import CalibrationError
 from moesparse.experts.choice import prune_experts
-from moesparse.layer_pruning import BlockReport, TensorReport, prune_block, prune_layerwise
 from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.models.look import check_dense, check_finite
 from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
+from moesparse.pruning.block import prune_block, prune_layerwise
+from moesparse.pruning.recipe import (
+    Recipe,
+    check_needs_no_data,
+)
+from moesparse.pruning.report import BlockReport, Report, describe_calibration, expert_sizes
 from moesparse.system.processes import default_device
 
-__all__ = [
-    "DEFAULT_EXPERT_SALIENCY",
-    "DEFAULT_SALIENCY",
-    "DEFAULT_UPDATE",
-    "BlockReport",
-    "Recipe",
-    "Report",
-    "TensorReport",
-    "expert_sizes",
-    "prune",
-]
-
-
-@dataclass
-class Report:
-    """What `prune` did, ready for JSON; a checkpoint carries it as moesparse_report.json.
-
-    Attributes:
-        recipe: `Recipe.to_dict`.
-        version: of moesparse.
-        blocks: what was done to the weights, in forward order; empty when only experts were removed.
-        calibration: windows, length and tokens, or the hash and tokens of the statistics.
-        seconds: of the whole run.
-        experts: `ExpertReport.to_dict` when experts were removed.
-        fingerprint: `model_fingerprint` of the model before: statistics of it can be shown beside the result.
-        sizes: see `expert_sizes`, before ("before") and after ("after").
-        budget: `BudgetReport.to_dict` when bytes were given.
-    """
-
-    recipe: dict[str, Any]
-    version: str
-    blocks: list[BlockReport]
-    calibration: dict[str, Any]
-    seconds: float
-    experts: dict[str, Any] | None = None
-    fingerprint: str | None = None
-    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
-    budget: dict[str, Any] | None = None
-
-    @property
-    def sparsity(self) -> float:
-        """Share of exact zeros over all expert matrices that are left; 0 when only experts were removed."""
-        tensors = [tensor for block in self.blocks for tensor in block.tensors]
-        if not tensors:
-            return 0.0
-        sizes = [torch.Size(tensor.shape).numel() for tensor in tensors]
-        return sum(t.sparsity * size for t, size in zip(tensors, sizes, strict=True)) / sum(sizes)
-
-    @property
-    def fallbacks(self) -> list[tuple[str, str, int]]:
-        """(block, tensor, expert) for every expert that fell back to magnitude."""
-        return [(b.name, t.name, expert) for b in self.blocks for t in b.tensors for expert in t.fallbacks]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "sparsity": self.sparsity}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+__all__ = ["prune"]
 
 
 def prune(
@@ -129,7 +72,7 @@ def prune(
     """
     recipe = recipe or Recipe()
     if recipe.target_bytes is not None:
-        from moesparse.budget_pruning import prune_to_budget
+        from moesparse.pruning.to_budget import prune_to_budget
 
         return prune_to_budget(
             model,
@@ -182,46 +125,6 @@ def prune(
     return Report(recipe.to_dict(), __version__, reports, source, seconds, removed, fingerprint, sizes)
 
 
-def expert_sizes(model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe | None = None) -> dict[str, int]:
-    """Bytes of a model, its buffers left out.
-
-    Args:
-        model: holds the blocks.
-        blocks: its MoE blocks.
-        recipe: whose patterns the expert matrices hold; None counts them dense.
-
-    Returns:
-        {"model": all parameters as they are in memory, "experts": the expert matrices among them, "packed": the expert
-        matrices in the packed format, `Pattern.packed_bytes`}.
-    """
-    matrices = [matrix.weight for block in blocks for matrix in block.matrices]
-    experts = sum(weight.numel() * weight.element_size() for weight in matrices)
-    packed = experts if recipe is None else sum(_packed_bytes(block, recipe) for block in blocks)
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return {"model": whole, "experts": experts, "packed": packed}
-
-
-def _packed_bytes(block: MoEBlock, recipe: Recipe) -> int:
-    found = {matrix.name: recipe.pattern_of(block.name, matrix.name) for matrix in block.matrices}
-    named = {name: DENSE if pattern is None else str(pattern) for name, pattern in found.items()}
-    return packed_bytes(matrix_sizes(block), named, block.num_experts)
-
-
-def describe_calibration(calibration: Any) -> dict[str, Any]:
-    """What the report says of the calibration data."""
-    if isinstance(calibration, Mapping):
-        return {
-            "statistics": {name: part.text_hash for name, part in calibration.items()},
-            "tokens": sum(part.tokens for part in calibration.values()),
-        }
-    if isinstance(calibration, ModelStatistics):
-        return {"statistics": calibration.text_hash, "tokens": calibration.tokens}
-    if calibration is None:
-        return {"windows": 0, "length": 0, "tokens": 0}
-    windows = calibration[0] if isinstance(calibration, tuple) else calibration
-    return {"windows": len(windows), "length": windows.shape[1], "tokens": int(windows.numel())}
-
-
 def _remove_experts(
     model: nn.Module,
     blocks: Sequence[MoEBlock],
@@ -266,19 +169,6 @@ def _remove_experts(
         progress=progress,
     )
     return report.to_dict()
-
-
-def check_needs_no_data(recipe: Recipe) -> None:
-    """Refuse to prune without calibration what looks at more than the weights.
-
-    Raises:
-        CalibrationError: names the rules.
-    """
-    if not recipe.reads_weights_alone:
-        raise CalibrationError(
-            f"calibration must be windows or statistics for saliency={recipe.saliency!r}, update={recipe.update!r}, "
-            "got None; only magnitude without an update needs no data"
-        )
 
 
 def _prune_from_weights(

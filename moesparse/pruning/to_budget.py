@@ -13,17 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.budget import (
-    DENSE,
-    DROP,
-    BlockCosts,
-    BudgetPlan,
-    BudgetSearch,
-    matrix_sizes,
-    packed_bytes,
-    search,
-    target_in_bytes,
-)
 from moesparse.calibration.layers import layerwise_statistics
 from moesparse.calibration.statistics import ExpertStatistics
 from moesparse.calibration.windows import check_windows
@@ -36,13 +25,24 @@ from moesparse.models.look import check_dense
 from moesparse.models.modes import placed
 from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.recipe import Recipe
+from moesparse.pruning.budget import (
+    DENSE,
+    DROP,
+    BlockCosts,
+    BudgetPlan,
+    BudgetSearch,
+    matrix_sizes,
+    packed_bytes,
+    search,
+    target_in_bytes,
+)
+from moesparse.pruning.recipe import Recipe
 from moesparse.weights.mask_rules import choose_masks, moments_needed, obs_gate
 from moesparse.weights.patterns import Pattern
 from moesparse.weights.weight_rules import moments_of, output_energy, parse_update, update_weights
 
 if TYPE_CHECKING:
-    from moesparse.pruning import Report
+    from moesparse.pruning.report import Report
 
 __all__ = ["BudgetReport", "measure_costs", "plan_budget", "prune_to_budget", "recipe_of"]
 
@@ -267,7 +267,7 @@ def prune_to_budget(
     With `recipe.compare_uniform` one window of eight is kept aside; a copy of the model is pruned to the best uniform
     plan, both are scored on those windows, and the model becomes the better of the two.
     """
-    from moesparse.pruning import prune
+    from moesparse.pruning.run import prune
 
     started = time.perf_counter()
     aside = None

@@ -1,0 +1,1 @@
+"""A recipe carried out: experts removed, weights pruned, and the report of both."""

@@ -1,0 +1,54 @@
+"""The model card of a pruned checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moesparse.checkpoints.card import STORED_DENSE, TEMPLATE
+
+if TYPE_CHECKING:
+    from moesparse.pruning.report import Report
+
+__all__ = ["model_card"]
+
+
+def model_card(base: str, report: Report) -> str:
+    """Markdown for the checkpoint's README.md.
+
+    Args:
+        base: the model that was pruned, as the user named it.
+        report: what `prune` returned.
+    """
+    recipe = report.recipe
+    what: list[str] = []
+    rows: dict[str, object] = {}
+    if report.experts is not None:
+        first = report.experts["blocks"][0]
+        what.append(f"{len(first['kept'])} of {first['before']} experts kept")
+        rows |= {
+            "experts per block": f"{len(first['kept'])} of {first['before']}",
+            "expert criterion": recipe["expert_saliency"],
+            "kept experts refitted": "yes" if report.experts["refit"] else "no",
+        }
+    if report.blocks:
+        found = {tensor.pattern for block in report.blocks for tensor in block.tensors}
+        pattern = recipe["weights"] or ", ".join(sorted(found))
+        what.append(f"experts pruned to {pattern}")
+        fallbacks = len({(block, expert) for block, _, expert in report.fallbacks})
+        rows |= {
+            "pattern": pattern,
+            "mask rule": recipe["saliency"],
+            "weight rule": recipe["update"],
+            "zeros in expert matrices": f"{report.sparsity:.2%}",
+            "experts without calibration tokens": fallbacks,
+        }
+    rows["calibration tokens"] = f"{report.calibration['tokens']:,}"
+    return TEMPLATE.format(
+        tag="2-4-sparsity" if recipe["weights"] == "2:4" else "sparse" if report.blocks else "expert-pruned",
+        base=base.rstrip("/").rsplit("/", 2)[-1] if base.startswith(("/", ".")) else base,
+        version=report.version,
+        what=", ".join(what),
+        router="" if report.experts is not None else ", and so is the router",
+        zeros=STORED_DENSE if report.blocks else "",
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+    )

@@ -1,0 +1,145 @@
+"""What a run of pruning says of itself, ready for JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.models.blocks import MoEBlock
+from moesparse.pruning.budget import DENSE, matrix_sizes, packed_bytes
+from moesparse.pruning.recipe import Recipe
+
+__all__ = ["BlockReport", "Report", "TensorReport", "expert_sizes"]
+
+
+@dataclass
+class Report:
+    """What `prune` did, ready for JSON; a checkpoint carries it as moesparse_report.json.
+
+    Attributes:
+        recipe: `Recipe.to_dict`.
+        version: of moesparse.
+        blocks: what was done to the weights, in forward order; empty when only experts were removed.
+        calibration: windows, length and tokens, or the hash and tokens of the statistics.
+        seconds: of the whole run.
+        experts: `ExpertReport.to_dict` when experts were removed.
+        fingerprint: `model_fingerprint` of the model before: statistics of it can be shown beside the result.
+        sizes: see `expert_sizes`, before ("before") and after ("after").
+        budget: `BudgetReport.to_dict` when bytes were given.
+    """
+
+    recipe: dict[str, Any]
+    version: str
+    blocks: list[BlockReport]
+    calibration: dict[str, Any]
+    seconds: float
+    experts: dict[str, Any] | None = None
+    fingerprint: str | None = None
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    budget: dict[str, Any] | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros over all expert matrices that are left; 0 when only experts were removed."""
+        tensors = [tensor for block in self.blocks for tensor in block.tensors]
+        if not tensors:
+            return 0.0
+        sizes = [torch.Size(tensor.shape).numel() for tensor in tensors]
+        return sum(t.sparsity * size for t, size in zip(tensors, sizes, strict=True)) / sum(sizes)
+
+    @property
+    def fallbacks(self) -> list[tuple[str, str, int]]:
+        """(block, tensor, expert) for every expert that fell back to magnitude."""
+        return [(b.name, t.name, expert) for b in self.blocks for t in b.tensors for expert in t.fallbacks]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "sparsity": self.sparsity}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def expert_sizes(model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe | None = None) -> dict[str, int]:
+    """Bytes of a model, its buffers left out.
+
+    Args:
+        model: holds the blocks.
+        blocks: its MoE blocks.
+        recipe: whose patterns the expert matrices hold; None counts them dense.
+
+    Returns:
+        {"model": all parameters as they are in memory, "experts": the expert matrices among them, "packed": the expert
+        matrices in the packed format, `Pattern.packed_bytes`}.
+    """
+    matrices = [matrix.weight for block in blocks for matrix in block.matrices]
+    experts = sum(weight.numel() * weight.element_size() for weight in matrices)
+    packed = experts if recipe is None else sum(_packed_bytes(block, recipe) for block in blocks)
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return {"model": whole, "experts": experts, "packed": packed}
+
+
+def _packed_bytes(block: MoEBlock, recipe: Recipe) -> int:
+    found = {matrix.name: recipe.pattern_of(block.name, matrix.name) for matrix in block.matrices}
+    named = {name: DENSE if pattern is None else str(pattern) for name, pattern in found.items()}
+    return packed_bytes(matrix_sizes(block), named, block.num_experts)
+
+
+def describe_calibration(calibration: Any) -> dict[str, Any]:
+    """What the report says of the calibration data."""
+    if isinstance(calibration, Mapping):
+        return {
+            "statistics": {name: part.text_hash for name, part in calibration.items()},
+            "tokens": sum(part.tokens for part in calibration.values()),
+        }
+    if isinstance(calibration, ModelStatistics):
+        return {"statistics": calibration.text_hash, "tokens": calibration.tokens}
+    if calibration is None:
+        return {"windows": 0, "length": 0, "tokens": 0}
+    windows = calibration[0] if isinstance(calibration, tuple) else calibration
+    return {"windows": len(windows), "length": windows.shape[1], "tokens": int(windows.numel())}
+
+
+@dataclass
+class TensorReport:
+    """One fused expert matrix after pruning.
+
+    Attributes:
+        name: parameter name in the experts module.
+        shape: (E, out, in), contraction last, whatever the family stores.
+        sparsity: share of exact zeros.
+        pattern: the pattern asked for, "dense" where the weights were left as they are.
+        holds: the pattern was found in every row after the weights were written back.
+        error_before: per expert, |(W - V) X| / |W X| of the masked dense weights on the calibration tokens; None where
+            the rules need no second moments.
+        error_after: the same once the kept weights were re-solved.
+        fallbacks: experts without calibration tokens, masked by magnitude.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    sparsity: float
+    pattern: str
+    holds: bool
+    error_before: list[float] | None = None
+    error_after: list[float] | None = None
+    fallbacks: list[int] = field(default_factory=list)
+
+
+@dataclass
+class BlockReport:
+    """One MoE block: its tensors, the tokens each expert saw, time and memory."""
+
+    name: str
+    experts: int
+    tokens_per_expert: list[int] | None
+    tensors: list[TensorReport]
+    rescale: list[float] | None
+    seconds: float
+    peak_bytes: int
