@@ -4,9 +4,9 @@
     python -m benchmarks.study_budget --quick             # one seed, few windows, nothing written
 
 For every target the plan of moesparse.pruning.budget is carried out, and so are the uniform choices: each pattern
-everywhere with as many experts as fit. Masks by moe-pruner, weights by least-squares+rescale, experts by reap with refit.
-A seed is a choice of calibration windows; perplexity is that of held-out windows of 256 tokens, geometric mean over the
-domains. Writes benchmarks/results/cpu/study_budget.json, whole after every seed, and prints a table.
+everywhere with as many experts as fit. Masks by moe-pruner, weights by least-squares+rescale, experts by reap with
+refit. A seed is a choice of calibration windows; perplexity is that of held-out windows of 256 tokens, geometric mean
+over the domains. Writes benchmarks/results/cpu/study_budget.json, whole after every seed, and prints a table.
 """
 
 from __future__ import annotations

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from moesparse.packed.model import PackReport, pack, unpack
     from moesparse.pruning.recipe import Recipe
     from moesparse.pruning.report import Report
-    from moesparse.pruning.run import prune
-    from moesparse.pruning.streamed import prune_checkpoint
+    from moesparse.pruning.run import prune, prune_checkpoint
 
 _HOMES = {
     "ModelStatistics": "calibration.statistics",
@@ -55,7 +54,7 @@ _HOMES = {
     "Recipe": "pruning.recipe",
     "Report": "pruning.report",
     "prune": "pruning.run",
-    "prune_checkpoint": "pruning.streamed",
+    "prune_checkpoint": "pruning.run",
 }
 _MODULES = ("demo", "evaluate", "text")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import moesparse
 from moesparse.distillation import MODES, DistillWarning, Settings, distill
 from moesparse.distillation.experts import Routed, StudentExperts, TeacherExperts, expert_loss
-from moesparse.distillation.log import Journal
+from moesparse.distillation.log import TrainingLog
 from moesparse.distillation.matching import match
 from moesparse.distillation.settings import check_mode, resolve_settings
 from moesparse.distillation.training import windows_of_step
@@ -333,7 +333,7 @@ class TestEarlyWarnings:
 
     def test_batches_that_differ_are_no_plateau(self):
         noise = torch.randn(100, generator=torch.Generator().manual_seed(0)).tolist()
-        flat, falling = Journal(silent, 200, None, []), Journal(silent, 200, None, [])
+        flat, falling = TrainingLog(silent, 200, None, []), TrainingLog(silent, 200, None, [])
         for step, value in enumerate(noise):
             # two percent of difference between batches; a fall of a fifth in a hundred steps
             falling.add({"step": step, "block": "b", "experts": 10 - 0.02 * step + 0.2 * value}, tokens=1)
@@ -345,7 +345,7 @@ class TestEarlyWarnings:
 
     def test_a_perplexity_that_rises(self):
         rows = [{"step": n, "ce": 3.0 - 0.01 * n, "experts": 1.0 - 0.01 * n} for n in range(12)]
-        journal = Journal(silent, 20, None, [])
+        journal = TrainingLog(silent, 20, None, [])
         for row in rows:
             journal.add(row, tokens=1)
             journal.check(0, 20)
@@ -365,7 +365,7 @@ class TestEarlyWarnings:
         top = means.index(max(means))
         # half as much perplexity again, by chance; here at the end, where it is looked at
         assert max(means) - min(means) > math.log(1.5)
-        journal = Journal(silent, 2005, None, [])
+        journal = TrainingLog(silent, 2005, None, [])
         for step, value in enumerate(losses + losses[top : top + 5]):
             journal.add({"step": step, "ce": value, "experts": 1.0 / (1 + step)}, tokens=1)
         journal.check(0, 2005)

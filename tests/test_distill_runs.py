@@ -20,7 +20,7 @@ from moesparse import demo
 from moesparse.cli import main
 from moesparse.cli.distill import _show as show
 from moesparse.distillation import Settings, distill, distill_checkpoint
-from moesparse.distillation import log as journal_module
+from moesparse.distillation import state as state_module
 from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.matching import match
 from moesparse.distillation.teacher import cache_bytes
@@ -297,7 +297,7 @@ class TestCommandRefusals:
 
     def test_ctrl_c_says_how_to_go_on(self, tmp_path, monkeypatch, capsys):
         def stopped(*_models, state, **_others):
-            journal_module.StateFile(state, {}, resume=False).save({"rows": []})
+            state_module.StateFile(state, {}, resume=False).save({"rows": []})
             raise KeyboardInterrupt
 
         monkeypatch.setattr("moesparse.distillation.distill", stopped)
@@ -312,14 +312,14 @@ class TestCommandRefusals:
 
 
 def test_states_are_replaced_as_a_whole(tmp_path, monkeypatch):
-    file = journal_module.StateFile(tmp_path, {"mode": "global"}, resume=False)
+    file = state_module.StateFile(tmp_path, {"mode": "global"}, resume=False)
     file.save({"rows": [1]})
 
     def breaks(value, handle):
         handle.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(journal_module, "torch", types.SimpleNamespace(save=breaks, load=torch.load))
+    monkeypatch.setattr(state_module, "torch", types.SimpleNamespace(save=breaks, load=torch.load))
     with pytest.raises(CheckpointError, match=r"disk full\. The state before it is kept: make room .*--resume"):
         file.save({"rows": [1, 2]})
     assert torch.load(Path(tmp_path) / "state.pt", weights_only=True)["rows"] == [1]

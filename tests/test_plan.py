@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
 from moesparse import Recipe, find_moe_blocks
-from moesparse.cli.streamed import parse_limit
+from moesparse.cli.options import parse_limit
 from moesparse.errors import UsageError
 from moesparse.pruning.plan import file_flops, gemm_rate, plan_pruning, plan_run
 from moesparse.testing import tiny_model

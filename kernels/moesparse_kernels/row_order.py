@@ -149,6 +149,9 @@ def decode_rows(values: torch.Tensor, index: torch.Tensor, n: int, m: int, out: 
         out: contiguous (N, K), dtype of values.
     """
     N, K = out.shape
+    if not K:
+        # a view as wider words asks where the storage begins, also for rows of no columns
+        return
     values, out = as_bits(values), as_bits(out)
     for rows in row_blocks(N, K, out.device):
         if (n, m) == (2, 4) and out.element_size() == 2:
@@ -163,7 +166,6 @@ def _decode_2_4(values: torch.Tensor, index: torch.Tensor, out: torch.Tensor) ->
     even, middle = _table_for(_arrangements, index)
     byte = index.reshape(-1).to(torch.int32)
     pair = values.reshape(-1).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-    # flat first: rows of no columns cannot be seen as wider words
     word = out.view(-1).view(torch.int64)
     torch.mul(pair, 0x1_0000_0001, out=word)
     word &= torch.view_as_real(even.index_select(0, byte)).view(torch.int64).view(-1)

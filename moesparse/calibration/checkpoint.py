@@ -11,31 +11,32 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesparse._version import __version__
-from moesparse.calibration.layers import _BY_WINDOW, read_sums, record_layers
+from moesparse.calibration.data import FromText
+from moesparse.calibration.layers import BY_WINDOW, from_shards, named_sums, read_sums, record_layers
+from moesparse.calibration.plan import plan_pass, spills
 from moesparse.calibration.statistics import ModelStatistics, check_moments
-from moesparse.calibration.windows import Windows, check_windows, ordered_hash, windows_hash
+from moesparse.calibration.windows import Windows, check_windows, windows_hash
 from moesparse.errors import CheckpointError, UsageError
-from moesparse.models.look import Inspection
-from moesparse.models.on_disk import StreamedModel
+from moesparse.models.layers import RunOptions
+from moesparse.models.look import Look
+from moesparse.models.meta import vocabulary_size
+from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import Progress, silent
-from moesparse.pruning.plan import plan_calibration
-from moesparse.pruning.streamed import spills
 from moesparse.system.folders import check_writable
-from moesparse.system.processes import Processes, default_device
+from moesparse.system.processes import device_at_work
 from moesparse.system.run_folder import RunFolder
-from moesparse.system.shards import SINGLE_FILE, Shards, ShardWriter, TensorSpec
+from moesparse.system.shards import MAX_SHARD_BYTES, SINGLE_FILE, Shards, ShardWriter, TensorSpec
 
-__all__ = ["calibrate_checkpoint", "unfinished_folder"]
+__all__ = ["calibrate_checkpoint", "check_statistics_file", "unfinished_folder"]
 
 
 def calibrate_checkpoint(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | LayersOnDisk,
     path: str | os.PathLike[str],
     windows: Windows,
     *,
@@ -56,7 +57,7 @@ def calibrate_checkpoint(
     default group share the work, as in `prune_checkpoint`.
 
     Args:
-        source: a folder with safetensors under the names that transformers saves.
+        source: a folder with safetensors under the names that transformers saves, or what was made of one.
         path: the new file. Until it is there, a folder of this name with ".unfinished" behind it holds what is done.
         windows: (n, t) int64 windows, or (windows, attention mask).
         moments: second moments to collect as well: "none", "plain", "gated" or "both".
@@ -81,26 +82,25 @@ def calibrate_checkpoint(
     """
     path = Path(path)
     check_moments(moments)
-    processes = Processes.current()
     check_statistics_file(path)
-    streamed = StreamedModel(source)
-    embedding: Any = streamed.model.get_input_embeddings()
-    ids, mask = check_windows(windows, embedding.weight.shape[0])
-    home = torch.device(device) if device is not None else default_device()
-    plan = plan_calibration(
-        streamed.model,
-        streamed.blocks,
-        moments,
-        windows=len(ids),
-        length=ids.shape[1],
+    layers = LayersOnDisk.of(source)
+    text = FromText(*check_windows(windows, vocabulary_size(layers.model)))
+    processes = layers.processes
+    options = RunOptions(
         batch_size=batch_size,
-        processes=processes.count,
+        device=device_at_work(device),
+        allow_pruned=allow_pruned,
+        resume=resume,
+        max_memory=max_memory,
+        progress=progress,
     )
-    spill = spills(plan, max_memory, processes, on_gpu=home is not None and home.type != "cpu")
+    n, length = text.size
+    sizes = {"windows": n, "length": length, "batch_size": batch_size, "processes": processes.count}
+    spill = spills(plan_pass(layers.model, layers.blocks, moments, **sizes), options, processes)
     inputs = {
         "work": "calibrate",
-        "source": streamed.signature(),
-        "windows": ordered_hash(ids, mask),
+        "source": layers.signature(),
+        "windows": text.identity,
         "seed": seed,
         "moments": moments,
         "batch size": batch_size,
@@ -108,15 +108,16 @@ def calibrate_checkpoint(
     }
     folder = unfinished_folder(path)
     with RunFolder.open(folder, inputs, resume=resume, processes=processes) as run:
-        inspection = Inspection(streamed, allow_pruned, progress)
-        spill_to = run.path if spill else None
-        stream = streamed.stream(ids, mask, batch_size, home, inspect=inspection, spill=spill_to, processes=processes)
-        record_layers(run, streamed, stream, progress, moments=moments)
-        blocks, sums = read_sums(run, len(ids))
+        look = Look(layers, options)
+        stream = layers.stream(text.ids, text.mask, options, look, run.path if spill else None)
+        for position, recorders in record_layers(layers, stream, progress, start=len(run.aside), moments=moments):
+            sums = named_sums(recorders, by_column=True)
+            run.write(f"statistics-{position:05d}", sums, None, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
+        blocks, of_windows = read_sums((from_shards(run.read(part)) for part in run.aside), n)
         if by_window is not None:
-            by_window |= sums
-        tokens = ids.numel() if mask is None else int(mask.sum())
-        found = ModelStatistics(blocks, inspection.fingerprint, windows_hash(ids, mask), seed, tokens)
+            by_window |= of_windows
+        tokens = text.ids.numel() if text.mask is None else int(text.mask.sum())
+        found = ModelStatistics(blocks, look.fingerprint, windows_hash(text.ids, text.mask), seed, tokens)
         run.hand_over(lambda: _write_file(run, found), path)
     with contextlib.suppress(OSError):
         folder.rmdir()
@@ -152,7 +153,7 @@ def _write_file(run: RunFolder, statistics: ModelStatistics) -> Path:
         for key in shards.tensors:
             name, _, block = key.partition("/")
             lone = name.startswith("extra.") and name.removeprefix("extra.") not in statistics.blocks[block].extra
-            if not name.startswith(_BY_WINDOW) and not lone:
+            if not name.startswith(BY_WINDOW) and not lone:
                 places[key] = shards
     specs = [TensorSpec(key, shards.tensors[key].dtype, shards.tensors[key].shape) for key, shards in places.items()]
     work = run.path / "file.partial"

@@ -98,6 +98,10 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         self._dispatch.close()
 
+    def aim(self, token_mask: Tensor | None, first_window: int, window_length: int) -> None:
+        """Say which tokens of the text the next call of the model sees; see the attributes of these names."""
+        self.token_mask, self.first_window, self.window_length = token_mask, first_window, window_length
+
     @torch.no_grad()
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts function.

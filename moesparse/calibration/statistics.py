@@ -31,7 +31,10 @@ ANGLED_NORM_SUM = "angled_norm_sum"
 
 SCHEMA_VERSION = 2
 FORMAT = "moesparse-statistics"
-MOMENTS = ("none", "plain", "gated", "both")
+MOMENT_KINDS = {"none": 0, "plain": 1, "gated": 1, "both": 2}
+"""What can be asked for of second moments -> how many are then kept of every input."""
+
+MOMENTS = tuple(MOMENT_KINDS)
 
 _VECTORS = ("tokens", "gate_sum", "norm_sum", "norm_sq_sum", "gated_norm_sum", "gated_norm_sq_sum")
 _ENERGIES = ("energy", "gated_energy")
@@ -61,7 +64,7 @@ def memory_needed(blocks: Iterable[MoEBlock], moments: str) -> int:
         moments: "none", "plain", "gated" or "both".
     """
     check_moments(moments)
-    kinds = {"none": 0, "plain": 1, "gated": 1, "both": 2}[moments]
+    kinds = MOMENT_KINDS[moments]
     return sum(8 * kinds * block.num_experts * size**2 for block in blocks for size in input_sizes(block).values())
 
 

@@ -97,8 +97,7 @@ def calibrate(
             batch = ids[first : first + batch_size].to(place)
             batch_mask = None if mask is None else mask[first : first + batch_size].to(place)
             for recorder in recorders:
-                recorder.token_mask = None if batch_mask is None else batch_mask.flatten()
-                recorder.first_window, recorder.window_length = first, length
+                recorder.aim(None if batch_mask is None else batch_mask.flatten(), first, length)
             attention_mask = None if batch_mask is None else batch_mask.long()
             body(input_ids=batch, attention_mask=attention_mask, use_cache=False)
             tokens += batch.numel() if batch_mask is None else int(batch_mask.sum())

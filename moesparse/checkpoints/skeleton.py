@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.models.meta import _meta_model, check_layer_counts
+from moesparse.models.meta import bare_model, check_layer_counts
 from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES, MatrixLayout
 from moesparse.system.shards import Shards, read_json
 
@@ -198,7 +198,7 @@ def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
         )
     try:
         packing = None if quantization is None else MoESparseConfig(**quantization)
-        model = _meta_model(folder)
+        model = bare_model(folder)
     except MoESparseError:
         raise
     except Exception as error:  # whatever transformers says to a config

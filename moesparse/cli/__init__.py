@@ -6,7 +6,9 @@ Results go to standard output (one JSON object with --json), everything else to 
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 import traceback
 
@@ -15,14 +17,17 @@ from rich.markup import escape
 
 from moesparse._version import __version__
 from moesparse.cli.bench import bench
+from moesparse.cli.calibrate import HELP as CALIBRATE_HELP
 from moesparse.cli.calibrate import calibrate
-from moesparse.cli.common import console
+from moesparse.cli.console import console
 from moesparse.cli.demo import demo
+from moesparse.cli.distill import HELP as DISTILL_HELP
 from moesparse.cli.distill import distill
 from moesparse.cli.evaluate import evaluate
-from moesparse.cli.inspect import inspect
+from moesparse.cli.inspect import inspect as inspect_
+from moesparse.cli.job import job, one_voice
 from moesparse.cli.pack import pack, unpack
-from moesparse.cli.processes import job, one_voice
+from moesparse.cli.prune import HELP as PRUNE_HELP
 from moesparse.cli.prune import prune
 from moesparse.cli.report import report
 from moesparse.cli.serve import serve
@@ -41,16 +46,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(prune)
-app.command()(distill)
-app.command()(calibrate)
-app.command(name="eval")(evaluate)
-app.command()(pack)
-app.command()(unpack)
-app.command()(inspect)
-app.command()(report)
-app.command()(bench)
+
+
+def _paragraphs(text: str | None) -> str:
+    """A help text whose lines are joined to paragraphs, to be folded where the terminal ends."""
+    return re.sub(r"(\S)\n(?=\S)", r"\1 ", inspect.cleandoc(text or ""))
+
+
+app.command(help=_paragraphs(demo.__doc__))(demo)
+app.command(help=_paragraphs(PRUNE_HELP))(prune)
+app.command(help=_paragraphs(DISTILL_HELP))(distill)
+app.command(help=_paragraphs(CALIBRATE_HELP))(calibrate)
+app.command(help=_paragraphs(evaluate.__doc__), name="eval")(evaluate)
+app.command(help=_paragraphs(pack.__doc__))(pack)
+app.command(help=_paragraphs(unpack.__doc__))(unpack)
+app.command(help=_paragraphs(inspect_.__doc__), name="inspect")(inspect_)
+app.command(help=_paragraphs(report.__doc__))(report)
+app.command(help=_paragraphs(bench.__doc__))(bench)
 app.command(
     # all arguments go on to a parser with transformers' options
     add_help_option=False,

@@ -9,7 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moesparse.cli.common import console, print_json, quiet_libraries, resolve_device
+from moesparse.cli.console import console, print_json, quiet_libraries
+from moesparse.cli.options import resolve_device
 from moesparse.errors import UsageError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moesparse.cli.common import console, print_json, progress_bar, quiet_libraries
+from moesparse.cli.console import console, print_json, progress_bar, quiet_libraries
 from moesparse.progress import ProgressEvent
 
 PATTERN = "2:4"

@@ -10,15 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moesparse.cli.common import (
-    check_output_file,
-    embedded_texts,
-    model_source,
-    print_json,
-    progress_bar,
-    quiet_libraries,
-    resolve_device,
-)
+from moesparse.cli.console import print_json, progress_bar, quiet_libraries
+from moesparse.cli.options import check_output_file, model_source, resolve_device
+from moesparse.cli.text import embedded_texts
 from moesparse.errors import CheckpointError, UsageError
 
 EMBEDDED_LENGTH = 256

@@ -9,7 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moesparse.cli.common import format_bytes, model_source, print_json, progress_bar, quiet_libraries
+from moesparse.cli.console import format_bytes, print_json, progress_bar, quiet_libraries
+from moesparse.cli.options import model_source
 
 if TYPE_CHECKING:
     from moesparse.checkpoints.inspection import Inspection

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesparse.cli.common import console, format_bytes, model_source, print_json, progress_bar, quiet_libraries
+from moesparse.cli.console import console, format_bytes, print_json, progress_bar, quiet_libraries
+from moesparse.cli.options import model_source
 
 if TYPE_CHECKING:
     from moesparse.checkpoints.repack import FolderReport

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moesparse.cli.common import check_output_file, console, format_bytes, model_source, print_json, quiet_libraries
+from moesparse.cli.console import console, format_bytes, print_json, quiet_libraries
 from moesparse.cli.evaluate import measure
+from moesparse.cli.options import check_output_file, model_source
 from moesparse.errors import UsageError
 
 

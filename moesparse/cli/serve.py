@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from moesparse.cli.common import console, model_source
+from moesparse.cli.console import console
+from moesparse.cli.options import model_source
 from moesparse.errors import MoESparseError, UsageError
 
 

@@ -2,8 +2,7 @@
 
 from moesparse.distillation.log import DistillWarning
 from moesparse.distillation.report import DistillReport
-from moesparse.distillation.run import distill
+from moesparse.distillation.run import distill, distill_checkpoint
 from moesparse.distillation.settings import MODES, PRESETS, Settings
-from moesparse.distillation.streamed import distill_checkpoint
 
 __all__ = ["MODES", "PRESETS", "DistillReport", "DistillWarning", "Settings", "distill", "distill_checkpoint"]

@@ -1,7 +1,8 @@
 """Blockwise mode: every block's experts by themselves, one block of each model on the device at a time.
 
 A block learns from what the teacher's block is given and gives; nothing of the student but its experts runs, and there
-is no CE. So it needs neither model whole in the device's memory, and each block could train on its own.
+is no CE. So neither model need be whole in memory: with `prune_checkpoint` before it, a model is pruned and recovered
+on a machine that could never load it.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moesparse.checkpoints.output import Output
 from moesparse.distillation.experts import Routed, TeacherExperts, expert_loss, slot_outputs
-from moesparse.distillation.log import Journal
-from moesparse.distillation.matching import Pair
+from moesparse.distillation.log import TrainingLog
+from moesparse.distillation.matching import Pair, check_pattern, stated_pattern
+from moesparse.distillation.report import count_zeros
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.state import StateFile
 from moesparse.distillation.training import Trainer, expert_parameters, master_weights, windows_of_step
-from moesparse.models.blocks import decoder_layers
 from moesparse.models.experts_function import experts_run_by
+from moesparse.models.layers import Layers
 from moesparse.models.modes import placed
 from moesparse.models.stream import LayerStream
 from moesparse.system.cpu_products import fast_products
 
-__all__ = ["BlockInputs", "run_layer", "train_block", "train_blockwise"]
+__all__ = ["BlockInputs", "BlockStates", "run_layer", "train_block", "train_blockwise"]
 
 
 @dataclass(frozen=True)
@@ -38,54 +41,116 @@ class BlockInputs:
 
 
 def train_blockwise(
-    teacher: nn.Module,
+    student: Layers,
+    teacher: Layers,
     pairs: Sequence[Pair],
-    ids: Tensor,
-    mask: Tensor | None,
+    stream: LayerStream,
+    output: Output,
     settings: Settings,
-    *,
-    journal: Journal,
-    file: StateFile | None,
-    save_every: int,
+    log: TrainingLog,
     device: torch.device,
-) -> None:
-    """Arguments as `distill` has checked them."""
-    resumed = file.state if file is not None else None
-    done: dict[str, Tensor] = dict(resumed["done"]) if resumed is not None else {}
-    layers, prefix = decoder_layers(teacher, [pair.teacher for pair in pairs])
-    home = next(layers.parameters()).device
-    stream = LayerStream(teacher, layers, ids, mask, settings.batch_size, device if device != home else None)
-    last = pairs[-1].teacher.layer
-    for position in range(len(stream.layers)):
-        here = [pair for pair in pairs if pair.teacher.layer == f"{prefix}.{position}"]
+    state: BlockStates | None = None,
+) -> list[tuple[int, int]]:
+    """Train what is not finished yet, layer by layer; one of each model is held at a time.
+
+    Args:
+        student: whose experts are trained.
+        teacher: the model that `stream` runs.
+        pairs: all blocks of both.
+        stream: at the input of the teacher's first layer.
+        output: takes the student's layers, each with the rows of its steps and its zeros, and knows the finished ones.
+        settings: `Settings`; the learning rate falls to zero over each block's steps.
+        log: told of every step.
+        device: where to train.
+        state: what else of an earlier run is done, block by block, and told of every step.
+
+    Returns:
+        Zeros of the student's expert matrices before and after, layer by layer.
+
+    Raises:
+        MoESparseError: a loss that is not finite; zeros that break the pattern which the student's config states.
+    """
+    done = len(output.notes)
+    zeros = [note["zeros"] for note in output.notes]
+    by_name = {pair.teacher.name: pair for pair in pairs}
+    at = [[by_name[block.name] for block in teacher.blocks_at(position)] for position in range(len(teacher))]
+    last = max(position for position, here in enumerate(at) if here)
+    for position in range(min(done, last)):
         with stream.on_device(position):
-            inputs = run_layer(stream, position, here)
-            for pair, given in zip(here, inputs, strict=True):
-                names = [f"{pair.student.name}.{matrix.name}" for matrix in pair.student.matrices]
-                if all(name in done for name in names):
-                    for name, matrix in zip(names, pair.student.matrices, strict=True):
-                        matrix.parameter.data.copy_(done[name])
-                    continue
-                at_work = resumed["trainer"] if resumed is not None and resumed["block"] == pair.student.name else None
+            for _ in stream.run(position, keep=True):
+                pass
+    for position in range(done, len(teacher)):
+        with student.hold(position):
+            first, before = len(log.rows), count_zeros(at[position])
+            if position <= last:
+                with stream.on_device(position):
+                    for pair, given in zip(at[position], run_layer(stream, position, at[position]), strict=True):
+                        if state is None:
+                            train_block(pair, given, settings, log, device)
+                        elif not state.restore(pair):
+                            train_block(pair, given, settings, log, device, state.at_work(pair), state.told_of(pair))
+                            state.finish(pair)
+                        check_pattern(pair.student, stated_pattern(student.model))
+            zeros.append((before, count_zeros(at[position])))
+            output.keep(position, {"rows": log.rows[first:], "zeros": zeros[-1]})
+    return zeros
 
-                def save(trainer: Trainer, name: str = pair.student.name) -> None:
-                    if file is not None and trainer.step_number % save_every == 0:
-                        file.save({"rows": journal.rows, "done": done, "block": name, "trainer": trainer.state()})
 
-                train_block(pair, given, settings, journal, device, at_work, save)
-                for name, matrix in zip(names, pair.student.matrices, strict=True):
-                    done[name] = matrix.parameter.detach().cpu().clone() if file is not None else torch.empty(0)
-                if file is not None:
-                    file.save({"rows": journal.rows, "done": done, "block": None, "trainer": None})
-        if f"{prefix}.{position}" == last:
-            return
+class BlockStates:
+    """What of a blockwise training in memory a killed run goes on from: finished blocks, and the trainer at work.
+
+    Args:
+        file: that holds it.
+        log: whose rows are saved with it.
+        save_every: steps between two states.
+    """
+
+    def __init__(self, file: StateFile, log: TrainingLog, save_every: int) -> None:
+        self._file, self._log, self._save_every = file, log, save_every
+        self._resumed = file.state or {"done": {}, "block": None, "trainer": None}
+        self._done: dict[str, Tensor] = dict(self._resumed["done"])
+
+    def restore(self, pair: Pair) -> bool:
+        """Give the block the matrices that it had in the end, where it is done."""
+        held = [self._done.get(name) for name in self._names(pair)]
+        for tensor, matrix in zip(held, pair.student.matrices, strict=True):
+            if tensor is None:
+                return False
+            matrix.parameter.data.copy_(tensor)
+        return True
+
+    def at_work(self, pair: Pair) -> dict[str, Any] | None:
+        """`Trainer.state` of the block that was at work."""
+        return self._resumed["trainer"] if self._resumed["block"] == pair.student.name else None
+
+    def told_of(self, pair: Pair) -> Callable[[Trainer], None]:
+        """To be called after every step of the block."""
+
+        def save(trainer: Trainer) -> None:
+            if trainer.step_number % self._save_every == 0:
+                self._save(pair.student.name, trainer.state())
+
+        return save
+
+    def finish(self, pair: Pair) -> None:
+        """The block is done."""
+        for name, matrix in zip(self._names(pair), pair.student.matrices, strict=True):
+            self._done[name] = matrix.parameter.detach().cpu().clone()
+        self._save(None, None)
+
+    def _save(self, block: str | None, trainer: dict[str, Any] | None) -> None:
+        self._file.save({"rows": self._log.rows, "done": self._done, "block": block, "trainer": trainer})
+
+    @staticmethod
+    def _names(pair: Pair) -> list[str]:
+        return [f"{pair.student.name}.{matrix.name}" for matrix in pair.student.matrices]
 
 
 def train_block(
     pair: Pair,
     inputs: BlockInputs,
     settings: Settings,
-    journal: Journal,
+    log: TrainingLog,
     device: torch.device,
     resumed: dict[str, Any] | None = None,
     after_step: Callable[[Trainer], None] = lambda trainer: None,
@@ -96,7 +161,7 @@ def train_block(
         pair: the student's block is moved to the device and back.
         inputs: of the teacher's block.
         settings: its learning rate falls to zero over this block's steps.
-        journal: told of every step.
+        log: told of every step.
         device: where to train.
         resumed: `Trainer.state` to go on from.
         after_step: called after every step.
@@ -109,7 +174,7 @@ def train_block(
         trainer = Trainer(trained, settings, steps)
         if resumed is not None:
             trainer.load(resumed)
-        first = len(journal.rows) - trainer.step_number
+        first = len(log.rows) - trainer.step_number
         while trainer.step_number < steps:
             step, rate = trainer.step_number, trainer.learning_rate
             forwards = windows_of_step(step, windows, settings).split(settings.micro_batch)
@@ -124,8 +189,8 @@ def train_block(
                 total += float(loss.detach())
             norm = trainer.step()
             row = {"step": step, "block": pair.student.name, "experts": total, "learning_rate": rate}
-            journal.add(row | {"grad_norm": norm}, tokens=settings.batch_size * inputs.hidden.shape[1])
-            journal.check(first, steps)
+            log.add(row | {"grad_norm": norm}, tokens=settings.batch_size * inputs.hidden.shape[1])
+            log.check(first, steps)
             after_step(trainer)
         lost = trainer.lost_zeros()
         if lost:
@@ -136,15 +201,10 @@ def run_layer(stream: LayerStream, position: int, pairs: Sequence[Pair]) -> list
     """Run a layer of the teacher over all windows and note what its blocks are called with."""
     functions = [TeacherExperts(pair.teacher) for pair in pairs]
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pairs]
-
-    def aim(number: int) -> None:
-        for function in functions:
-            function.token_mask = stream.token_masks[number]
-
     with ExitStack() as stack:
         for function in functions:
             stack.enter_context(experts_run_by(function.block, function))
-        for _ in stream.run(position, keep=True, before=aim):
+        for _ in stream.run(position, keep=True, recorders=functions):
             for function, part in zip(functions, parts, strict=True):
                 assert function.routed is not None
                 part.append((function.routed.hidden.cpu(), function.routed.index.cpu()))

@@ -108,6 +108,10 @@ class TeacherExperts:
         self.token_mask: Tensor | None = None
         self.routed: Routed | None = None
 
+    def aim(self, token_mask: Tensor | None, first_window: int, window_length: int) -> None:
+        """Before every batch of a `LayerStream`; where it lies in the text is not asked here."""
+        self.token_mask = token_mask
+
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         outputs = slot_outputs(self.block, hidden_states, top_k_index)
         index = top_k_index.clamp(max=self.block.num_experts)

@@ -15,7 +15,7 @@ from typing import Any
 from moesparse.errors import UsageError
 from moesparse.progress import Progress, ProgressEvent
 
-__all__ = ["DistillWarning", "Journal"]
+__all__ = ["DistillWarning", "TrainingLog"]
 
 _MEAN_OVER = 5
 _PLATEAU = 0.99
@@ -28,7 +28,7 @@ class DistillWarning(UserWarning):
     """A run that shows an early sign of failure."""
 
 
-class Journal:
+class TrainingLog:
     """The rows of one run. Told of every step; warns early of what MoE-Pruner names as signs of failure.
 
     Args:

@@ -15,7 +15,7 @@ from moesparse.experts.surgery import KEPT_KEY
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.weights.patterns import Pattern, check_mask
 
-__all__ = ["Pair", "check_pair", "is_pruned", "match", "pair_blocks", "refuse_dense", "stated_pattern"]
+__all__ = ["Pair", "check_pair", "check_pattern", "is_pruned", "match", "pair_blocks", "refuse_dense", "stated_pattern"]
 
 # exact zeros are rare in a trained weight; a pruned one has far more
 _DENSE_ZEROS = 0.01
@@ -120,17 +120,13 @@ def _new_ids(student: MoEBlock, teacher: MoEBlock, ours: dict[str, Any], theirs:
 def check_pair(pair: Pair, pattern: Pattern | None) -> None:
     """Compare the weights of two blocks that are in memory; raises as `match`."""
     kept = _kept_ids(pair)
+    check_pattern(pair.student, pattern)
     for ours, theirs in zip(pair.student.matrices, pair.teacher.matrices, strict=True):
         name = f"{pair.student.name}.{ours.name}"
         if ours.weight.shape[1:] != theirs.weight.shape[1:]:
             raise MoESparseError(
                 f"{name}: student's matrices must have the teacher's shape {list(theirs.weight.shape[1:])} as "
                 f"[out, in], got {list(ours.weight.shape[1:])}"
-            )
-        if pattern is not None and not check_mask(ours.weight, pattern, name=name).holds:
-            raise MoESparseError(
-                f"{name}: student must hold the pattern {pattern} that its config states, got rows or groups with more "
-                "weights than it keeps"
             )
         for new, old in enumerate(kept):
             zeros = (theirs.weight[old] == 0).to(ours.weight.device)
@@ -139,6 +135,17 @@ def check_pair(pair: Pair, pattern: Pattern | None) -> None:
                     f"{name}: student's pattern must lie within the teacher's, got weights in expert {new} that "
                     f"expert {old} of the teacher has pruned; give the model that the student was pruned from"
                 )
+
+
+def check_pattern(block: MoEBlock, pattern: Pattern | None) -> None:
+    """Refuse a student's block that breaks the pattern its config states, None for no pattern; raises as `match`."""
+    for matrix in block.matrices:
+        name = f"{block.name}.{matrix.name}"
+        if pattern is not None and not check_mask(matrix.weight, pattern, name=name).holds:
+            raise MoESparseError(
+                f"{name}: student must hold the pattern {pattern} that its config states, got rows or groups with more "
+                "weights than it keeps"
+            )
 
 
 def _kept_ids(pair: Pair) -> list[int]:

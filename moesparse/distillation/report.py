@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from moesparse.checkpoints.pretrained import REPORT_FILE
+from moesparse.distillation.log import TrainingLog
 from moesparse.distillation.matching import Pair
+from moesparse.distillation.settings import Settings
+from moesparse.system.memory import peak_memory
 
 __all__ = ["DistillReport", "count_zeros"]
 
@@ -42,6 +45,30 @@ class DistillReport:
     weights: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        mode: str,
+        settings: Settings,
+        log: TrainingLog,
+        pairs: Sequence[Pair],
+        expert_weight: float | None,
+        zeros: tuple[int, int],
+        seconds: float,
+    ) -> DistillReport:
+        """Of a run that has just ended: its peak memory is that of this process by now."""
+        return cls(
+            mode=mode,
+            settings=settings.to_dict(),
+            expert_weight=expert_weight,
+            rows=log.rows,
+            warnings=log.warnings,
+            zeros=zeros,
+            weights=sum(matrix.weight.numel() for pair in pairs for matrix in pair.student.matrices),
+            seconds=seconds,
+            peak_bytes=peak_memory(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -7,28 +7,46 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from moesparse.calibration.data import FromText
 from moesparse.calibration.windows import Windows, check_windows, ordered_hash
+from moesparse.checkpoints.output import InPlace, IntoFolder
+from moesparse.checkpoints.pretrained import CONFIG_KEY
 from moesparse.distillation import distributed
-from moesparse.distillation.blockwise import train_blockwise
-from moesparse.distillation.log import Journal
-from moesparse.distillation.matching import match
+from moesparse.distillation.blockwise import BlockStates, train_blockwise
+from moesparse.distillation.log import TrainingLog
+from moesparse.distillation.matching import (
+    check_pair,
+    check_pattern,
+    is_pruned,
+    match,
+    pair_blocks,
+    refuse_dense,
+    stated_pattern,
+)
 from moesparse.distillation.report import DistillReport, count_zeros
 from moesparse.distillation.settings import Settings, resolve_settings
 from moesparse.distillation.state import StateFile
 from moesparse.distillation.whole import train_whole
 from moesparse.errors import UsageError
 from moesparse.models.fingerprint import model_fingerprint
+from moesparse.models.layers import LayersInMemory, RunOptions
 from moesparse.models.meta import vocabulary_size
+from moesparse.models.on_disk import LayersOnDisk
 from moesparse.packed.model import pack, packed_blocks, unpack
-from moesparse.progress import Progress, silent
-from moesparse.system.memory import peak_memory, reset_peak_memory
+from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.system.memory import reset_peak_memory
+from moesparse.system.processes import device_at_work
 
-__all__ = ["distill"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["distill", "distill_checkpoint"]
 
 
 def distill(
@@ -113,18 +131,17 @@ def distill(
             "settings": numbers.to_dict(),
         }
         file = None if state is None else StateFile(state, key, resume, writes=processes.first)
-        resumed = file.state if file is not None else None
         steps = numbers.steps(len(ids)) * (len(pairs) if mode == "blockwise" else 1)
-        rows = list(resumed["rows"]) if resumed else []
-        journal = Journal(progress, steps, logs, rows, speaks=processes.first)
+        rows = list(file.state["rows"]) if file is not None and file.state is not None else []
+        log = TrainingLog(progress, steps, logs, rows, speaks=processes.first)
         started = time.perf_counter()
         reset_peak_memory()
         before = count_zeros(pairs)
         place = torch.device(device) if device is not None else processes.device()
-        common: dict[str, Any] = {"journal": journal, "file": file, "save_every": save_every, "device": place}
+        weight: float | None = None
         try:
             if mode == "global":
-                weight: float | None = train_whole(
+                weight = train_whole(
                     student,
                     teacher,
                     pairs,
@@ -132,30 +149,110 @@ def distill(
                     mask,
                     numbers,
                     processes,
+                    log=log,
+                    file=file,
+                    save_every=save_every,
+                    device=place,
                     checkpointing=checkpointing,
                     cache=cache,
                     key=key,
-                    **common,
                 )
             else:
-                weight = None
-                train_blockwise(teacher, pairs, ids, mask, numbers, **common)
+                ours, theirs = LayersInMemory(student), LayersInMemory(teacher)
+                stream = theirs.stream(ids, mask, RunOptions(numbers.batch_size, place))
+                states = None if file is None else BlockStates(file, log, save_every)
+                train_blockwise(ours, theirs, pairs, stream, InPlace(ours), numbers, log, place, states)
         finally:
-            journal.close()
+            log.close()
             if file is not None:
                 file.close()
-        match(student, teacher)  # the pattern holds as before
-        return DistillReport(
-            mode=mode,
-            settings=numbers.to_dict(),
-            expert_weight=weight,
-            rows=journal.rows,
-            warnings=journal.warnings,
-            zeros=(before, count_zeros(pairs)),
-            weights=sum(matrix.weight.numel() for pair in pairs for matrix in pair.student.matrices),
-            seconds=time.perf_counter() - started,
-            peak_bytes=peak_memory(),
+        for pair in pairs:
+            check_pattern(pair.student, stated_pattern(student))
+        return DistillReport.of(
+            mode, numbers, log, pairs, weight, (before, count_zeros(pairs)), time.perf_counter() - started
         )
     finally:
         if packed:
             pack(student)
+
+
+def distill_checkpoint(
+    student: str | os.PathLike[str] | LayersOnDisk,
+    teacher: str | os.PathLike[str] | LayersOnDisk,
+    out: str | os.PathLike[str],
+    windows: Windows,
+    *,
+    settings: Settings | str = "paper",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: Callable[[DistillReport], str] | None = None,
+    device: torch.device | str | None = None,
+    resume: bool = False,
+    logs: str | os.PathLike[str] | None = None,
+    progress: Progress = silent,
+) -> DistillReport:
+    """Distil a pruned checkpoint, dense with zeros, into a new one, block by block.
+
+    Holds what lies outside of the decoder layers of both models, one layer of each, the training state of one block,
+    and for all windows the hidden states and the inputs of one block. Trains as `distill(mode="blockwise")` does.
+
+    Args:
+        student: folder of the pruned model.
+        teacher: folder of the model it was pruned from.
+        out: a new or empty folder, or with `resume` one that holds an unfinished run.
+        windows: LongTensor [n, t], or (ids, attention mask).
+        settings: `Settings`, or a name of PRESETS.
+        tokenizer: saved beside the weights.
+        card: gives the text of README.md.
+        device: where a layer trains; None is the GPU when there is one.
+        resume: go on with the run in `out`, at the layer it had not finished; student, teacher, windows and settings
+            must be the same.
+        logs: folder for TensorBoard.
+        progress: called with every step.
+
+    Returns:
+        DistillReport; seconds and peak memory are those of this run.
+
+    Raises:
+        MoESparseError: as `distill`, before anything is trained.
+        CheckpointError: a folder cannot be read or written, or holds another run.
+    """
+    numbers = resolve_settings(settings, "blockwise")
+    started = time.perf_counter()
+    ours, theirs = LayersOnDisk.of(student), LayersOnDisk.of(teacher)
+    pairs = pair_blocks(ours.model, theirs.model)
+    text = FromText(*check_windows(windows, vocabulary_size(theirs.model)))
+    place = device_at_work(device) or torch.device("cpu")
+    options = RunOptions(numbers.batch_size, place, resume=resume, progress=progress)
+    inputs = {
+        "student": ours.signature(),
+        "teacher": theirs.signature(),
+        "windows": text.identity,
+        "settings": numbers.to_dict(),
+    }
+    by_name = {pair.teacher.name: pair for pair in pairs}
+    pattern, pruned = stated_pattern(ours.model), list[bool]()
+
+    def inspect(position: int) -> None:
+        progress(ProgressEvent("check", position, len(theirs), "layer"))
+        with ours.hold(position):
+            for pair in (by_name[block.name] for block in theirs.blocks_at(position)):
+                check_pair(pair, pattern)
+                pruned.append(is_pruned(pair))
+
+    with IntoFolder.open(out, ours, inputs, options) as output:
+        stream = theirs.stream(text.ids, text.mask, options, inspect)
+        refuse_dense(pruned)
+        rows = [row for note in output.notes for row in note["rows"]]
+        log = TrainingLog(progress, numbers.steps(len(text.ids)) * len(pairs), logs, rows)
+        reset_peak_memory()
+        try:
+            found = train_blockwise(ours, theirs, pairs, stream, output, numbers, log, place)
+        finally:
+            log.close()
+        zeros = sum(before for before, _ in found), sum(after for _, after in found)
+        report = DistillReport.of("blockwise", numbers, log, pairs, None, zeros, time.perf_counter() - started)
+        noted = getattr(ours.model.config, CONFIG_KEY, None) or {}
+        recipe = {**(noted.get("recipe") or {}), "distillation": report.summary(len(text.ids))}
+        text_of_card = None if card is None else card(report)
+        output.finish(recipe, tokenizer=tokenizer, card=text_of_card, report=report.beside(ours.folder))
+    return report

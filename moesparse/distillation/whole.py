@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moesparse.distillation.distributed import TrainingProcesses
 from moesparse.distillation.experts import Routed, StudentExperts
-from moesparse.distillation.log import Journal
+from moesparse.distillation.log import TrainingLog
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.state import StateFile
@@ -23,7 +23,7 @@ from moesparse.distillation.training import Trainer, expert_parameters, windows_
 from moesparse.errors import MoESparseError
 from moesparse.models.blocks import decoder_layers
 from moesparse.models.experts_function import experts_run_by
-from moesparse.models.modes import evaluating
+from moesparse.models.modes import evaluating, replaced_forwards
 from moesparse.system.cpu_products import fast_products
 
 __all__ = ["train_whole"]
@@ -41,7 +41,7 @@ def train_whole(
     settings: Settings,
     processes: TrainingProcesses,
     *,
-    journal: Journal,
+    log: TrainingLog,
     file: StateFile | None,
     save_every: int,
     device: torch.device,
@@ -72,7 +72,7 @@ def train_whole(
                     source = live
                     stack.enter_context(inner.pop_all())
                 else:
-                    cached.fill(live, len(ids), settings.batch_size, journal.tell)
+                    cached.fill(live, len(ids), settings.batch_size, log.tell)
         if cached is not None:
             source = cached
         functions = [StudentExperts(pair) for pair in at_work]
@@ -100,14 +100,14 @@ def train_whole(
             means = processes.mean(sums)
             row = {"step": step, **dict(zip(losses.parts, means.tolist(), strict=True))}
             row |= {"loss": float(losses.total(means, weight)), "learning_rate": rate, "grad_norm": trainer.step()}
-            journal.add(row, tokens=settings.batch_size * ids.shape[1])
-            journal.check(0, settings.steps(len(ids)))
+            log.add(row, tokens=settings.batch_size * ids.shape[1])
+            log.check(0, settings.steps(len(ids)))
             # the last one too: writing the checkpoint can still fail
             due = trainer.step_number % save_every == 0 or trainer.step_number == settings.steps(len(ids))
             if file is not None and due:
                 held = trainer.state(processes.whole)
                 if processes.first:
-                    file.save({"rows": journal.rows, "expert_weight": weight, "trainer": held})
+                    file.save({"rows": log.rows, "expert_weight": weight, "trainer": held})
         lost = trainer.lost_zeros()
         if lost:
             raise AssertionError(f"zeros were lost in training: {lost}")
@@ -199,11 +199,12 @@ def _balance(losses: _Losses, settings: Settings, windows: int, processes: Train
     return float(losses.text(means)) / experts
 
 
-@contextmanager
-def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
-    """While the body runs, a layer keeps its input only and is run again in the backward."""
+def _checkpointed(layers: nn.ModuleList) -> AbstractContextManager[None]:
+    """For the body a layer keeps its input only and is run again in the backward."""
 
-    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(position: int) -> Callable[..., Any]:
+        forward = layers[position].forward
+
         def run(*args: Any, **kwargs: Any) -> Any:
             return (
                 checkpoint(forward, *args, use_reentrant=False, **kwargs)
@@ -213,14 +214,4 @@ def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
 
         return run
 
-    own = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = wrap(layer.forward)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
+    return replaced_forwards(list(layers), wrapped)

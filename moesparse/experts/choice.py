@@ -1,8 +1,4 @@
-"""Remove whole experts from a model: score them on calibration text, choose what stays, cut, refit.
-
-Experts are scored on the dense model in one pass, layer by layer; then the removal walks the layers again, so that each
-refitted block is fitted to the inputs it will really get.
-"""
+"""Which experts stay: from the sums of a pass over text, or of saved ones, by a criterion and over domains."""
 
 from __future__ import annotations
 
@@ -15,46 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.calibration.layers import layerwise_statistics
+from moesparse.calibration.data import ONE_DOMAIN
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.criteria import (
     Criterion,
-    check_criterion,
+    check_sums,
     dead_experts,
     expert_scores,
     stack_sums,
     super_experts,
 )
-from moesparse.experts.domains import DEFAULT_MIX, DomainReport, check_mix, mixed_scores, split_windows, survey
-from moesparse.experts.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit
+from moesparse.experts.domains import DEFAULT_MIX, DomainReport, mixed_scores, split_windows, survey
+from moesparse.experts.refit import RefitReport
 from moesparse.experts.selection import BUDGETS, choose_experts
-from moesparse.experts.surgery import SurgeryReport, remove_experts, router_groups
-from moesparse.experts.swaps import RefineReport, refine_choice
-from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.models.fingerprint import model_fingerprint
-from moesparse.models.stream import LayerStream
-from moesparse.progress import Progress, silent
+from moesparse.experts.surgery import SurgeryReport, router_groups
+from moesparse.experts.swaps import RefineReport
+from moesparse.models.blocks import MoEBlock
 
 __all__ = [
     "Choice",
     "ExpertReport",
+    "Rule",
     "check_budget",
     "check_sums_suffice",
     "choose_from_domains",
     "choose_from_statistics",
     "choose_from_windows",
     "choose_rule",
-    "prune_experts",
+    "score_windows",
 ]
-
-ONE_DOMAIN = "all"
-"""Name of the text in a report when its domains were not named."""
 
 
 @dataclass
 class ExpertReport:
-    """What `prune_experts` did.
+    """What a removal of experts did.
 
     Attributes:
         criterion: the experts were scored by.
@@ -93,84 +84,25 @@ class ExpertReport:
         }
 
 
-def prune_experts(
-    model: nn.Module,
-    calibration: Tensor | tuple[Tensor, Tensor | None] | ModelStatistics | Mapping[str, ModelStatistics],
-    criterion: Criterion = "reap",
-    *,
-    keep: int | None = None,
-    remove: float | None = None,
-    domains: Sequence[str] | None = None,
-    mix: str = DEFAULT_MIX,
-    budget: str = "per-layer",
-    floor: int | None = None,
-    protect_super: bool = False,
-    refit: bool = True,
-    refine: bool = False,
-    ridge: float = DEFAULT_RIDGE,
-    seed: int = 0,
-    batch_size: int = 8,
-    device: torch.device | None = None,
-    progress: Progress = silent,
-) -> ExpertReport:
-    """Remove the experts that matter least from every block, in place.
+@dataclass(frozen=True)
+class Rule:
+    """How experts are judged and how many stay.
 
-    Args:
-        model: a dense transformers causal language model.
-        calibration: windows [n, t], (windows, attention mask), or saved statistics of this model, or of its domains by
-            name.
+    Attributes:
         criterion: as in `expert_scores`.
         keep: experts that stay in every block; or
         remove: the share that goes, in (0, 1).
-        domains: of each window; None is one domain.
         mix: how several domains become one choice, one of moesparse.experts.domains.MIXES.
-        budget: "per-layer"; "global" is refused, see `check_budget`.
-        floor: of the global budget.
         protect_super: super-experts stay whatever their score, see moesparse.experts.criteria.super_experts.
-        refit: re-solve the kept down projections; needs windows.
-        refine: swap experts after the first choice while the block's error falls; needs windows without padding.
-        ridge: of the refit.
         seed: of the "random" criterion.
-        batch_size: windows in one forward.
-        device: where the layer at work goes; None leaves it.
-        progress: called with every step.
-
-    Raises:
-        UsageError: a count, share or criterion that cannot be. UnsupportedModelError: what cannot be placed.
-        CalibrationError: statistics of another model, or a refit without windows. Nothing is changed by any of them.
     """
-    check_criterion(criterion)
-    check_mix(mix)
-    blocks = find_moe_blocks(model)
-    check_budget(model, budget, floor)
-    choose = choose_rule(blocks, keep=keep, remove=remove)
-    choose(torch.zeros(len(blocks), blocks[0].num_experts))
-    if refit:
-        check_refit(blocks, ridge)
-    if isinstance(calibration, ModelStatistics):
-        calibration = {ONE_DOMAIN: calibration}
-    rule: dict[str, Any] = {"keep": keep, "remove": remove, "protect_super": protect_super, "mix": mix, "seed": seed}
-    if isinstance(calibration, Mapping):
-        check_sums_suffice(refit, refine, domains)
-        choice = choose_from_domains(blocks, model_fingerprint(model), calibration, criterion, **rule)
-    else:
-        ids, mask = calibration if isinstance(calibration, tuple) else (calibration, None)
-        stream = LayerStream(model, decoder_layers(model, blocks)[0], ids, mask, batch_size, device)
-        by_window: dict[str, Tensor] = {}
-        statistics = layerwise_statistics(model, stream, ids, mask, progress, by_window)
-        choice = choose_from_windows(blocks, statistics, by_window, criterion, domains=domains, **rule)
-    kept = choice.kept
-    refined: list[RefineReport] = []
-    if refine and not isinstance(calibration, Mapping):
-        if mask is not None:
-            raise UsageError("windows must be without padding to refine the choice, got an attention mask")
-        kept, refined = refine_choice(model, kept, ids, protect=choice.protected, progress=progress)
-    if isinstance(calibration, Mapping) or not refit:
-        return choice.report(remove_experts(model, kept), [], refined)
-    surgery, fits = remove_and_refit(
-        model, kept, calibration, ridge=ridge, batch_size=batch_size, device=device, progress=progress
-    )
-    return choice.report(surgery, fits, refined)
+
+    criterion: Criterion = "reap"
+    keep: int | None = None
+    remove: float | None = None
+    mix: str = DEFAULT_MIX
+    protect_super: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -211,37 +143,33 @@ def choose_from_windows(
     blocks: Sequence[MoEBlock],
     statistics: ModelStatistics,
     by_window: Mapping[str, Tensor],
-    criterion: Criterion,
-    *,
-    keep: int | None,
-    remove: float | None,
-    domains: Sequence[str] | None,
-    mix: str,
-    protect_super: bool,
-    seed: int,
+    rule: Rule,
+    domains: Sequence[str] | None = None,
 ) -> Choice:
-    """From a pass over windows; the arguments are those of `prune_experts`."""
-    sums, scores = score_windows(statistics, by_window, criterion, domains=domains, mix=mix, seed=seed)
-    return _choose(blocks, statistics, sums, scores, criterion, keep, remove, mix, protect_super, seed)
+    """From a pass over windows.
+
+    Args:
+        blocks: of the dense model.
+        statistics: of the pass.
+        by_window: the sums of every window, [windows, blocks, E] each.
+        rule: of the choice.
+        domains: of each window; None is one domain.
+    """
+    sums, scores = score_windows(statistics, by_window, rule, domains)
+    return _choose(blocks, statistics, sums, scores, rule)
 
 
 def choose_from_domains(
-    blocks: Sequence[MoEBlock],
-    fingerprint: str,
-    parts: Mapping[str, ModelStatistics],
-    criterion: Criterion,
-    *,
-    keep: int | None,
-    remove: float | None,
-    mix: str,
-    protect_super: bool,
-    seed: int,
+    blocks: Sequence[MoEBlock], fingerprint: str, parts: Mapping[str, ModelStatistics], rule: Rule
 ) -> Choice:
-    """From saved statistics by domain of the model with this fingerprint; the rest is that of `prune_experts`."""
+    """From saved statistics by domain of the model with this fingerprint.
+
+    Raises:
+        CalibrationError: statistics of another model, or that lack what the criterion reads.
+    """
     statistics = merged_statistics(fingerprint, parts)
-    sums = {name: stack_sums(part, criterion) for name, part in parts.items()}
-    scores = mixed_scores(sums, criterion, mix, seed=seed)
-    return _choose(blocks, statistics, sums, scores, criterion, keep, remove, mix, protect_super, seed)
+    sums = {name: stack_sums(part, rule.criterion) for name, part in parts.items()}
+    return _choose(blocks, statistics, sums, mixed_scores(sums, rule.criterion, rule.mix, seed=rule.seed), rule)
 
 
 def _choose(
@@ -249,21 +177,16 @@ def _choose(
     statistics: ModelStatistics,
     sums: Mapping[str, Mapping[str, Tensor]],
     scores: Tensor,
-    criterion: Criterion,
-    keep: int | None,
-    remove: float | None,
-    mix: str,
-    protect_super: bool,
-    seed: int,
+    rule: Rule,
 ) -> Choice:
-    protected = super_experts(statistics) if protect_super else []
-    choose = choose_rule(blocks, keep=keep, remove=remove, protect=protected)
-    found = survey(sums, criterion, choose, mix, seed=seed)
+    protected = super_experts(statistics) if rule.protect_super else []
+    choose = choose_rule(blocks, keep=rule.keep, remove=rule.remove, protect=protected)
+    found = survey(sums, rule.criterion, choose, rule.mix, seed=rule.seed)
     tokens = torch.stack([each.tokens.cpu() for each in statistics.blocks.values()])
-    return Choice(choose(scores), criterion, dead_experts(statistics), found, protected, scores, tokens)
+    return Choice(choose(scores), rule.criterion, dead_experts(statistics), found, protected, scores, tokens)
 
 
-def check_sums_suffice(refit: bool, refine: bool, domains: Sequence[str] | None) -> None:
+def check_sums_suffice(refit: bool, refine: bool) -> None:
     """Refuse what needs the tokens themselves where there are only statistics."""
     if refit or refine:
         what = "refit the experts that stay" if refit else "refine the choice"
@@ -271,27 +194,22 @@ def check_sums_suffice(refit: bool, refine: bool, domains: Sequence[str] | None)
             f"calibration must be windows to {what}, got statistics: they are sums, and it needs the tokens; pass "
             "the windows, or remove without it (update='none')"
         )
-    if domains is not None:
-        raise UsageError("domains must be left out with statistics, which name their own")
 
 
 def score_windows(
     statistics: ModelStatistics,
     by_window: Mapping[str, Tensor],
-    criterion: Criterion,
-    *,
+    rule: Rule,
     domains: Sequence[str] | None = None,
-    mix: str = DEFAULT_MIX,
-    seed: int = 0,
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-    """The sums of each domain's windows, and one score per expert, [blocks, E], from `layerwise_statistics`."""
-    stack_sums(statistics, criterion)  # names the sum that is missing
+    """The sums of each domain's windows, and one score per expert, [blocks, E], from a pass over windows."""
+    check_sums(statistics, rule.criterion)
     sums = split_windows(by_window, domains or [ONE_DOMAIN] * len(next(iter(by_window.values()))))
-    if mix == "pooled":
+    if rule.mix == "pooled":
         # the sums of a pass, which those of its windows equal to rounding only
-        return sums, expert_scores(statistics, criterion, seed=seed)
+        return sums, expert_scores(statistics, rule.criterion, seed=rule.seed)
     totals = {name: {key: value.sum(0) for key, value in part.items()} for name, part in sums.items()}
-    return sums, mixed_scores(totals, criterion, mix, seed=seed)
+    return sums, mixed_scores(totals, rule.criterion, rule.mix, seed=rule.seed)
 
 
 def check_budget(model: nn.Module, budget: str, floor: int | None) -> None:

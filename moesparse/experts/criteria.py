@@ -28,6 +28,7 @@ __all__ = [
     "Sums",
     "bootstrap_stability",
     "check_criterion",
+    "check_sums",
     "dead_experts",
     "expert_scores",
     "jaccard",
@@ -308,6 +309,11 @@ def sums_needed(criterion: Criterion) -> tuple[str, ...]:
         return ("tokens", ANGLED_NORM_SUM)
     _, a, B = FAMILY[criterion] if isinstance(criterion, str) else criterion
     return tuple(dict.fromkeys(("tokens", _SUMS[float(a), float(B)])))
+
+
+def check_sums(statistics: ModelStatistics, criterion: Criterion) -> None:
+    """Refuse statistics that lack a sum which the criterion reads; CalibrationError names it."""
+    stack_sums(statistics, criterion)
 
 
 def stack_sums(statistics: ModelStatistics, criterion: Criterion) -> dict[str, Tensor]:

@@ -27,21 +27,20 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
-from moesparse.experts.surgery import RemovalPlan, SurgeryReport, plan_removal
-from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.experts.surgery import RemovalPlan
+from moesparse.models.blocks import MoEBlock
 from moesparse.models.stream import LayerStream
-from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.system.cpu_products import fast_products
 from moesparse.system.processes import Batch
 
 __all__ = [
     "DEFAULT_RIDGE",
+    "Calls",
     "RefitReport",
     "check_refit",
     "memory_for_refit",
-    "refit_block",
+    "refit",
     "refit_flops",
-    "remove_and_refit",
     "remove_and_refit_block",
 ]
 
@@ -87,7 +86,7 @@ class RefitReport:
 
 
 @dataclass(frozen=True)
-class _Calls:
+class Calls:
     """What a block's experts were called with, over all batches: inputs [T, H], ids and gates [T, K]."""
 
     hidden: Tensor
@@ -141,58 +140,12 @@ def check_refit(blocks: Sequence[MoEBlock], ridge: float) -> None:
             )
 
 
-def remove_and_refit(
-    model: nn.Module,
-    kept: Sequence[Tensor | Sequence[int]],
-    windows: Tensor | tuple[Tensor, Tensor | None],
-    *,
-    ridge: float = DEFAULT_RIDGE,
-    batch_size: int = 8,
-    device: torch.device | None = None,
-    progress: Progress = silent,
-) -> tuple[SurgeryReport, list[RefitReport]]:
-    """Remove experts block by block and refit each block before the next one sees its output.
-
-    The target of each block is what the dense block gives for the inputs it gets behind the blocks already pruned.
-
-    Args:
-        model: a transformers causal language model; changed in place.
-        kept: as in `remove_experts`.
-        windows: LongTensor [n, t], or (ids, attention mask); padding is left out of the fit.
-        ridge: pull towards the dense weights, a share of the mean diagonal.
-        batch_size: windows in one forward.
-        device: where the layer at work goes; None leaves it.
-        progress: called before every block.
-
-    Returns:
-        The surgery's report and one RefitReport per block.
-
-    Raises:
-        UsageError, UnsupportedModelError: as `remove_experts`; experts whose output is normed. Nothing is changed then.
-    """
-    blocks = find_moe_blocks(model)
-    check_refit(blocks, ridge)
-    plan = plan_removal(model, kept)
-    layers, prefix = decoder_layers(model, blocks)
-    ids, mask = windows if isinstance(windows, tuple) else (windows, None)
-    stream = LayerStream(model, layers, ids, mask, batch_size, device)
-    reports = []
-    for position in range(len(stream.layers)):
-        here = [n for n, block in enumerate(plan.blocks) if block.layer == f"{prefix}.{position}"]
-        with stream.on_device(position):
-            for number in here:
-                progress(ProgressEvent("refit", number, len(blocks), "block", name=blocks[number].name))
-                reports.append(remove_and_refit_block(stream, position, plan, number, ridge))
-            for _ in stream.run(position, keep=True):
-                pass
-    progress(ProgressEvent("refit", len(blocks), len(blocks), "block"))
-    return plan.finish(), reports
-
-
 def remove_and_refit_block(
     stream: LayerStream, position: int, plan: RemovalPlan, number: int, ridge: float = DEFAULT_RIDGE
 ) -> RefitReport:
     """Remove the experts of one block and refit those that stay; the stream stays before the layer.
+
+    The target is what the dense block gives for the inputs it gets behind the blocks already pruned.
 
     Where processes share the stream the first one solves, for the tokens of all.
 
@@ -201,7 +154,7 @@ def remove_and_refit_block(
         position: of the layer.
         plan: of the removal.
         number: of the block in the plan.
-        ridge: as in `remove_and_refit`.
+        ridge: as in `refit`.
     """
     block, processes = plan.blocks[number], stream.processes
     dense = processes.to_first([calls[-1:] for calls in _capture(stream, position, block)])
@@ -209,33 +162,24 @@ def remove_and_refit_block(
     pruned = processes.to_first([calls[:-1] for calls in _capture(stream, position, block)])
 
     def solve() -> RefitReport:
-        calls = _Calls(*(torch.cat(tensors) for tensors in zip(*pruned, strict=True)))
-        return _refit(block, calls, torch.cat([output for (output,) in dense]), ridge)
+        calls = Calls(*(torch.cat(tensors) for tensors in zip(*pruned, strict=True)))
+        return refit(block, calls, torch.cat([output for (output,) in dense]), ridge)
 
     report = processes.from_first(solve)
     processes.spread(block.matrices[-1].parameter.detach())
     return report
 
 
-def refit_block(
-    block: MoEBlock, hidden: Tensor, index: Tensor, gates: Tensor, target: Tensor, *, ridge: float = DEFAULT_RIDGE
-) -> RefitReport:
+@torch.no_grad()
+def refit(block: MoEBlock, calls: Calls, target: Tensor, ridge: float = DEFAULT_RIDGE) -> RefitReport:
     """Write the down projections that bring a pruned block's output nearest to a target.
 
     Args:
-        block: the block after the removal; its biases, up projections and router stay.
-        hidden: [T, H], inputs of its experts.
-        index: [T, K], the pruned router's choices, in new ids.
-        gates: [T, K], its weights.
+        block: after the removal; its biases, up projections and router stay.
+        calls: of its experts, with the pruned router's choices in new ids.
         target: [T, H], what the dense block gave for these tokens.
-        ridge: share of the mean diagonal.
+        ridge: pull towards the dense weights, a share of the mean diagonal.
     """
-    check_refit([block], ridge)
-    return _refit(block, _Calls(hidden, index, gates), target, ridge)
-
-
-@torch.no_grad()
-def _refit(block: MoEBlock, calls: _Calls, target: Tensor, ridge: float) -> RefitReport:
     down = block.matrices[-1]
     weight = down.weight
     with fast_products(block.experts):
@@ -257,7 +201,7 @@ def _refit(block: MoEBlock, calls: _Calls, target: Tensor, ridge: float) -> Refi
 class _Features:
     """The block's features Phi, one slice per expert: rows g_jt h_jt of the tokens routed to it."""
 
-    def __init__(self, block: MoEBlock, calls: _Calls) -> None:
+    def __init__(self, block: MoEBlock, calls: Calls) -> None:
         up = block.matrices[0]
         self.experts = up.weight.shape[0]
         self.shape = (len(calls.hidden), block.matrices[-1].weight.shape[1])
@@ -408,7 +352,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _capture(stream: LayerStream, position: int, block: MoEBlock) -> list[Batch]:
-    """Run one layer over all batches and note the fields of `_Calls` and the output [T, H] of each, for at most
+    """Run one layer over all batches and note the fields of `Calls` and the output [T, H] of each, for at most
     MAX_TOKENS evenly spaced.
     """
     every = -(-stream.tokens // MAX_TOKENS)

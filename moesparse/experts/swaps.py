@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.experts.surgery import RemovalPlan, plan_removal, router_groups
 from moesparse.models.blocks import MoEBlock
+from moesparse.models.modes import replaced_forwards
 from moesparse.progress import Progress, ProgressEvent, silent
 
 __all__ = ["RefineReport", "refine_choice"]
@@ -175,13 +176,8 @@ def _route(plan: RemovalPlan, position: int, ids: Tensor, call: _Call) -> tuple[
         routed.append((top_k_index, top_k_weights))
         return torch.zeros_like(hidden_states)
 
-    with plan.routing(position, ids):
-        experts: Any = block.experts
-        experts.forward = stub
-        try:
-            block.moe(*call.args, **(call.kwargs or {}))
-        finally:
-            del experts.forward
+    with plan.routing(position, ids), replaced_forwards([block.experts], lambda _: stub):
+        block.moe(*call.args, **(call.kwargs or {}))
     return routed[0]
 
 

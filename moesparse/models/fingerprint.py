@@ -72,4 +72,4 @@ def room_for_samples(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     not be used again: the memory of a process grew with the number of layers.
     """
     sizes = [len(range(0, tensor.numel(), _sample_stride(tensor))) for tensor in tensors.values()]
-    return dict(zip(tensors, torch.empty(sum(sizes)).split(sizes), strict=True))
+    return dict(zip(tensors, torch.empty(sum(sizes)).split(sizes), strict=True)) if sizes else {}

@@ -1,4 +1,4 @@
-"""The one look at every layer of a checkpoint before any work: finite, dense, and sampled for the fingerprint."""
+"""The one look at every layer of a model before any work: finite, dense, and sampled for the fingerprint."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from moesparse.errors import CalibrationError, MoESparseError
 from moesparse.models.blocks import MoEBlock
 from moesparse.models.fingerprint import fingerprint_sample, model_fingerprint, room_for_samples
-from moesparse.models.on_disk import StreamedModel
-from moesparse.progress import Progress, ProgressEvent
+from moesparse.models.layers import Layers, RunOptions
+from moesparse.progress import ProgressEvent
 from moesparse.weights.patterns import all_finite
 
-__all__ = ["Inspection", "blocks_of", "check_dense", "check_finite"]
+__all__ = ["Look", "check_dense", "check_finite"]
 
 # Exact zeros in a trained weight are rare (bf16 underflow); a pruned expert has a quarter of them or more.
 _DENSE_ZEROS = 0.01
@@ -22,21 +22,22 @@ _DENSE_ZEROS = 0.01
 _SAMPLE_PER_EXPERT = 2**16
 
 
-class Inspection:
-    """Looks at every layer of a streamed model once, while it is in memory, before any work.
+class Look:
+    """Looks at every layer of a model once, while it is in memory, before any work.
 
     Args:
-        streamed: the model.
-        allow_pruned: accept experts that were pruned before.
-        progress: called with every layer.
+        layers: of the model.
+        options: `allow_pruned`, and `progress`, called with every layer.
+        dense: refuse experts that were pruned before; what reads no text may go on from there.
 
     Attributes:
-        samples: `fingerprint_sample` of every tensor of the layers, once it was seen.
+        samples: `fingerprint_sample` of every tensor that waits on the disk, once it was seen.
     """
 
-    def __init__(self, streamed: StreamedModel, allow_pruned: bool, progress: Progress) -> None:
-        self._streamed, self._allow_pruned, self._progress = streamed, allow_pruned, progress
-        self.samples = room_for_samples(streamed.inside())
+    def __init__(self, layers: Layers, options: RunOptions, *, dense: bool = True) -> None:
+        self._layers, self._progress = layers, options.progress
+        self._dense = dense and not options.allow_pruned
+        self.samples = room_for_samples(layers.waiting())
 
     def __call__(self, position: int) -> None:
         """Look at one, which is held.
@@ -44,29 +45,24 @@ class Inspection:
         Raises:
             MoESparseError: a weight of an expert is not finite. CalibrationError: experts were pruned before.
         """
-        self._progress(ProgressEvent("check", position, len(self._streamed.layers), "layer"))
-        here = blocks_of(self._streamed, position)
+        self._progress(ProgressEvent("check", position, len(self._layers), "layer"))
+        here = self._layers.blocks_at(position)
         check_finite(here)
-        if not self._allow_pruned:
+        if self._dense:
             check_dense(here)
-        for name, tensor in self._streamed.state(position).items():
+        for name, tensor in self._layers.state(position).items():
             self.samples[name].copy_(fingerprint_sample(tensor))
 
-    def look_at_all(self) -> None:
+    def at_all(self) -> None:
         """Look at every layer, where nothing else holds them one after the other."""
-        for position in range(len(self._streamed.layers)):
-            with self._streamed.hold(position):
+        for position in range(len(self._layers)):
+            with self._layers.hold(position):
                 self(position)
 
     @property
     def fingerprint(self) -> str:
         """`model_fingerprint`, once every layer was seen."""
-        return model_fingerprint(self._streamed.model, self.samples)
-
-
-def blocks_of(streamed: StreamedModel, position: int) -> list[MoEBlock]:
-    """The blocks of one layer."""
-    return [block for block in streamed.blocks if streamed.position(block.layer) == position]
+        return model_fingerprint(self._layers.model, self.samples)
 
 
 def check_finite(blocks: Sequence[MoEBlock]) -> None:

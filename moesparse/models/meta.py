@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -14,32 +15,29 @@ from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.system.shards import Shards
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["check_layer_counts", "context_length", "meta_model", "vocabulary_size"]
+__all__ = ["bare_model", "check_layer_counts", "context_length", "meta_model", "vocabulary_size"]
 
 _FEW_LAYERS = 1000
 
 _LAYER_COUNT = re.compile(r"layers?$|blocks?$|depth$")
 
 
-def meta_model(
-    folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", shards: Shards | None = None
-) -> PreTrainedModel:
+def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The model as from_pretrained makes it, with its parameters and saved buffers on the meta device.
 
     Args:
         folder: holds a config.json.
-        dtype: of the weights; "auto" takes that of the config, then of the shards.
-        shards: of the checkpoint; without them the config must do.
+        dtype: of the weights; "auto" takes that of the config, then that of the shards where there are any.
 
     Raises:
         CheckpointError: no config that transformers knows. UnsupportedModelError: a quantized checkpoint.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"MODEL must be a checkpoint folder, got {folder}: {error}") from error
     method = getattr(config, "quantization_config", None)
@@ -49,11 +47,9 @@ def meta_model(
             f"{folder} is quantized ({name}), and such a model is not read layer by layer: give it in bf16"
         )
     if not isinstance(dtype, torch.dtype):
-        stored = [] if shards is None else [info.torch_dtype for info in shards.tensors.values()]
-        dtype = config.dtype or next((each for each in stored if each is not None), torch.float32)
+        dtype = config.dtype or _stored_dtype(Path(folder))
     assert isinstance(dtype, torch.dtype)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = _on_meta(config, dtype=dtype)
     # the few tensors that transformers keeps in float32 whatever the checkpoint's dtype
     for pattern, wanted in model._get_dtype_plan(dtype).items():
         matches = re.compile(pattern.replace("*", r".*"))
@@ -69,12 +65,31 @@ def meta_model(
     return model.eval()
 
 
-def _meta_model(folder: Path) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def bare_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model that a config.json describes, quantized or not, all of it on the meta device: for names and shapes.
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    Raises:
+        Exception: whatever transformers says to a config.
+    """
+    from transformers import AutoConfig
+
+    return _on_meta(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
+def _on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Of the first tensor in the shards that has one of torch's; float32 where there is none to read."""
+    with contextlib.suppress(CheckpointError):
+        for info in Shards.open(folder).tensors.values():
+            if info.torch_dtype is not None:
+                return info.torch_dtype
+    return torch.float32
 
 
 def check_layer_counts(config: dict[str, Any], folder: Path, tensors: int) -> None:

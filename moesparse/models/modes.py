@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from moesparse.errors import UsageError
 
-__all__ = ["evaluating", "placed"]
+__all__ = ["evaluating", "placed", "replaced_forwards"]
 
 
 @contextmanager
@@ -43,19 +42,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextlib.contextmanager
-def _replaced_forwards(layers: list[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Every layer's forward is `make(position)` for the body."""
-    with contextlib.ExitStack() as restore:
-        for position, layer in enumerate(layers):
-            own = vars(layer).get("forward")
-            layer.forward = make(position)
-            restore.callback(_restore_forward, layer, own)
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """The forward of the module at each position is `make(position)` for the body.
+
+    What it was before comes back, also a function that somebody else had put in its place.
+    """
+    with ExitStack() as restore:
+        for position, module in enumerate(modules):
+            own = vars(module).get("forward")
+            module.forward = make(position)
+            restore.callback(_restore_forward, module, own)
         yield
 
 
-def _restore_forward(layer: nn.Module, own: Any) -> None:
+def _restore_forward(module: nn.Module, own: Any) -> None:
     if own is None:
-        del layer.forward
+        del module.forward
     else:
-        layer.forward = own
+        module.forward = own

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import CheckpointError, NotInPiecesError
-from moesparse.models.blocks import decoder_layers, find_moe_blocks
+from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.models.keys import checkpoint_views
+from moesparse.models.layers import RunOptions
 from moesparse.models.meta import meta_model
 from moesparse.models.stream import LayerStream
 from moesparse.system.memory import return_free_memory
@@ -30,14 +31,15 @@ from moesparse.system.shards import Shards, TensorInfo, reading
 if TYPE_CHECKING:
     pass
 
-__all__ = ["StreamedModel"]
+__all__ = ["LayersOnDisk"]
 
 
-class StreamedModel:
+class LayersOnDisk:
     """A checkpoint folder whose decoder layers come into memory one at a time.
 
-    Holds what lies outside of the decoder layers, the layer held at the moment, and while one is filled one tensor of
-    the checkpoint beside it. A fused parameter is filled expert by expert.
+    Making it takes config.json alone. `open`, or the first layer that is held, looks at the shards and loads what lies
+    outside of the layers. From then on that is in memory, with the layer held at the moment, and while one is filled
+    one tensor of the checkpoint beside it. A fused parameter is filled expert by expert.
 
     Attributes:
         model: the transformers model in eval mode; parameters of layers that are not held are on the meta device.
@@ -46,22 +48,22 @@ class StreamedModel:
         outside: names in the state dict of what lies outside of them.
     """
 
+    whole = False
+
     def __init__(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> None:
-        """Build the model and load what lies outside of its layers.
+        """Build the model without its weights.
 
         Args:
             folder: a checkpoint of safetensors under the names that transformers saves.
             dtype: of the weights; "auto" takes the checkpoint's own.
 
         Raises:
-            CheckpointError: a tensor is missing or of another shape. NotInPiecesError: it has another name than
-                transformers would save it under; transformers may still load such a checkpoint.
-            UnsupportedModelError: no experts, or experts or a checkpoint that cannot be handled in pieces; named.
+            CheckpointError: no config that transformers knows.
+            UnsupportedModelError: no experts, or experts that cannot be handled in pieces; named.
         """
         self.folder = Path(folder)
-        self.shards = Shards.open(self.folder)
-        self.model = meta_model(self.folder, dtype, self.shards)
-        self.blocks = find_moe_blocks(self.model)
+        self.model = meta_model(self.folder, dtype)
+        self.find_blocks()
         layers, self.prefix = decoder_layers(self.model, self.blocks)
         self.layers: Sequence[nn.Module] = list(layers)
         self.outside: list[str] = []
@@ -70,20 +72,57 @@ class StreamedModel:
         for name in self.model.state_dict():
             found = pattern.match(name)
             (self._inside[int(found[1])] if found else self.outside).append(name)
-        self._check_keys()
-        self._fill(self.outside, None, self.shards)
-        self.model.tie_weights()
+        self._shards: Shards | None = None
 
-    def position(self, layer: str) -> int:
-        """Of a decoder layer by its name, `MoEBlock.layer`."""
-        return int(layer.removeprefix(f"{self.prefix}."))
+    @classmethod
+    def of(cls, source: str | os.PathLike[str] | LayersOnDisk) -> LayersOnDisk:
+        """A folder opened; what was made of one before is opened and used up."""
+        return (source if isinstance(source, LayersOnDisk) else cls(source)).open()
+
+    def open(self) -> LayersOnDisk:
+        """Look at the headers of the shards and load what lies outside of the layers, once.
+
+        Raises:
+            CheckpointError: a tensor is missing or of another shape. NotInPiecesError: it has another name than
+                transformers would save it under; transformers may still load such a checkpoint.
+        """
+        if self._shards is None:
+            shards = Shards.open(self.folder)
+            self._check_keys(shards)
+            self._fill(self.outside, None, shards)
+            self.model.tie_weights()
+            self._shards = shards
+        return self
+
+    @property
+    def shards(self) -> Shards:
+        """Of the folder."""
+        shards = self.open()._shards
+        assert shards is not None
+        return shards
+
+    @property
+    def processes(self) -> Processes:
+        """Those of torch.distributed's default group, which may have come since."""
+        return Processes.current()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def blocks_at(self, position: int) -> list[MoEBlock]:
+        """The blocks of one layer."""
+        return [block for block in self.blocks if block.layer == f"{self.prefix}.{position}"]
+
+    def find_blocks(self) -> None:
+        """Look for the blocks again: experts were removed."""
+        self.blocks = find_moe_blocks(self.model)
 
     def state(self, position: int) -> dict[str, Tensor]:
         """Name in the state dict -> tensor of a layer."""
         state = self.model.state_dict()
         return {name: state[name] for name in self._inside[position]}
 
-    def inside(self) -> dict[str, Tensor]:
+    def waiting(self) -> dict[str, Tensor]:
         """Name in the state dict -> tensor of all layers, on the meta device but for the layer that is held."""
         state, outside = self.model.state_dict(), set(self.outside)
         return {name: tensor for name, tensor in state.items() if name not in outside}
@@ -131,25 +170,23 @@ class StreamedModel:
         self,
         ids: Tensor,
         mask: Tensor | None,
-        batch_size: int,
-        device: torch.device | None,
-        *,
-        inspect: Callable[[int], None],
+        options: RunOptions,
+        inspect: Callable[[int], None] | None = None,
         spill: Path | None = None,
-        processes: Processes | None = None,
     ) -> LayerStream:
-        """Windows on their way through the layers, each held while it works; arguments are those of `LayerStream`."""
+        """Windows on their way through the layers, each held while it works; see `Layers.stream`."""
+        self.open()
         return LayerStream(
             self.model,
             self.layers,
             ids,
             mask,
-            batch_size,
-            device,
+            options.batch_size,
+            options.device,
             hold=self.hold,
             inspect=inspect,
             spill=spill,
-            processes=processes,
+            processes=self.processes,
         )
 
     def signature(self) -> str:
@@ -166,11 +203,11 @@ class StreamedModel:
                     digest.update(file.read(min(256, info.nbytes - info.nbytes // 2)))
         return digest.hexdigest()[:32]
 
-    def _check_keys(self) -> None:
+    def _check_keys(self, shards: Shards) -> None:
         """The checkpoint must hold what the model needs, in the form that transformers saves it."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
         views = checkpoint_views(self.model, self.model.state_dict())
-        held = {name: info.shape for name, info in self.shards.tensors.items()}
+        held = {name: info.shape for name, info in shards.tensors.items()}
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()]
         strange = [key for key in held if key not in views and not any(each.search(key) for each in ignored)]
         for key, view in views.items():

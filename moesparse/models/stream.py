@@ -13,18 +13,18 @@ Where a layer lives while it does not work is not decided here: in the model, or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.models.hidden_states import HiddenStates
-from moesparse.models.modes import _replaced_forwards
+from moesparse.models.modes import placed, replaced_forwards
 from moesparse.system.cpu_products import fast_products
 from moesparse.system.processes import Processes
 
@@ -32,6 +32,14 @@ PROBE_TOKENS = 16
 
 Hold = Callable[[int, torch.device | None], AbstractContextManager[Any]]
 """Have a layer in memory, on a device (None: where it is or is loaded to), for the body of the context."""
+
+
+class Aimed(Protocol):
+    """What watches a layer at work and must know which tokens of the text it sees."""
+
+    def aim(self, token_mask: torch.Tensor | None, first_window: int, window_length: int) -> None:
+        """Before a batch: [T] bool, True for tokens that are no padding, or None; and where it lies in the text."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class LayerStream:
         self.device = device
         self.processes = processes or Processes()
         self._model = model
-        self._hold = hold or self._moved
+        self._hold = hold or (lambda position, device: placed(self.layers[position], device))
         self._tuple_length: list[int | None] = [None] * len(self.layers)
         self._probe(windows[:1, :PROBE_TOKENS], inspect)
         self.length = windows.shape[1]
@@ -119,18 +127,6 @@ class LayerStream:
         """Hold one layer on the device while the block runs."""
         return self._hold(position, self.device)
 
-    @contextlib.contextmanager
-    def _moved(self, position: int, device: torch.device | None) -> Iterator[None]:
-        layer = self.layers[position]
-        home = next(layer.parameters()).device
-        if device is not None and home != device:
-            layer.to(device)
-        try:
-            yield
-        finally:
-            if device is not None and home != device:
-                layer.to(home)
-
     @torch.no_grad()
     def run(
         self,
@@ -138,7 +134,7 @@ class LayerStream:
         *,
         keep: bool = False,
         outputs: HiddenStates | None = None,
-        before: Callable[[int], None] | None = None,
+        recorders: Sequence[Aimed] = (),
     ) -> Iterator[int]:
         """Run one layer over all batches; yields the number of tokens of each batch once it is done.
 
@@ -147,13 +143,13 @@ class LayerStream:
             keep: True replaces the waiting hidden states by the layer's output, batch by batch.
             outputs: where to put the layer's outputs while the hidden states stay for another run of the layer; the
                 caller assigns them to `hidden` in the end.
-            before: called with the number of each batch before it runs.
+            recorders: told of each batch before it runs.
         """
         layer = self.layers[position]
         device = next(layer.parameters()).device
         for number, hidden in enumerate(self.hidden):
-            if before is not None:
-                before(number)
+            for recorder in recorders:
+                recorder.aim(self.token_masks[number], self.first_window[number], self.length)
             call = _to_device(self._calls[number][position], device)
             with fast_products(layer):
                 out = layer(hidden.to(device), *call.args, **call.kwargs)
@@ -182,7 +178,7 @@ class LayerStream:
 
             return stub
 
-        with _replaced_forwards(self.layers, stub_for), contextlib.suppress(_Stop):
+        with replaced_forwards(self.layers, stub_for), contextlib.suppress(_Stop):
             _forward(self._model, ids, mask)
         missing = [position for position in range(len(self.layers)) if position not in calls]
         if missing:
@@ -250,7 +246,7 @@ class LayerStream:
 
             return run
 
-        with _replaced_forwards(self.layers, beside):
+        with replaced_forwards(self.layers, beside):
             _forward(self._model, ids, None)
         return differs[0] if differs else None
 

@@ -1,12 +1,4 @@
-"""Prune the weights of expert blocks: one matrix, one block, all the layers of a stream.
-
-For each decoder layer in turn: run the calibration set through it once and keep per-expert sums, choose the masks,
-solve for the kept weights, write them in place, and run the layer again so that the next layer sees what the pruned
-model will feed it. One layer's sums are held at a time.
-
-Source: one-shot block-wise pruning as in SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774) and MoE-Pruner (Xie et
-al. 2024, arXiv 2410.12013).
-"""
+"""Prune the weights of one block in place: masks chosen, kept weights solved for, what was written checked."""
 
 from __future__ import annotations
 
@@ -16,19 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from moesparse.calibration.recorder import CrossMoment, Recorder, record
-from moesparse.calibration.statistics import ExpertStatistics, memory_needed
+from moesparse.calibration.statistics import ExpertStatistics
 from moesparse.models.blocks import ExpertMatrix, MoEBlock
-from moesparse.models.stream import LayerStream
-from moesparse.progress import Progress, ProgressEvent
 from moesparse.pruning.budget import DENSE
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import BlockReport, TensorReport
-from moesparse.system.memory import peak_memory, reset_peak_memory
+from moesparse.system.memory import peak_memory
 from moesparse.system.processes import Processes
-from moesparse.weights.mask_rules import COLUMN_RULES, choose_masks, moments_needed, obs_gate, prune_in_place
+from moesparse.weights.mask_rules import COLUMN_RULES, choose_masks, obs_gate, prune_in_place
 from moesparse.weights.patterns import check_mask
 from moesparse.weights.weight_rules import (
     PrunedInputs,
@@ -37,123 +25,10 @@ from moesparse.weights.weight_rules import (
     match_output,
     moments_of,
     output_energy,
-    parse_update,
-    rescale_factor,
     update_weights,
 )
 
-__all__ = ["prune_block", "prune_layerwise"]
-
-
-def prune_layerwise(
-    stream: LayerStream,
-    model: nn.Module,
-    blocks: Sequence[MoEBlock],
-    recipe: Recipe,
-    progress: Progress,
-    *,
-    start: int = 0,
-    finish: Callable[[int, list[BlockReport]], None] | None = None,
-) -> list[BlockReport]:
-    """Prune the weights of a model whose hidden states a stream holds, layer by layer.
-
-    Processes that share the stream add up their sums and prune the experts of a block between them; every one of them
-    has the whole pruned layer in the end, and the reports.
-
-    Args:
-        stream: at the input of layer `start`.
-        model: the model the stream runs.
-        blocks: of the model, all of them.
-        recipe: of the weights.
-        progress: called after every batch.
-        start: position of the first layer to prune; those before it are done.
-        finish: called for each layer in order, while it is in memory and pruned, with the reports of its blocks.
-
-    Returns:
-        The reports of the blocks pruned, in forward order.
-    """
-    processes = stream.processes
-    names = {id(layer): position for position, layer in enumerate(stream.layers)}
-    at: dict[int, list[MoEBlock]] = {}
-    for block in blocks:
-        at.setdefault(names[id(model.get_submodule(block.layer))], []).append(block)
-    last = max(at)
-    # the factor is measured by running the pruned experts, which sees the loss in gate and up as well
-    solver, rescale = parse_update(recipe.update)
-    matches = solver == "asymmetric"
-    moments = moments_needed(recipe.saliency, recipe.update)
-    passes = sum(
-        1 + matches * len(at[position]) + rescale + recipe.propagate if position in at else 1
-        for position in range(start, last + 1)
-    )
-    total, done, tokens = passes * len(stream), 0, 0
-    reports: list[BlockReport] = []
-    memory = max(memory_needed(here, moments) for here in at.values())
-    first = at[min(position for position in at if position >= start)][0]
-    progress(ProgressEvent(f"calibrate {first.name}", 0, total, memory=memory))
-
-    def run(position: int, stage: str, recorders: Sequence[Recorder] = (), **where: Any) -> None:
-        nonlocal done, tokens
-
-        def aim(number: int) -> None:
-            for recorder in recorders:
-                recorder.token_mask = stream.token_masks[number]
-                recorder.first_window, recorder.window_length = stream.first_window[number], stream.length
-
-        for count in stream.run(position, before=aim, **where):
-            done, tokens = done + 1, tokens + count
-            progress(ProgressEvent(stage, done, total, tokens=tokens))
-
-    for position in range(start, last + 1):
-        with stream.on_device(position):
-            here = at.get(position)
-            if here is None:
-                run(position, f"layer {position}", keep=True)
-                if finish is not None:
-                    finish(position, [])
-                continue
-            started = time.perf_counter()
-            reset_peak_memory()
-            label = here[0].name
-            # the dense layer's outputs are there only now; its inputs are needed again for rescaling
-            dense_outputs = None if recipe.propagate else stream.hidden.fresh()
-            # of the last block's output nothing is kept, unless one of these wants it
-            read = rescale or dense_outputs is not None or len(here) > 1
-            with record(here, moments, outputs=read) as recorders:
-                run(position, f"calibrate {label}", recorders, outputs=dense_outputs)
-            dense = [recorder.statistics for recorder in recorders]
-            own = [statistics.combine(processes) for statistics in dense]
-
-            def look_again(block: MoEBlock, up_before: torch.Tensor, at: int = position) -> Recorded:
-                cross = CrossMoment(block, up_before)
-                with record([block], moments, outputs=False) as (recorder,):
-                    recorder.row_observer = cross
-                    run(at, f"match {block.name}", [recorder])
-                return recorder.statistics.combine(processes), processes.reduce(cross.total)
-
-            measured = [
-                prune_block(block, sums, recipe, solver, look_again if matches else None, processes)
-                for block, sums in zip(here, own, strict=True)
-            ]
-            if rescale:
-                with record(here) as recorders:
-                    run(position, f"rescale {label}", recorders)
-                for block, report, before, recorder in zip(here, measured, dense, recorders, strict=True):
-                    recorder.statistics.combine(processes)
-                    report.rescale = _rescale(block, before, recorder.statistics)
-            if dense_outputs is not None:
-                stream.hidden = dense_outputs
-            elif position < last:
-                run(position, f"propagate {label}", keep=True)
-            else:
-                done += len(stream)  # nothing after the last block needs its output
-            for report in measured:
-                report.seconds = (time.perf_counter() - started) / len(here)
-                report.peak_bytes = peak_memory()
-            reports += measured
-            if finish is not None:
-                finish(position, measured)
-    return reports
+__all__ = ["Recorded", "prune_block"]
 
 
 Recorded = tuple[ExpertStatistics, torch.Tensor]
@@ -300,11 +175,3 @@ def _joined(parts: Sequence[list[Any] | None]) -> list[Any] | None:
     if any(part is None for part in parts):
         return None
     return [value for part in parts for value in part or []]
-
-
-@torch.no_grad()
-def _rescale(block: MoEBlock, dense: ExpertStatistics, pruned: ExpertStatistics) -> list[float]:
-    factor = rescale_factor(dense.gated_norm_sq_sum, pruned.gated_norm_sq_sum)
-    down = block.matrices[-1]
-    down.weight.mul_(factor.to(down.weight).view(-1, 1, 1))
-    return factor.tolist()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moesparse.errors import CalibrationError, UsageError
+from moesparse.experts.choice import Rule
 from moesparse.experts.criteria import check_criterion
 from moesparse.experts.domains import DEFAULT_MIX, check_mix
 from moesparse.experts.selection import BUDGETS
+from moesparse.models.blocks import MoEBlock
 from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, check_choices, check_target
-from moesparse.weights.mask_rules import moments_needed
+from moesparse.weights.mask_rules import check_rules
 from moesparse.weights.patterns import Pattern
 from moesparse.weights.weight_rules import parse_update
 
@@ -22,6 +24,7 @@ __all__ = [
     "DEFAULT_UPDATE",
     "DEFAULT_WEIGHTS",
     "Recipe",
+    "check_patterns",
     "check_removal",
 ]
 
@@ -37,6 +40,15 @@ def check_removal(experts: float | None, keep_experts: int | None) -> None:
         raise UsageError(f"only one of experts and keep_experts may be given, got {experts} and {keep_experts}")
     if experts is not None and not 0 < experts < 1:
         raise UsageError(f"experts must be a share between 0 and 1, got {experts}")
+
+
+def check_patterns(blocks: Sequence[MoEBlock], pattern_of: Callable[[str, str], Pattern | None]) -> None:
+    """Raise UsageError for a matrix that its pattern, by names of block and matrix, does not divide."""
+    for block in blocks:
+        for matrix in block.matrices:
+            pattern = pattern_of(block.name, matrix.name)
+            if pattern is not None:
+                pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class Recipe:
         elif self.patterns is None and not self.removes_experts and self.target_bytes is None:
             raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
         check_removal(self.experts, self.keep_experts)
-        moments_needed(self.saliency, self.update)  # refuses an unknown rule
+        check_rules(self.saliency, self.update)
         check_criterion(self.expert_saliency)
         check_mix(self.expert_mix)
         if self.expert_budget not in BUDGETS:
@@ -165,22 +177,50 @@ class Recipe:
     def refits_experts(self) -> bool:
         return self.removes_experts and parse_update(self.update)[0] in ("least-squares", "asymmetric")
 
+    def without_experts(self) -> Recipe:
+        """What is left to do once the experts are removed."""
+        removal = {"experts": None, "keep_experts": None, "refine_experts": False, "protect_experts": False}
+        return dataclasses.replace(self, **removal)  # type: ignore[arg-type]
+
+    def without_weights(self) -> Recipe:
+        """The removal of experts alone."""
+        return dataclasses.replace(self, weights=None, patterns=None)
+
+    def check_blocks(self, blocks: Sequence[MoEBlock]) -> None:
+        """Refuse a pattern that does not divide a matrix, before anything is changed.
+
+        Raises:
+            UsageError: names the matrix.
+        """
+        check_patterns(blocks, self.pattern_of)
+
+    def check_needs_no_data(self) -> None:
+        """Refuse to go without calibration where more than the weights is looked at.
+
+        Raises:
+            CalibrationError: names the rules.
+        """
+        if not self.reads_weights_alone:
+            raise CalibrationError(
+                f"calibration must be windows or statistics for saliency={self.saliency!r}, update={self.update!r}, "
+                "got None; only magnitude without an update needs no data"
+            )
+
+    @property
+    def expert_rule(self) -> Rule:
+        """How experts are judged and how many stay."""
+        return Rule(
+            criterion=self.expert_saliency,
+            keep=self.keep_experts,
+            remove=self.experts,
+            mix=self.expert_mix,
+            protect_super=self.protect_experts,
+            seed=self.seed,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; what belongs to patterns or a target is left out where there are none."""
         found = dataclasses.asdict(self) | {"choices": list(self.choices)}
         unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
         unused += [] if self.patterns is not None else ["patterns"]
         return {name: value for name, value in found.items() if name not in unused}
-
-
-def check_needs_no_data(recipe: Recipe) -> None:
-    """Refuse to prune without calibration what looks at more than the weights.
-
-    Raises:
-        CalibrationError: names the rules.
-    """
-    if not recipe.reads_weights_alone:
-        raise CalibrationError(
-            f"calibration must be windows or statistics for saliency={recipe.saliency!r}, update={recipe.update!r}, "
-            "got None; only magnitude without an update needs no data"
-        )

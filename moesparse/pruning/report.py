@@ -4,19 +4,67 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from moesparse.calibration.statistics import ModelStatistics
 from moesparse.models.blocks import MoEBlock
 from moesparse.pruning.budget import DENSE, matrix_sizes, packed_bytes
 from moesparse.pruning.recipe import Recipe
 
 __all__ = ["BlockReport", "Report", "TensorReport", "expert_sizes"]
+
+
+@dataclass
+class TensorReport:
+    """One fused expert matrix after pruning.
+
+    Attributes:
+        name: parameter name in the experts module.
+        shape: (E, out, in), contraction last, whatever the family stores.
+        sparsity: share of exact zeros.
+        pattern: the pattern asked for, "dense" where the weights were left as they are.
+        holds: the pattern was found in every row after the weights were written back.
+        error_before: per expert, |(W - V) X| / |W X| of the masked dense weights on the calibration tokens; None where
+            the rules need no second moments.
+        error_after: the same once the kept weights were re-solved.
+        fallbacks: experts without calibration tokens, masked by magnitude.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    sparsity: float
+    pattern: str
+    holds: bool
+    error_before: list[float] | None = None
+    error_after: list[float] | None = None
+    fallbacks: list[int] = field(default_factory=list)
+
+
+@dataclass
+class BlockReport:
+    """One MoE block: its tensors, the tokens each expert saw, time and memory."""
+
+    name: str
+    experts: int
+    tokens_per_expert: list[int] | None
+    tensors: list[TensorReport]
+    rescale: list[float] | None
+    seconds: float
+    peak_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> BlockReport:
+        """What `to_dict` gave, also read from JSON."""
+        tensors = [TensorReport(**{**each, "shape": tuple(each["shape"])}) for each in entry["tensors"]]
+        return cls(**{**entry, "tensors": tensors})
 
 
 @dataclass
@@ -89,57 +137,3 @@ def _packed_bytes(block: MoEBlock, recipe: Recipe) -> int:
     found = {matrix.name: recipe.pattern_of(block.name, matrix.name) for matrix in block.matrices}
     named = {name: DENSE if pattern is None else str(pattern) for name, pattern in found.items()}
     return packed_bytes(matrix_sizes(block), named, block.num_experts)
-
-
-def describe_calibration(calibration: Any) -> dict[str, Any]:
-    """What the report says of the calibration data."""
-    if isinstance(calibration, Mapping):
-        return {
-            "statistics": {name: part.text_hash for name, part in calibration.items()},
-            "tokens": sum(part.tokens for part in calibration.values()),
-        }
-    if isinstance(calibration, ModelStatistics):
-        return {"statistics": calibration.text_hash, "tokens": calibration.tokens}
-    if calibration is None:
-        return {"windows": 0, "length": 0, "tokens": 0}
-    windows = calibration[0] if isinstance(calibration, tuple) else calibration
-    return {"windows": len(windows), "length": windows.shape[1], "tokens": int(windows.numel())}
-
-
-@dataclass
-class TensorReport:
-    """One fused expert matrix after pruning.
-
-    Attributes:
-        name: parameter name in the experts module.
-        shape: (E, out, in), contraction last, whatever the family stores.
-        sparsity: share of exact zeros.
-        pattern: the pattern asked for, "dense" where the weights were left as they are.
-        holds: the pattern was found in every row after the weights were written back.
-        error_before: per expert, |(W - V) X| / |W X| of the masked dense weights on the calibration tokens; None where
-            the rules need no second moments.
-        error_after: the same once the kept weights were re-solved.
-        fallbacks: experts without calibration tokens, masked by magnitude.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    sparsity: float
-    pattern: str
-    holds: bool
-    error_before: list[float] | None = None
-    error_after: list[float] | None = None
-    fallbacks: list[int] = field(default_factory=list)
-
-
-@dataclass
-class BlockReport:
-    """One MoE block: its tensors, the tokens each expert saw, time and memory."""
-
-    name: str
-    experts: int
-    tokens_per_expert: list[int] | None
-    tensors: list[TensorReport]
-    rescale: list[float] | None
-    seconds: float
-    peak_bytes: int

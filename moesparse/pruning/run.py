@@ -1,33 +1,48 @@
-"""Prune a model in memory: experts removed, weights pruned, and the report of both."""
+"""The two doors: prune a model in memory, or a checkpoint on the disk that need not fit there. One pipeline behind.
+
+A checkpoint is read, pruned, run again for the next layer, written and dropped layer by layer; the hidden states of the
+calibration set wait in between. The result has the bits that `prune` and `save_pretrained` give for the model as a
+whole. A run that is stopped, by whatever, goes on at the layer it had not finished.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from moesparse._version import __version__
+from moesparse.calibration.data import Calibration, Given, calibration_of
+from moesparse.calibration.plan import spills
 from moesparse.calibration.statistics import ModelStatistics
-from moesparse.calibration.windows import check_windows
-from moesparse.errors import CalibrationError
-from moesparse.experts.choice import prune_experts
-from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.models.fingerprint import model_fingerprint
-from moesparse.models.look import check_dense, check_finite
-from moesparse.models.stream import LayerStream
-from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.pruning.block import prune_block, prune_layerwise
-from moesparse.pruning.recipe import (
-    Recipe,
-    check_needs_no_data,
-)
-from moesparse.pruning.report import BlockReport, Report, describe_calibration, expert_sizes
-from moesparse.system.processes import default_device
+from moesparse.calibration.windows import Windows
+from moesparse.checkpoints.output import IntoFolder
+from moesparse.checkpoints.pretrained import REPORT_FILE
+from moesparse.errors import CheckpointError, UsageError
+from moesparse.models.layers import RunOptions
+from moesparse.models.on_disk import LayersOnDisk
+from moesparse.progress import Progress, silent
+from moesparse.pruning.driver import both_steps, carry_out, carry_out_in_place, check_work
+from moesparse.pruning.plan import plan_run
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.report import Report
+from moesparse.pruning.to_budget import prune_to_budget
+from moesparse.system.folders import check_output_folder
+from moesparse.system.processes import device_at_work
+from moesparse.system.run_folder import JOURNAL_FILE, check_inputs, what_is_kept
+from moesparse.system.shards import read_json
 
-__all__ = ["prune"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["experts_folder", "prune", "prune_checkpoint", "what_is_left"]
 
 
 def prune(
@@ -71,123 +86,207 @@ def prune(
         CalibrationError: the windows or statistics do not fit this model.
     """
     recipe = recipe or Recipe()
+    options = RunOptions(batch_size, device_at_work(device), allow_pruned, progress=progress)
     if recipe.target_bytes is not None:
-        from moesparse.pruning.to_budget import prune_to_budget
+        return prune_to_budget(model, calibration, recipe, options, domains)
+    return carry_out_in_place(model, calibration_of(calibration, model, domains), recipe, options)
 
-        return prune_to_budget(
-            model,
-            calibration,
-            recipe,
-            domains=domains,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-            allow_pruned=allow_pruned,
+
+def prune_checkpoint(
+    source: str | os.PathLike[str] | LayersOnDisk,
+    out: str | os.PathLike[str],
+    calibration: Windows | ModelStatistics | Mapping[str, ModelStatistics] | None,
+    recipe: Recipe | None = None,
+    *,
+    domains: Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: Callable[[Report], str] | None = None,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    resume: bool = False,
+    allow_pruned: bool = False,
+    max_memory: int | None = None,
+    progress: Progress = silent,
+    complete: Callable[[Report], Report] = lambda report: report,
+) -> Report:
+    """Prune the experts of a checkpoint into a new checkpoint, dense with zeros.
+
+    Holds what lies outside of the decoder layers, one layer with its sums (see `moesparse.prune`) and the hidden
+    states of the calibration set; nothing that grows with the number of layers. Reads the source twice.
+
+    A recipe that removes experts needs besides a few numbers of every expert and window, and while a block is refitted
+    `memory_for_refit`; with weights to prune as well the smaller model lies beside the output, in a folder of its name
+    with ".experts" behind it, until the output is whole.
+
+    Where torch.distributed's default group is there, its processes share the work: all must call with the same
+    arguments, and see `source` and `out`. Each runs its own batches and prunes its own experts; the first one writes.
+    A process that ends is a ProcessError in the others.
+
+    Args:
+        source: a folder with safetensors under the names that transformers saves, or what was made of one.
+        out: a new or empty folder, or with `resume` one that holds an unfinished run.
+        calibration: (n, t) int64 windows, or (windows, attention mask), or None where the recipe looks at weights alone
+            (magnitude, no update). To remove experts without a refit also saved statistics of the
+            model, or of its domains by name.
+        recipe: what to do: weights of one pattern, the removal of experts, or both.
+        domains: of each window, for the choice of experts; None is one domain.
+        tokenizer: saved beside the weights.
+        card: gives the text of README.md.
+        batch_size: windows in one forward.
+        device: where the layer at work goes; None takes the GPU when there is one.
+        resume: go on with the run in `out`; its source, windows, recipe and batch size must be the same.
+        allow_pruned: accept a model that already carries pruned experts.
+        max_memory: bytes of RAM to stay within; None is what is available now. The hidden states go to a file in `out`
+            when they would not fit beside the rest.
+        progress: called with every step.
+        complete: what the report is to be, given what this run alone would report.
+
+    Returns:
+        The report; the seconds are those of this run, peak memory and seconds of a block those of the run that did it.
+
+    Raises:
+        UsageError: a recipe that needs the whole model, a pattern that does not divide a matrix, or a `max_memory`
+            below what the run needs, which is named.
+        CheckpointError: the source cannot be read, `out` cannot be written, is in use, or holds another run.
+        UnsupportedModelError: the model cannot be handled layer by layer; named.
+        CalibrationError: the windows do not fit the model, or it was pruned before.
+    """
+    recipe = recipe or Recipe()
+    options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory, progress)
+    _check_layered(calibration, recipe)
+    layers = LayersOnDisk.of(source)
+    data = calibration_of(calibration, layers.model, domains)
+    check_work(layers, data, recipe)
+    work = _Work(data, recipe, options, tokenizer, card)
+    if not (recipe.removes_experts and recipe.prunes_weights):
+        return work.carry_out(layers, Path(out), recipe, complete)
+    return work.carry_out_both(layers, Path(out), complete)
+
+
+def _check_layered(calibration: Given, recipe: Recipe) -> None:
+    """Refuse what only a whole model can do, before anything is opened."""
+    wants_one = not recipe.removes_experts
+    if (
+        recipe.target_bytes is not None
+        or (wants_one and recipe.weights is None)
+        or (wants_one and isinstance(calibration, ModelStatistics | Mapping))
+    ):
+        raise UsageError(
+            "recipe must remove experts, or have one pattern for all weights and windows to calibrate on, to run layer "
+            f"by layer, got {recipe.to_dict()} and {type(calibration).__name__}"
         )
-    if isinstance(calibration, Mapping) and recipe.prunes_weights:
-        raise CalibrationError(
-            "calibration must be windows, or statistics of one text, to prune weights, got statistics by domain"
+
+
+class _Work:
+    """What a run from folder to folder is given.
+
+    Args:
+        data: to calibrate on.
+        recipe: all of it; the memory must do for every step.
+        options: of the run.
+        tokenizer, card: of the result.
+    """
+
+    def __init__(
+        self,
+        data: Calibration,
+        recipe: Recipe,
+        options: RunOptions,
+        tokenizer: PreTrainedTokenizerBase | None,
+        card: Callable[[Report], str] | None,
+    ) -> None:
+        self.data, self.recipe, self.options = data, recipe, options
+        self.tokenizer, self.card = tokenizer, card
+
+    def inputs(self, layers: LayersOnDisk, step: Recipe) -> dict[str, Any]:
+        """All that the result of a step depends on."""
+        inputs = {
+            "source": layers.signature(),
+            "windows": self.data.identity,
+            "recipe": step.to_dict(),
+            "batch size": self.options.batch_size,
+            "release": __version__,
+        }
+        if step.removes_experts:
+            domains = getattr(self.data, "domains", None)
+            named = None if domains is None else json.dumps(list(domains)).encode()
+            inputs["domains"] = None if named is None else hashlib.sha256(named).hexdigest()[:32]
+        return inputs
+
+    def carry_out(
+        self,
+        layers: LayersOnDisk,
+        out: Path,
+        step: Recipe,
+        complete: Callable[[Report], Report] = lambda report: report,
+        *,
+        between: bool = False,
+    ) -> Report:
+        """One step, into a folder.
+
+        Args:
+            layers: opened, and used up.
+            out: a new or empty folder, or with `resume` an unfinished run's.
+            step: of the recipe.
+            complete: what the report is to be.
+            between: the folder is for the next step, which looks for the inputs in its report.
+        """
+        windows, length = self.data.size
+        processes = layers.processes
+        # every step must do with the memory that the whole recipe is planned for
+        whole = self.recipe if step.removes_experts else step
+        sizes = {"windows": windows, "length": length, "batch_size": self.options.batch_size}
+        plan = plan_run(layers.model, layers.blocks, whole, processes=processes.count, **sizes)
+        spill = spills(plan, self.options, processes)
+        inputs = self.inputs(layers, step)
+        with IntoFolder.open(out, layers, inputs, self.options, spill=spill) as output:
+            report = complete(carry_out(layers, output, self.data, step, self.options))
+            text = None if self.card is None or between else self.card(report)
+            noted = report.to_dict() | ({"inputs": inputs} if between else {})
+            output.finish(report.recipe, tokenizer=None if between else self.tokenizer, card=text, report=noted)
+        return report
+
+    def carry_out_both(self, layers: LayersOnDisk, out: Path, complete: Callable[[Report], Report]) -> Report:
+        """Experts first, into a folder beside the output, and from there the weights of those that stay."""
+        between, processes = experts_folder(out), layers.processes
+
+        def clear() -> None:
+            if (out / "config.json").exists() and not (out / JOURNAL_FILE).exists():
+                shutil.rmtree(between, ignore_errors=True)  # killed behind its last step but one
+            if not (out / JOURNAL_FILE).exists():
+                check_output_folder(out)
+
+        processes.from_first(clear)
+        removed = self._removed(layers, between)
+        report = self.carry_out(
+            LayersOnDisk(between).open(),
+            out,
+            self.recipe.without_experts(),
+            lambda report: complete(both_steps(self.recipe, removed, report)),
         )
-    blocks = find_moe_blocks(model)
-    for block in blocks:
-        for matrix in block.matrices:
-            pattern = recipe.pattern_of(block.name, matrix.name)
-            if pattern is not None:
-                pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
-    check_finite(blocks)
-    started = time.perf_counter()
-    fingerprint, before = model_fingerprint(model), expert_sizes(model, blocks)
-    removed = None
-    if recipe.removes_experts:
-        removed = _remove_experts(
-            model, blocks, calibration, recipe, domains, batch_size, device, progress, allow_pruned
-        )
-        blocks = find_moe_blocks(model)
-    if not recipe.prunes_weights:
-        reports: list[BlockReport] = []
-        source = describe_calibration(calibration)
-    elif isinstance(calibration, ModelStatistics):
-        reports, source = _prune_from_statistics(model, blocks, calibration, recipe, progress)
-    elif calibration is None:
-        reports, source = _prune_from_weights(blocks, recipe, progress)
-    else:
-        if not allow_pruned:
-            check_dense(blocks)
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        assert not isinstance(calibration, Mapping)  # refused above
-        windows, mask = check_windows(calibration, vocabulary)
-        home = torch.device(device) if device is not None else default_device()
-        stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, home)
-        reports = prune_layerwise(stream, model, blocks, recipe, progress)
-        source = describe_calibration(windows)
-    sizes = {"before": before, "after": expert_sizes(model, blocks, recipe)}
-    seconds = time.perf_counter() - started
-    return Report(recipe.to_dict(), __version__, reports, source, seconds, removed, fingerprint, sizes)
+        processes.from_first(lambda: shutil.rmtree(between))
+        return report
+
+    def _removed(self, layers: LayersOnDisk, folder: Path) -> dict[str, Any]:
+        """The report of the smaller model in a folder; it is made where it is not whole yet."""
+        step = self.recipe.without_weights()
+        if not (folder / "config.json").exists() or (folder / JOURNAL_FILE).exists():
+            return self.carry_out(layers, folder, step, between=True).to_dict()
+        held = read_json(folder / REPORT_FILE, "a report")
+        if "inputs" not in held:
+            raise CheckpointError(f"{folder} must be free for the smaller model, got another checkpoint; move it")
+        done = f"an unfinished run left the smaller model in {folder}"
+        check_inputs(done, held["inputs"], self.inputs(layers, step), resume=self.options.resume)
+        return held
 
 
-def _remove_experts(
-    model: nn.Module,
-    blocks: Sequence[MoEBlock],
-    calibration: Any,
-    recipe: Recipe,
-    domains: Sequence[str] | None,
-    batch_size: int,
-    device: torch.device | str | None,
-    progress: Progress,
-    allow_pruned: bool,
-) -> dict[str, Any]:
-    """Experts first, on the dense model: the weights are then scored on what is left."""
-    if calibration is None:
-        raise CalibrationError("calibration must be windows or statistics to choose experts, got None")
-    if isinstance(calibration, ModelStatistics | Mapping):
-        if recipe.prunes_weights:
-            raise CalibrationError(
-                "calibration must be windows to remove experts and then prune weights, got statistics: the weights "
-                "are scored on what the smaller model computes; pass the windows, or remove experts alone "
-                "(weights=None)"
-            )
-    else:
-        if not allow_pruned:
-            check_dense(blocks)
-        calibration = check_windows(calibration, model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    report = prune_experts(
-        model,
-        calibration,
-        recipe.expert_saliency,
-        keep=recipe.keep_experts,
-        domains=domains,
-        mix=recipe.expert_mix,
-        budget=recipe.expert_budget,
-        floor=recipe.expert_floor,
-        protect_super=recipe.protect_experts,
-        remove=recipe.experts,
-        refit=recipe.refits_experts,
-        refine=recipe.refine_experts,
-        seed=recipe.seed,
-        batch_size=batch_size,
-        device=torch.device(device) if device is not None else default_device(),
-        progress=progress,
-    )
-    return report.to_dict()
+def experts_folder(out: Path) -> Path:
+    """Where the smaller model lies while its weights are pruned into `out`."""
+    return out.with_name(f"{out.name}.experts")
 
 
-def _prune_from_weights(
-    blocks: Sequence[MoEBlock], recipe: Recipe, progress: Progress
-) -> tuple[list[BlockReport], dict[str, Any]]:
-    check_needs_no_data(recipe)
-    reports = []
-    for done, block in enumerate(blocks):
-        progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
-        reports.append(prune_block(block, None, recipe, "none"))
-    return reports, describe_calibration(None)
-
-
-def _prune_from_statistics(
-    model: nn.Module, blocks: Sequence[MoEBlock], statistics: ModelStatistics, recipe: Recipe, progress: Progress
-) -> tuple[list[BlockReport], dict[str, Any]]:
-    statistics.check_model(model)
-    reports = []
-    for done, block in enumerate(blocks):
-        progress(ProgressEvent(f"prune {block.name}", done, len(blocks)))
-        reports.append(prune_block(block, statistics.blocks[block.name], recipe, recipe.update))
-    return reports, describe_calibration(statistics)
+def what_is_left(out: Path) -> str:
+    """What a stopped run has left for going on, in a sentence; "" when nothing."""
+    between = experts_folder(out)
+    whole = f"the smaller model is kept in {between}" if (between / "config.json").exists() else ""
+    return what_is_kept(out) or what_is_kept(between) or whole

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moesparse.calibration.layers import layerwise_statistics
-from moesparse.calibration.statistics import ExpertStatistics
-from moesparse.calibration.windows import check_windows
+from moesparse.calibration.data import FromText, Given, calibration_of
+from moesparse.calibration.layers import named_sums, read_sums, record_layers
+from moesparse.calibration.statistics import ExpertStatistics, ModelStatistics
+from moesparse.checkpoints.output import InPlace
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate.on_text import perplexity
 from moesparse.experts.choice import check_budget, choose_rule, score_windows
 from moesparse.experts.criteria import super_experts
-from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.models.look import check_dense
+from moesparse.models.blocks import MoEBlock
+from moesparse.models.layers import Layers, LayersInMemory, RunOptions
+from moesparse.models.look import Look
 from moesparse.models.modes import placed
 from moesparse.models.stream import LayerStream
-from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.progress import ProgressEvent
 from moesparse.pruning.budget import (
     DENSE,
     DROP,
@@ -36,13 +38,12 @@ from moesparse.pruning.budget import (
     search,
     target_in_bytes,
 )
-from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.driver import carry_out_in_place
+from moesparse.pruning.recipe import Recipe, check_patterns
+from moesparse.pruning.report import Report
 from moesparse.weights.mask_rules import choose_masks, moments_needed, obs_gate
 from moesparse.weights.patterns import Pattern
 from moesparse.weights.weight_rules import moments_of, output_energy, parse_update, update_weights
-
-if TYPE_CHECKING:
-    from moesparse.pruning.report import Report
 
 __all__ = ["BudgetReport", "measure_costs", "plan_budget", "prune_to_budget", "recipe_of"]
 
@@ -113,15 +114,7 @@ class BudgetReport:
 
 
 def measure_costs(
-    model: nn.Module,
-    windows: Tensor,
-    mask: Tensor | None,
-    recipe: Recipe,
-    *,
-    domains: Sequence[str] | None = None,
-    batch_size: int = 8,
-    device: torch.device | None = None,
-    progress: Progress = silent,
+    layers: Layers, text: FromText, recipe: Recipe, options: RunOptions
 ) -> tuple[list[BlockCosts], Tensor, list[tuple[int, int]]]:
     """One pass over the dense model, layer by layer: what each pattern costs in each block, and the experts' scores.
 
@@ -135,35 +128,36 @@ def measure_costs(
     rule = _QUICK.get(recipe.saliency, recipe.saliency)
     solver = parse_update(recipe.update)[0]
     solver = "least-squares" if solver == "asymmetric" else solver
-    plain = moments_needed(rule, solver) in ("plain", "both")
-    costs: list[BlockCosts] = []
-
-    def visit(block: MoEBlock, statistics: ExpertStatistics, hidden: Sequence[Tensor]) -> None:
-        residual = 0.0
-        for states, real in zip(hidden, stream.token_masks, strict=True):
-            rows = states.flatten(0, -2)
-            residual += float((rows if real is None else rows[real.to(rows.device)]).double().square().sum())
-        errors = {
-            matrix.name: {
-                str(pattern): _share_off(block, matrix, statistics, pattern, rule, solver, recipe.seed)
-                for pattern in patterns
+    moments = "both" if moments_needed(rule, solver) in ("plain", "both") else "gated"
+    output, costs = InPlace(layers), list[BlockCosts]()
+    look = Look(layers, options)
+    stream = layers.stream(text.ids, text.mask, options, look)
+    for position, recorders in record_layers(layers, stream, options.progress, moments=moments):
+        for recorder in recorders:
+            block, statistics = recorder.block, recorder.statistics
+            errors = {
+                matrix.name: {
+                    str(pattern): _share_off(block, matrix, statistics, pattern, rule, solver, recipe.seed)
+                    for pattern in patterns
+                }
+                for matrix in block.matrices
             }
-            for matrix in block.matrices
-        }
-        costs.append(
-            BlockCosts(block.name, matrix_sizes(block), residual, statistics.gated_norm_sq_sum.double().cpu(), errors)
-        )
+            energy = statistics.gated_norm_sq_sum.double().cpu()
+            costs.append(BlockCosts(block.name, matrix_sizes(block), _residual(stream), energy, errors))
+        output.keep_aside(f"statistics-{position:05d}", named_sums(recorders, by_column=False))
+    sums, by_window = read_sums(output.aside, len(text.ids))
+    found = ModelStatistics(sums, look.fingerprint, "", None, text.ids.numel())
+    _, scores = score_windows(found, by_window, recipe.expert_rule, text.domains)
+    return costs, scores, super_experts(found) if recipe.protect_experts else []
 
-    blocks = find_moe_blocks(model)
-    stream = LayerStream(model, decoder_layers(model, blocks)[0], windows, mask, batch_size, device)
-    by_window: dict[str, Tensor] = {}
-    statistics = layerwise_statistics(
-        model, stream, windows, mask, progress, by_window, moments="both" if plain else "gated", visit=visit
-    )
-    _, scores = score_windows(
-        statistics, by_window, recipe.expert_saliency, domains=domains, mix=recipe.expert_mix, seed=recipe.seed
-    )
-    return costs, scores, super_experts(statistics) if recipe.protect_experts else []
+
+def _residual(stream: LayerStream) -> float:
+    """Energy of the hidden states that wait, padding left out."""
+    total = 0.0
+    for states, real in zip(stream.hidden, stream.token_masks, strict=True):
+        rows = states.flatten(0, -2)
+        total += float((rows if real is None else rows[real.to(rows.device)]).double().square().sum())
+    return total
 
 
 @torch.no_grad()
@@ -181,19 +175,16 @@ def _share_off(
 
 
 def plan_budget(
-    model: nn.Module,
-    calibration: Tensor | tuple[Tensor, Tensor | None],
-    recipe: Recipe,
-    *,
-    domains: Sequence[str] | None = None,
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-    progress: Progress = silent,
-    allow_pruned: bool = False,
+    model: nn.Module, given: Given, recipe: Recipe, options: RunOptions, domains: Sequence[str] | None = None
 ) -> BudgetSearch:
     """Find how a model would meet `recipe.target_bytes`; the model is left as it is.
 
-    Arguments are those of `moesparse.prune`.
+    Args:
+        model: a transformers causal language model.
+        given: windows [n, t], or (windows, attention mask).
+        recipe: with a target.
+        options: of the pass.
+        domains: of each window; None is one domain.
 
     Raises:
         UsageError: a target or choices that cannot be met; a pattern that does not divide a matrix.
@@ -201,38 +192,29 @@ def plan_budget(
     """
     if recipe.target_bytes is None:
         raise UsageError("recipe must have target_bytes to be planned for, got None")
-    if not isinstance(calibration, Tensor | tuple):
+    layers = LayersInMemory(model)
+    blocks = layers.blocks
+    check_budget(model, recipe.expert_budget, recipe.expert_floor)
+    text = calibration_of(given, model, domains)
+    if not isinstance(text, FromText):
         raise CalibrationError(
-            f"calibration must be windows for target_bytes, got {type(calibration).__name__}: errors are measured on "
+            f"calibration must be windows for target_bytes, got {type(given).__name__}: errors are measured on "
             "second moments and hidden states that saved statistics do not hold"
         )
-    blocks = find_moe_blocks(model)
-    if not allow_pruned:
-        check_dense(blocks)
-    check_budget(model, recipe.expert_budget, recipe.expert_floor)
-    windows, mask = check_windows(calibration, model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    dense = sum(_dense_bytes(block) for block in blocks)
-    target = target_in_bytes(recipe.target_bytes, dense)
-    for block in blocks:
-        for matrix in block.matrices:
-            for choice in (choice for choice in recipe.choices if ":" in choice):
-                Pattern.parse(choice).check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
-    costs, scores, protect = measure_costs(
-        model,
-        windows,
-        mask,
-        recipe,
-        domains=domains,
-        batch_size=batch_size,
-        device=torch.device(device) if device is not None else None,
-        progress=progress,
-    )
+    target = target_in_bytes(recipe.target_bytes, sum(_dense_bytes(block) for block in blocks))
+    for choice in (choice for choice in recipe.choices if ":" in choice):
+        check_patterns(blocks, partial(_always, Pattern.parse(choice)))
+    costs, scores, protect = measure_costs(layers, text, recipe, options)
     counts = _counts(blocks, protect) if DROP in recipe.choices else [blocks[0].num_experts]
 
     def keep(count: int) -> list[Tensor]:
         return choose_rule(blocks, keep=count, protect=protect)(scores)
 
     return search(costs, target, counts, keep, recipe.choices)
+
+
+def _always(pattern: Pattern, block: str, matrix: str) -> Pattern:
+    return pattern
 
 
 def _dense_bytes(block: MoEBlock) -> int:
@@ -252,57 +234,47 @@ def _counts(blocks: Sequence[MoEBlock], protect: Sequence[tuple[int, int]]) -> l
 
 
 def prune_to_budget(
-    model: nn.Module,
-    calibration: Any,
-    recipe: Recipe,
-    *,
-    domains: Sequence[str] | None = None,
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-    progress: Progress = silent,
-    allow_pruned: bool = False,
+    model: nn.Module, given: Given, recipe: Recipe, options: RunOptions, domains: Sequence[str] | None = None
 ) -> Report:
     """`moesparse.prune` for a recipe with target_bytes.
 
     With `recipe.compare_uniform` one window of eight is kept aside; a copy of the model is pruned to the best uniform
     plan, both are scored on those windows, and the model becomes the better of the two.
     """
-    from moesparse.pruning.run import prune
-
     started = time.perf_counter()
     aside = None
-    if recipe.compare_uniform and isinstance(calibration, Tensor | tuple):
-        calibration, aside, domains = _split(calibration, domains)
-    rest: dict[str, Any] = {
-        "domains": domains,
-        "batch_size": batch_size,
-        "device": device if device is not None else "cuda" if torch.cuda.is_available() else None,
-        "progress": progress,
-        "allow_pruned": allow_pruned,
-    }
-    found = plan_budget(model, calibration, recipe, **rest)
+    if recipe.compare_uniform and isinstance(given, Tensor | tuple):
+        given, aside, domains = _split(given, domains)
+    found = plan_budget(model, given, recipe, options, domains)
     if (found.mixed.keep, found.mixed.patterns) == (found.uniform.keep, found.uniform.patterns):
         aside = None
 
+    def carried_out(network: nn.Module, plan: BudgetPlan) -> Report:
+        data = calibration_of(given, network, domains)
+        return carry_out_in_place(network, data, recipe_of(recipe, plan, found.experts), options)
+
     def score(network: nn.Module) -> float:
         assert aside is not None
-        with _on_device_if_it_fits(network, rest["device"]):
-            figure = perplexity(network, aside, batch_size=batch_size, progress=progress, name="windows kept aside")
+        with _on_device_if_it_fits(network, options.device):
+            figure = perplexity(
+                network, aside, batch_size=options.batch_size, progress=options.progress, name="windows kept aside"
+            )
         return figure.nll / figure.tokens
 
     result = BudgetReport(found)
     other, other_report = None, None
     if aside is not None:
-        result = dataclasses.replace(result, windows=len(aside[0]), dense=score(model))
-        progress(ProgressEvent("prune uniformly, to compare", 0, 1))
+        result = replace(result, windows=len(aside[0]), dense=score(model))
+        options.progress(ProgressEvent("prune uniformly, to compare", 0, 1))
         other = copy.deepcopy(model)
-        other_report = prune(other, calibration, recipe_of(recipe, found.uniform, found.experts), **rest)
-        result = dataclasses.replace(result, uniform=score(other))
-    report = prune(model, calibration, recipe_of(recipe, found.mixed, found.experts), **rest)
+        other_report = carried_out(other, found.uniform)
+        result = replace(result, uniform=score(other))
+    report = carried_out(model, found.mixed)
     if aside is not None:
-        result = dataclasses.replace(result, mixed=score(model))
+        result = replace(result, mixed=score(model))
     if result.kept == "uniform":
-        assert other is not None and other_report is not None
+        assert other is not None
+        assert other_report is not None
         for name, child in other.named_children():
             setattr(model, name, child)
         model.config = other.config
@@ -318,7 +290,7 @@ def recipe_of(recipe: Recipe, plan: BudgetPlan, experts: int) -> Recipe:
     """The recipe that carries a plan out."""
     pruned = any(pattern != DENSE for matrices in plan.patterns.values() for pattern in matrices.values())
     drops = plan.keep < experts
-    return dataclasses.replace(
+    return replace(
         recipe,
         target_bytes=None,
         patterns=plan.patterns if pruned else None,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moesparse.errors import MoESparseError, ProcessError
 
-__all__ = ["Batch", "Processes", "join"]
+__all__ = ["Batch", "Processes", "device_at_work", "join"]
 
 T = TypeVar("T")
 
@@ -258,5 +258,8 @@ def _reaching_others() -> Iterator[None]:
         raise ProcessError(f"another process of this run has ended or cannot be reached ({reason})") from error
 
 
-def default_device() -> torch.device | None:
+def device_at_work(device: torch.device | str | None) -> torch.device | None:
+    """Where a layer goes to work: what a caller named, else the GPU of this process; None leaves it where it is."""
+    if device is not None:
+        return torch.device(device)
     return torch.device("cuda") if torch.cuda.is_available() else None

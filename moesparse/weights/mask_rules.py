@@ -185,6 +185,11 @@ def _prune_groups(part: Tensor, factor: Tensor | None, n: int, m: int) -> None:
     groups.copy_(columns.masked_fill_(~keep_in_groups(score, n), 0.0).permute(1, 2, 0))
 
 
+def check_rules(saliency: str, update: str) -> None:
+    """Refuse a mask rule or a weight rule that there is none of; UsageError names those there are."""
+    moments_needed(saliency, update)
+
+
 def moments_needed(saliency: str, update: str) -> str:
     """Second moments to calibrate for: "none", "plain", "gated" or "both".
 

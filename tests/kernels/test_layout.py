@@ -49,6 +49,7 @@ def _cases(draw):
 @settings(deadline=None, max_examples=60)
 @given(_cases())
 @example(((1, 1, 0), 2, 4, torch.bfloat16, 0))  # rows of no columns
+@example(((2, 1, 0), 2, 4, torch.bfloat16, 0))  # and those of a second expert, which begin anywhere
 def test_round_trip(case):
     shape, n, m, dtype, seed = case
     generator = torch.Generator().manual_seed(seed)
@@ -69,6 +70,7 @@ def test_round_trip(case):
 @settings(deadline=None, max_examples=60)
 @given(_cases())
 @example(((1, 1, 0), 2, 4, torch.bfloat16, 0))  # rows of no columns
+@example(((2, 1, 0), 2, 4, torch.bfloat16, 0))  # and those of a second expert, which begin anywhere
 def test_non_zeros_are_found_and_groups_filled(case):
     # masked weights as they lie in a checkpoint: some kept weights are zeros themselves
     shape, n, m, dtype, seed = case

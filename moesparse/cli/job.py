@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesparse.errors import UsageError
+import typer
 
-__all__ = ["count", "job", "joined", "one_voice", "refuse_several"]
+from moesparse.cli.console import console
+from moesparse.errors import ProcessError, UsageError
+
+__all__ = ["count", "job", "joined", "one_voice", "refuse_several", "saying_what_is_left"]
 
 # seconds in which the first process may tell what others have met as well: in the job, and where they have not joined
 _FIRST_REFUSAL = 0.5
@@ -155,3 +159,43 @@ def _ended(pid: int) -> bool:
         return True
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def saying_what_is_left(kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run with exit code 1 and one line, and so does the end of a process that shares it.
+
+    Args:
+        kept: says what is finished and where; "" when nothing is.
+    """
+
+    def stop(_number: int, _frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (KeyboardInterrupt, ProcessError) as error:
+        # torchrun stops all processes when one has ended, and that may come while it is being told
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if job.claim():
+            found = kept()
+            console.print(
+                f"[bold red]stopped:[/] {_why(error)}"
+                + (f"{found}; the same command with --resume goes on" if found else "nothing was finished or written"),
+                highlight=False,
+                soft_wrap=True,
+            )
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _why(error: BaseException) -> str:
+    """Which process has ended, where one has: the beginning of a sentence."""
+    unreached = isinstance(error, ProcessError)
+    gone = job.lost(seconds=2.0 if unreached else 0.0)
+    if gone:
+        return f"the process of rank {', '.join(map(str, gone))} of {len(job.peers)} has ended; "
+    return "another process has ended or cannot be reached; " if unreached else ""

@@ -1,0 +1,139 @@
+"""What a run is calibrated on: text that is sent through the model, sums that were saved before, or nothing.
+
+Made once, at the door, from what the caller gave; drivers ask it for what they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.calibration.windows import Windows, check_windows, ordered_hash
+from moesparse.errors import UsageError
+from moesparse.models.layers import Layers, RunOptions
+from moesparse.models.look import Look
+from moesparse.models.meta import vocabulary_size
+from moesparse.models.stream import LayerStream
+
+__all__ = ["ONE_DOMAIN", "Calibration", "FromText", "Given", "Nothing", "Saved", "calibration_of"]
+
+ONE_DOMAIN = "all"
+"""Name of the text in a report when its domains were not named."""
+
+Given = Windows | ModelStatistics | Mapping[str, ModelStatistics] | None
+"""What a caller may give: windows [n, t] or (windows, attention mask), statistics, statistics by domain, or None."""
+
+
+@dataclass(frozen=True, eq=False)
+class FromText:
+    """Windows that are sent through the layers.
+
+    Attributes:
+        ids: [n, t] int64.
+        mask: [n, t] bool, True where a token is real, or None.
+        domains: of each window, for the choice of experts; None is one domain.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    domains: Sequence[str] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Windows and tokens of each."""
+        return self.ids.shape[0], self.ids.shape[1]
+
+    @property
+    def identity(self) -> str:
+        """What a run that goes on must find again."""
+        return ordered_hash(self.ids, self.mask)
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        windows, length = self.size
+        return {"windows": windows, "length": length, "tokens": windows * length}
+
+    def stream(self, layers: Layers, options: RunOptions, look: Look, spill: Path | None) -> LayerStream:
+        """The windows at the input of the first layer; every layer was looked at by then."""
+        return layers.stream(self.ids, self.mask, options, look, spill)
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """Statistics of one text, or of several domains by name.
+
+    Attributes:
+        parts: by domain.
+        alone: they are of one text, which was given without a name.
+    """
+
+    parts: Mapping[str, ModelStatistics]
+    alone: bool
+
+    size = (0, 1)
+
+    @property
+    def only(self) -> ModelStatistics:
+        """Those of the one text."""
+        (statistics,) = self.parts.values()
+        return statistics
+
+    @property
+    def identity(self) -> dict[str, list[Any]]:
+        """What a run that goes on must find again."""
+        return {name: [part.text_hash, part.seed, part.fingerprint] for name, part in self.parts.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        hashes = {name: part.text_hash for name, part in self.parts.items()}
+        tokens = sum(part.tokens for part in self.parts.values())
+        return {"statistics": next(iter(hashes.values())) if self.alone else hashes, "tokens": tokens}
+
+    def stream(self, layers: Layers, options: RunOptions, look: Look, spill: Path | None) -> None:
+        """No text; every layer was looked at by then."""
+        look.at_all()
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """For rules that look at the weights alone."""
+
+    size = (0, 1)
+    identity = None
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return {"windows": 0, "length": 0, "tokens": 0}
+
+    def stream(self, layers: Layers, options: RunOptions, look: Look, spill: Path | None) -> None:
+        """No text; every layer was looked at by then."""
+        look.at_all()
+
+
+Calibration = FromText | Saved | Nothing
+
+
+def calibration_of(given: Given, model: Any, domains: Sequence[str] | None = None) -> Calibration:
+    """What was given, checked against a model.
+
+    Args:
+        given: see `Given`.
+        model: its vocabulary bounds the token ids.
+        domains: of each window.
+
+    Raises:
+        UsageError: windows that do not fit, see `check_windows`; domains beside statistics.
+    """
+    if given is None:
+        return Nothing()
+    if isinstance(given, ModelStatistics | Mapping):
+        if domains is not None:
+            raise UsageError("domains must be left out with statistics, which name their own")
+        alone = isinstance(given, ModelStatistics)
+        return Saved({ONE_DOMAIN: given} if alone else given, alone)  # type: ignore[arg-type, dict-item]
+    return FromText(*check_windows(given, vocabulary_size(model)), domains)

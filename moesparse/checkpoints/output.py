@@ -1,0 +1,170 @@
+"""Where finished layers go: nowhere, because the model is the result, or into a folder that becomes a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moesparse.calibration.layers import Stored, from_shards
+from moesparse.checkpoints.pretrained import note_recipe, write_companions
+from moesparse.models.layers import Layers, RunOptions
+from moesparse.models.on_disk import LayersOnDisk
+from moesparse.progress import ProgressEvent
+from moesparse.system.run_folder import RunFolder
+from moesparse.system.shards import MAX_SHARD_BYTES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["InPlace", "IntoFolder", "Output"]
+
+
+class Output(Protocol):
+    """What of a run is finished, and what was said of it."""
+
+    @property
+    def spill(self) -> Path | None:
+        """A folder for hidden states that find no room in memory; None keeps them there."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[Any]:
+        """Of each finished layer, in order."""
+        ...
+
+    def hold(self, position: int, device: torch.device | None) -> AbstractContextManager[Any]:
+        """Have a finished layer in memory for the body, as the run left it."""
+        ...
+
+    def refill(self, position: int, device: torch.device | None) -> None:
+        """The same for a layer that is held and has the shapes by now that the run left."""
+        ...
+
+    def keep(self, position: int, note: list[Any] | dict[str, Any]) -> None:
+        """The layer that is held is finished; the note is JSON."""
+        ...
+
+    @property
+    def aside(self) -> Sequence[Stored]:
+        """What was kept aside, in order."""
+        ...
+
+    def keep_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors for the run to go on with; they are no part of the result."""
+        ...
+
+
+class InPlace:
+    """The model is the result: nothing to write, nothing to go on from."""
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+        self.spill: Path | None = None
+        self.notes: list[Any] = []
+        self.aside: list[Stored] = []
+
+    def hold(self, position: int, device: torch.device | None) -> AbstractContextManager[Any]:
+        return self._layers.hold(position, device)
+
+    def refill(self, position: int, device: torch.device | None) -> None:
+        """It is as the run left it."""
+
+    def keep(self, position: int, note: list[Any] | dict[str, Any]) -> None:
+        """It is where it belongs."""
+
+    def keep_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.aside.append([(key, tensor.to("cpu").clone) for key, tensor in tensors.items()])
+
+
+class IntoFolder:
+    """A run of `RunFolder` whose parts are the layers of a checkpoint on the disk. Use `open`."""
+
+    def __init__(self, run: RunFolder, layers: LayersOnDisk, *, spill: bool) -> None:
+        self.run, self._layers = run, layers
+        self.spill = run.path if spill else None
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        layers: LayersOnDisk,
+        inputs: Mapping[str, Any],
+        options: RunOptions,
+        *,
+        spill: bool = False,
+    ) -> Iterator[IntoFolder]:
+        """Start a run or go on with one.
+
+        Args:
+            folder: new, empty, or holding an unfinished run.
+            layers: whose tensors are written.
+            inputs: JSON of everything the result depends on.
+            options: `resume`, and `progress`, which hears what has to be done again.
+            spill: hidden states go to a file in the folder.
+
+        Raises:
+            UsageError, CheckpointError: as `RunFolder.open`.
+        """
+        with RunFolder.open(folder, inputs, resume=options.resume, processes=layers.processes) as run:
+            if run.redone:
+                what = f"redo {run.redone[0]} and what follows: it was damaged"
+                options.progress(ProgressEvent(what, 0, 1, "layer"))
+            yield cls(run, layers, spill=spill)
+
+    @property
+    def notes(self) -> Sequence[Any]:
+        return [part.note for part in self.run.parts[: len(self._layers)]]
+
+    def hold(self, position: int, device: torch.device | None) -> AbstractContextManager[Any]:
+        return self._layers.hold(position, device, self.run.read(self.run.parts[position]))
+
+    def refill(self, position: int, device: torch.device | None) -> None:
+        self._layers.refill(position, device, self.run.read(self.run.parts[position]))
+
+    def keep(self, position: int, note: list[Any] | dict[str, Any]) -> None:
+        tensors = self._layers.checkpoint_tensors(position)
+        self.run.write(f"layer-{position:05d}", tensors, note, max_shard_bytes=MAX_SHARD_BYTES)
+
+    @property
+    def aside(self) -> Sequence[Stored]:
+        return [from_shards(self.run.read(part)) for part in self.run.aside]
+
+    def keep_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.run.write(name, tensors, None, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
+
+    def finish(
+        self,
+        recipe: dict[str, Any],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        card: str | None,
+        report: dict[str, Any] | None,
+    ) -> None:
+        """Write what lies outside of the layers, all of which are finished, and make the folder a checkpoint.
+
+        Args:
+            recipe: noted in config.json.
+            tokenizer: saved beside the weights.
+            card: text of README.md.
+            report: written as moesparse_report.json.
+        """
+
+        def write_others(folder: Path) -> None:
+            note_recipe(self._layers.model, recipe)
+            # config and generation config as transformers writes them; the weights are there already
+            self._layers.model.save_pretrained(folder, state_dict={})
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+            write_companions(folder, tokenizer=tokenizer, source=self._layers.folder, card=card, report=report)
+
+        if len(self.run.parts) == len(self._layers):
+            self.run.write("outside", self._layers.checkpoint_tensors(None), [], max_shard_bytes=MAX_SHARD_BYTES)
+        self.run.assemble(write_others)

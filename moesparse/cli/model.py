@@ -1,0 +1,99 @@
+"""MODEL of a command, opened once: its layers on the disk or in memory, its tokenizer, its calibration text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesparse.cli.console import progress_bar
+from moesparse.cli.job import joined, saying_what_is_left
+from moesparse.cli.options import model_source
+from moesparse.errors import NotInPiecesError
+from moesparse.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from moesparse.cli.text import CalibrationText, TextOptions
+    from moesparse.models.layers import LayersInMemory
+    from moesparse.models.on_disk import LayersOnDisk
+
+__all__ = ["ModelOnDisk", "WholeModel", "at_work"]
+
+
+class ModelOnDisk:
+    """A checkpoint that is read layer by layer; a hub id is downloaded first.
+
+    Attributes:
+        folder: it lies in.
+        layers: of which config.json alone has been read.
+    """
+
+    def __init__(self, name: str) -> None:
+        from moesparse.checkpoints.hub import local_folder
+        from moesparse.models.on_disk import LayersOnDisk
+
+        self.folder = local_folder(model_source(name))
+        self.source = str(self.folder)
+        self.layers: LayersOnDisk = LayersOnDisk(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        from moesparse.checkpoints.pretrained import load_tokenizer
+
+        return load_tokenizer(self.folder)
+
+    def read(self, text: TextOptions, progress: Progress = silent) -> CalibrationText:
+        """Calibration text for it."""
+        return text.read(self.tokenizer, self.source, self.layers.model, progress)
+
+
+class WholeModel:
+    """A model that is loaded at once."""
+
+    def __init__(self, name: str) -> None:
+        from moesparse.checkpoints.pretrained import load_pretrained
+        from moesparse.models.layers import LayersInMemory
+
+        self.source = model_source(name)
+        model, self.tokenizer = load_pretrained(self.source)
+        self.layers: LayersInMemory = LayersInMemory(model)
+
+    def read(self, text: TextOptions, progress: Progress = silent) -> CalibrationText:
+        """Calibration text for it."""
+        return text.read(self.tokenizer, self.source, self.layers.model, progress)
+
+
+@contextlib.contextmanager
+def at_work(out: Path, kept: Callable[[], str], device: Any, *, whole: bool) -> Iterator[Progress]:
+    """What every long command is wrapped in: the job of torchrun, a last word on Ctrl-C, a progress bar.
+
+    Args:
+        out: the result; where a whole model is loaded it appears at once, and until then nobody else may make it.
+        kept: says what a stopped run has left; "" when nothing.
+        device: to work on, or None.
+        whole: the model is loaded at once, by one process.
+    """
+    from moesparse.system.run_folder import claimed
+
+    with contextlib.ExitStack() as stack:
+        if not whole:
+            stack.enter_context(joined(device))
+        stack.enter_context(saying_what_is_left(kept))
+        stack.enter_context(claimed(out) if whole else _naming_the_whole())
+        yield stack.enter_context(progress_bar())
+
+
+@contextlib.contextmanager
+def _naming_the_whole() -> Iterator[None]:
+    """A checkpoint that cannot be read layer by layer may still be one that can be loaded: the error says how."""
+    try:
+        yield
+    except NotInPiecesError as error:
+        raise NotInPiecesError(
+            f"{error}. So it is not read layer by layer; --whole loads it at once, as transformers does, if it fits in "
+            "memory"
+        ) from error

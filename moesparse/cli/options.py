@@ -1,0 +1,217 @@
+"""The options that commands share, in the panels that --help shows, and what their values stand for.
+
+A command's signature names them: `weights: options.Weights = ""`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesparse.errors import UsageError
+from moesparse.system.sizes import parse_size
+
+EMBEDDED = "demo"
+"""MODEL by this name is the small model inside the package."""
+
+
+def option(panel: str, help: str, *names: str, **more: Any) -> Any:
+    """A typer option in one of the panels."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+WEIGHTS, RULES, EXPERTS, BYTES, TEXT, RUN, RESULT = (
+    "What to prune",
+    "How",
+    "Experts",
+    "Bytes to aim at",
+    "Calibration text",
+    "The run",
+    "The result",
+)
+
+Model = Annotated[str, typer.Argument(help="A local folder, a hub id, or 'demo' for the embedded model.")]
+
+Weights = Annotated[
+    str,
+    option(
+        WEIGHTS,
+        "n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run), the ratio removed, or none. Default: "
+        "2:4, or none when experts are removed.",
+    ),
+]
+AllowPruned = Annotated[bool, option(WEIGHTS, "Accept a model with pruned experts.", "--allow-pruned")]
+
+Saliency = Annotated[
+    str,
+    option(
+        RULES,
+        "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm "
+        "(the default).",
+    ),
+]
+Update = Annotated[
+    str,
+    option(
+        RULES,
+        "Weight rule: none (the paper's), rescale (one scalar per expert), obs (SparseGPT's update), least-squares "
+        "(kept weights re-solved; kept experts too, after others were removed), asymmetric (the same, and down "
+        "answers for gate and up), or two joined by +. least-squares+rescale when left out.",
+    ),
+]
+Propagate = Annotated[
+    bool, option(RULES, "Feed each block what the pruned blocks before it give.", "--propagate/--no-propagate")
+]
+
+Experts = Annotated[float | None, option(EXPERTS, "Remove this share of the experts of every block, for example 0.25.")]
+KeepExperts = Annotated[int | None, option(EXPERTS, "Or: how many experts of every block stay.")]
+ExpertSaliency = Annotated[
+    str,
+    option(
+        EXPERTS,
+        "Expert criterion: frequency, gate-sum, ean, reap (the default), man, msan, gated-norm, gated-energy, easy-ep"
+        " or random.",
+    ),
+]
+RefineExperts = Annotated[
+    bool, option(EXPERTS, "Swap experts while the block's output error falls; slower.", "--refine-experts")
+]
+MIX_HELP = (
+    "Several domains become one choice of experts by the sums of all text (pooled), or by the mean of their scores, "
+    "each normalised to sum 1 in every block (equal)."
+)
+Mix = Annotated[str, option(EXPERTS, MIX_HELP)]
+ProtectSuperExperts = Annotated[
+    bool,
+    option(
+        EXPERTS,
+        "Keep super-experts, those with extreme outputs (arXiv 2507.23279), whatever their score.",
+        "--protect-super-experts",
+    ),
+]
+
+TargetBytes = Annotated[
+    str,
+    option(
+        BYTES,
+        "What the expert matrices may take once packed: a share of their dense bytes (0.4), or bytes (3.2GB, 3GiB). A "
+        "search then chooses how many experts stay and a pattern for each block, by estimated loss.",
+    ),
+]
+Choices = Annotated[
+    str, option(BYTES, "Of the search for --target-bytes: drop (whole experts), dense and n:m, by commas.")
+]
+CompareUniform = Annotated[
+    bool,
+    option(
+        BYTES,
+        "With --target-bytes: prune a copy to the best uniform choice at no more bytes too, measure both on "
+        "calibration windows kept aside, keep the better. Twice the time, and memory for the copy.",
+        "--compare-uniform/--no-compare-uniform",
+    ),
+]
+
+Calibration = Annotated[
+    list[str] | None,
+    option(
+        TEXT,
+        "Text: FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=DOMAIN names its domain. Repeat.",
+    ),
+]
+Statistics = Annotated[
+    list[str] | None,
+    option(
+        TEXT,
+        "Instead of text, to remove experts with --update none: FILE or FILE=DOMAIN that moesparse calibrate wrote. "
+        "Repeat.",
+    ),
+]
+FromModel = Annotated[
+    int | None,
+    option(
+        TEXT,
+        "Give the last N tokens of each window to the model: it continues the text before them itself, and is "
+        "calibrated on both (EASY-EP).",
+        metavar="N",
+    ),
+]
+Temperature = Annotated[
+    float,
+    option(TEXT, "Of what the model writes: 0 takes the likeliest token, above 0 tokens are drawn by --seed."),
+]
+Samples = Annotated[int, option(TEXT, "Calibration windows.", min=1)]
+Length = Annotated[int, option(TEXT, "Tokens in a window; bounded by the model's context.", min=2)]
+
+BatchSize = Annotated[int, option(RUN, "Windows in one forward.", min=1)]
+Device = Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1: where the layer at work goes.")]
+Resume = Annotated[bool, option(RUN, "Go on with the unfinished run that was left there.", "--resume")]
+DryRun = Annotated[bool, option(RUN, "Only print the plan: memory, bytes, time. config.json is enough.", "--dry-run")]
+MaxMemory = Annotated[
+    str,
+    option(
+        RUN,
+        "RAM to stay within, such as 24GiB, beside what Python and torch take; refused when it cannot be. Under "
+        "torchrun of each process.",
+        metavar="SIZE",
+    ),
+]
+Whole = Annotated[
+    bool,
+    option(
+        RUN,
+        "Load the whole model at once instead of layer by layer: for a checkpoint whose tensors transformers renames "
+        "when it loads them. Not with --resume, --dry-run and --max-memory.",
+        "--whole",
+    ),
+]
+AsJson = Annotated[bool, option(RESULT, "Print the report as one JSON object.", "--json")]
+
+
+def model_source(name: str) -> str:
+    """Folder or hub id of MODEL."""
+    from moesparse import demo
+
+    return str(demo.model_path()) if name == EMBEDDED and not Path(name).exists() else name
+
+
+def parse_limit(text: str) -> int | None:
+    """--max-memory: "24GiB", "8GB", or "500000000", which are bytes; None for ""."""
+    if not text:
+        return None
+    try:
+        return parse_size(f"{text}B" if text.strip()[-1:].isdigit() else text)
+    except ValueError as error:
+        raise UsageError(f"--max-memory must be a size such as 24GiB or 8GB, got {text!r}") from error
+
+
+def check_output_file(option: str, path: Path) -> None:
+    """Refuse a place that no file can be written to, before the work whose result goes there.
+
+    Raises:
+        UsageError: it is a folder. CheckpointError: it lies in none that can be written.
+    """
+    from moesparse.system.folders import check_writable
+
+    if path.is_dir():
+        raise UsageError(f"{option} must be a file to write, got the folder {path}")
+    check_writable(option, path)
+
+
+def resolve_device(name: str) -> Any:
+    """torch device of --device; None for auto: the GPU when there is one."""
+    import torch
+
+    if name == "auto":
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+        raise UsageError(f"--device must be one this machine has, got {name!r} and torch sees {found}")
+    return device

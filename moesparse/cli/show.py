@@ -1,0 +1,209 @@
+"""What a run has done, as tables for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from moesparse.cli.console import console, format_bytes
+
+if TYPE_CHECKING:
+    from moesparse.distillation.report import DistillReport
+    from moesparse.pruning.report import Report
+
+__all__ = ["show_budget", "show_distilled", "show_domains", "show_plan", "show_pruned"]
+
+_FALLBACKS_SHOWN = 10
+
+
+def show_domains(found: Mapping[str, Any], criterion: Any) -> None:
+    """What each domain would keep, how far they agree, and how firm the choice is."""
+    names = list(found["kept"])
+    table = Table(title=f"domains by {criterion}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("domain", no_wrap=True)
+    table.add_column("windows", justify="right", no_wrap=True)
+    if len(names) > 1:
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        pairs = {frozenset(each["domains"]): each["blocks"] for each in found["overlap"]}
+        for name in names:
+            cells = ["" if name == other else _span(pairs[frozenset((name, other))]) for other in names]
+            windows = found["windows"][name]
+            table.add_row(name, "" if windows is None else str(windows), *cells)
+        console.print(table)
+        console.print(
+            "between domains: Jaccard overlap of the kept experts, mean over blocks (lowest)", highlight=False
+        )
+    if found["stability"] is not None:
+        colour = "green" if found["stability"]["stable"] else "yellow"
+        console.print(f"[{colour}]{found['stability']['summary']}[/]", highlight=False, soft_wrap=True)
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.2f}\n({min(values):.2f})"
+
+
+def show_budget(budget: dict[str, Any]) -> None:
+    """The plan of a target in bytes: what each block keeps, and what that is estimated to cost."""
+    plan = budget[budget["kept"]]
+    share = plan["bytes"] / budget["dense"]
+    table = Table(
+        title=f"{budget['kept']} choice: {plan['keep']} of {budget['experts']} experts, {share:.4f} of the dense bytes",
+        box=SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    matrices = list(next(iter(plan["patterns"].values())))
+    for column in ("block", *matrices):
+        table.add_column(column, no_wrap=True)
+    for column in ("loss by removal", "by patterns"):
+        table.add_column(column, justify="right")
+    for block, patterns in plan["patterns"].items():
+        losses = f"{plan['drop_loss'][block]:.4f}", f"{plan['pattern_loss'][block]:.4f}"
+        table.add_row(block, *(patterns[name] for name in matrices), *losses)
+    console.print(table)
+    console.print(f"losses are estimates in nats per token, {plan['loss']:.4f} in all", highlight=False)
+    if not budget["met"]:
+        console.print(
+            f"the target is {budget['target'] / budget['dense']:.4f}: no choice that takes more of it is estimated to "
+            "lose less",
+            highlight=False,
+        )
+    console.print(budget["summary"], highlight=False)
+
+
+def show_pruned(result: Report, out: Path) -> None:
+    """What pruning did, and what to do next."""
+    if result.budget is not None:
+        show_budget(result.budget)
+    if result.experts is not None:
+        _show_experts(result)
+    wrote = f"wrote {out}"
+    if result.blocks:
+        _show_weights(result)
+        wrote += f": {100 * result.sparsity:.1f}% of the expert weights are zero"
+    console.print(
+        f"{wrote}\nnext: moesparse eval {out}   |   moesparse inspect {out}   |   moesparse report {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _show_experts(result: Any) -> None:
+    removed = result.experts
+    table = Table(title=f"experts by {removed['criterion']}", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("block", no_wrap=True)
+    table.add_column("kept", justify="right", no_wrap=True)
+    table.add_column("removed")
+    table.add_column("output error", justify="right", no_wrap=True)
+    fits = {fit["name"]: f"{fit['before']:.1%} > {fit['after']:.1%}" for fit in removed["refit"]}
+    for block, dead in zip(removed["blocks"], removed["dead"], strict=True):
+        ids = " ".join(map(str, block["removed"])) + (f" (no tokens: {' '.join(map(str, dead))})" if dead else "")
+        table.add_row(block["name"], f"{len(block['kept'])} of {block['before']}", ids, fits.get(block["name"], ""))
+    console.print(table)
+    for block, expert in removed["protected"]:
+        console.print(f"super-expert kept: {removed['blocks'][block]['name']} {expert}", highlight=False)
+    show_domains(removed["domains"], removed["criterion"])
+    before, after = removed["bytes_before"], removed["bytes_after"]
+    console.print(f"model: {before / 2**20:.1f} > {after / 2**20:.1f} MiB", highlight=False)
+
+
+def _show_weights(result: Any) -> None:
+    pattern = result.recipe["weights"] or "mixed patterns"
+    table = Table(
+        title=f"{result.recipe['saliency']} + {result.recipe['update']} at {pattern}",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("block\n  tensor", no_wrap=True)
+    for column in ("shape", "zeros", "error", "s", "peak"):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
+    for block in result.blocks:
+        table.add_row(block.name, "", "", "", f"{block.seconds:.1f}", format_bytes(block.peak_bytes))
+        for tensor in block.tensors:
+            error = (
+                ""
+                if tensor.error_after is None
+                else f"{_percent(tensor.error_before)} > {_percent(tensor.error_after)}"
+            )
+            shape = "x".join(map(str, tensor.shape))
+            table.add_row(f"  {tensor.name}", shape, f"{100 * tensor.sparsity:.1f}%", error, "", "")
+    console.print(table)
+    for block, tensor, expert in result.fallbacks[:_FALLBACKS_SHOWN]:
+        console.print(
+            f"[yellow]no calibration tokens:[/] {block} expert {expert}: {tensor} was masked by magnitude",
+            soft_wrap=True,
+        )
+    if len(result.fallbacks) > _FALLBACKS_SHOWN:
+        console.print(f"and {len(result.fallbacks) - _FALLBACKS_SHOWN} more, in the report", highlight=False)
+
+
+def _percent(values: list[float]) -> str:
+    return f"{100 * sum(values) / len(values):.0f}%"
+
+
+def show_plan(facts: dict[str, Any]) -> None:
+    """A table of what a run will take."""
+    table = Table(title="plan", box=SIMPLE_HEAD, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("what")
+    table.add_column("how much", justify="right", no_wrap=True)
+    table.add_row("decoder layers, with experts", f"{facts['layers']}, {facts['blocks']}")
+    keep = "" if facts["keep"] is None else f", {facts['keep']} stay"
+    table.add_row("experts of a block", f"{facts['experts']}{keep}")
+    table.add_row("parameters, active for a token", f"{facts['parameters']:.3g}, {facts['active_parameters']:.3g}")
+    table.add_row("calibration tokens", f"{facts['tokens']:,}")
+    if facts["processes"] > 1:
+        table.add_row("processes, each with what is in memory below", str(facts["processes"]))
+    for what, key in (
+        ("checkpoint", "weights"),
+        ("experts of the result, packed", "packed"),
+        ("in memory: outside of the layers", "outside"),
+        ("  one layer", "layer"),
+        ("  its second moments", "moments"),
+        ("  to prune its largest matrix, or to refit it", "workspace"),
+        ("  sums of all experts and windows", "sums"),
+        ("  hidden states (in a file when RAM is short)", "hidden_states"),
+        ("  at most, with the hidden states", "peak_in_memory"),
+        ("  at most, without", "peak"),
+    ):
+        if facts[key]:
+            table.add_row(what, format_bytes(facts[key]))
+    table.add_row("time, within a factor of three", _duration(facts["seconds"]))
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def show_distilled(report: DistillReport, output: Path) -> None:
+    """How the losses fell, what it took, and what to do next."""
+    rows = report.rows
+    for text in report.warnings:
+        console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
+    if report.mode == "global":
+        first, last = rows[0], rows[-1]
+        parts = [f"cross-entropy {first['ce']:.3f} > {last['ce']:.3f}"]
+        parts += [f"KL {first['kl']:.4g} > {last['kl']:.4g}"] if "kl" in first else []
+        if report.expert_weight:
+            parts += [f"expert loss {first['experts']:.4g} > {last['experts']:.4g}, lambda {report.expert_weight:.3g}"]
+        console.print(", ".join(parts), highlight=False)
+    else:
+        for name in dict.fromkeys(row["block"] for row in rows):
+            losses = [row["experts"] for row in rows if row["block"] == name]
+            console.print(f"{name}: expert loss {losses[0]:.4g} > {losses[-1]:.4g}", highlight=False)
+    console.print(
+        f"{len(rows)} steps in {report.seconds:.0f} s, peak memory {format_bytes(report.peak_bytes)}; "
+        f"{report.zeros[0]:,} zeros of {report.weights:,} expert weights, all kept",
+        highlight=False,
+    )
+    console.print(f"wrote {output}; next: moesparse eval {output}", highlight=False, soft_wrap=True)

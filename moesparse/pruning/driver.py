@@ -1,0 +1,121 @@
+"""Carry a recipe out: one pipeline for a model in memory and for a checkpoint on the disk.
+
+`Layers` says where layers come from, `Output` where finished ones go, `Calibration` where sums come from. The doors in
+run.py choose them; nothing here knows which ones they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from torch import nn
+
+from moesparse._version import __version__
+from moesparse.calibration.data import Calibration, FromText, Saved
+from moesparse.checkpoints.output import InPlace, Output
+from moesparse.errors import CalibrationError
+from moesparse.models.layers import Layers, LayersInMemory, RunOptions
+from moesparse.models.look import Look
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.removal import check_removal, remove_experts
+from moesparse.pruning.report import Report, expert_sizes
+from moesparse.pruning.weights import prune_weights
+
+__all__ = ["both_steps", "carry_out", "carry_out_in_place", "check_work"]
+
+
+def carry_out(layers: Layers, output: Output, calibration: Calibration, recipe: Recipe, options: RunOptions) -> Report:
+    """One step of a recipe, experts or weights, on a model whose layers come one at a time.
+
+    Args:
+        layers: of the model.
+        output: where finished layers go.
+        calibration: where the sums come from.
+        recipe: of one step: it removes experts, or it prunes weights; see `check_work`.
+        options: of the run.
+
+    Raises:
+        MoESparseError: a weight of an expert is not finite.
+        CalibrationError: the model was pruned before, or statistics are of another one.
+        UnsupportedModelError: text cannot be run through the model layer by layer.
+    """
+    started = time.perf_counter()
+    look = Look(layers, options, dense=isinstance(calibration, FromText))
+    stream = calibration.stream(layers, options, look, output.spill)
+    fingerprint, before = look.fingerprint, expert_sizes(layers.model, layers.blocks)
+    experts, blocks = None, []
+    if recipe.removes_experts:
+        removed = remove_experts(layers, output, stream, calibration, recipe, options, fingerprint)
+        layers.find_blocks()
+        experts = removed.to_dict()
+    else:
+        if isinstance(calibration, Saved):
+            calibration.only.check_fingerprint(fingerprint)
+        blocks = prune_weights(layers, output, stream, calibration, recipe, options)
+    return Report(
+        recipe=recipe.to_dict(),
+        version=__version__,
+        blocks=blocks,
+        calibration=calibration.describe(),
+        seconds=time.perf_counter() - started,
+        experts=experts,
+        fingerprint=fingerprint,
+        sizes={"before": before, "after": expert_sizes(layers.model, layers.blocks, recipe)},
+    )
+
+
+def carry_out_in_place(model: nn.Module, calibration: Calibration, recipe: Recipe, options: RunOptions) -> Report:
+    """All of a recipe on a model in memory: experts first, and the weights are then scored on what is left."""
+    layers = LayersInMemory(model)
+    check_work(layers, calibration, recipe)
+    steps = [recipe]
+    if recipe.removes_experts and recipe.prunes_weights:
+        steps = [recipe.without_weights(), recipe.without_experts()]
+    reports = [carry_out(layers, InPlace(layers), calibration, step, options) for step in steps]
+    return reports[0] if len(reports) == 1 else both_steps(recipe, reports[0].to_dict(), reports[1])
+
+
+def both_steps(recipe: Recipe, removed: dict[str, Any], pruned: Report) -> Report:
+    """The report of a recipe of two steps.
+
+    Args:
+        recipe: of both.
+        removed: `Report.to_dict` of the removal.
+        pruned: of the weights that are left.
+    """
+    return dataclasses.replace(
+        pruned,
+        recipe=recipe.to_dict(),
+        seconds=pruned.seconds + removed["seconds"],
+        experts=removed["experts"],
+        fingerprint=removed["fingerprint"],
+        sizes={"before": removed["sizes"]["before"], "after": pruned.sizes["after"]},
+    )
+
+
+def check_work(layers: Layers, calibration: Calibration, recipe: Recipe) -> None:
+    """Refuse what a recipe cannot do with such a model and such a calibration, before anything is changed.
+
+    Raises:
+        UsageError: a pattern that does not divide a matrix, experts or a budget that cannot be; named.
+        UnsupportedModelError: experts that cannot be placed or refitted.
+        CalibrationError: there is no text, or none of the sums that it takes.
+    """
+    if isinstance(calibration, Saved) and recipe.prunes_weights:
+        if recipe.removes_experts:
+            raise CalibrationError(
+                "calibration must be windows to remove experts and then prune weights, got statistics: the weights "
+                "are scored on what the smaller model computes; pass the windows, or remove experts alone "
+                "(weights=None)"
+            )
+        if not calibration.alone:
+            raise CalibrationError(
+                "calibration must be windows, or statistics of one text, to prune weights, got statistics by domain"
+            )
+    recipe.check_blocks(layers.blocks)
+    if recipe.removes_experts:
+        check_removal(layers, calibration, recipe)
+    elif not isinstance(calibration, FromText | Saved):
+        recipe.check_needs_no_data()

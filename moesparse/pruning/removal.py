@@ -1,0 +1,160 @@
+"""Remove experts from the blocks of a model: recorded in one pass of text, chosen, cut, and those that stay refitted.
+
+Experts are judged on the dense model in one pass, layer by layer; then the removal walks the layers again, so that each
+refitted block is fitted to the inputs it will really get.
+"""
+
+from __future__ import annotations
+
+from moesparse.calibration.data import Calibration, FromText, Saved
+from moesparse.calibration.layers import named_sums, read_sums, record_layers
+from moesparse.calibration.statistics import ModelStatistics
+from moesparse.checkpoints.output import Output
+from moesparse.errors import CalibrationError, UsageError
+from moesparse.experts.choice import (
+    Choice,
+    ExpertReport,
+    check_budget,
+    check_sums_suffice,
+    choose_from_domains,
+    choose_from_windows,
+)
+from moesparse.experts.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit_block
+from moesparse.experts.surgery import RemovalPlan, SurgeryReport, plan_removal
+from moesparse.experts.swaps import RefineReport, refine_choice
+from moesparse.models.layers import Layers, RunOptions
+from moesparse.models.stream import LayerStream
+from moesparse.progress import ProgressEvent
+from moesparse.pruning.plan import any_choice
+from moesparse.pruning.recipe import Recipe
+
+__all__ = ["check_removal", "remove_and_refit", "remove_experts"]
+
+
+def check_removal(layers: Layers, calibration: Calibration, recipe: Recipe) -> None:
+    """Refuse what cannot be removed, or chosen from such a calibration, before anything is changed.
+
+    Raises:
+        UsageError: a count, share or budget that cannot be; swaps where the model is not whole.
+        UnsupportedModelError: experts that cannot be placed, or not refitted; named.
+        CalibrationError: no text where it takes some.
+    """
+    check_budget(layers.model, recipe.expert_budget, recipe.expert_floor)
+    plan_removal(layers.model, any_choice(layers.blocks, recipe))
+    if recipe.refits_experts:
+        check_refit(layers.blocks, DEFAULT_RIDGE)
+    if recipe.refine_experts and not layers.whole:
+        raise UsageError(
+            "refine_experts must be False to run layer by layer, got True: swaps are tried on the whole model; load it "
+            "and call moesparse.prune"
+        )
+    if isinstance(calibration, Saved):
+        check_sums_suffice(recipe.refits_experts, recipe.refine_experts)
+    elif not isinstance(calibration, FromText):
+        raise CalibrationError(
+            "calibration must be windows or statistics to choose experts, got None; only magnitude without an update "
+            "needs no data"
+        )
+    elif recipe.refine_experts and calibration.mask is not None:
+        raise UsageError("windows must be without padding to refine the choice, got an attention mask")
+
+
+def remove_experts(
+    layers: Layers,
+    output: Output,
+    stream: LayerStream | None,
+    calibration: Calibration,
+    recipe: Recipe,
+    options: RunOptions,
+    fingerprint: str,
+) -> ExpertReport:
+    """Remove the experts that matter least from every block.
+
+    Args:
+        layers: of the dense model.
+        output: takes every layer; the sums of a pass lie aside there.
+        stream: at the input of the first layer; None with saved statistics.
+        calibration: text, or saved statistics of this model or of its domains.
+        recipe: of the experts.
+        options: the device to refit on, and `progress`.
+        fingerprint: of the model.
+
+    Raises:
+        CalibrationError: statistics of another model, or that lack what the criterion reads.
+    """
+    choice = _choose(layers, output, stream, calibration, recipe, options, fingerprint)
+    kept, swaps = choice.kept, list[RefineReport]()
+    if recipe.refine_experts:
+        assert isinstance(calibration, FromText)
+        kept, swaps = refine_choice(
+            layers.model, kept, calibration.ids, protect=choice.protected, progress=options.progress
+        )
+    plan = plan_removal(layers.model, kept)
+    surgery, fits = remove_and_refit(layers, output, stream if recipe.refits_experts else None, plan, options)
+    return choice.report(surgery, fits, swaps)
+
+
+def _choose(
+    layers: Layers,
+    output: Output,
+    stream: LayerStream | None,
+    calibration: Calibration,
+    recipe: Recipe,
+    options: RunOptions,
+    fingerprint: str,
+) -> Choice:
+    if isinstance(calibration, Saved):
+        return choose_from_domains(layers.blocks, fingerprint, calibration.parts, recipe.expert_rule)
+    assert isinstance(calibration, FromText)
+    assert stream is not None
+    for position, recorders in record_layers(layers, stream, options.progress, start=len(output.aside)):
+        output.keep_aside(f"statistics-{position:05d}", named_sums(recorders, by_column=False))
+    sums, by_window = read_sums(output.aside, len(calibration.ids))
+    statistics = ModelStatistics(sums, fingerprint, "", None, calibration.ids.numel())
+    return choose_from_windows(layers.blocks, statistics, by_window, recipe.expert_rule, calibration.domains)
+
+
+def remove_and_refit(
+    layers: Layers,
+    output: Output,
+    stream: LayerStream | None,
+    plan: RemovalPlan,
+    options: RunOptions,
+    ridge: float = DEFAULT_RIDGE,
+) -> tuple[SurgeryReport, list[RefitReport]]:
+    """Carry a removal out layer by layer; what is finished already is cut again, for its shapes, and read.
+
+    Args:
+        layers: of the model.
+        output: takes every layer with the reports of its refits.
+        stream: over the text to refit on, started again here; None removes without a refit.
+        plan: of the removal.
+        options: the device to refit on, and `progress`.
+        ridge: as in `moesparse.experts.refit.refit`.
+
+    Returns:
+        The surgery's report and, with a stream, one RefitReport per block.
+    """
+    done, fits = len(output.notes), list[RefitReport]()
+    if stream is not None:
+        stream.restart()
+    for position in range(len(layers)):
+        names = {block.name for block in layers.blocks_at(position)}
+        here = [number for number, block in enumerate(plan.blocks) if block.name in names]
+        options.progress(ProgressEvent("remove experts", position, len(layers), "layer"))
+        with layers.hold(position, options.device if stream is not None else None):
+            notes = list(output.notes[position]) if position < done else []
+            for number in here:
+                if position < done or stream is None:
+                    plan.apply_block(number)
+                else:
+                    notes.append(remove_and_refit_block(stream, position, plan, number, ridge).to_dict())
+            if stream is not None and done < len(layers):
+                if position < done:
+                    output.refill(position, options.device)
+                for _ in stream.run(position, keep=True):
+                    pass
+            if position >= done:
+                output.keep(position, notes)
+        fits += [RefitReport(**note) for note in notes]
+    return plan.finish(), fits
