@@ -6,9 +6,7 @@ Results go to standard output (one JSON object with --json), everything else to 
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 import sys
 import traceback
 
@@ -19,12 +17,12 @@ from moesparse._version import __version__
 from moesparse.cli.bench import bench
 from moesparse.cli.calibrate import HELP as CALIBRATE_HELP
 from moesparse.cli.calibrate import calibrate
-from moesparse.cli.console import console
+from moesparse.cli.console import console, paragraphs
 from moesparse.cli.demo import demo
 from moesparse.cli.distill import HELP as DISTILL_HELP
 from moesparse.cli.distill import distill
 from moesparse.cli.evaluate import evaluate
-from moesparse.cli.inspect import inspect as inspect_
+from moesparse.cli.inspect import inspect
 from moesparse.cli.job import job, one_voice
 from moesparse.cli.pack import pack, unpack
 from moesparse.cli.prune import HELP as PRUNE_HELP
@@ -48,21 +46,16 @@ app = typer.Typer(
 )
 
 
-def _paragraphs(text: str | None) -> str:
-    """A help text whose lines are joined to paragraphs, to be folded where the terminal ends."""
-    return re.sub(r"(\S)\n(?=\S)", r"\1 ", inspect.cleandoc(text or ""))
-
-
-app.command(help=_paragraphs(demo.__doc__))(demo)
-app.command(help=_paragraphs(PRUNE_HELP))(prune)
-app.command(help=_paragraphs(DISTILL_HELP))(distill)
-app.command(help=_paragraphs(CALIBRATE_HELP))(calibrate)
-app.command(help=_paragraphs(evaluate.__doc__), name="eval")(evaluate)
-app.command(help=_paragraphs(pack.__doc__))(pack)
-app.command(help=_paragraphs(unpack.__doc__))(unpack)
-app.command(help=_paragraphs(inspect_.__doc__), name="inspect")(inspect_)
-app.command(help=_paragraphs(report.__doc__))(report)
-app.command(help=_paragraphs(bench.__doc__))(bench)
+app.command(help=paragraphs(demo.__doc__))(demo)
+app.command(help=paragraphs(PRUNE_HELP))(prune)
+app.command(help=paragraphs(DISTILL_HELP))(distill)
+app.command(help=paragraphs(CALIBRATE_HELP))(calibrate)
+app.command(help=paragraphs(evaluate.__doc__), name="eval")(evaluate)
+app.command(help=paragraphs(pack.__doc__))(pack)
+app.command(help=paragraphs(unpack.__doc__))(unpack)
+app.command(help=paragraphs(inspect.__doc__))(inspect)
+app.command(help=paragraphs(report.__doc__))(report)
+app.command(help=paragraphs(bench.__doc__))(bench)
 app.command(
     # all arguments go on to a parser with transformers' options
     add_help_option=False,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +17,15 @@ from rich.progress import Progress as Bars
 
 from moesparse.progress import Progress, ProgressEvent
 
-__all__ = ["console", "format_bytes", "print_json", "progress_bar", "quiet_libraries"]
+__all__ = ["console", "format_bytes", "paragraphs", "print_json", "progress_bar", "quiet_libraries"]
 
 console = Console(stderr=True)
 """Words for a person: progress, tables of a run, errors."""
+
+
+def paragraphs(text: str | None) -> str:
+    """A help text whose lines are joined to paragraphs, to be folded where the terminal ends."""
+    return re.sub(r"(\S)\n(?=\S)", r"\1 ", inspect.cleandoc(text or ""))
 
 
 def print_json(value: Any) -> None:
