@@ -34,8 +34,9 @@ from benchmarks.common import parser
 from benchmarks.results import RESULTS, ResultFile, device_folder
 from benchmarks.synthetic import make_checkpoint, make_config, random_windows
 from moesparse.benchmarking import environment
+from moesparse.calibration.plan import gemm_rate, head_size
 from moesparse.models.meta import meta_model
-from moesparse.pruning.plan import gemm_rate, head_size, plan_run
+from moesparse.pruning.plan import plan_run
 from moesparse.system.memory import bound_compiled_products, peak_memory, reset_peak_memory
 
 # recipe, passes over all layers, passes less over the last one

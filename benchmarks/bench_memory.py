@@ -32,8 +32,9 @@ from benchmarks.common import RESULTS
 from benchmarks.synthetic import make_checkpoint, make_config
 from moesparse import Recipe, find_moe_blocks
 from moesparse.benchmarking import environment
+from moesparse.calibration.plan import Plan
 from moesparse.models.meta import meta_model
-from moesparse.pruning.plan import Plan, plan_run
+from moesparse.pruning.plan import plan_run
 
 # name -> recipe, hidden, intermediate, as the table says it
 RECIPES: dict[str, tuple[dict[str, Any], int, int, str]] = {

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 import moesparse
-from moesparse.pruning.plan import Plan, plan_run
+from moesparse.calibration.plan import Plan
+from moesparse.pruning.plan import plan_run
 from moesparse.weights.solvers import memory_for_solver
 
 WINDOWS, LENGTH, BATCH = 128, 2048, 8

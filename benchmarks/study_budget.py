@@ -26,7 +26,9 @@ import torch
 from benchmarks.study_experts import Study, cell, say
 from moesparse import demo
 from moesparse.benchmarking import environment
+from moesparse.calibration.data import FromText
 from moesparse.experts.selection import choose_experts
+from moesparse.models.layers import LayersInMemory, RunOptions
 from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, BudgetPlan, search
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.run import prune
@@ -44,7 +46,8 @@ def run(study: Study) -> Iterator[list[dict[str, Any]]]:
     for seed in range(study.seeds):
         recipe = Recipe(saliency="moe-pruner", target_bytes=0.5, seed=seed)
         windows = study.calibration(None, seed)
-        costs, scores, _ = measure_costs(study.model, windows, None, recipe, batch_size=16)
+        layers, text = LayersInMemory(study.model), FromText(windows, None)
+        costs, scores, _ = measure_costs(layers, text, recipe, RunOptions(batch_size=16))
         dense = sum(cost.bytes(dict.fromkeys(cost.sizes, DENSE), 16) for cost in costs)
         measured: dict[str, float] = {}
 

@@ -30,12 +30,14 @@ from moesparse import demo
 from moesparse.benchmarking import environment
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.whole import calibrate
+from moesparse.checkpoints.output import InPlace
 from moesparse.evaluate import perplexity
 from moesparse.experts.criteria import EXPERT_CRITERIA, expert_scores, jaccard
-from moesparse.experts.refit import remove_and_refit
 from moesparse.experts.selection import choose_experts
-from moesparse.experts.surgery import remove_experts
+from moesparse.experts.surgery import plan_removal, remove_experts
 from moesparse.models.blocks import find_moe_blocks
+from moesparse.models.layers import LayersInMemory, RunOptions
+from moesparse.pruning.removal import remove_and_refit
 from moesparse.report import figures
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "study_experts.json"
@@ -112,7 +114,9 @@ class Study:
         if refit_on is None:
             remove_experts(model, kept)
         else:
-            remove_and_refit(model, kept, self.calibration(*refit_on), batch_size=16)
+            layers, options = LayersInMemory(model), RunOptions(batch_size=16)
+            stream = layers.stream(self.calibration(*refit_on), None, options)
+            remove_and_refit(layers, InPlace(layers), stream, plan_removal(model, kept), options)
         return model
 
 

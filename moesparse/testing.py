@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesparse.models.blocks import find_moe_blocks
+from moesparse.weights.patterns import Pattern, mask_from_score
+
 __all__ = [
     "MOE_FAMILIES",
     "UNSUPPORTED_FAMILIES",
@@ -257,9 +260,6 @@ def tiny_model(family: str, seed: int = 0, **config: Any) -> nn.Module:
 @torch.no_grad()
 def prune_by_magnitude(model: nn.Module, pattern: str = "2:4") -> nn.Module:
     """The model with every expert matrix masked in place: the quickest way to weights that hold an n:m pattern."""
-    from moesparse.models.blocks import find_moe_blocks
-    from moesparse.weights.patterns import Pattern, mask_from_score
-
     for block in find_moe_blocks(model):
         for matrix in block.matrices:
             matrix.weight.masked_fill_(~mask_from_score(matrix.weight.abs(), Pattern.parse(pattern)), 0)

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moesparse.pruning.to_budget
+from moesparse.calibration.data import FromText
 from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate import Perplexity
 from moesparse.models.blocks import find_moe_blocks
+from moesparse.models.layers import LayersInMemory, RunOptions
 from moesparse.packed.model import pack
 from moesparse.pruning.budget import BlockCosts, check_choices, check_target, packed_bytes, search, target_in_bytes
 from moesparse.pruning.recipe import Recipe
@@ -120,7 +122,7 @@ def test_costs_are_those_of_raw_activations():
             whole += float((W[expert].double() @ x).square().sum())
         want[expert] = off / whole if whole else 0
     recipe = Recipe(saliency="magnitude", update="none", target_bytes=0.6)
-    costs, scores, protected = measure_costs(model, WINDOWS, None, recipe, batch_size=5)
+    costs, scores, protected = measure_costs(LayersInMemory(model), FromText(WINDOWS, None), recipe, RunOptions(5))
     torch.testing.assert_close(costs[0].errors["gate_up_proj"]["2:4"], want, rtol=1e-5, atol=1e-8)
     assert costs[0].residual == pytest.approx(float(states[1].square().sum()), rel=1e-6)
     statistics = calibrate(model, WINDOWS, batch_size=5).blocks[block.name]
@@ -201,7 +203,7 @@ def _plan_of(plan):
 def test_planning_changes_nothing_and_dead_experts_cost_nothing():
     model = tiny_model("mixtral")
     before = copy.deepcopy(model.state_dict())
-    found = plan_budget(model, WINDOWS, Recipe(target_bytes=0.5, **QUICK))
+    found = plan_budget(model, WINDOWS, Recipe(target_bytes=0.5, **QUICK), RunOptions())
     assert json.loads(json.dumps(found.to_dict()))["mixed"]["keep"] == found.mixed.keep
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -226,7 +228,12 @@ def test_choices_are_checked():
         with pytest.raises(UsageError, match=r"choices must|pattern n:m must"):
             check_choices(choices)
     with pytest.raises(UsageError, match=r"in_features must be a multiple of m=32"):
-        plan_budget(tiny_model("mixtral", intermediate_size=40), WINDOWS, Recipe(target_bytes=0.5, choices=["8:32"]))
+        plan_budget(
+            tiny_model("mixtral", intermediate_size=40),
+            WINDOWS,
+            Recipe(target_bytes=0.5, choices=["8:32"]),
+            RunOptions(),
+        )
 
 
 @pytest.mark.parametrize(("name", "value"), [("experts", 0.25), ("keep_experts", 4), ("weights", "4:8")])

@@ -7,16 +7,19 @@ import torch
 
 from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.experts.choice import choose_rule, prune_experts
+from moesparse.experts.choice import choose_rule
 from moesparse.experts.criteria import EXPERT_CRITERIA, expert_scores, score_sums, stack_sums, sums_needed
 from moesparse.experts.domains import mixed_scores, split_windows, survey
 from moesparse.models.blocks import find_moe_blocks
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.run import prune
 from moesparse.testing import tiny_model
 
 LAW = torch.randint(3, 20, (5, 20), generator=torch.Generator().manual_seed(1))
 CODE = torch.randint(40, 60, (3, 20), generator=torch.Generator().manual_seed(2))
 WINDOWS = torch.cat((LAW, CODE))
 NAMES = ["law"] * 5 + ["code"] * 3
+REMOVE = {"weights": None, "keep_experts": 4, "update": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +78,15 @@ def test_a_choice_that_hangs_on_one_window_is_called_unstable(model, by_window):
 
 
 def test_both_domains_enter_the_choice(model):
-    def keeps(windows, **more):
-        report = prune_experts(tiny_model("mixtral"), windows, "gated-norm", keep=4, refit=False, **more)
-        return [set(block.kept) for block in report.surgery.blocks], report.domains
+    def keeps(windows, mix="pooled", domains=None):
+        recipe = Recipe(expert_saliency="gated-norm", expert_mix=mix, **REMOVE)
+        report = prune(tiny_model("mixtral"), windows, recipe, domains=domains).experts
+        return [set(block["kept"]) for block in report["blocks"]], report["domains"]
 
     alone = {name: keeps(text)[0] for name, text in (("law", LAW), ("code", CODE))}
     _, found = keeps(WINDOWS, domains=NAMES, mix="equal")
-    assert {name: [set(ids) for ids in kept] for name, kept in found.kept.items()} == alone
-    assert found.windows == {"code": 3, "law": 5}
+    assert {name: [set(ids) for ids in kept] for name, kept in found["kept"].items()} == alone
+    assert found["windows"] == {"code": 3, "law": 5}
     by_domain = {"law": calibrate(model, LAW), "code": calibrate(model, CODE)}
     saved, _ = keeps(by_domain, mix="equal")
     assert saved == keeps(WINDOWS, domains=NAMES, mix="equal")[0]
@@ -91,14 +95,14 @@ def test_both_domains_enter_the_choice(model):
 def test_what_cannot_be(model, by_window):
     choose = choose_rule(find_moe_blocks(model), keep=4)
     with pytest.raises(UsageError, match="mix must be one of pooled, equal, got 'sum'"):
-        prune_experts(model, WINDOWS, keep=4, mix="sum")
+        Recipe(expert_mix="sum", **REMOVE)
     with pytest.raises(UsageError, match="domain of each of the 8 windows, got 1"):
         split_windows(by_window, ["law"])
     silent = {name: torch.zeros_like(value[:2]) for name, value in by_window.items()}
     with pytest.raises(CalibrationError, match="domain 'law' must hold text, got no token"):
         survey({"law": silent}, "reap", choose)
     with pytest.raises(UsageError, match="at least one domain, got none"):
-        prune_experts(model, {}, keep=4, refit=False)
+        prune(model, {}, Recipe(**REMOVE))
     other = calibrate(tiny_model("mixtral", seed=1), CODE)
     with pytest.raises(CalibrationError, match="domain 'code': statistics must come from this model"):
-        prune_experts(model, {"law": calibrate(model, LAW), "code": other}, keep=4, refit=False)
+        prune(model, {"law": calibrate(model, LAW), "code": other}, Recipe(**REMOVE))

@@ -340,6 +340,8 @@ def test_a_model_with_nan_weights(model):
             r"must have the shape \[5, 16\] of windows, got \[5, 3\]",
         ),
         (some_windows(), {"attention_mask": torch.zeros(5, 16)}, "must leave a token to score, got none"),
+        # not one of the two in silence
+        ((some_windows(), None), {"attention_mask": torch.ones(5, 16)}, "attention_mask must be left out .* got both"),
     ],
 )
 def test_windows_that_cannot_be_scored(model, windows, options, match):

@@ -10,7 +10,7 @@ import torch
 from moesparse.calibration.whole import calibrate
 from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.experts.choice import choose_from_statistics, prune_experts
+from moesparse.experts.choice import choose_from_statistics
 from moesparse.experts.criteria import FAMILY, super_experts
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning.card import model_card
@@ -30,10 +30,14 @@ def test_layer_by_layer_chooses_as_saved_statistics_do(criterion):
     model = tiny_model("mixtral")
     statistics = calibrate(model, WINDOWS)
     want = choose_from_statistics(find_moe_blocks(model), statistics, criterion, keep=5)
-    report = prune_experts(copy.deepcopy(model), WINDOWS, criterion, keep=5, refit=False, batch_size=4)
-    assert [list(block.kept) for block in report.surgery.blocks] == [ids.tolist() for ids in want]
-    from_statistics = prune_experts(model, statistics, criterion, keep=5, refit=False)
-    assert from_statistics.surgery.to_dict() == report.surgery.to_dict()
+    recipe = Recipe(weights=None, keep_experts=5, expert_saliency=criterion, update="none")
+    report = prune(copy.deepcopy(model), WINDOWS, recipe, batch_size=4).experts
+    assert report is not None
+    assert [block["kept"] for block in report["blocks"]] == [ids.tolist() for ids in want]
+    saved = prune(model, statistics, recipe).experts
+    assert saved is not None
+    for name in ("blocks", "config", "bytes_before", "bytes_after"):
+        assert saved[name] == report[name], name
 
 
 def test_experts_then_weights_equals_two_runs():

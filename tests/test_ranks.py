@@ -24,14 +24,14 @@ from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.whole import calibrate
 from moesparse.cli import main
 from moesparse.errors import CalibrationError, ProcessError, UsageError
-from moesparse.pruning.streamed import prune_checkpoint
+from moesparse.pruning.run import prune_checkpoint
 from moesparse.system.processes import Processes, join
 from moesparse.system.run_folder import JOURNAL_FILE, RunFolder
 from moesparse.testing import tiny_model
 from moesparse.weights.mask_rules import choose_masks
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["moesparse.cli", "moesparse.pruning.streamed_experts", "transformers.models.mixtral"])
+server.set_forkserver_preload(["moesparse.cli", "moesparse.pruning.run", "transformers.models.mixtral"])
 
 WINDOWS = torch.randint(3, 60, (9, 16), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(WINDOWS)

@@ -26,6 +26,25 @@ def first_block(model, windows):
     return seen[0].double()
 
 
+def test_a_forward_that_was_replaced_before_stays_replaced():
+    # hooks of other libraries put a function of their own into the module
+    model = tiny_model("mixtral")
+    experts = find_moe_blocks(model)[0].experts
+    called, inside = [], experts.forward
+
+    def watched(*args, **kwargs):
+        called.append(1)
+        return inside(*args, **kwargs)
+
+    experts.forward = watched
+    refine_choice(model, [torch.tensor([0, 1, 4, 5])] * 2, WINDOWS, tokens=48)
+    assert experts.forward is watched
+    called.clear()
+    with torch.no_grad():
+        model(input_ids=WINDOWS, use_cache=False)
+    assert called == [1]
+
+
 # softmax; sigmoid, selection bias beside the router, shared experts; groups; biases and transposed experts
 @pytest.mark.parametrize("family", ["mixtral", "hy_v3", "deepseek_v3", "gpt_oss"])
 def test_swaps_lower_the_error_that_removal_really_has(family):

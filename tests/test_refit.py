@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moesparse.checkpoints.output import InPlace
 from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
-from moesparse.experts.refit import DEFAULT_RIDGE, _Features, memory_for_refit, refit_block, remove_and_refit
-from moesparse.experts.surgery import remove_experts
+from moesparse.experts.refit import DEFAULT_RIDGE, Calls, _Features, check_refit, memory_for_refit, refit
+from moesparse.experts.surgery import plan_removal, remove_experts
 from moesparse.models.blocks import find_moe_blocks
+from moesparse.models.layers import LayersInMemory, RunOptions
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.removal import remove_and_refit
+from moesparse.pruning.run import prune
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (8, 24), generator=torch.Generator().manual_seed(5))
@@ -18,6 +23,13 @@ KEPT = [torch.tensor([0, 2, 3, 5, 6, 7]), torch.tensor([1, 2, 3, 4, 6, 7])]
 @torch.no_grad()
 def hidden_of(model, windows):
     return model(input_ids=windows, use_cache=False, output_hidden_states=True).hidden_states[-1]
+
+
+def removed(model, kept, ids, mask=None, batch_size=8):
+    """Remove experts and refit those that stay: the surgery's report and those of the blocks."""
+    layers, options = LayersInMemory(model), RunOptions(batch_size)
+    stream = layers.stream(ids, mask, options)
+    return remove_and_refit(layers, InPlace(layers), stream, plan_removal(model, kept), options)
 
 
 def iterate_always(monkeypatch):
@@ -63,7 +75,7 @@ def test_the_solvers_find_the_ridge_solution(family, solver, monkeypatch):
     gram += 0.05 * gram.diagonal().mean() * torch.eye(3 * I, dtype=torch.float64)
     want = torch.linalg.solve(gram, phi.T @ (target.double() - base))  # [E * I, H]
 
-    report = refit_block(block, hidden, index, gates, target, ridge=0.05)
+    report = refit(block, Calls(hidden, index, gates), target, ridge=0.05)
     change = (block.matrices[-1].weight.double() - old).transpose(1, 2).reshape(3 * I, -1)
     assert (change - want).norm() < 1e-3 * want.norm()
     left = (target.double() - base - phi @ change).square().sum() / target.double().square().sum()
@@ -82,7 +94,7 @@ def test_the_refitted_model_is_nearer_to_the_dense_one(family):
     if family == "deepseek_v3":
         kept = [torch.tensor([0, 2, 3, 5, 6, 7])]
     remove_experts(plain, kept)
-    surgery, reports = remove_and_refit(refitted, kept, WINDOWS, batch_size=3)
+    surgery, reports = removed(refitted, kept, WINDOWS, batch_size=3)
     assert refitted.config.to_dict() == plain.config.to_dict()
     assert [block.kept for block in surgery.blocks] == [tuple(ids.tolist()) for ids in kept]
     for report in reports:
@@ -130,10 +142,10 @@ def test_any_ridge_can_be_factorised_and_what_is_not_finite_is_refused(ridge):
     block = find_moe_blocks(model)[0]
     # one token over and over: all but one direction is the ridge's alone
     calls = torch.ones(64, block.hidden_size), torch.tensor([[0, 1]] * 64), torch.full((64, 2), 0.5)
-    report = refit_block(block, *calls, torch.ones(64, block.hidden_size), ridge=ridge)
+    report = refit(block, Calls(*calls), torch.ones(64, block.hidden_size), ridge=ridge)
     assert report.after < report.before
     with pytest.raises(CalibrationError, match="activations must be finite"):
-        refit_block(block, calls[0] * torch.inf, *calls[1:], torch.ones(64, block.hidden_size))
+        refit(block, Calls(calls[0] * torch.inf, *calls[1:]), torch.ones(64, block.hidden_size))
 
 
 def test_padding_does_not_steer_the_fit():
@@ -142,15 +154,15 @@ def test_padding_does_not_steer_the_fit():
     mask[:, 18:] = 0
     other = WINDOWS.clone()
     other[:, 18:] = 1
-    remove_and_refit(a, KEPT, (WINDOWS, mask))
-    remove_and_refit(b, KEPT, (other, mask))
+    removed(a, KEPT, WINDOWS, mask)
+    removed(b, KEPT, other, mask)
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=name)
 
 
 def test_tokens_are_capped_evenly(monkeypatch):
     monkeypatch.setattr("moesparse.experts.refit.MAX_TOKENS", 50)
-    _, reports = remove_and_refit(tiny_model("mixtral"), KEPT, WINDOWS, batch_size=3)
+    _, reports = removed(tiny_model("mixtral"), KEPT, WINDOWS, batch_size=3)
     # 192 tokens, every 4th of each batch of 72, 72 and 48
     assert [report.tokens for report in reports] == [48, 48]
 
@@ -158,10 +170,10 @@ def test_tokens_are_capped_evenly(monkeypatch):
 def test_what_cannot_be_refitted_changes_nothing(monkeypatch):
     model = tiny_model("mixtral")
     with pytest.raises(UsageError, match=r"ridge must be positive, .* got 0"):
-        remove_and_refit(model, KEPT, WINDOWS, ridge=0)
+        check_refit(find_moe_blocks(model), ridge=0)
     find_moe_blocks(model)[0].experts.has_post_expert_norm = True
     with pytest.raises(UnsupportedModelError, match="norms the output of each expert"):
-        remove_and_refit(model, KEPT, WINDOWS)
+        prune(model, WINDOWS, Recipe(weights=None, experts=0.25))
     assert model.config.num_local_experts == 8
 
 

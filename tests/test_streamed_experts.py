@@ -13,7 +13,7 @@ from moesparse.calibration.checkpoint import calibrate_checkpoint
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
-from moesparse.pruning.streamed import prune_checkpoint
+from moesparse.pruning.run import prune_checkpoint
 from moesparse.system.run_folder import JOURNAL_FILE
 from moesparse.testing import tiny_model
 

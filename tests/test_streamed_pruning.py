@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 import moesparse
 from moesparse import Recipe
 from moesparse.errors import CalibrationError, CheckpointError, MoESparseError, UsageError
-from moesparse.models.on_disk import StreamedModel
+from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import silent
 from moesparse.pruning.plan import plan_pruning
-from moesparse.pruning.streamed import prune_checkpoint
+from moesparse.pruning.run import prune_checkpoint
 from moesparse.system.run_folder import JOURNAL_FILE
 from moesparse.testing import tiny_model
 
@@ -247,7 +247,7 @@ def test_a_recipe_of_many_patterns_is_refused(source, tmp_path):
 
 
 def test_hidden_states_in_a_file_change_nothing(source, tmp_path, pruned, monkeypatch):
-    monkeypatch.setattr("moesparse.pruning.streamed.available_memory", lambda: 1)
+    monkeypatch.setattr("moesparse.calibration.plan.available_memory", lambda: 1)
     mapped = []
     from_file = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: mapped.append(1) or from_file(*args, **kwargs))
@@ -261,6 +261,6 @@ def test_too_little_memory_is_refused_with_what_is_needed(source, tmp_path):
         run(source, tmp_path / "out", max_memory=1000)
     assert not (tmp_path / "out").exists()
     needed = plan_pruning(
-        StreamedModel(source).model, StreamedModel(source).blocks, RECIPE, windows=6, length=16, batch_size=4
+        LayersOnDisk(source).model, LayersOnDisk(source).blocks, RECIPE, windows=6, length=16, batch_size=4
     ).peak
     run(source, tmp_path / "out", max_memory=needed)

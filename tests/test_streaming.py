@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.models.keys import checkpoint_views
-from moesparse.models.on_disk import StreamedModel
+from moesparse.models.on_disk import LayersOnDisk
 from moesparse.testing import tiny_model
 
 # fused from per-expert keys; dense first layers and a float32 correction; stored fused and transposed; no gate, layers
@@ -35,7 +35,7 @@ def folder(request, tmp_path_factory):
 def test_the_parts_are_those_of_the_loaded_model(folder):
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     want = loaded.state_dict()
-    streamed = StreamedModel(folder)
+    streamed = LayersOnDisk(folder).open()
     parameters = dict(streamed.model.named_parameters())
     for name in streamed.outside:
         assert torch.equal(streamed.model.state_dict()[name], want[name]), name
@@ -43,7 +43,7 @@ def test_the_parts_are_those_of_the_loaded_model(folder):
     for name, buffer in loaded.named_non_persistent_buffers():
         assert torch.equal(buffers[name], buffer), name
     seen = set(streamed.outside)
-    for position in range(len(streamed.layers)):
+    for position in range(len(streamed)):
         assert all(tensor.is_meta for tensor in streamed.state(position).values())
         with streamed.hold(position):
             for name, tensor in streamed.state(position).items():
@@ -60,9 +60,9 @@ def test_what_a_layer_is_saved_as_is_what_it_was_read_from(folder):
     stored = {}
     for file in folder.glob("*.safetensors"):
         stored |= load_file(file)
-    streamed = StreamedModel(folder)
+    streamed = LayersOnDisk(folder).open()
     given = dict(streamed.checkpoint_tensors(None))
-    for position in range(len(streamed.layers)):
+    for position in range(len(streamed)):
         with streamed.hold(position):
             given |= {key: tensor.clone() for key, tensor in streamed.checkpoint_tensors(position).items()}
     assert given.keys() == stored.keys()
@@ -93,17 +93,17 @@ KEY = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 
 def test_a_missing_tensor_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"must hold model\.layers\.1\..*experts\.2\.w1\.weight, got none"):
-        StreamedModel(altered(tmp_path, lambda tensors: tensors.pop(KEY)))
+        LayersOnDisk(altered(tmp_path, lambda tensors: tensors.pop(KEY))).open()
 
 
 def test_a_strange_tensor_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds extra\.weight, which the model has no place for"):
-        StreamedModel(altered(tmp_path, lambda tensors: tensors.update({"extra.weight": torch.ones(2)})))
+        LayersOnDisk(altered(tmp_path, lambda tensors: tensors.update({"extra.weight": torch.ones(2)}))).open()
 
 
 def test_another_shape_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"experts\.2\.w1\.weight as \[96, 32\], got \[2, 2\]"):
-        StreamedModel(altered(tmp_path, lambda tensors: tensors.update({KEY: torch.ones(2, 2)})))
+        LayersOnDisk(altered(tmp_path, lambda tensors: tensors.update({KEY: torch.ones(2, 2)}))).open()
 
 
 def test_a_quantized_checkpoint_is_refused(tmp_path):
@@ -112,4 +112,4 @@ def test_a_quantized_checkpoint_is_refused(tmp_path):
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="is quantized \\(fp8\\)"):
-        StreamedModel(tmp_path)
+        LayersOnDisk(tmp_path)

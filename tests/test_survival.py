@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moesparse import Recipe
 from moesparse.errors import CalibrationError, CheckpointError
-from moesparse.pruning.streamed import prune_checkpoint
+from moesparse.pruning.run import prune_checkpoint
 from moesparse.system.run_folder import JOURNAL_FILE
 from moesparse.testing import tiny_model
 
@@ -142,7 +142,7 @@ def test_a_disk_that_is_really_full(source, pruned, tmp_path):
 
 
 def test_hidden_states_that_do_not_fit_on_the_disk_are_an_error_and_no_crash(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("moesparse.pruning.streamed.available_memory", lambda: 1)
+    monkeypatch.setattr("moesparse.calibration.plan.available_memory", lambda: 1)
     windows = WINDOWS.repeat(100, 1)
     refused = pytest.raises(CheckpointError, match="No space left on device")
     with SmallDisk(tmp_path / "disk", "300k") as disk, refused:

@@ -13,6 +13,7 @@ from torch import nn
 from moesparse._version import __version__
 from moesparse.errors import CheckpointError
 from moesparse.models.meta import check_layer_counts
+from moesparse.packed.model import state_in_form
 from moesparse.system.folders import atomic_folder, copy_small_files
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
 from moesparse.system.run_folder import JOURNAL_FILE
@@ -138,7 +139,6 @@ def save_pretrained(
         UnsupportedModelError: the checkpoints of this family cannot hold packed experts.
         MoESparseError: packed, and no block holds an n:m pattern.
     """
-    from moesparse.packed.model import state_in_form
     from moesparse.packed.quantizer import packed_metadata
 
     if recipe is not None:

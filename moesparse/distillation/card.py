@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moesparse.distillation import DistillReport
+    from moesparse.distillation.report import DistillReport
 
 __all__ = ["distilled_card"]
 

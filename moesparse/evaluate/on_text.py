@@ -14,8 +14,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moesparse.calibration.windows import Windows
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.models.meta import context_length
+from moesparse.models.modes import evaluating
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.system.cpu_products import fast_products
 from moesparse.text import DEFAULT_LENGTH, PathLike, adds_bos, encode_document, evaluation_windows
@@ -32,8 +33,6 @@ from moesparse.text import DEFAULT_LENGTH, PathLike, adds_bos, encode_document, 
 # fp32 logits held at a time (256 MiB), and logits that a model may return at a time (512 MiB in bf16)
 _CHUNK_LOGITS = 1 << 26
 _BATCH_LOGITS = 1 << 28
-
-Windows = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,7 @@ def perplexity(
             It is scored in eval mode, where it is, and left in the mode it was in.
         windows: [n, t] int64 with t >= 2, or (windows, attention_mask).
         attention_mask: [n, t], 1 at tokens and 0 at padding on either side; padding is neither scored nor a context.
+            Only where windows are given without one.
         batch_size: windows a forward pass; fewer are taken where their logits would not fit.
         byte_count: UTF-8 bytes that the scored tokens stand for; gives bits per byte.
         context: leading tokens of every window but the first that are not scored again: length - stride when windows
@@ -141,6 +141,8 @@ def perplexity(
         UsageError: windows have no shape [n, t], ids the model does not know, or nothing to score.
         MoESparseError: the model gives a loss that is not finite; names the window.
     """
+    if isinstance(windows, tuple) and attention_mask is not None:
+        raise UsageError("attention_mask must be left out where windows bring their own, got both")
     ids, mask = windows if isinstance(windows, tuple) else (windows, attention_mask)
     _check_windows(ids, mask, batch_size)
     scored = torch.ones(ids[:, 1:].shape, dtype=torch.bool)
@@ -163,7 +165,7 @@ def perplexity(
             progress(ProgressEvent(stage, done, len(ids), "window", tokens_done, seconds, name))
 
     report(0)
-    with _evaluation_mode(model), fast_products(model):
+    with evaluating(model), torch.no_grad(), fast_products(model):
         device = _input_device(model)
         scorer = _Scorer(model, device)
         scorer.check_ids(ids)
@@ -257,7 +259,7 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_t
         raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts = []
-    with _evaluation_mode(model):
+    with evaluating(model), torch.no_grad():
         for prompt in prompts:
             ids = encode_document(tokenizer, prompt, ends=False)
             if not ids:
@@ -352,19 +354,6 @@ def _logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
         keywords["use_cache"] = False
     output = model(ids, **keywords)
     return output if isinstance(output, torch.Tensor) else output.logits
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_windows(ids: torch.Tensor, mask: torch.Tensor | None, batch_size: int) -> None:
