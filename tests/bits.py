@@ -93,7 +93,9 @@ def made(folder: Path) -> dict[str, str]:
     for name, arguments in runs.items():
         done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"{' '.join(arguments)}\n{done.stderr}")
+            print(f"{name} failed: {' '.join(arguments)}\n{done.stderr}", file=sys.stderr)
+            found[name] = "failed"
+            continue
         out = folder / name
         files = [out] if out.is_file() else sorted(file for file in out.rglob("*") if file.is_file())
         found |= {file.relative_to(folder).as_posix(): _hash(file) for file in files}

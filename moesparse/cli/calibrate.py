@@ -206,7 +206,7 @@ class _Run:
 
         limit = options.parse_limit(self.max_memory)
         model = ModelOnDisk(self.model)
-        network, blocks = model.layers.model, model.layers.blocks
+        network, blocks = model.network, model.layers.blocks
         plan = plan_pass(network, blocks, self.moments, **planned_windows(network, self.text))
         if tell_plan(plan, self.text.device, dry_run=self.dry_run, as_json=self.as_json):
             return None
@@ -232,13 +232,14 @@ class _Run:
     def on_whole_model(self) -> _Done:
         """Load the model."""
         from moesparse.calibration.whole import calibrate
+        from moesparse.models.blocks import find_moe_blocks
 
         with at_work(self.statistics, lambda: "", self.text.device, whole=True) as progress:
             model = WholeModel(self.model)
-            choose = None if self.chosen is None else self.chosen.for_blocks(model.layers.blocks)
+            choose = None if self.chosen is None else self.chosen.for_blocks(find_moe_blocks(model.network))
             text, by_window = model.read(self.text, progress), dict[str, Any]()
             result = calibrate(
-                model.layers.model,
+                model.network,
                 text.windows,
                 moments=self.moments,
                 batch_size=self.text.batch_size,

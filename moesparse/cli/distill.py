@@ -178,7 +178,7 @@ class _Run:
         check_run_folder(self.output)
         student, teacher = ModelOnDisk(self.student), ModelOnDisk(self.teacher)
         with saying_what_is_left(lambda: what_is_kept(self.output)), progress_bar() as progress:
-            text = self.text.read(student.tokenizer, teacher.source, teacher.layers.model)
+            text = self.text.read(student.tokenizer, teacher.source, teacher.network)
             before = _card(student.folder)
             return distill_checkpoint(
                 student.layers,
@@ -208,11 +208,11 @@ class _Run:
         state = self.output.with_name(self.output.name + ".state")
         with saying_what_is_left(lambda: _kept_state(state)), progress_bar() as progress:
             student, teacher = WholeModel(self.student), WholeModel(self.teacher)
-            network = student.layers.model
+            network = student.network
             text = self.text.read(student.tokenizer, teacher.source, network, progress)
             report = distill(
                 network,
-                teacher.layers.model,
+                teacher.network,
                 text.windows,
                 self.mode,
                 settings=self.settings,

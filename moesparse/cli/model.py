@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moesparse.cli.text import CalibrationText, TextOptions
-    from moesparse.models.layers import LayersInMemory
-    from moesparse.models.on_disk import LayersOnDisk
 
 __all__ = ["ModelOnDisk", "WholeModel", "at_work"]
 
@@ -28,8 +26,10 @@ class ModelOnDisk:
     """A checkpoint that is read layer by layer; a hub id is downloaded first.
 
     Attributes:
+        source: what errors call it.
         folder: it lies in.
         layers: of which config.json alone has been read.
+        network: the model of the layers, without weights.
     """
 
     def __init__(self, name: str) -> None:
@@ -38,7 +38,8 @@ class ModelOnDisk:
 
         self.folder = local_folder(model_source(name))
         self.source = str(self.folder)
-        self.layers: LayersOnDisk = LayersOnDisk(self.folder)
+        self.layers = LayersOnDisk(self.folder)
+        self.network = self.layers.model
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -48,23 +49,27 @@ class ModelOnDisk:
 
     def read(self, text: TextOptions, progress: Progress = silent) -> CalibrationText:
         """Calibration text for it."""
-        return text.read(self.tokenizer, self.source, self.layers.model, progress)
+        return text.read(self.tokenizer, self.source, self.network, progress)
 
 
 class WholeModel:
-    """A model that is loaded at once."""
+    """A model that is loaded at once, packed or not.
+
+    Attributes:
+        source: what errors call it.
+        network: the model.
+        tokenizer: of it, or None.
+    """
 
     def __init__(self, name: str) -> None:
         from moesparse.checkpoints.pretrained import load_pretrained
-        from moesparse.models.layers import LayersInMemory
 
         self.source = model_source(name)
-        model, self.tokenizer = load_pretrained(self.source)
-        self.layers: LayersInMemory = LayersInMemory(model)
+        self.network, self.tokenizer = load_pretrained(self.source)
 
     def read(self, text: TextOptions, progress: Progress = silent) -> CalibrationText:
         """Calibration text for it."""
-        return text.read(self.tokenizer, self.source, self.layers.model, progress)
+        return text.read(self.tokenizer, self.source, self.network, progress)
 
 
 @contextlib.contextmanager

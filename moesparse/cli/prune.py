@@ -214,7 +214,7 @@ class _Run:
         if not self.dry_run:
             check_run_folder(self.out)
         model = ModelOnDisk(self.model)
-        network, blocks = model.layers.model, model.layers.blocks
+        network, blocks = model.network, model.layers.blocks
         text = self.text if self.reads else replace(self.text, samples=0, length=1)
         plan = plan_run(network, blocks, self.recipe, **planned_windows(network, text))
         if tell_plan(plan, self.text.device, dry_run=self.dry_run, as_json=self.as_json):
@@ -256,7 +256,7 @@ class _Run:
             data, domains = (saved, None) if found is None else (found.windows, found.domains)
             asked: dict[str, Any] = {"batch_size": self.text.batch_size, "allow_pruned": self.allow_pruned}
             asked |= {"progress": progress}
-            network = model.layers.model
+            network = model.network
             if self.shows_plan:
                 how = RunOptions(device=device_at_work(self.text.device), **asked)
                 plan = BudgetReport(plan_budget(network, data, self.recipe, how, domains)).to_dict()
