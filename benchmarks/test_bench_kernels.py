@@ -8,7 +8,10 @@ from benchmarks.bench_kernels import cases
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.gpu
 
-OPS = ("nm_prune 4:8", "nm_prune 2:4", "nm_prune 2:4 packed", "pack", "unpack", "row_topk 50%", "column_energy")
+OPS = (
+    *("nm_prune 4:8", "nm_prune 2:4", "nm_prune 2:4 packed", "pack", "unpack", "row_topk 50%"),
+    *("column_energy", "column_energies"),
+)
 
 
 @pytest.mark.parametrize("op", OPS)

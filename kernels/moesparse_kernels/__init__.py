@@ -10,7 +10,7 @@ moe_nm, moe_dense                   the expert layer; every backend of NM_BACKEN
 from .dispatch import DENSE_BACKENDS, NM_BACKENDS
 from .layout import NMWeight
 from .moe import moe_dense, moe_nm
-from .ops import column_energy, column_energy_sorted, nm_prune, route, row_topk
+from .ops import column_energies, column_energy, column_energy_sorted, nm_prune, route, row_topk
 from .schedule import Routing
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "NM_BACKENDS",
     "NMWeight",
     "Routing",
+    "column_energies",
     "column_energy",
     "column_energy_sorted",
     "moe_dense",

@@ -1,10 +1,10 @@
 """Per-expert column energy: sum over the tokens of an expert of (g * x)^2, for every column.
 
 This is the squared scale of MoE-Pruner (Xie et al. 2024, arXiv 2410.12013, eq. 9), or without the gate that of Wanda
-(Sun et al. 2023, arXiv 2306.11695) on routed tokens. Rows are taken expert by expert and cut into chunks that never
-cross an expert; a chunk's sum is fp32 with Kahan's compensation, the chunks of an expert are added in fp64, in order.
-No atomics: the same input gives the same bits. Symbols: T tokens, K columns, E experts, R rows in expert order, C
-chunks.
+(Sun et al. 2023, arXiv 2306.11695) on routed tokens; both may be had for one read of x. Rows are taken expert by
+expert and cut into chunks that never cross an expert; a chunk's sum is fp32 with Kahan's compensation, the chunks of an
+expert are added in fp64, in order. No atomics: the same input gives the same bits. Symbols: T tokens, K columns, E
+experts, R rows in expert order, C chunks, S sums: 1, or 2 where both are wanted, without the gate first.
 """
 
 from __future__ import annotations
@@ -20,20 +20,29 @@ CHUNK = 128
 
 
 @triton.jit
+def _add(total, lost, term):
+    """Kahan: `lost` is what the last addition rounded away."""
+    term -= lost
+    following = total + term
+    return following, (following - total) - term
+
+
+@triton.jit
 def _chunk_energy_kernel(
     x_ptr,  # (T, K)
     order_ptr,  # (R,) which slot of (T, TOP_K) is the r-th row, when ROUTED
-    gates_ptr,  # (T, TOP_K), or (R,) when not ROUTED; when GATED
+    gates_ptr,  # (T, TOP_K), or (R,) when not ROUTED or BOTH; when GATED
     offsets_ptr,  # (E + 1,) first row of each expert
     chunks_ptr,  # (E + 1,) first chunk of each expert
     expert_ptr,  # (C,) expert of each chunk, E for the unused ones at the end
-    partial_ptr,  # (C, K) fp32
+    partial_ptr,  # (S, C, K) fp32
     K,
     num_experts,
     stride_xt,
     TOP_K: tl.constexpr,
     ROUTED: tl.constexpr,
     GATED: tl.constexpr,
+    BOTH: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,6 +58,9 @@ def _chunk_energy_kernel(
     mask_k = offs_k < K
     total = tl.zeros((BLOCK_K,), dtype=tl.float32)
     lost = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    if BOTH:
+        plain_total = tl.zeros((BLOCK_K,), dtype=tl.float32)
+        plain_lost = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for first in range(0, CHUNK, BLOCK_R):
         row = start + first + tl.arange(0, BLOCK_R)
         mask_r = row < stop
@@ -60,27 +72,34 @@ def _chunk_energy_kernel(
         x = tl.load(
             x_ptr + token[:, None] * stride_xt + offs_k[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0
         ).to(tl.float32)
+        if BOTH:
+            plain_total, plain_lost = _add(plain_total, plain_lost, tl.sum(x * x, axis=0))
         if GATED:
-            gate = tl.load(gates_ptr + slot, mask=mask_r, other=0.0).to(tl.float32)
+            gate = tl.load(gates_ptr + (row if BOTH else slot), mask=mask_r, other=0.0).to(tl.float32)
             x = x * gate[:, None]
-        # Kahan: `lost` is what the last addition rounded away
-        term = tl.sum(x * x, axis=0) - lost
-        following = total + term
-        lost = (following - total) - term
-        total = following
-    tl.store(partial_ptr + chunk.to(tl.int64) * K + offs_k, total, mask=mask_k)
+        total, lost = _add(total, lost, tl.sum(x * x, axis=0))
+    place = chunk.to(tl.int64)
+    if BOTH:
+        tl.store(partial_ptr + place * K + offs_k, plain_total, mask=mask_k)
+        place += tl.num_programs(0)
+    tl.store(partial_ptr + place * K + offs_k, total, mask=mask_k)
 
 
 @triton.jit
 def _expert_energy_kernel(
-    partial_ptr,  # (C, K) fp32
+    partial_ptr,  # (S, C, K) fp32
     chunks_ptr,  # (E + 1,)
-    out_ptr,  # (E, K) fp64
+    out_ptr,  # (S, E, K) fp64
     K,
+    num_chunks,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid (cdiv(K, BLOCK_K), E): one program adds the chunks of one expert."""
+    """Grid (cdiv(K, BLOCK_K), E, S): one program adds the chunks of one expert."""
     expert = tl.program_id(1)
+    # int64, because what lies before the second sum passes 2**31
+    which = tl.program_id(2).to(tl.int64)
+    partial_ptr += which * num_chunks * K
+    out_ptr += which * tl.num_programs(1) * K
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     total = tl.zeros((BLOCK_K,), dtype=tl.float64)
@@ -97,22 +116,25 @@ def column_energy(
     gates: torch.Tensor | None,
     order: torch.Tensor | None,
     top_k: int,
+    both: bool = False,
 ) -> torch.Tensor:
     """Energy of the rows offsets[e]..offsets[e + 1] of each expert e, like `reference.column_energy`.
 
     Args:
         x: (T, K), its last dim contiguous.
         offsets: (E + 1,) int32 or int64, ascending, inside 0..R.
-        gates: one gate per slot, contiguous; None for g = 1.
+        gates: one gate per slot, with `both` per row, contiguous; None for g = 1.
         order: (R,) slot of each row, token = slot // top_k; None where row r is token r.
         top_k: slots per token, 1 without `order`.
+        both: also the energy without the gates, which must be given.
 
     Returns:
-        (E, K) fp64.
+        (S, E, K) fp64.
     """
     K, E = x.shape[1], offsets.numel() - 1
     R = x.shape[0] if order is None else order.numel()
-    out = torch.empty(E, K, dtype=torch.float64, device=x.device)
+    S = 2 if both else 1
+    out = torch.empty(S, E, K, dtype=torch.float64, device=x.device)
     if out.numel() == 0:
         return out
     if R == 0:
@@ -123,7 +145,7 @@ def column_energy(
     most = triton.cdiv(R, CHUNK) + min(E, R)
     chunk = torch.arange(most, dtype=torch.int32, device=x.device)
     expert = torch.searchsorted(chunks[1:], chunk, right=True, out_int32=True)
-    partial = torch.empty(most, K, dtype=torch.float32, device=x.device)
+    partial = torch.empty(S, most, K, dtype=torch.float32, device=x.device)
     # one warp reads 256 columns of a row at a time and adds the rows inside its threads
     lanes = 64 if torch.version.hip else 32
     block_k = 512 if K > 256 or lanes == 64 else 256
@@ -141,10 +163,11 @@ def column_energy(
         TOP_K=top_k,
         ROUTED=order is not None,
         GATED=gates is not None,
+        BOTH=both,
         CHUNK=CHUNK,
         BLOCK_R=16,
         BLOCK_K=block_k,
         num_warps=block_k // (8 * lanes),
     )
-    _expert_energy_kernel[(triton.cdiv(K, 256), E)](partial, chunks, out, K, BLOCK_K=256, num_warps=4)
+    _expert_energy_kernel[(triton.cdiv(K, 256), E, S)](partial, chunks, out, K, most, BLOCK_K=256, num_warps=4)
     return out

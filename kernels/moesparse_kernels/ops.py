@@ -19,7 +19,16 @@ from . import reference
 from .layout import GROUP_SIZES, NMWeight
 from .schedule import Routing, route_torch, routing_sizes
 
-__all__ = ["column_energy", "column_energy_sorted", "nm_prune", "route", "route_inside", "row_topk", "use_triton"]
+__all__ = [
+    "column_energies",
+    "column_energy",
+    "column_energy_sorted",
+    "nm_prune",
+    "route",
+    "route_inside",
+    "row_topk",
+    "use_triton",
+]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -59,14 +68,16 @@ def _energy(
     gates: torch.Tensor | None,
     order: torch.Tensor | None,
     top_k: int,
+    both: bool = False,
 ) -> torch.Tensor:
+    """(S, E, K), S = 2 with `both`."""
     if not use_triton(x):
-        return reference.column_energy(x, offsets, gates, order, top_k)
+        return reference.column_energy(x, offsets, gates, order, top_k, both)
     from . import energy
 
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return energy.column_energy(x, offsets, gates, order, top_k)
+    return energy.column_energy(x, offsets, gates, order, top_k, both)
 
 
 @torch.library.custom_op("moesparse::column_energy", mutates_args=())
@@ -75,7 +86,7 @@ def _column_energy_op(
 ) -> torch.Tensor:
     order, offsets = _expert_order(top_k_index, num_experts)
     gates = None if top_k_weights is None else top_k_weights.reshape(-1).contiguous()
-    return _energy(x, offsets, gates, order, top_k_index.shape[1])
+    return _energy(x, offsets, gates, order, top_k_index.shape[1])[0]
 
 
 @_column_energy_op.register_fake
@@ -87,12 +98,27 @@ def _(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor | 
 def _column_energy_sorted_op(x: torch.Tensor, offsets: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
     # a bad offset must not read outside x, and looking at it here would wait for the device
     offsets = offsets.clamp(0, x.shape[0])
-    return _energy(x, offsets, None if gates is None else gates.contiguous(), None, 1)
+    return _energy(x, offsets, None if gates is None else gates.contiguous(), None, 1)[0]
 
 
 @_column_energy_sorted_op.register_fake
 def _(x: torch.Tensor, offsets: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(offsets.shape[0] - 1, x.shape[1], dtype=torch.float64)
+
+
+@torch.library.custom_op("moesparse::column_energies", mutates_args=())
+def _column_energies_op(
+    x: torch.Tensor, offsets: torch.Tensor, gates: torch.Tensor, order: torch.Tensor | None
+) -> torch.Tensor:
+    # as in column_energy_sorted; a bad row must not read outside x either
+    rows = x.shape[0] if order is None else order.shape[0]
+    order = None if order is None else order.clamp(0, x.shape[0] - 1)
+    return _energy(x, offsets.clamp(0, rows), gates.contiguous(), order, 1, both=True)
+
+
+@_column_energies_op.register_fake
+def _(x: torch.Tensor, offsets: torch.Tensor, gates: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(2, offsets.shape[0] - 1, x.shape[1], dtype=torch.float64)
 
 
 def column_energy(
@@ -164,6 +190,44 @@ def column_energy_sorted(x: torch.Tensor, offsets: torch.Tensor, gates: torch.Te
             raise ValueError(f"gates must be (R={x.shape[0]},), got shape {tuple(gates.shape)}")
         _check_device("gates", gates, "x", x)
     return _column_energy_sorted_op(x, offsets, gates)
+
+
+def column_energies(
+    x: torch.Tensor, offsets: torch.Tensor, gates: torch.Tensor, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`column_energy_sorted` without gates and with them, for one read of x.
+
+    Args:
+        x: (R, K) bf16, fp16 or fp32, any strides; with `order` (T, K), whose rows are not moved.
+        offsets: (E + 1,) int32 or int64, ascending: expert e has the rows offsets[e]..offsets[e + 1].
+        gates: (R,) gate of each row, bf16, fp16 or fp32.
+        order: (R,) int32 or int64, the row of x that each row is; None where they are in expert order.
+
+    Returns:
+        (2, E, K) fp64: the sums of x^2 and of (g * x)^2, zero for an expert without rows.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    _check_dtype("x", x, _DTYPES)
+    _check_dtype("offsets", offsets, (torch.int32, torch.int64))
+    _check_dtype("gates", gates, _DTYPES)
+    if x.dim() != 2:
+        raise ValueError(f"x must be (R, K), got shape {tuple(x.shape)}")
+    if offsets.dim() != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"offsets must be (E + 1,) with E >= 1, got shape {tuple(offsets.shape)}")
+    rows = x.shape[0]
+    if order is not None:
+        _check_dtype("order", order, (torch.int32, torch.int64))
+        if order.dim() != 1:
+            raise ValueError(f"order must be (R,), got shape {tuple(order.shape)}")
+        _check_device("order", order, "x", x)
+        rows = order.shape[0]
+    if tuple(gates.shape) != (rows,):
+        raise ValueError(f"gates must be (R={rows},), got shape {tuple(gates.shape)}")
+    _check_device("offsets", offsets, "x", x)
+    _check_device("gates", gates, "x", x)
+    return _column_energies_op(x, offsets, gates, order)
 
 
 def _weight_and_scale(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

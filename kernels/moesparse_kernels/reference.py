@@ -22,6 +22,7 @@ def column_energy(
     gates: torch.Tensor | None,
     order: torch.Tensor | None,
     top_k: int,
+    both: bool = False,
 ) -> torch.Tensor:
     """Sum of (gate * x)^2 over the rows of each expert; arguments and result as in `energy.column_energy`.
 
@@ -29,16 +30,18 @@ def column_energy(
     """
     K = x.shape[1]
     bounds = offsets.tolist()
-    out = torch.zeros(len(bounds) - 1, K, dtype=torch.float64, device=x.device)
+    out = torch.zeros(2 if both else 1, len(bounds) - 1, K, dtype=torch.float64, device=x.device)
     for e, (start, stop) in enumerate(itertools.pairwise(bounds)):
         for block in row_blocks(stop - start, K, x.device):
             rows = slice(start + block.start, start + block.stop)
             slots = rows if order is None else order[rows]
             tokens = rows if order is None else order[rows] // top_k
             scaled = x[tokens].float()
+            if both:
+                out[0, e] += scaled.square().sum(0, dtype=torch.float64)
             if gates is not None:
-                scaled = scaled * gates[slots].float()[:, None]
-            out[e] += scaled.square().sum(0, dtype=torch.float64)
+                scaled = scaled * gates[rows if both else slots].float()[:, None]
+            out[-1, e] += scaled.square().sum(0, dtype=torch.float64)
     return out
 
 

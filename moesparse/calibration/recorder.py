@@ -18,6 +18,8 @@ from moesparse.errors import CalibrationError, UsageError
 from moesparse.models.blocks import ExpertMatrix, MoEBlock
 from moesparse.models.experts_function import experts_run_by
 from moesparse.system.processes import Processes
+from moesparse_kernels import column_energies
+from moesparse_kernels.ops import use_triton
 
 __all__ = ["ROW_SUMS", "CrossMoment", "Recorder", "record", "window_sums"]
 
@@ -135,10 +137,12 @@ class Recorder:
             batch.add(expert, {"hidden": x[:n], "activation": activation[:n]}, f[:n], gates[start:split])
             if self.row_observer is not None:
                 self.row_observer(expert, x[:n], activation[:n], gates[start:split])
+        recorded = [slice(start, split) for start, split in zip(bounds[:-1:2], bounds[1::2], strict=True)]
+        batch.add_energies(hidden_states, torch.cat([tokens[rows] for rows in recorded]))
         if not batch.commit():
             raise self._non_finite(hidden_states, tokens, gates, bounds)
         if self.observer is not None or self.window_sums is not None:
-            rows = torch.cat([tokens[bounds[2 * e] : bounds[2 * e + 1]] for e in range(E)])
+            rows = torch.cat([tokens[each] for each in recorded])
             if self.window_sums is not None:
                 columns = batch.columns()
                 self.add_by_window("tokens", rows, batch.counts, torch.ones_like(columns[:, 0]))
@@ -248,19 +252,25 @@ class Recorder:
 
 
 class _BatchSums:
-    """The float32 sums of one call of one block, added to the float64 statistics at once."""
+    """The float32 sums of one call of one block, added to the float64 statistics at once.
+
+    On a GPU the column sums of all experts come from one pass of a kernel over the rows (`column_energies`), for which
+    the activations wait until all experts have run; elsewhere each expert's are added up as it comes.
+    """
 
     def __init__(self, statistics: ExpertStatistics, hidden_states: Tensor) -> None:
         self.total = statistics
         E = statistics.num_experts
         dtype, device = _sum_dtype(hidden_states), hidden_states.device
         sizes = {name: energy.shape[1] for name, energy in statistics.energy.items()}
+        self.in_one_pass = use_triton(hidden_states) and dtype == torch.float32
         self.energy = {name: torch.zeros(E, size, dtype=dtype, device=device) for name, size in sizes.items()}
         self.gated_energy = {name: torch.zeros(E, size, dtype=dtype, device=device) for name, size in sizes.items()}
         self.counts = [0] * E
         self.largest = torch.zeros(E, dtype=dtype, device=device)
         self.norms = [torch.zeros(0, dtype=dtype, device=device)]
         self.gates = [torch.zeros(0, dtype=dtype, device=device)]
+        self.activations: list[Tensor] = []
 
     def add(self, expert: int, inputs: dict[str, Tensor], f: Tensor, gates: Tensor) -> None:
         """Add the rows of one expert; experts come in ascending order, each at most once.
@@ -279,15 +289,36 @@ class _BatchSums:
         self.gates.append(gates)
         self.norms.append(torch.linalg.vector_norm(f, dim=1, dtype=dtype))
         self.largest[expert] = f.abs().amax()
-        for name, rows in inputs.items():
+        if self.in_one_pass:
+            self.activations.append(inputs["activation"])
+        wants_moments = self.total.moment or self.total.gated_moment
+        for name, rows in inputs.items() if wants_moments or not self.in_one_pass else ():
             X = rows.to(dtype)
-            squares = X.square()
-            self.energy[name][expert] = squares.sum(0)
-            self.gated_energy[name][expert] = gates.square() @ squares
+            if not self.in_one_pass:
+                squares = X.square()
+                self.energy[name][expert] = squares.sum(0)
+                self.gated_energy[name][expert] = gates.square() @ squares
             if self.total.moment:
                 _add_gram(self.total.moment[name][expert], X)
             if self.total.gated_moment:
                 _add_gram(self.total.gated_moment[name][expert], X * gates[:, None])
+
+    def add_energies(self, hidden_states: Tensor, rows: Tensor) -> None:
+        """The column sums of all experts, where they are made in one pass.
+
+        Args:
+            hidden_states: [T, H], what the experts were called with.
+            rows: [R], token of each row added, sorted by expert.
+        """
+        if not self.in_one_pass or not len(rows):
+            return
+        counts = torch.tensor([0, *self.counts], device=rows.device)
+        offsets, gates = counts.cumsum(0), torch.cat(self.gates)
+        activations = torch.cat(self.activations)
+        self.activations.clear()
+        for name, (x, order) in {"hidden": (hidden_states, rows), "activation": (activations, None)}.items():
+            if name in self.energy:
+                self.energy[name], self.gated_energy[name] = column_energies(x, offsets, gates, order).unbind()
 
     def gated_norms(self) -> Tensor:
         """[R] float64, g|f| of every row added, in the order of adding."""

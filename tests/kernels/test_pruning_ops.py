@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moesparse_kernels import NMWeight, column_energy, column_energy_sorted, nm_prune, route, row_order, row_topk
+from moesparse_kernels import (
+    NMWeight,
+    column_energies,
+    column_energy,
+    column_energy_sorted,
+    nm_prune,
+    route,
+    row_order,
+    row_topk,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +95,17 @@ def test_column_energy_of_no_tokens():
     )
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_column_energies(ordered):
+    x, gates = torch.randn(10, 8), torch.rand(10)
+    order = torch.tensor([9, 0, 0, 3, 4, 5, 6, 7, 8, 1]) if ordered else None
+    rows = x if order is None else x[order]
+    index = torch.tensor([-1, 0, 0, 0, 2, 2, 2, 2, -1, -1])[:, None]
+    plain, gated = column_energies(x, torch.tensor([1, 4, 4, 8]), gates, order)
+    torch.testing.assert_close(plain, oracle.column_energy(rows, index, None, 3), rtol=2e-7, atol=0)
+    torch.testing.assert_close(gated, oracle.column_energy(rows, index, gates[:, None], 3), rtol=2e-7, atol=0)
+
+
 def test_column_energy_sorted():
     # row 0 and the last two belong to no expert; expert 1 has none; one offset points past the end
     x, gates = torch.randn(10, 8), torch.rand(10)
@@ -145,6 +165,15 @@ X, INDEX, GATES = torch.zeros(6, 8), torch.zeros(6, 2, dtype=torch.int64), torch
             lambda: column_energy_sorted(X, INDEX[:, 0], GATES[:, 0].to("meta")),
             r"gates must be on the device of x, cpu, got meta",
         ),
+        (lambda: column_energies(X[0], INDEX[:, 0], GATES[:, 0]), r"x must be \(R, K\), got shape \(8,\)"),
+        (lambda: column_energies(X, INDEX, GATES[:, 0]), r"offsets must be \(E \+ 1,\) with E >= 1, got shape"),
+        (lambda: column_energies(X, INDEX[:, 0], GATES), r"gates must be \(R=6,\), got shape \(6, 2\)"),
+        (lambda: column_energies(X, INDEX[:, 0], GATES[:, 0], INDEX), r"order must be \(R,\), got shape \(6, 2\)"),
+        (lambda: column_energies(X, INDEX[:, 0], GATES[:, 0], GATES[:, 0]), r"order must be one of .*float32"),
+        (
+            lambda: column_energies(X, INDEX[:, 0], GATES[:, 0], INDEX[:, 0].to("meta")),
+            r"order must be on the device of x, cpu, got meta",
+        ),
         (
             lambda: column_energy(X, INDEX, GATES.to("meta"), 2),
             r"top_k_weights must be on the device of x, cpu, got meta",
@@ -174,6 +203,10 @@ CALLS = {
     "column_energy, no gates": (
         torch.ops.moesparse.column_energy,
         (torch.randn(6, 8), torch.randint(0, 3, (6, 2)), None, 3),
+    ),
+    "column_energies": (
+        torch.ops.moesparse.column_energies,
+        (torch.randn(6, 8), torch.tensor([0, 2, 6]), torch.rand(6), torch.tensor([5, 0, 0, 1, 2, 3])),
     ),
     "column_energy_sorted": (
         torch.ops.moesparse.column_energy_sorted,

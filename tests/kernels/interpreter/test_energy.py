@@ -4,7 +4,7 @@ import pruning_oracle as oracle
 import pytest
 import torch
 
-from moesparse_kernels import column_energy, column_energy_sorted
+from moesparse_kernels import column_energies, column_energy, column_energy_sorted
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -88,6 +88,19 @@ def test_sorted_rows(gated):
     exact = oracle.column_energy(x, index[:, None], None if gates is None else gates[:, None], 3)
     _assert_close(column_energy_sorted(x, offsets, gates)[[0, 2]], exact[[0, 2]])
     assert not column_energy_sorted(x, offsets, gates)[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_both_sums_in_one_pass_are_those_of_two(ordered, dtype):
+    # 300 rows of one expert: three chunks; expert 1 is empty; rows of x in any order, some twice
+    x, offsets = _x(300, 264, dtype), torch.tensor([0, 290, 290, 300])
+    gates = torch.rand(300, generator=torch.Generator().manual_seed(5)).to(dtype)
+    order = torch.randint(0, 300, (300,), generator=torch.Generator().manual_seed(6)) if ordered else None
+    plain, gated = column_energies(x, offsets, gates, order)
+    rows = x if order is None else x[order]
+    assert torch.equal(plain, column_energy_sorted(rows, offsets))
+    assert torch.equal(gated, column_energy_sorted(rows, offsets, gates))
 
 
 def test_offsets_outside_the_rows_read_nothing():
