@@ -114,12 +114,12 @@ def torch_column_energy(
 
 
 def torch_column_energies(x: torch.Tensor, bounds: list[int], gates: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The baseline of column_energies, and what the recorder does on a CPU: expert by expert, whose bounds are known."""
+    """The baseline of column_energies, as the recorder does it on a CPU: expert by expert, with known bounds."""
     out = torch.zeros(2, len(bounds) - 1, x.shape[1], dtype=torch.float32, device=x.device)
-    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        squares = x[rows[start:stop]].float().square()
+    for expert, (first, last) in enumerate(itertools.pairwise(bounds)):
+        squares = x[rows[first:last]].float().square()
         out[0, expert] = squares.sum(0)
-        out[1, expert] = gates[start:stop].float().square() @ squares
+        out[1, expert] = gates[first:last].float().square() @ squares
     return out
 
 
