@@ -107,6 +107,10 @@ def _hash(file: Path) -> str:
     data = file.read_bytes()
     if file.suffix == ".json":
         data = json.dumps(_lasting(json.loads(data)), sort_keys=True).encode()
+    elif file.suffix in ("", ".safetensors") and data[8:9] == b"{":
+        # safetensors writes its metadata in another order in every process
+        end = 8 + int.from_bytes(data[:8], "little")
+        data = json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
     return hashlib.sha256(data).hexdigest()[:32]
 
 
