@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from benchmarks.shapes import DRY_SHAPES, SHAPES
+from benchmarks.speed.shapes import DRY_SHAPES, SHAPES
 
 DRY = os.environ.get("MOESPARSE_BENCH_DRY") == "1"
 

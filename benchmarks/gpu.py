@@ -41,8 +41,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import DEVICE_LOST, parser
 from benchmarks.results import RESULTS, device_folder
+from benchmarks.speed.common import DEVICE_LOST, parser
 
 __all__ = ["PARTS", "main"]
 
@@ -118,7 +118,7 @@ def _sanitize(options: argparse.Namespace) -> bool:
 
 def _script(module: str, *words: str) -> Callable[[argparse.Namespace], bool]:
     def run(options: argparse.Namespace) -> bool:
-        arguments = ["-m", f"benchmarks.{module}", *words]
+        arguments = ["-m", f"benchmarks.speed.{module}", *words]
         if options.shapes:
             arguments += ["--shapes", *options.shapes]
         if options.results:

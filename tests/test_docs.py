@@ -152,7 +152,8 @@ def test_the_cpu_cost_in_the_readme_is_that_of_the_result_files():
 
 
 def test_tables_are_what_their_commands_print(capsys):
-    from benchmarks import bench_savings, study_recovery_text
+    from benchmarks.speed import bench_savings
+    from benchmarks.studies import recovery_text as study_recovery_text
 
     bench_savings.show(ROOT / "benchmarks/results/cpu/savings.json")
     for row in capsys.readouterr().out.splitlines():

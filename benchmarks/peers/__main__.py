@@ -33,14 +33,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_prune import hardware
 from benchmarks.peers.audit import experts_shared, load, mask_difference, zeros_by_part
 from benchmarks.peers.contenders import CONTENDERS, Contender
 from benchmarks.peers.environment import ROOT, python_of
 from benchmarks.peers.table import draw, show
 from benchmarks.results import RESULTS, ResultFile
-from benchmarks.study_weights import WINDOWS, measure
-from benchmarks.synthetic import make_checkpoint, random_windows
+from benchmarks.speed.bench_prune import hardware
+from benchmarks.speed.synthetic import make_checkpoint, random_windows
+from benchmarks.studies.weights import WINDOWS, measure
 from moesparse import demo
 
 BATCH = 8

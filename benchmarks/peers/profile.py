@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_prune import hardware
 from benchmarks.peers import ours
 from benchmarks.peers.__main__ import BATCH, prepare
 from benchmarks.peers.clock import Clock
 from benchmarks.peers.contenders import CONTENDERS
 from benchmarks.peers.table import OURS
 from benchmarks.results import RESULTS, ResultFile
+from benchmarks.speed.bench_prune import hardware
 from moesparse.system.memory import bound_compiled_products
 
 # what a function's name has in it, and whether the calls inside of it count; the first kind that fits

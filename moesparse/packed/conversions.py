@@ -4,7 +4,7 @@ transformers' converters merge the experts of a layer into one parameter. Here t
 experts, and `plan_loading` runs them on shapes alone, so that everything about a checkpoint is known, and refused when
 it does not fit, before a byte of it is read.
 
-The converters are not public API of transformers; tests/test_integration_transformers.py is the contract.
+The converters are not public API of transformers; tests/packed/test_quantizer.py is the contract.
 """
 
 from __future__ import annotations

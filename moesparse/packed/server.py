@@ -3,7 +3,7 @@
 The server is `transformers serve` itself, with every option it has. Around it: a checkpoint that was packed loads, the
 model goes by the name the user gave, a request that cannot be answered gets a 400 with a reason, and Ctrl-C ends it.
 
-`transformers.cli.serve.Serve` is not public API; tests/test_serve.py is the contract.
+`transformers.cli.serve.Serve` is not public API; tests/packed/test_serve.py is the contract.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ TOLERANCE = 0.01
 
 DROP_WEIGHT = 2.0
 """Loss of an error by removal over that of the same error by a pattern. With 2 the estimate for removed experts came
-within 14% of what was measured, refit included (benchmarks/study_budget.py, docs/budgets.md)."""
+within 14% of what was measured, refit included (benchmarks/studies/budget.py, docs/budgets.md)."""
 
 # levels of bytes the search tells apart when the blocks' sizes have no large common divisor
 _LEVELS = 1 << 16

@@ -22,7 +22,7 @@ from moesparse.weights.weight_rules import parse_update
 __all__ = ["any_choice", "plan_pruning", "plan_run"]
 
 # a rule's products with the second moment: 2 * out * in^2 multiply-adds and times for a matrix [out, in]. An update's
-# errors are three; of admm and the conjugate gradients what benchmarks/bench_prune.py measured for 14336 x 4096
+# errors are three; of admm and the conjugate gradients what benchmarks/speed/bench_prune.py measured for 14336 x 4096
 _PRODUCTS = {
     "admm": 40.0,
     "gated-admm": 40.0,

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.sparse_mma import Tile, pack_tokens, pack_weight, sparse_matmul, sparse_matmul_torch
+from benchmarks.speed.sparse_mma import Tile, pack_tokens, pack_weight, sparse_matmul, sparse_matmul_torch
 from moesparse_kernels import NMWeight, nm_prune
 
 SMALL = Tile(row_fragments=2, token_fragments=2, warps=2)

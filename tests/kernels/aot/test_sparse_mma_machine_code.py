@@ -3,7 +3,7 @@
 import pytest
 from aot_harness import assert_at_most, assert_no_local_memory, compile_kernel, row
 
-from benchmarks.sparse_mma import Tile, _sparse_matmul_kernel
+from benchmarks.speed.sparse_mma import Tile, _sparse_matmul_kernel
 
 ARGUMENTS = {
     **dict.fromkeys(("values_ptr", "metadata_ptr", "tokens_ptr"), "*i32:16"),
