@@ -19,6 +19,7 @@ from moesparse._version import __version__
 
 if TYPE_CHECKING:
     from moesparse import demo, evaluate, text
+    from moesparse.calibration.checkpoint import calibrate_checkpoint
     from moesparse.calibration.statistics import ModelStatistics
     from moesparse.calibration.whole import calibrate
     from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from moesparse.pruning.run import prune, prune_checkpoint
 
 _HOMES = {
+    "calibrate_checkpoint": "calibration.checkpoint",
     "ModelStatistics": "calibration.statistics",
     "calibrate": "calibration.whole",
     "load_pretrained": "checkpoints.pretrained",
@@ -68,6 +70,7 @@ __all__ = [
     "SparseExperts",
     "__version__",
     "calibrate",
+    "calibrate_checkpoint",
     "choose_experts",
     "demo",
     "distill",
