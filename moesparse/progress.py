@@ -30,11 +30,6 @@ class ProgressEvent:
     name: str = ""
     memory: int = 0
 
-    @property
-    def remaining(self) -> float | None:
-        """Seconds to go at the speed so far; None before the first unit is done."""
-        return self.seconds / self.done * (self.total - self.done) if self.done else None
-
 
 Progress = Callable[[ProgressEvent], None]
 """Called with every event; it must not raise."""

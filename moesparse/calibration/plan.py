@@ -230,7 +230,8 @@ def gemm_rate(
         while seconds < 0.1:
             started = clock()
             product = layer(x)
-            float(product[0, 0])  # waits for a GPU
+            # waits for a GPU
+            float(product[0, 0])
             seconds += clock() - started
             count += 1
     return 2 * 1024**3 * count / seconds

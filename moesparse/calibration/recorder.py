@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moesparse.calibration.statistics import ExpertStatistics, input_sizes
 from moesparse.errors import CalibrationError, UsageError
-from moesparse.models.blocks import ExpertMatrix, MoEBlock
+from moesparse.models.blocks import MoEBlock
 from moesparse.models.experts_function import experts_run_by
 from moesparse.system.processes import Processes
 from moesparse_kernels import column_energies
@@ -129,10 +128,11 @@ class Recorder:
             token = tokens[start:stop]
             x = hidden_states[token]
             if self._outputs:
-                activation, f = self._expert(expert, x)
+                activation = self.block.activation_of(expert, x)
+                f = self.block.output_of(expert, activation)
                 out.index_add_(0, token, (f * gates[start:stop, None]).to(out.dtype))
             else:
-                activation, f = self._activation(expert, x), x.new_zeros(len(x), 1)
+                activation, f = self.block.activation_of(expert, x), x.new_zeros(len(x), 1)
             n = split - start
             batch.add(expert, {"hidden": x[:n], "activation": activation[:n]}, f[:n], gates[start:split])
             if self.row_observer is not None:
@@ -214,20 +214,13 @@ class Recorder:
         bounds = torch.searchsorted(key, torch.arange(2 * E + 1, device=key.device, dtype=key.dtype)).tolist()
         return order % T, top_k_weights.T.reshape(-1)[order], bounds
 
-    def _expert(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Input of down_proj [n, I] and output before the combine [n, H] of one expert for its rows x [n, H]."""
-        activation = self._activation(expert, x)
-        return activation, self.block.post_expert_norm(_linear(activation, self.block.matrices[1], expert))
-
-    def _activation(self, expert: int, x: Tensor) -> Tensor:
-        return self.block.activation(_linear(x, self.block.matrices[0], expert))
-
     def _non_finite(self, hidden_states: Tensor, tokens: Tensor, gates: Tensor, bounds: list[int]) -> CalibrationError:
         """Run the experts again to find the first value that is not finite; only ever called on the way out."""
         for expert in range(self.block.num_experts):
             start, split = bounds[2 * expert : 2 * expert + 2]
             x = hidden_states[tokens[start:split]]
-            activation, f = self._expert(expert, x)
+            activation = self.block.activation_of(expert, x)
+            f = self.block.output_of(expert, activation)
             rows = {"input": x, "gate": gates[start:split, None], "activation": activation, "output": f}
             for what, values in rows.items():
                 # a value whose square overflows is as useless to the sums as an infinite one
@@ -391,9 +384,7 @@ class CrossMoment:
         self.total = torch.zeros(E, I, I, dtype=torch.float64, device=up_before.device)
 
     def __call__(self, expert: int, x: Tensor, activation: Tensor, gates: Tensor) -> None:
-        up = self.block.matrices[0]
-        out = F.linear(x, self.up_before[expert])
-        before = self.block.activation(out if up.bias is None else out + up.bias[expert])
+        before = self.block.activation(self.block.matrices[0].project(expert, x, self.up_before))
         dtype = _sum_dtype(x)
         weighted = before.to(dtype) * gates.to(dtype).square()[:, None]
         self.total[expert] += weighted.T @ activation.to(dtype)
@@ -421,12 +412,6 @@ def window_sums(held: Sequence[Mapping[str, Tensor]], windows: int) -> dict[str,
         return torch.cat((tensor, tensor.new_zeros(windows - len(tensor), counts[0])))
 
     return {name: torch.stack([padded(sums[name]) for sums in held], dim=1) for name in everywhere}
-
-
-def _linear(x: Tensor, matrix: ExpertMatrix, expert: int) -> Tensor:
-    out = F.linear(x, matrix.weight[expert])
-    # added after the product, as the model's loop does; F.linear's own bias rounds once less
-    return out if matrix.bias is None else out + matrix.bias[expert]
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

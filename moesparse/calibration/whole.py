@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.calibration.angles import measure_angles
-from moesparse.calibration.recorder import record, window_sums
+from moesparse.calibration.recorder import Recorder, record, window_sums
 from moesparse.calibration.statistics import ModelStatistics, check_moments, memory_needed
 from moesparse.calibration.windows import Windows, check_windows, windows_hash
 from moesparse.errors import CalibrationError, UsageError
@@ -102,12 +102,7 @@ def calibrate(
             body(input_ids=batch, attention_mask=attention_mask, use_cache=False)
             tokens += batch.numel() if batch_mask is None else int(batch_mask.sum())
             tell(min(first + batch_size, n))
-    for recorder in recorders:
-        if not recorder.calls:
-            raise CalibrationError(
-                f"the model must run its experts through ExpertsInterface, {recorder.block.name} was never called: its "
-                "forward was replaced (a compiled or kernelized model?)"
-            )
+    _check_called(recorders)
     if by_window is not None:
         by_window |= window_sums([recorder.window_sums or {} for recorder in recorders], n)
     return ModelStatistics(
@@ -117,6 +112,15 @@ def calibrate(
         seed=seed,
         tokens=tokens,
     )
+
+
+def _check_called(recorders: Sequence[Recorder]) -> None:
+    for recorder in recorders:
+        if not recorder.calls:
+            raise CalibrationError(
+                f"the model must run its experts through ExpertsInterface, {recorder.block.name} was never called: its "
+                "forward was replaced (a compiled or kernelized model?)"
+            )
 
 
 def _body(model: nn.Module, blocks: Sequence[MoEBlock]) -> nn.Module:

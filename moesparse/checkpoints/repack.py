@@ -25,16 +25,14 @@ from moesparse.packed.model import choose_among, nothing_to_pack
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.system.folders import atomic_folder, check_output_folder, copy_small_files
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
-from moesparse.system.shards import ShardWriter, TensorInfo, TensorSpec
+from moesparse.system.shards import MAX_SHARD_BYTES, ShardWriter, TensorInfo, TensorSpec
 from moesparse.weights.patterns import Pattern, PatternFinder
 from moesparse_kernels import NMWeight
 
 if TYPE_CHECKING:
     from moesparse.packed.quantizer import MoESparseConfig
 
-__all__ = ["MAX_SHARD_BYTES", "FolderReport", "pack_folder", "unpack_folder"]
-
-MAX_SHARD_BYTES = 5 * 10**9
+__all__ = ["FolderReport", "pack_folder", "unpack_folder"]
 
 
 @dataclass

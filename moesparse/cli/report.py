@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,7 @@ def report(
 
       moesparse report out/small law.stats=law medicine.stats=medicine --png figures/
     """
+    from moesparse.report.figures import check_plots
     from moesparse.report.findings import Findings, read_checkpoint, read_results, read_routing
     from moesparse.report.sections import build
 
@@ -68,16 +70,14 @@ def report(
         before=None if before is None else read_results(before),
         after=None if after is None else read_results(after),
     )
-    # what cannot be drawn should not cost a measurement
-    build(findings)
+    check_plots()
     if folder is not None and (evaluate or text):
         settings = {"length": length, "batch_size": batch_size, "device": device}
-        findings.after = measure(str(folder), text, **settings)  # type: ignore[arg-type]
-        if dense is not None:
-            findings.before = measure(dense, text, **settings)  # type: ignore[arg-type]
-        findings.__post_init__()
+        measured = measure(str(folder), text, **settings)  # type: ignore[arg-type]
+        reference = findings.before if dense is None else measure(dense, text, **settings)  # type: ignore[arg-type]
+        findings = replace(findings, after=measured, before=reference)
     if findings.checkpoint is not None and findings.checkpoint.run is None:
-        findings.tensors = _describe(findings.checkpoint.folder)
+        findings = replace(findings, tensors=_describe(findings.checkpoint.folder))
     page = build(findings)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page.to_html(), encoding="utf-8")

@@ -102,17 +102,7 @@ def distill(
         UnsupportedModelError: no experts, or experts that cannot be trained.
     """
     numbers = resolve_settings(settings, mode)
-    if save_every < 1:
-        raise UsageError(f"save_every must be at least 1, got {save_every}")
-    if resume and state is None:
-        raise UsageError("resume must come with the state folder to resume from, got state=None")
-    if mode == "blockwise" and (cache is not None or checkpointing):
-        raise UsageError("cache and checkpointing belong to mode='global', got mode='blockwise'")
-    if numbers.logit_share and cache is not None:
-        raise UsageError(
-            f"cache must be None with logit_share {numbers.logit_share}, got {cache}: it keeps no logits of the "
-            "teacher; the settings 'paper' need none"
-        )
+    _check_arguments(mode, numbers, cache, checkpointing, state, save_every, resume)
     ids, mask = check_windows(windows, vocabulary_size(student))
     if ids.shape[1] < 2:
         raise UsageError("windows must have at least 2 tokens to predict one, got 1")
@@ -174,6 +164,29 @@ def distill(
     finally:
         if packed:
             pack(student)
+
+
+def _check_arguments(
+    mode: str,
+    numbers: Settings,
+    cache: str | os.PathLike[str] | None,
+    checkpointing: bool,
+    state: str | os.PathLike[str] | None,
+    save_every: int,
+    resume: bool,
+) -> None:
+    """Refuse what cannot be, or cannot go together; UsageError names it."""
+    if save_every < 1:
+        raise UsageError(f"save_every must be at least 1, got {save_every}")
+    if resume and state is None:
+        raise UsageError("resume must come with the state folder to resume from, got state=None")
+    if mode == "blockwise" and (cache is not None or checkpointing):
+        raise UsageError("cache and checkpointing belong to mode='global', got mode='blockwise'")
+    if numbers.logit_share and cache is not None:
+        raise UsageError(
+            f"cache must be None with logit_share {numbers.logit_share}, got {cache}: it keeps no logits of the "
+            "teacher; the settings 'paper' need none"
+        )
 
 
 def distill_checkpoint(

@@ -93,7 +93,8 @@ class StateFile:
     def close(self) -> None:
         self._lock.close()
         if self._made:
-            with suppress(OSError):  # it holds a state
+            # it holds a state
+            with suppress(OSError):
                 self._path.parent.rmdir()
 
 

@@ -49,7 +49,30 @@ def train_whole(
     cache: str | os.PathLike[str] | None,
     key: Mapping[str, Any],
 ) -> float:
-    """Arguments as `distill` has checked them; returns lambda."""
+    """Train the student as a whole; both models are at work on the device.
+
+    Args:
+        student: whose weights change; a copy of it is sharded where processes share the work.
+        teacher: of its family; not changed.
+        pairs: their blocks.
+        ids: [n, t] int64.
+        mask: [n, t] bool, or None without padding.
+        settings: what trains and how; n must hold a batch.
+        processes: that share the windows.
+        log: told of every step; its rows are saved with the state.
+        file: of the states, with that of an earlier run to go on from; None saves none.
+        save_every: steps between two states; the last step has one too.
+        device: where to train.
+        checkpointing: recompute each layer in the backward.
+        cache: folder of the teacher's outputs; None asks the teacher in every step.
+        key: "teacher" and "windows": what the outputs in the cache are of.
+
+    Returns:
+        lambda, the weight of the expert loss, as it was used.
+
+    Raises:
+        MoESparseError: a loss that is not finite; experts that give what the teacher's give.
+    """
     resumed = file.state if file is not None else None
     cached = None
     if cache is not None:
@@ -81,8 +104,8 @@ def train_whole(
         if checkpointing:
             stack.enter_context(_checkpointed(decoder_layers(model, [pair.student for pair in at_work])[0]))
         losses = _Losses(model, functions, source, ids, mask, device, settings)
-        held = expert_parameters([pair.student for pair in at_work])
-        trainer = Trainer(trained, settings, settings.steps(len(ids)), held)
+        masked = expert_parameters([pair.student for pair in at_work])
+        trainer = Trainer(trained, settings, settings.steps(len(ids)), masked)
         if resumed is not None:
             trainer.load(resumed["trainer"], processes.shard)
             weight = float(resumed["expert_weight"])
@@ -105,9 +128,9 @@ def train_whole(
             # the last one too: writing the checkpoint can still fail
             due = trainer.step_number % save_every == 0 or trainer.step_number == settings.steps(len(ids))
             if file is not None and due:
-                held = trainer.state(processes.whole)
+                state = trainer.state(processes.whole)
                 if processes.first:
-                    file.save({"rows": log.rows, "expert_weight": weight, "trainer": held})
+                    file.save({"rows": log.rows, "expert_weight": weight, "trainer": state})
         lost = trainer.lost_zeros()
         if lost:
             raise AssertionError(f"zeros were lost in training: {lost}")

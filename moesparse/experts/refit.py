@@ -18,17 +18,17 @@ This needs no training and no gradient. Ours; the ridge keeps experts with few t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesparse.errors import CalibrationError, UnsupportedModelError, UsageError
 from moesparse.experts.surgery import RemovalPlan
 from moesparse.models.blocks import MoEBlock
+from moesparse.models.experts_function import experts_watched
 from moesparse.models.stream import LayerStream
 from moesparse.system.cpu_products import fast_products
 from moesparse.system.processes import Batch
@@ -212,8 +212,7 @@ class _Features:
         for expert in range(self.experts):
             token, slot = (calls.index == expert).nonzero(as_tuple=True)
             x = calls.hidden[token].to(up.weight.dtype)
-            out = x @ up.weight[expert].T
-            activation = block.activation(out if up.bias is None else out + up.bias[expert])
+            activation = block.activation_of(expert, x)
             gate = calls.gates[token, slot].float()
             self.tokens.append(token)
             self.gates.append(gate)
@@ -357,7 +356,7 @@ def _capture(stream: LayerStream, position: int, block: MoEBlock) -> list[Batch]
     """
     every = -(-stream.tokens // MAX_TOKENS)
     parts: list[Batch] = []
-    with _watched(block, parts):
+    with experts_watched(block, lambda *call: parts.append(tuple(tensor.detach() for tensor in call))):
         for number, _ in enumerate(stream.run(position, keep=False)):
             chosen = slice(None, None, every)
             real = stream.token_masks[number]
@@ -365,17 +364,3 @@ def _capture(stream: LayerStream, position: int, block: MoEBlock) -> list[Batch]
             keep = slice(None) if real is None else real[chosen].to(parts[-1][0].device)
             parts[-1] = tuple(tensor[chosen][keep].clone() for tensor in parts[-1])
     return parts
-
-
-@contextmanager
-def _watched(block: MoEBlock, parts: list[Batch]) -> Iterator[None]:
-    def note(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        values = [*args, *(kwargs[name] for name in names[len(args) :])]
-        parts.append((*(value.detach() for value in values), output.detach()))
-
-    handle = block.experts.register_forward_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.experts.surgery import RemovalPlan, plan_removal, router_groups
 from moesparse.models.blocks import MoEBlock
+from moesparse.models.experts_function import experts_watched
 from moesparse.models.modes import replaced_forwards
 from moesparse.progress import Progress, ProgressEvent, silent
 
@@ -156,15 +157,9 @@ def _refine(
 
 def _all_outputs(block: MoEBlock, hidden: Tensor) -> Tensor:
     """[E, T, H] float32: what every expert gives for every token, before the gate."""
-    up, down = block.matrices
-    results = []
-    for expert in range(block.num_experts):
-        rows = hidden.to(up.weight.dtype) @ up.weight[expert].T
-        activation = block.activation(rows if up.bias is None else rows + up.bias[expert])
-        out = activation @ down.weight[expert].T
-        out = block.post_expert_norm(out if down.bias is None else out + down.bias[expert])
-        results.append(out.float())
-    return torch.stack(results)
+    x = hidden.to(block.matrices[0].weight.dtype)
+    outputs = [block.output_of(expert, block.activation_of(expert, x)) for expert in range(block.num_experts)]
+    return torch.stack([output.float() for output in outputs])
 
 
 def _route(plan: RemovalPlan, position: int, ids: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
@@ -197,16 +192,12 @@ def _noted(block: MoEBlock, call: _Call) -> Iterator[None]:
     def moe_called(_module: nn.Module, args: Any, kwargs: Any) -> None:
         call.args, call.kwargs = args, kwargs
 
-    def experts_ran(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        call.hidden = args[0] if args else kwargs["hidden_states"]
-        call.output = output
+    def experts_ran(hidden: Tensor, _index: Tensor, _gates: Tensor, output: Tensor) -> None:
+        call.hidden, call.output = hidden, output
 
-    handles = [
-        block.moe.register_forward_pre_hook(moe_called, with_kwargs=True),
-        block.experts.register_forward_hook(experts_ran, with_kwargs=True),
-    ]
+    handle = block.moe.register_forward_pre_hook(moe_called, with_kwargs=True)
     try:
-        yield
+        with experts_watched(block, experts_ran):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

@@ -51,7 +51,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
-_FUSED_GATES = ("silu", "gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +84,13 @@ class ExpertMatrix:
     def bias(self) -> Tensor | None:
         """[E, out], a detached view like `weight`; None in families without expert biases."""
         return getattr(self.experts, f"{self.name}_bias").detach() if self.experts.has_bias else None
+
+    def project(self, expert: int, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[n, out] of rows x [n, in], by one expert's matrix, or by that of another `weight` [E, out, in]."""
+        out = F.linear(x, (self.weight if weight is None else weight)[expert])
+        bias = self.bias
+        # added after the product, as the model's loop does; F.linear's own bias rounds once less
+        return out if bias is None else out + bias[expert]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +149,14 @@ class MoEBlock:
         experts: Any = self.experts
         return experts._apply_gate(up_out) if self.has_gate else experts.act_fn(up_out)
 
+    def activation_of(self, expert: int, x: Tensor) -> Tensor:
+        """[n, I]: what one expert's down projection is given, for rows x [n, H] of the block's input."""
+        return self.activation(self.matrices[0].project(expert, x))
+
+    def output_of(self, expert: int, activation: Tensor) -> Tensor:
+        """[n, H]: what the expert gives before its gate weight multiplies it, from its `activation_of`."""
+        return self.post_expert_norm(self.matrices[1].project(expert, activation))
+
     def post_expert_norm(self, down_out: Tensor) -> Tensor:
         """The norm on each expert's output [R, H], before its gate weight multiplies it; the identity without one."""
         experts: Any = self.experts
@@ -155,11 +169,6 @@ class MoEBlock:
         Decided by what `activation` computes, so that a clamp or another order of the halves is never taken for silu.
         """
         return _name_activation(self)
-
-    @property
-    def is_default_gate(self) -> bool:
-        """`silu(gate) * up` or a gelu, on concatenated halves: the form that kernels may fuse."""
-        return self.has_gate and self.activation_name in _FUSED_GATES
 
 
 def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:

@@ -1,4 +1,4 @@
-"""Have one block's experts run by a function of ours, and leave its siblings, the model and the shared config alone."""
+"""Have one block's experts run by a function of ours, or watched; its siblings and the shared config are left alone."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesparse.errors import UsageError
 from moesparse.models.blocks import MoEBlock
 
-__all__ = ["ExpertsFunction", "experts_run_by"]
+__all__ = ["ExpertsFunction", "experts_run_by", "experts_watched"]
 
 _IMPLEMENTATION = "moesparse_function"
+_ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 
 ExpertsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]; ids of E and above mark empty slots."""
@@ -42,6 +43,26 @@ def experts_run_by(block: MoEBlock, function: ExpertsFunction) -> Iterator[None]
         yield
     finally:
         experts.config = config
+
+
+@contextmanager
+def experts_watched(block: MoEBlock, note: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """While the body runs, `note` is told of every run of the block's experts, which compute as they always do.
+
+    Args:
+        block: to watch.
+        note: called with hidden states [T, H], ids [T, K], gates [T, K] and the output [T, H].
+    """
+
+    def told(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        values = [*args, *(kwargs[name] for name in _ARGUMENTS[len(args) :])]
+        note(values[0], values[1], values[2], output)
+
+    handle = block.experts.register_forward_hook(told, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Substitute:

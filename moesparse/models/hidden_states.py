@@ -67,5 +67,6 @@ class HiddenStates(MutableSequence[Tensor]):
             else:  # macOS
                 file.truncate(batch.nbytes)
         mapped = torch.from_file(file.name, shared=True, size=batch.numel(), dtype=batch.dtype).view(batch.shape)
-        os.unlink(file.name)  # the mapping keeps it
+        # the mapping keeps it
+        os.unlink(file.name)
         return mapped.copy_(batch)

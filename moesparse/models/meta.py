@@ -61,7 +61,8 @@ def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
         model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
-    model.initialize_weights()  # computes the buffers that no checkpoint holds, such as rotary tables
+    # computes the buffers that no checkpoint holds, such as rotary tables
+    model.initialize_weights()
     return model.eval()
 
 

@@ -114,7 +114,8 @@ class LayerStream:
             mask = None if self._mask is None else self._mask[start : start + self._batch_size]
             hidden, calls = self._trace(batch, mask)
             if mask is None and self._calls and self.hidden[0].shape == hidden.shape:
-                calls = self._calls[0]  # equal shapes without padding: equal masks and rotary tables
+                # equal shapes without padding: equal masks and rotary tables
+                calls = self._calls[0]
             self.hidden.append(hidden)
             self.token_masks.append(None if mask is None else mask.bool().flatten())
             self._calls.append(calls)
@@ -194,7 +195,8 @@ class LayerStream:
         Every layer is held once, twice where one gives a tuple: that is seen only when it has run.
         """
         traced = None
-        with contextlib.suppress(Exception):  # a model that unpacks the tuple that a stub does not give yet
+        # a model that unpacks the tuple that a stub does not give yet
+        with contextlib.suppress(Exception):
             traced = self._trace(ids, None)
         if self._compare(ids, traced, inspect) is not None:
             position = self._compare(ids, self._trace(ids, None), None)

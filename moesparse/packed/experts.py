@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moesparse.errors import MoESparseError, UnsupportedModelError
 from moesparse.models.blocks import MoEBlock
 from moesparse_kernels import NMWeight, moe_nm
+from moesparse_kernels.moe_reference import ACTIVATIONS
 
 __all__ = ["META_SUFFIX", "PACKED_DTYPES", "MatrixLayout", "SparseExperts"]
 
@@ -26,7 +27,6 @@ META_SUFFIX = "_meta"
 """The bitmask of parameter `gate_up_proj` is the parameter `gate_up_proj_meta`."""
 
 PACKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FUSED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class SparseExperts(nn.Module):
         self._origin = _Origin(
             dense_class=type(dense),
             trainable=tuple(matrix.name for matrix in block.matrices if matrix.parameter.requires_grad),
-            activation=block.activation_name if block.activation_name in _FUSED_ACTIVATIONS else None,
+            activation=block.activation_name if block.activation_name in ACTIVATIONS else None,
         )
         self._dtype = next(iter(weights.values())).dtype
         self.use_device_order()
@@ -249,7 +249,8 @@ class SparseExperts(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._dtype = self.get_parameter(next(iter(self.layouts))).dtype  # assign=True brings the file's
+        # assign=True brings the file's
+        self._dtype = self.get_parameter(next(iter(self.layouts))).dtype
         error_msgs += [f"{prefix}{error}" for error in self.check()]
         self.use_device_order()
 

@@ -263,7 +263,8 @@ def attach(model: nn.Module, blocks: Patterns) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     config = packed_config(model, blocks)
-    target: Any = model  # what transformers' loader sets on a model, its class does not declare
+    # what transformers' loader sets on a model, its class does not declare
+    target: Any = model
     try:
         target._weight_conversions = packed_conversions(conversions_of(model), blocks) or None
         serializable = True

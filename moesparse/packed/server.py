@@ -103,7 +103,8 @@ class Server(Serve):
         try:
             self.server.run(sockets=[self._listener])
         except KeyboardInterrupt:
-            pass  # uvicorn ended in good order and raises what ended it again
+            # uvicorn ended in good order and raises what ended it again
+            pass
         finally:
             # the lifespan of transformers' app leaves the thread of continuous batching running
             self._generation_state.shutdown()

@@ -10,7 +10,8 @@ import logging
 
 __all__ = ["register"]
 
-logger = logging.getLogger("vllm.moesparse")  # below vLLM's own logger, which is the one that is shown
+# below vLLM's own logger, which is the one that is shown
+logger = logging.getLogger("vllm.moesparse")
 
 
 def register() -> None:

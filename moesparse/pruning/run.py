@@ -252,7 +252,8 @@ class _Work:
 
         def clear() -> None:
             if (out / "config.json").exists() and not (out / JOURNAL_FILE).exists():
-                shutil.rmtree(between, ignore_errors=True)  # killed behind its last step but one
+                # killed behind its last step but one
+                shutil.rmtree(between, ignore_errors=True)
             if not (out / JOURNAL_FILE).exists():
                 check_output_folder(out)
 

@@ -151,7 +151,8 @@ class _LayerPass:
         elif position < self.positions[-1]:
             self._send(position, f"propagate {name}", keep=True)
         else:
-            self.done += len(self.stream)  # nothing after the last block needs its output
+            # nothing after the last block needs its output
+            self.done += len(self.stream)
         for report in measured:
             report.seconds = (time.perf_counter() - started) / len(blocks)
             report.peak_bytes = peak_memory()

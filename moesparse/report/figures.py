@@ -29,18 +29,25 @@ _CELLS_WITH_NUMBERS = 24
 _LABELLED = 32
 
 
+def check_plots() -> None:
+    """Raise UsageError where nothing can be drawn, before any work for it; names the extra that brings matplotlib."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "figures must be drawn by matplotlib, which is not installed: pip install 'moesparse[plots]'"
+        ) from error
+
+
 def new_figure(height: float, width: float = WIDTH) -> Figure:
     """An empty figure in inches.
 
     Raises:
         UsageError: matplotlib is missing; names the extra that brings it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError(
-            "figures must be drawn by matplotlib, which is not installed: pip install 'moesparse[plots]'"
-        ) from error
+    check_plots()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

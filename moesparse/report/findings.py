@@ -88,7 +88,7 @@ class Routing:
         return torch.stack(list(self.domains.values())).sum(0)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Findings:
     """All a page can show; every part may be missing.
 

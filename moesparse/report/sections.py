@@ -76,7 +76,7 @@ def build(findings: Findings) -> Page:
     Raises:
         UsageError: matplotlib is missing.
     """
-    figures.new_figure(1.0)  # a missing matplotlib is said before any work
+    figures.check_plots()
     sections: list[Section] = []
     missing: list[str] = []
     for part in (_summary, _perplexity, _sizes, _budget, _removal, _routing, _specialisation, _weights, _recipe):

@@ -74,7 +74,8 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield work
         for file in work.rglob("*"):
             if file.is_file():
-                file.chmod(0o644)  # safetensors and mkdtemp make theirs private
+                # safetensors and mkdtemp make theirs private
+                file.chmod(0o644)
                 flush(file)
         flush(work)
         work.chmod(0o755)
@@ -94,7 +95,8 @@ def _work_folder(path: Path) -> tuple[Path, int]:
     """
     parent = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(parent, fcntl.LOCK_EX)  # a folder that another process has made and not yet locked is no leftover
+        # a folder that another process has made and not yet locked is no leftover
+        fcntl.flock(parent, fcntl.LOCK_EX)
         for old in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
             descriptor = os.open(old, os.O_RDONLY)
             with contextlib.suppress(BlockingIOError):
@@ -129,7 +131,8 @@ def copy_small_files(source: Path, folder: Path, leave: Collection[str]) -> None
     templates = source / _TEMPLATES
     inside = [source.resolve()]
     if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parent.parent / "blobs")  # the hub's cache
+        # the hub's cache
+        inside.append(inside[0].parent.parent / "blobs")
     for file in [*source.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]:
         if (
             not file.is_file()

@@ -56,7 +56,8 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
         return
     try:
-        _CLEAR.write_text("5")  # resets VmHWM
+        # resets VmHWM
+        _CLEAR.write_text("5")
     except OSError:
         return
 

@@ -165,7 +165,8 @@ class RunFolder:
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], note: Any, max_shard_bytes: int, aside: bool) -> Part:
         work, home = self.path / f"{name}.partial", self.path / name
-        for left in (work, home):  # by a run that was stopped before it noted the part
+        # by a run that was stopped before it noted the part
+        for left in (work, home):
             shutil.rmtree(left, ignore_errors=True)
         work.mkdir()
         specs = [TensorSpec.of(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
@@ -318,7 +319,8 @@ def _saying_what_is_kept(folder: Path) -> Iterator[None]:
 
 
 def _remove_if_empty(folder: Path, *, made: bool) -> None:
-    with contextlib.suppress(OSError):  # not empty, or never made
+    # not empty, or never made
+    with contextlib.suppress(OSError):
         if made:
             folder.rmdir()
 

@@ -480,7 +480,8 @@ class ShardWriter:
             if missing:
                 raise ValueError(f"{name} must be written in full, {missing} bytes are missing")
         for path, left in self._left.items():
-            if not left and not path.exists():  # a shard of tensors without bytes
+            # a shard of tensors without bytes
+            if not left and not path.exists():
                 self._file(path)
                 self._close(path)
 

@@ -202,8 +202,6 @@ def test_progress_counts_windows_and_tokens(mixtral):
     calibrate(mixtral, (windows(5), mask), batch_size=2, progress=events.append)
     assert [(event.done, event.tokens) for event in events] == [(0, 0), (2, 24), (4, 48), (5, 54)]
     assert all((event.stage, event.unit, event.total) == ("calibrate", "window", 5) for event in events)
-    assert events[0].remaining is None
-    assert events[-1].remaining == 0
 
 
 def test_importing_needs_no_transformers():
