@@ -154,8 +154,15 @@ def bars(groups: Mapping[str, Mapping[str, float]], *, label: str, digits: str =
         for position, group in enumerate(groups.values()):
             value, at = group[name], position + (number - (len(series) - 1) / 2) * height
             shown = value if value < float("inf") else 0.0
-            axes.barh(at, shown, height * 0.92, edgecolor="black", linewidth=0.8, **look,
-                      label=name if position == 0 else None)  # fmt: skip
+            axes.barh(
+                at,
+                shown,
+                height * 0.92,
+                edgecolor="black",
+                linewidth=0.8,
+                **look,
+                label=name if position == 0 else None,
+            )
             axes.annotate(f" {digits.format(value)}", (shown, at), va="center", fontsize=9)
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.45, -0.55)
@@ -187,8 +194,15 @@ def budget_map(
     left.imshow(kept, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     for layer, row in enumerate(patterns):
         for matrix, name in enumerate(row):
-            left.text(matrix, layer, name, ha="center", va="center", fontsize=9 if layers <= _LABELLED else 6,
-                      color="white" if kept[layer][matrix] < 0.45 else "black")  # fmt: skip
+            left.text(
+                matrix,
+                layer,
+                name,
+                ha="center",
+                va="center",
+                fontsize=9 if layers <= _LABELLED else 6,
+                color="white" if kept[layer][matrix] < 0.45 else "black",
+            )
     left.set_xticks(range(len(columns)), list(columns), fontsize=8)
     left.set_ylabel("layer")
     start = [0.0] * layers

@@ -7,7 +7,6 @@ with what would supply it. The HTML is one file: inline style, embedded SVG, no 
 
 from __future__ import annotations
 
-import html
 import math
 from typing import Any
 
@@ -21,7 +20,7 @@ from moesparse.report.findings import (
     geometric_mean,
     row_name,
 )
-from moesparse.report.page import Page, Section, format_size, layer_of, ranges, table
+from moesparse.report.page import Page, Section, format_size, layer_of, ranges
 
 __all__ = ["build", "chance_divergence", "even_shares", "jensen_shannon"]
 
@@ -114,8 +113,7 @@ def _summary(findings: Findings) -> Section | str | None:
         tiles.append((f"{sum(findings.routing.texts.values()):,}", "tokens in the statistics"))
     if not tiles:
         return None
-    cells = "".join(f"<li><b>{html.escape(value)}</b>{html.escape(what)}</li>" for value, what in tiles)
-    section.parts.append(f'<ul class="tiles">{cells}</ul>')
+    section.tile(tiles)
     return section
 
 
@@ -150,7 +148,7 @@ def _perplexity(findings: Findings) -> Section | str:
         files = [side["files"][position] for side in sides.values()]
         bits = ["" if one.get("bits_per_byte") is None else f"{one['bits_per_byte']:.4f}" for one in files]
         rows.append([row_name(row), *(f"{one['perplexity']:.3f}" for one in files), *bits, f"{row['tokens']:,}"])
-    section.parts.append(table(header, rows))
+    section.tabulate(header, rows)
     protocol = some["protocol"]
     section.say(
         f"Windows of {protocol['window']} tokens, stride {protocol['stride']}, each scored on its own, the first token "
@@ -223,7 +221,7 @@ def _budget(findings: Findings) -> Section | None:
     alt = "Pattern of each matrix and estimated loss, layer by layer; the table has the numbers"
     section.show("budget", alt, figures.budget_map(cells, losses, layers, matrices))
     section.say("Losses are estimates in nats per token; what was measured is said above.")
-    section.parts.append(table(["layer", *matrices, "loss by removal", "by patterns"], rows))
+    section.tabulate(["layer", *matrices, "loss by removal", "by patterns"], rows)
     return section
 
 
@@ -241,10 +239,8 @@ def _removal(findings: Findings) -> Section | str | None:
             "Experts were removed in an earlier run, of which this folder keeps the index map (position = new id, "
             "number = id in the dense model) but no scores."
         )
-        section.parts.append(
-            table(["layer", "left", "ids in the dense model"],
-                   [[layer_of(name), str(len(ids)), ranges(ids)] for name, ids in kept.items()])
-        )  # fmt: skip
+        rows = [[layer_of(name), str(len(ids)), ranges(ids)] for name, ids in kept.items()]
+        section.tabulate(["layer", "left", "ids in the dense model"], rows)
         return section
     blocks = removal["blocks"]
     names = [layer_of(block["name"]) for block in blocks]
@@ -286,7 +282,7 @@ def _removal(findings: Findings) -> Section | str | None:
             fit = fits.get(block["name"])
             row.append("" if fit is None else f"{fit['before']:.1%} → {fit['after']:.1%}")
         rows.append(row)
-    section.parts.append(table(header, rows, numeric=False))
+    section.tabulate(header, rows, numeric=False)
     if fits:
         section.say(
             "Output error: how far the block's output lies from the dense block's on the calibration tokens, before "
@@ -308,11 +304,16 @@ def _routing(findings: Findings) -> Section | str:
     effective = torch.exp2(_entropy(shares / tokens.shape[1]))
     header = ["layer", "tokens routed", "busiest expert", "experts in effect", "without tokens"]
     rows = [
-        [name, f"{int(row.sum()):,}", f"{int(row.argmax())} ({float(share.max()):.2f})", f"{float(count):.1f}",
-         ranges((row == 0).nonzero().flatten().tolist()) or "none"]
+        [
+            name,
+            f"{int(row.sum()):,}",
+            f"{int(row.argmax())} ({float(share.max()):.2f})",
+            f"{float(count):.1f}",
+            ranges((row == 0).nonzero().flatten().tolist()) or "none",
+        ]
         for name, row, share, count in zip(names, tokens, shares, effective, strict=True)
-    ]  # fmt: skip
-    section.parts.append(table(header, rows))
+    ]
+    section.tabulate(header, rows)
     section.say("Experts in effect: 2 to the entropy of the shares, the number of evenly used experts as concentrated.")
     return section
 
@@ -378,7 +379,7 @@ def _specialisation(findings: Findings) -> Section | str:
             for at in (least, most)
         ]
         lines.append([row, f"{float(mean[number]):.3f}", *told])
-    section.parts.append(table(["layer", "mean", "least", "most"], lines))
+    section.tabulate(["layer", "mean", "least", "most"], lines)
     return section
 
 
@@ -408,12 +409,21 @@ def _weights(findings: Findings) -> Section | str | None:
             fallbacks = tensor.get("fallbacks") or []
             shape = " × ".join(map(str, tensor["shape"]))
             note = f"masked by magnitude: {ranges(fallbacks)}" if fallbacks else ""
-            rows.append([layer_of(block["name"]), tensor["name"], shape, tensor["pattern"],
-                         f"{tensor['sparsity']:.2%}", told, note])  # fmt: skip
+            rows.append(
+                [
+                    layer_of(block["name"]),
+                    tensor["name"],
+                    shape,
+                    tensor["pattern"],
+                    f"{tensor['sparsity']:.2%}",
+                    told,
+                    note,
+                ]
+            )
     header = ["layer", "tensor", "experts × out × in", "pattern", "zeros", "error", "experts without tokens"]
     empty = [at for at in range(len(header)) if all(not row[at] for row in rows)]
     rows = [[cell for at, cell in enumerate(row) if at not in empty] for row in rows]
-    section.parts.append(table([name for at, name in enumerate(header) if at not in empty], rows))
+    section.tabulate([name for at, name in enumerate(header) if at not in empty], rows)
     return section
 
 
@@ -428,7 +438,7 @@ def _recipe(findings: Findings) -> Section | str | None:
     if checkpoint.run is not None:
         rows += [[f"calibration {key}", str(value)] for key, value in checkpoint.run["calibration"].items()]
         rows += [["seconds", f"{checkpoint.run['seconds']:.1f}"], ["moesparse", checkpoint.run["version"]]]
-    section.parts.append(table(["", ""], rows, numeric=False))
+    section.tabulate(["", ""], rows, numeric=False)
     return section
 
 
