@@ -89,6 +89,8 @@ def test_a_checkpoint_says_which_experts_are_left(tmp_path):
         ({"experts": 0.25, "keep_experts": 4}, "only one of experts and keep_experts"),
         ({"experts": 1.5}, "experts must be a share between 0 and 1, got 1.5"),
         ({"refine_experts": True}, "must come with experts or keep_experts"),
+        ({"expert_floor": 3}, "expert_floor must come with experts or keep_experts"),
+        ({"experts": 0.5, "expert_budget": "equal"}, "expert_budget must be one of per-layer, global, got 'equal'"),
         ({"experts": 0.25, "expert_saliency": "reep"}, "criterion must be one of frequency, .* got 'reep'"),
     ],
 )
@@ -102,6 +104,11 @@ def test_recipes_that_cannot_be(recipe, message):
     [
         ({"keep_experts": 0}, "keep must be between 1 and the 8 experts"),
         ({"keep_experts": 9}, "keep must be between 1 and the 8 experts"),
+        ({"experts": 0.5, "expert_floor": 3}, "floor must be left out with budget='per-layer', got 3"),
+        (
+            {"experts": 0.5, "expert_budget": "global"},
+            "got 'global': it keeps another number of experts in every block",
+        ),
     ],
 )
 def test_counts_that_cannot_be_change_nothing(recipe, message):
@@ -140,6 +147,15 @@ def test_super_experts_stay_whatever_their_score():
     assert report.experts is not None
     assert report.experts["protected"] == [[1, loud]]
     assert loud in report.experts["blocks"][1]["kept"]
+
+
+def test_super_experts_stay_where_weights_are_pruned_too():
+    model = tiny_model("mixtral")
+    recipe = Recipe(weights="2:4", experts=0.25, saliency="wanda", update="none", protect_experts=True)
+    report = prune(model, WINDOWS, recipe)
+    assert report.recipe == recipe.to_dict()
+    assert report.experts is not None
+    assert [tensor.shape[0] for block in report.blocks for tensor in block.tensors] == [6] * 4
 
 
 def test_a_model_without_outliers_has_no_super_experts():
