@@ -5,6 +5,7 @@ also those hidden by an import inside a function or for type checking only, and 
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -93,6 +94,48 @@ def test_every_file_has_a_place_in_the_contract():
     assert children == rooms
     assert "exhaustive = true" in stated
     assert "ignore_imports" not in stated
+
+
+def test_no_module_is_called_as_a_public_function_is():
+    # importing a module sets an attribute of its package, and would cover the function
+    for front in FRONTS:
+        for node in ast.walk(MODULES[front]):
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], ast.Name)
+                and node.targets[0].id == "__all__"
+            ):
+                for name in ast.literal_eval(node.value):
+                    covered = f"{front}.{name}" in MODULES
+                    assert not covered or name in {"demo", "evaluate", "text"}, f"{front}.{name}"
+
+
+def test_the_map_names_what_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    told = page + (ROOT / "CONTRIBUTING.md").read_text()
+    for room in sorted({name.split(".")[1] for name in PACKAGES if name.startswith("moesparse.")}):
+        assert f"`{room}/`" in page, f"docs/architecture.md does not tell of {room}/"
+    files = re.findall(r"`((?:moesparse|kernels|tests|benchmarks)/[\w/]+\.py)`", told)
+    files += [f"moesparse/{file}" for file in re.findall(r"`((?:\w+)/\w+\.py)[`:]", told) if "/" in file]
+    rooms = [file for file in files if (ROOT / file).parent.is_dir() and "NAME" not in file]
+    assert len(rooms) > 30
+    for file in rooms:
+        assert (ROOT / file).is_file(), file
+    way = page.split("## From `moesparse prune MODEL OUT` to a shard")[1]
+    assert re.findall(r"^(\d+)\. `moesparse/", way, re.MULTILINE) == [str(number) for number in range(1, 11)]
+
+
+def test_the_longest_functions_are_looked_at_twice():
+    # what is longer, and why it is not cut
+    known = {
+        "_grouped_nm_kernel": "one loop of one kernel",
+        "_grouped_dense_kernel": "one loop of one kernel",
+        "distill": "the signature of a public function, and of a command",
+    }
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name not in known:
+                assert node.end_lineno - node.lineno < 90, f"{name}.{node.name}"
 
 
 def test_an_import_inside_a_function_loads_what_the_file_must_do_without():

@@ -111,23 +111,13 @@ def train_whole(
             weight = float(resumed["expert_weight"])
         else:
             weight = _balance(losses, settings, len(ids), processes)
-        while trainer.step_number < settings.steps(len(ids)):
-            step, rate = trainer.step_number, trainer.learning_rate
-            forwards = processes.share(windows_of_step(step, len(ids), settings).split(settings.micro_batch))
-            sums = torch.zeros(len(losses.parts), dtype=torch.float64)
-            for numbers in forwards:
-                parts = losses(numbers)
-                (losses.total(parts, weight) / len(forwards)).backward()
-                sums += parts.detach().double().cpu() / len(forwards)
-            losses.release()
-            means = processes.mean(sums)
-            row = {"step": step, **dict(zip(losses.parts, means.tolist(), strict=True))}
-            row |= {"loss": float(losses.total(means, weight)), "learning_rate": rate, "grad_norm": trainer.step()}
+        last = settings.steps(len(ids))
+        while trainer.step_number < last:
+            row = _step(trainer, losses, weight, settings, len(ids), processes)
             log.add(row, tokens=settings.batch_size * ids.shape[1])
-            log.check(0, settings.steps(len(ids)))
+            log.check(0, last)
             # the last one too: writing the checkpoint can still fail
-            due = trainer.step_number % save_every == 0 or trainer.step_number == settings.steps(len(ids))
-            if file is not None and due:
+            if file is not None and (trainer.step_number % save_every == 0 or trainer.step_number == last):
                 state = trainer.state(processes.whole)
                 if processes.first:
                     file.save({"rows": log.rows, "expert_weight": weight, "trainer": state})
@@ -135,6 +125,23 @@ def train_whole(
         if lost:
             raise AssertionError(f"zeros were lost in training: {lost}")
     return weight
+
+
+def _step(
+    trainer: Trainer, losses: _Losses, weight: float, settings: Settings, windows: int, processes: TrainingProcesses
+) -> dict[str, Any]:
+    """One step of the optimizer over a batch, in as many forwards as it takes: the row that the log keeps."""
+    step, rate = trainer.step_number, trainer.learning_rate
+    forwards = processes.share(windows_of_step(step, windows, settings).split(settings.micro_batch))
+    sums = torch.zeros(len(losses.parts), dtype=torch.float64)
+    for numbers in forwards:
+        parts = losses(numbers)
+        (losses.total(parts, weight) / len(forwards)).backward()
+        sums += parts.detach().double().cpu() / len(forwards)
+    losses.release()
+    means = processes.mean(sums)
+    row = {"step": step, **dict(zip(losses.parts, means.tolist(), strict=True))}
+    return row | {"loss": float(losses.total(means, weight)), "learning_rate": rate, "grad_norm": trainer.step()}
 
 
 class _Losses:

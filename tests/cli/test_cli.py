@@ -14,6 +14,7 @@ import torch
 
 from moesparse import demo
 from moesparse.cli import main
+from moesparse.models import on_disk
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -59,6 +60,16 @@ def test_prune_prints_one_json_object(pruned):
     assert report["sparsity"] == 0.5
     assert report["calibration"]["tokens"] == 24 * 256
     assert (folder / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+
+
+@pytest.mark.parametrize("command", [("prune", *MAGNITUDE), ("calibrate", "--samples", "2", "--length", "32")])
+def test_a_command_opens_its_model_once(command, tmp_path, monkeypatch, capsys):
+    opened = []
+    build = on_disk.meta_model
+    monkeypatch.setattr(on_disk, "meta_model", lambda *args: opened.append(1) or build(*args))
+    code, _, err = in_process(monkeypatch, capsys, command[0], "demo", tmp_path / "out", *command[1:])
+    assert code == 0, err
+    assert opened == [1]
 
 
 def test_magnitude_plans_to_run_nothing(tmp_path, monkeypatch, capsys):
