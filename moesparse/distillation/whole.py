@@ -86,17 +86,14 @@ def train_whole(
             stack.enter_context(evaluating(network))
         # the teacher's weights tell: the student's are float32 while they train
         stack.enter_context(fast_products(teacher))
+        alive = processes.teacher(teacher, pairs, ids, mask, device, settings.logit_share > 0)
         source: _Source
-        if cached is None or cached.missing(len(ids)):
-            with ExitStack() as inner:
-                head = settings.logit_share > 0
-                live = inner.enter_context(processes.teacher(teacher, pairs, ids, mask, device, head))
-                if cached is None:
-                    source = live
-                    stack.enter_context(inner.pop_all())
-                else:
+        if cached is None:
+            source = stack.enter_context(alive)
+        else:
+            if cached.missing(len(ids)):
+                with alive as live:
                     cached.fill(live, len(ids), settings.batch_size, log.tell)
-        if cached is not None:
             source = cached
         functions = [StudentExperts(pair) for pair in at_work]
         for function in functions:

@@ -62,7 +62,7 @@ def test_prune_prints_one_json_object(pruned):
     assert (folder / "README.md").read_text().startswith("---\nlibrary_name: transformers")
 
 
-@pytest.mark.parametrize("command", [("prune", *MAGNITUDE), ("calibrate", "--samples", "2", "--length", "32")])
+@pytest.mark.parametrize("command", [("prune", *MAGNITUDE), ("calibrate", "--samples", "6", "--length", "32")])
 def test_a_command_opens_its_model_once(command, tmp_path, monkeypatch, capsys):
     opened = []
     build = on_disk.meta_model
