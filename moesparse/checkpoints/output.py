@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,43 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["InPlace", "IntoFolder", "Output"]
 
 
-class Output(Protocol):
-    """What of a run is finished, and what was said of it."""
-
-    @property
-    def spill(self) -> Path | None:
-        """A folder for hidden states that find no room in memory; None keeps them there."""
-        ...
-
-    @property
-    def notes(self) -> Sequence[Any]:
-        """Of each finished layer, in order."""
-        ...
-
-    def hold(self, position: int, device: torch.device | None) -> AbstractContextManager[Any]:
-        """Have a finished layer in memory for the body, as the run left it."""
-        ...
-
-    def refill(self, position: int, device: torch.device | None) -> None:
-        """The same for a layer that is held and has the shapes by now that the run left."""
-        ...
-
-    def keep(self, position: int, note: list[Any] | dict[str, Any]) -> None:
-        """The layer that is held is finished; the note is JSON."""
-        ...
-
-    @property
-    def aside(self) -> Sequence[Stored]:
-        """What was kept aside, in order."""
-        ...
-
-    def keep_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors for the run to go on with; they are no part of the result."""
-        ...
-
-
 class InPlace:
-    """The model is the result: nothing to write, nothing to go on from."""
+    """The model is the result: nothing to write, nothing to go on from.
+
+    Attributes:
+        spill: a folder for hidden states that find no room in memory; None keeps them there.
+        notes: of each finished layer, in order.
+        aside: what was kept aside, in order.
+    """
 
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
@@ -71,20 +42,22 @@ class InPlace:
         self.aside: list[Stored] = []
 
     def hold(self, position: int, device: torch.device | None) -> AbstractContextManager[Any]:
+        """Have a finished layer in memory for the body, as the run left it."""
         return self._layers.hold(position, device)
 
     def refill(self, position: int, device: torch.device | None) -> None:
-        """It is as the run left it."""
+        """The same for a layer that is held and has the shapes by now that the run left."""
 
     def keep(self, position: int, note: list[Any] | dict[str, Any]) -> None:
-        """It is where it belongs."""
+        """The layer that is held is finished; the note is JSON."""
 
     def keep_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors for the run to go on with; they are no part of the result."""
         self.aside.append([(key, tensor.to("cpu").clone) for key, tensor in tensors.items()])
 
 
 class IntoFolder:
-    """A run of `RunFolder` whose parts are the layers of a checkpoint on the disk. Use `open`."""
+    """A run of `RunFolder` whose parts are the layers of a checkpoint on the disk: see `InPlace`. Use `open`."""
 
     def __init__(self, run: RunFolder, layers: LayersOnDisk, *, spill: bool) -> None:
         self.run, self._layers = run, layers
@@ -168,3 +141,7 @@ class IntoFolder:
         if len(self.run.parts) == len(self._layers):
             self.run.write("outside", self._layers.checkpoint_tensors(None), [], max_shard_bytes=MAX_SHARD_BYTES)
         self.run.assemble(write_others)
+
+
+Output = InPlace | IntoFolder
+"""What of a run is finished, and what was said of it."""

@@ -43,47 +43,6 @@ __all__ = [
 ]
 
 
-@dataclass
-class ExpertReport:
-    """What a removal of experts did.
-
-    Attributes:
-        criterion: the experts were scored by.
-        surgery: kept and removed experts per block, config keys, bytes.
-        dead: per block the experts without calibration tokens; they went first.
-        refit: per block, when the kept experts were refitted.
-        refine: per block, when the choice was refined.
-        domains: what each domain of the text would keep, their overlap, and how firm the choice is.
-        protected: super-experts, (block, expert), that stayed whatever their score.
-        scores: [blocks, E], larger means keep; -inf for an expert without tokens.
-        tokens: [blocks, E], how many tokens the dense model sent to each.
-    """
-
-    criterion: Criterion
-    surgery: SurgeryReport
-    dead: list[list[int]]
-    refit: list[RefitReport]
-    refine: list[RefineReport]
-    domains: DomainReport
-    protected: list[tuple[int, int]]
-    scores: Tensor
-    tokens: Tensor
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; a score of -inf becomes None."""
-        return {
-            "criterion": self.criterion,
-            **self.surgery.to_dict(),
-            "dead": self.dead,
-            "refit": [report.to_dict() for report in self.refit],
-            "refine": [report.to_dict() for report in self.refine],
-            "domains": self.domains.to_dict(),
-            "protected": [list(pair) for pair in self.protected],
-            "scores": [[score if math.isfinite(score) else None for score in row] for row in self.scores.tolist()],
-            "tokens": self.tokens.tolist(),
-        }
-
-
 @dataclass(frozen=True)
 class Rule:
     """How experts are judged and how many stay.
@@ -111,7 +70,12 @@ class Choice:
 
     Attributes:
         kept: ids per block.
-        criterion, dead, domains, protected, scores, tokens: see `ExpertReport`.
+        criterion: the experts were scored by.
+        dead: per block the experts without calibration tokens; they went first.
+        domains: what each domain of the text would keep, their overlap, and how firm the choice is.
+        protected: super-experts, (block, expert), that stayed whatever their score.
+        scores: [blocks, E], larger means keep; -inf for an expert without tokens.
+        tokens: [blocks, E], how many tokens the dense model sent to each.
     """
 
     kept: list[Tensor]
@@ -122,21 +86,37 @@ class Choice:
     scores: Tensor
     tokens: Tensor
 
-    def report(
-        self, surgery: SurgeryReport, refit: list[RefitReport], refine: list[RefineReport] | None = None
-    ) -> ExpertReport:
-        """Of the choice once it was carried out."""
-        return ExpertReport(
-            self.criterion,
-            surgery,
-            self.dead,
-            refit,
-            refine or [],
-            self.domains,
-            self.protected,
-            self.scores.cpu(),
-            self.tokens,
-        )
+
+@dataclass
+class ExpertReport:
+    """What a removal of experts did.
+
+    Attributes:
+        choice: the first one, before any swaps.
+        surgery: kept and removed experts per block, config keys, bytes.
+        refit: per block, when the kept experts were refitted.
+        refine: per block, when the choice was refined.
+    """
+
+    choice: Choice
+    surgery: SurgeryReport
+    refit: list[RefitReport]
+    refine: list[RefineReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; a score of -inf becomes None."""
+        choice, scores = self.choice, self.choice.scores.tolist()
+        return {
+            "criterion": choice.criterion,
+            **self.surgery.to_dict(),
+            "dead": choice.dead,
+            "refit": [report.to_dict() for report in self.refit],
+            "refine": [report.to_dict() for report in self.refine],
+            "domains": choice.domains.to_dict(),
+            "protected": [list(pair) for pair in choice.protected],
+            "scores": [[score if math.isfinite(score) else None for score in row] for row in scores],
+            "tokens": choice.tokens.tolist(),
+        }
 
 
 def choose_from_windows(

@@ -6,11 +6,11 @@ layer to a GPU and back or reads it from a shard and drops it is for `LayersInMe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class RunOptions:
     progress: Progress = silent
 
 
-class Layers(Protocol):
+class Layers:
     """The decoder layers of a model, wherever their weights wait while they do not work.
 
     Attributes:
@@ -58,24 +58,33 @@ class Layers(Protocol):
     blocks: list[MoEBlock]
     whole: bool
 
-    @property
-    def processes(self) -> Processes:
-        """Those that share the work."""
-        ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def __len__(self) -> int: ...
-
-    def blocks_at(self, position: int) -> list[MoEBlock]:
-        """The blocks of one layer; none in a dense layer."""
-        ...
-
-    def find_blocks(self) -> None:
-        """Look for the blocks again: experts were removed."""
-        ...
+    def name(self, position: int) -> str:
+        """Of a layer, as in `MoEBlock.layer`."""
+        raise NotImplementedError
 
     def hold(self, position: int, device: torch.device | None = None) -> AbstractContextManager[Any]:
         """Have one layer in memory for the body, on a device (None: where it is, or the CPU)."""
-        ...
+        raise NotImplementedError
+
+    def in_order(self) -> Sequence[nn.Module]:
+        """The decoder layers in the order of the forward, one for each position."""
+        raise NotImplementedError
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the work."""
+        return Processes()
+
+    def blocks_at(self, position: int) -> list[MoEBlock]:
+        """The blocks of one layer; none in a dense layer."""
+        return [block for block in self.blocks if block.layer == self.name(position)]
+
+    def find_blocks(self) -> None:
+        """Look for the blocks, also again when experts were removed."""
+        self.blocks = find_moe_blocks(self.model)
 
     def stream(
         self,
@@ -85,7 +94,7 @@ class Layers(Protocol):
         inspect: Callable[[int], None] | None = None,
         spill: Path | None = None,
     ) -> LayerStream:
-        """Windows on their way through the layers.
+        """Windows on their way through the layers, each held while it works.
 
         Args:
             ids, mask: [n, t] token ids, and nonzero where a token is real, or None.
@@ -96,18 +105,20 @@ class Layers(Protocol):
         Raises:
             UnsupportedModelError: running the layers one by one is not what the model does.
         """
-        ...
+        layers, settings = self.in_order(), (options.batch_size, options.device)
+        more: dict[str, Any] = {"inspect": inspect, "spill": spill, "processes": self.processes}
+        return LayerStream(self.model, layers, ids, mask, *settings, hold=self.hold, **more)
 
     def waiting(self) -> dict[str, Tensor]:
         """Name in the state dict -> tensor, of all that is on the meta device while its layer is not held."""
-        ...
+        return {}
 
     def state(self, position: int) -> dict[str, Tensor]:
         """Those of one layer."""
-        ...
+        return {}
 
 
-class LayersInMemory:
+class LayersInMemory(Layers):
     """The layers of a model that is in memory; holding one moves it to the device and back.
 
     Until a stream is wanted a position counts the layers that hold blocks, so that what runs nothing works for models
@@ -117,51 +128,20 @@ class LayersInMemory:
     whole = True
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+        self.model = model
         self.find_blocks()
         self._names = list(dict.fromkeys(block.layer for block in self.blocks))
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def blocks_at(self, position: int) -> list[MoEBlock]:
-        return [block for block in self.blocks if block.layer == self._names[position]]
-
-    def find_blocks(self) -> None:
-        self.blocks = find_moe_blocks(self.model)
-
-    @property
-    def processes(self) -> Processes:
-        return Processes()
+    def name(self, position: int) -> str:
+        return self._names[position]
 
     def hold(self, position: int, device: torch.device | None = None) -> AbstractContextManager[Any]:
         return placed(self.model.get_submodule(self._names[position]), device)
 
-    def stream(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        options: RunOptions,
-        inspect: Callable[[int], None] | None = None,
-        spill: Path | None = None,
-    ) -> LayerStream:
+    def in_order(self) -> Sequence[nn.Module]:
         layers, prefix = decoder_layers(self.model, self.blocks)
         self._names = [f"{prefix}.{position}" for position in range(len(layers))]
-        return LayerStream(
-            self.model,
-            layers,
-            ids,
-            mask,
-            options.batch_size,
-            options.device,
-            hold=self.hold,
-            inspect=inspect,
-            spill=spill,
-            processes=self.processes,
-        )
-
-    def waiting(self) -> dict[str, Tensor]:
-        return {}
-
-    def state(self, position: int) -> dict[str, Tensor]:
-        return {}
+        return list(layers)

@@ -11,30 +11,26 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moesparse.errors import CheckpointError, NotInPiecesError
-from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.models.blocks import decoder_layers
 from moesparse.models.keys import checkpoint_views
-from moesparse.models.layers import RunOptions
+from moesparse.models.layers import Layers
 from moesparse.models.meta import meta_model
-from moesparse.models.stream import LayerStream
 from moesparse.system.memory import return_free_memory
 from moesparse.system.processes import Processes
 from moesparse.system.shards import Shards, TensorInfo, reading
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["LayersOnDisk"]
 
 
-class LayersOnDisk:
+class LayersOnDisk(Layers):
     """A checkpoint folder whose decoder layers come into memory one at a time.
 
     Making it takes config.json alone. `open`, or the first layer that is held, looks at the shards and loads what lies
@@ -109,13 +105,12 @@ class LayersOnDisk:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def blocks_at(self, position: int) -> list[MoEBlock]:
-        """The blocks of one layer."""
-        return [block for block in self.blocks if block.layer == f"{self.prefix}.{position}"]
+    def name(self, position: int) -> str:
+        return f"{self.prefix}.{position}"
 
-    def find_blocks(self) -> None:
-        """Look for the blocks again: experts were removed."""
-        self.blocks = find_moe_blocks(self.model)
+    def in_order(self) -> Sequence[nn.Module]:
+        self.open()
+        return self.layers
 
     def state(self, position: int) -> dict[str, Tensor]:
         """Name in the state dict -> tensor of a layer."""
@@ -165,29 +160,6 @@ class LayersOnDisk:
             shards: hold it under the keys of the checkpoint.
         """
         self._fill(self._inside[position], device, shards)
-
-    def stream(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        options: RunOptions,
-        inspect: Callable[[int], None] | None = None,
-        spill: Path | None = None,
-    ) -> LayerStream:
-        """Windows on their way through the layers, each held while it works; see `Layers.stream`."""
-        self.open()
-        return LayerStream(
-            self.model,
-            self.layers,
-            ids,
-            mask,
-            options.batch_size,
-            options.device,
-            hold=self.hold,
-            inspect=inspect,
-            spill=spill,
-            processes=self.processes,
-        )
 
     def signature(self) -> str:
         """Hash of the config, of name, dtype and shape of every tensor, and of 256 bytes out of each."""

@@ -91,7 +91,7 @@ def remove_experts(
         )
     plan = plan_removal(layers.model, kept)
     surgery, fits = remove_and_refit(layers, output, stream if recipe.refits_experts else None, plan, options)
-    return choice.report(surgery, fits, swaps)
+    return ExpertReport(choice, surgery, fits, swaps)
 
 
 def _choose(
