@@ -201,7 +201,8 @@ def test_what_is_stopped_leaves_no_process_behind(tmp_path):
 
 
 def test_the_gpu_tests_are_found_by_their_mark():
-    wanted = {"kernels/test_moe_gpu.py", "kernels/test_sparse_mma.py", "test_calibration.py", "test_modules.py"}
+    wanted = {"kernels/test_moe_gpu.py", "kernels/test_sparse_mma.py"}
+    wanted |= {"calibration/test_calibration.py", "packed/test_packed_experts.py"}
     assert {f"tests/{name}" for name in wanted} <= set(gpu.gpu_tests())
     assert "tests/test_text.py" not in gpu.gpu_tests()
 
