@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from moesparse.calibration.layers import Stored, from_shards
+from moesparse.checkpoints.edit import SourceFolder, Surplus, surplus
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import ProgressEvent
+from moesparse.system.folders import companions
 from moesparse.system.run_folder import RunFolder
 from moesparse.system.shards import MAX_SHARD_BYTES
 
@@ -48,19 +50,32 @@ class InPlace:
     def refill(self, position: int, device: torch.device | None) -> None:
         """The same for a layer that is held and has the shapes by now that the run left."""
 
-    def keep(self, position: int, note: list[Any] | dict[str, Any]) -> None:
-        """The layer that is held is finished; the note is JSON."""
+    def keep(self, position: int, note: list[Any] | dict[str, Any], kept: Sequence[Sequence[int]] = ()) -> None:
+        """The layer that is held is finished.
+
+        Args:
+            position: of the layer.
+            note: JSON.
+            kept: for each block of the layer the experts that were kept; nothing where none was removed.
+        """
 
     def keep_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors for the run to go on with; they are no part of the result."""
         self.aside.append([(key, tensor.to("cpu").clone) for key, tensor in tensors.items()])
 
+    def surplus(self) -> Surplus:
+        """What of the source's tensors the model has no place for: here nobody knows."""
+        return {}
+
 
 class IntoFolder:
-    """A run of `RunFolder` whose parts are the layers of a checkpoint on the disk: see `InPlace`. Use `open`."""
+    """A run of `RunFolder` whose parts are the layers of a checkpoint on the disk: see `InPlace`. Use `open`.
 
-    def __init__(self, run: RunFolder, layers: LayersOnDisk, *, spill: bool) -> None:
-        self.run, self._layers = run, layers
+    The folder becomes the source's, edited: `SourceFolder`.
+    """
+
+    def __init__(self, run: RunFolder, layers: LayersOnDisk, source: SourceFolder, *, spill: bool) -> None:
+        self.run, self._layers, self._source = run, layers, source
         self.spill = run.path if spill else None
 
     @classmethod
@@ -84,13 +99,15 @@ class IntoFolder:
             spill: hidden states go to a file in the folder.
 
         Raises:
-            UsageError, CheckpointError: as `RunFolder.open`.
+            UsageError, CheckpointError: as `RunFolder.open`; and a file of the source that is a link out of it.
         """
+        companions(layers.folder)
+        source = SourceFolder(layers.folder, layers.model, layers.model.config, layers.shards)
         with RunFolder.open(folder, inputs, resume=options.resume, processes=layers.processes) as run:
             if run.redone:
                 what = f"redo {run.redone[0]} and what follows: it was damaged"
                 options.progress(ProgressEvent(what, 0, 1, "layer"))
-            yield cls(run, layers, spill=spill)
+            yield cls(run, layers, source, spill=spill)
 
     @property
     def notes(self) -> Sequence[Any]:
@@ -102,8 +119,10 @@ class IntoFolder:
     def refill(self, position: int, device: torch.device | None) -> None:
         self._layers.refill(position, device, self.run.read(self.run.parts[position]))
 
-    def keep(self, position: int, note: list[Any] | dict[str, Any]) -> None:
-        tensors = self._layers.checkpoint_tensors(position)
+    def keep(self, position: int, note: list[Any] | dict[str, Any], kept: Sequence[Sequence[int]] = ()) -> None:
+        # a source with several blocks in a layer was refused when it was opened
+        ids = {position: kept[0]} if kept else {}
+        tensors = self._source.changed(self._layers.checkpoint_tensors(position), ids)
         self.run.write(f"layer-{position:05d}", tensors, note, max_shard_bytes=MAX_SHARD_BYTES)
 
     @property
@@ -112,6 +131,17 @@ class IntoFolder:
 
     def keep_aside(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self.run.write(name, tensors, None, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
+
+    def surplus(self) -> Surplus:
+        """What of the source's tensors the model has no place for; every layer must be finished."""
+        copies, dropped = self._others()
+        strange = set(self._layers.surplus)
+        carried = [name for name in copies.values() if name in strange]
+        return surplus(carried, dropped)
+
+    def _others(self) -> tuple[dict[str, str], list[str]]:
+        held = {key for part in self.run.parts[: len(self._layers)] for key in self.run.read(part).tensors}
+        return self._source.others(held, self._source.kept())
 
     def finish(
         self,
@@ -132,14 +162,16 @@ class IntoFolder:
 
         def write_others(folder: Path) -> None:
             note_recipe(self._layers.model, recipe)
-            # config and generation config as transformers writes them; the weights are there already
-            self._layers.model.save_pretrained(folder, state_dict={})
-            for file in folder.glob("*.safetensors"):
-                file.unlink()
-            write_companions(folder, tokenizer=tokenizer, source=self._layers.folder, card=card, report=report)
+            # a step before may have dropped some
+            found = {**(report or {}).get("surplus", {}), **self.surplus()}
+            beside: dict[str, Any] = {"card": card, "report": report, "surplus": found}
+            write_companions(folder, tokenizer=tokenizer, source=self._layers.folder, **beside)
+            (folder / "config.json").write_text(self._source.config(dropped=bool(dropped)), encoding="utf-8")
 
+        copies, dropped = self._others()
         if len(self.run.parts) == len(self._layers):
-            self.run.write("outside", self._layers.checkpoint_tensors(None), [], max_shard_bytes=MAX_SHARD_BYTES)
+            others = (copies, self._source.shards)
+            self.run.write("outside", {}, [], max_shard_bytes=MAX_SHARD_BYTES, copies=others)
         self.run.assemble(write_others)
 
 

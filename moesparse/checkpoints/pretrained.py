@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moesparse._version import __version__
+from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder, Surplus, say_surplus, surplus
 from moesparse.errors import CheckpointError
-from moesparse.models.meta import check_layer_counts
-from moesparse.packed.model import state_in_form
-from moesparse.system.folders import atomic_folder, copy_small_files
+from moesparse.models.keys import checkpoint_tensors
+from moesparse.models.meta import check_layer_counts, read_config
+from moesparse.packed.model import packed_blocks, state_in_form
+from moesparse.system.folders import atomic_folder, copy_companions
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
 from moesparse.system.run_folder import JOURNAL_FILE
-from moesparse.system.shards import Shards, read_json
+from moesparse.system.shards import INDEX_FILE, Shards, ShardWriter, TensorSpec, read_json
+from moesparse.system.sizes import parse_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-CONFIG_KEY = "moesparse"
-"""Where a checkpoint's config.json says how it was pruned: {"version": ..., "recipe": {...}}."""
-
 REPORT_FILE = "moesparse_report.json"
 """In a pruned checkpoint: the report of the run, as `moesparse.pruning.report.Report.to_dict` gives it."""
 
-_OWN_FILES = ("config.json", "generation_config.json", "README.md", REPORT_FILE, MANIFEST_FILE)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_pretrained(
@@ -47,7 +49,7 @@ def load_pretrained(
     Raises:
         CheckpointError: the folder or id is unknown, a shard or tensor is missing, or a shape differs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     import moesparse.packed.quantizer  # noqa: F401, packed checkpoints too
 
@@ -56,8 +58,8 @@ def load_pretrained(
         check_model_folder(folder)
     elif folder.exists():
         raise CheckpointError(f"MODEL must be a folder or a hub id, got the file {folder}")
+    config = read_config(source)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
@@ -106,6 +108,9 @@ def check_model_folder(folder: Path) -> None:
     if not config.exists():
         raise CheckpointError(f"MODEL must be a folder with a config.json, got {folder} without one")
     check_layer_counts(read_json(config), folder, len(Shards.open(folder).tensors))
+    index = folder / INDEX_FILE
+    if index.exists() and not isinstance(read_json(index).get("metadata"), dict):
+        raise CheckpointError(f'{index} must hold "metadata", as transformers asks for, got none: add "metadata": {{}}')
 
 
 def save_pretrained(
@@ -119,23 +124,30 @@ def save_pretrained(
     card: str | None = None,
     report: dict[str, Any] | None = None,
     max_shard_size: str = "5GB",
-) -> None:
-    """Write a model as a transformers checkpoint, with standard key names and in shards.
+) -> Surplus:
+    """Write a model as a checkpoint: as the folder it came from, edited, or as transformers writes one.
+
+    With a `source` whose tensors are the model's, every file and every tensor of it is in the result as it was, but for
+    what was pruned, trained or removed: tensors keep their dtypes, config.json its text, and what the model has no
+    place for is carried over. Packed, and without such a source, config and tensors are as transformers writes them.
 
     Args:
         model: a transformers model, pruned or not, packed or not; it is left as it is.
         folder: a new or empty folder; it appears whole or not at all.
         packed: False: dense with zeros, which any program reads. True: n:m blocks packed (the others dense), which
             transformers reads once moesparse is imported.
-        tokenizer: saved beside the weights.
-        source: the folder the model came from: its other small files (chat template, licence) are copied.
+        tokenizer: saved beside the weights where the source has none.
+        source: the folder the model came from.
         recipe: how the model was pruned; written to config.json under "moesparse".
         card: text of README.md.
         report: of the run that pruned it; written to moesparse_report.json, where `moesparse report` finds it.
         max_shard_size: of one safetensors file, as in transformers.
 
+    Returns:
+        Tensors of the source that the model has no place for, by what became of them: "carried" over, "dropped".
+
     Raises:
-        CheckpointError: the folder holds files or cannot be written.
+        CheckpointError: the folder holds files or cannot be written, or a file of the source is a link out of it.
         UnsupportedModelError: the checkpoints of this family cannot hold packed experts.
         MoESparseError: packed, and no block holds an n:m pattern.
     """
@@ -143,12 +155,61 @@ def save_pretrained(
 
     if recipe is not None:
         note_recipe(model, recipe)
+    found: Surplus = {}
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
-        with packed_metadata(model, blocks):  # type: ignore[arg-type]
-            model.save_pretrained(work, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
-        write_companions(work, tokenizer=tokenizer, source=source, card=card, report=report)
+        edited = None if packed else _source_of(model, source)  # type: ignore[arg-type]
+        tensors = {} if edited is None else _tensors_of(model, state, edited.shards)  # type: ignore[arg-type]
+        if edited is None or edited.missing(tensors, edited.kept()):
+            with packed_metadata(model, blocks):  # type: ignore[arg-type]
+                model.save_pretrained(work, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
+        else:
+            known = {*tensors, *(getattr(model, "all_tied_weights_keys", None) or {})}
+            found = _write_edited(work, edited, tensors, known, parse_size(max_shard_size))
+        write_companions(work, tokenizer=tokenizer, source=source, card=card, report=report, surplus=found)
         write_manifest(work, list(work.glob("*.safetensors")))
+    return found
+
+
+def _source_of(model: PreTrainedModel, source: str | os.PathLike[str] | None) -> SourceFolder | None:
+    """The folder a model came from; None where it is none, or one of the two is packed."""
+    folder = None if source is None else Path(source)
+    if folder is None or not (folder / "config.json").is_file() or any(packed_blocks(model)):
+        return None
+    if read_json(folder / "config.json").get("quantization_config") is not None:
+        return None
+    return SourceFolder(folder, model, read_config(folder))
+
+
+def _tensors_of(model: PreTrainedModel, state: Mapping[str, Tensor], shards: Shards) -> dict[str, Tensor]:
+    """Key in a checkpoint -> tensor of a model; a tied weight comes once, or twice where the shards hold it twice."""
+
+    def is_twin(name: str, other: str) -> bool:
+        both = name in shards.tensors and other in shards.tensors
+        return both and torch.equal(shards.read(name), shards.read(other))
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    left = {name: each for name, each in state.items() if name not in tied or is_twin(name, tied[name])}
+    return checkpoint_tensors(model, left)
+
+
+def _write_edited(
+    folder: Path, source: SourceFolder, tensors: Mapping[str, Tensor], known: Collection[str], max_shard_bytes: int
+) -> Surplus:
+    """Write weights and config; the keys that the model knows may be more than its tensors."""
+    kept = source.kept()
+    changed = source.changed(tensors, kept)
+    copies, dropped = source.others(changed, kept)
+    specs = [TensorSpec.of(key, tensor.dtype, tensor.shape) for key, tensor in changed.items()]
+    specs += [dataclasses.replace(source.shards.tensors[name], name=key) for key, name in copies.items()]
+    with ShardWriter(folder, specs, max_shard_bytes) as writer:
+        for key, tensor in changed.items():
+            writer.write(key, tensor.cpu())
+        for key, name in copies.items():
+            writer.copy(key, source.shards.chunks(name))
+    writer.write_index()
+    (folder / "config.json").write_text(source.config(dropped=bool(dropped)), encoding="utf-8")
+    return surplus([name for key, name in copies.items() if key not in known], dropped)
 
 
 def note_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
@@ -165,16 +226,22 @@ def write_companions(
     source: str | os.PathLike[str] | None,
     card: str | None,
     report: dict[str, Any] | None,
+    surplus: Surplus,
 ) -> None:
-    """Write what stands beside weights and config in a checkpoint; the arguments are those of `save_pretrained`."""
-    if tokenizer is not None:
+    """Write what stands beside weights and config in a checkpoint; the arguments are those of `save_pretrained`.
+
+    Report and card name the tensors that the model has no place for.
+    """
+    origin = Path(source) if source is not None and Path(source).is_dir() else None
+    if tokenizer is not None and not (origin and any((origin / name).is_file() for name in _TOKENIZER_FILES)):
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the tokenizers library gives a full disk no type of its own
             raise error if isinstance(error, OSError) else OSError(f"the tokenizer: {error}") from error
-    if source is not None and Path(source).is_dir():
-        copy_small_files(Path(source), folder, leave=_OWN_FILES)
+    if origin is not None:
+        copy_companions(origin, folder, leave=("config.json", REPORT_FILE, MANIFEST_FILE))
     if card is not None:
-        (folder / "README.md").write_text(card)
+        said = "".join(f"\n{sentence}\n" for sentence in say_surplus(surplus))
+        (folder / "README.md").write_text(card + said)
     if report is not None:
-        (folder / REPORT_FILE).write_text(json.dumps(report))
+        (folder / REPORT_FILE).write_text(json.dumps(report | ({"surplus": surplus} if surplus else {})))

@@ -23,7 +23,7 @@ from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES
 from moesparse.packed.model import choose_among, nothing_to_pack
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.system.folders import atomic_folder, check_output_folder, copy_small_files
+from moesparse.system.folders import atomic_folder, check_output_folder, copy_companions
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
 from moesparse.system.shards import MAX_SHARD_BYTES, ShardWriter, TensorInfo, TensorSpec
 from moesparse.weights.patterns import Pattern, PatternFinder
@@ -287,7 +287,7 @@ def _write(
                 else:
                     writer.copy(key, skeleton.shards.chunks(key))
                 progress(ProgressEvent("write", done, len(keys), "tensor", seconds=time.perf_counter() - started))
-        copy_small_files(skeleton.folder, work, leave=("config.json", "README.md", MANIFEST_FILE))
+        copy_companions(skeleton.folder, work, leave=("config.json", "README.md", MANIFEST_FILE))
         card = skeleton.folder / "README.md"
         if card.is_file():
             text = card_in_form(card.read_text(errors="replace"), packed="quantization_config" in config)

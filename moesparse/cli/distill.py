@@ -197,14 +197,17 @@ class _Run:
     def on_whole_models(self, **more: Any) -> DistillReport | None:
         """Load both models; None in every process but the first."""
         from moesparse.checkpoints.card import card_in_form
-        from moesparse.checkpoints.pretrained import CONFIG_KEY, save_pretrained
+        from moesparse.checkpoints.edit import CONFIG_KEY
+        from moesparse.checkpoints.pretrained import save_pretrained
         from moesparse.distillation import distill
         from moesparse.distillation.card import distilled_card
         from moesparse.errors import CheckpointError
         from moesparse.packed.model import packed_blocks
-        from moesparse.system.folders import check_output_folder
+        from moesparse.system.folders import check_output_folder, companions
 
         check_output_folder(self.output)
+        if Path(self.student).is_dir():
+            companions(Path(self.student))
         state = self.output.with_name(self.output.name + ".state")
         with saying_what_is_left(lambda: _kept_state(state)), progress_bar() as progress:
             student, teacher = WholeModel(self.student), WholeModel(self.teacher)

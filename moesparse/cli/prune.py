@@ -245,11 +245,13 @@ class _Run:
         from moesparse.pruning.card import model_card
         from moesparse.pruning.run import prune
         from moesparse.pruning.to_budget import BudgetReport, plan_budget
-        from moesparse.system.folders import check_output_folder
+        from moesparse.system.folders import check_output_folder, companions
         from moesparse.system.processes import device_at_work
 
         saved = _load_statistics(self.statistics, self.seed) if self.statistics else None
         check_output_folder(self.out)
+        if Path(self.model).is_dir():
+            companions(Path(self.model))
         with at_work(self.out, lambda: "", self.text.device, whole=True) as progress:
             model = WholeModel(self.model)
             found = model.read(self.text, progress) if self.reads else None
@@ -266,7 +268,7 @@ class _Run:
             if self.text.from_model is not None:
                 written = {"tokens from the model": self.text.from_model, "temperature": self.text.temperature}
                 result.calibration |= written
-            save_pretrained(
+            result.surplus = save_pretrained(
                 network,
                 self.out,
                 tokenizer=model.tokenizer,

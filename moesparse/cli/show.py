@@ -78,10 +78,14 @@ def show_budget(budget: dict[str, Any]) -> None:
 
 def show_pruned(result: Report, out: Path) -> None:
     """What pruning did, and what to do next."""
+    from moesparse.checkpoints.edit import say_surplus
+
     if result.budget is not None:
         show_budget(result.budget)
     if result.experts is not None:
         _show_experts(result)
+    for sentence in say_surplus(result.surplus):
+        console.print(sentence, highlight=False, soft_wrap=True)
     wrote = f"wrote {out}"
     if result.blocks:
         _show_weights(result)

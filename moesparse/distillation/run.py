@@ -15,8 +15,8 @@ from torch import nn
 
 from moesparse.calibration.data import FromText
 from moesparse.calibration.windows import Windows, check_windows, ordered_hash
+from moesparse.checkpoints.edit import CONFIG_KEY
 from moesparse.checkpoints.output import InPlace, IntoFolder
-from moesparse.checkpoints.pretrained import CONFIG_KEY
 from moesparse.distillation import distributed
 from moesparse.distillation.blockwise import BlockStates, train_blockwise
 from moesparse.distillation.log import TrainingLog

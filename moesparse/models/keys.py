@@ -17,7 +17,7 @@ from moesparse.errors import NotInPiecesError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["checkpoint_views"]
+__all__ = ["checkpoint_tensors", "checkpoint_views"]
 
 
 class _Uncopied(Tensor):
@@ -44,10 +44,7 @@ def checkpoint_views(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dic
     Raises:
         NotInPiecesError: a tensor is computed on saving, not cut out of a parameter.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    found = revert_weight_conversion(model, {name: tensor.as_subclass(_Uncopied) for name, tensor in state.items()})
-    views = {key: tensor.as_subclass(Tensor) for key, tensor in found.items()}
+    views = checkpoint_tensors(model, state)
     owners = {tensor.untyped_storage()._cdata for tensor in state.values()}
     for key, view in views.items():
         if view.untyped_storage()._cdata not in owners:
@@ -55,3 +52,11 @@ def checkpoint_views(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dic
                 f"{type(model).__name__} computes {key} when it is saved: it cannot be read or written piece by piece"
             )
     return views
+
+
+def checkpoint_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same for any family: views where a tensor is cut out of a parameter, new tensors where it is computed."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = revert_weight_conversion(model, {name: tensor.as_subclass(_Uncopied) for name, tensor in state.items()})
+    return {key: tensor.as_subclass(Tensor) for key, tensor in found.items()}

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.system.shards import Shards
+from moesparse.system.shards import Shards, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["bare_model", "check_layer_counts", "context_length", "meta_model", "vocabulary_size"]
+__all__ = ["bare_model", "check_layer_counts", "context_length", "meta_model", "read_config", "vocabulary_size"]
 
 _FEW_LAYERS = 1000
 
@@ -34,12 +34,7 @@ def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
     Raises:
         CheckpointError: no config that transformers knows. UnsupportedModelError: a quantized checkpoint.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"MODEL must be a checkpoint folder, got {folder}: {error}") from error
+    config = read_config(folder)
     method = getattr(config, "quantization_config", None)
     if method is not None:
         name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
@@ -72,14 +67,44 @@ def bare_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
     Raises:
         Exception: whatever transformers says to a config.
     """
-    from transformers import AutoConfig
+    return _on_meta(read_config(folder))
 
-    return _on_meta(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+def read_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The config of a folder or a hub id. No code that lies there is run, and nobody is asked to.
+
+    Raises:
+        CheckpointError: there is none, or it is not one that transformers can read.
+        UnsupportedModelError: of a kind of model that this transformers does not have.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, KeyError, and whatever a config class says to a value
+        file = Path(source) / "config.json"
+        kind = read_json(file).get("model_type") if file.is_file() else None
+        if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
+            raise UnsupportedModelError(
+                f"{file} must name a model_type that transformers {transformers.__version__} has, got {kind!r}: take a "
+                "transformers that has it, or a checkpoint converted to a type it has; code that lies beside a "
+                "checkpoint is never run"
+            ) from error
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"MODEL must be a local folder or a hub id with a causal language model, got {os.fspath(source)!r}: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
 
 
 def _on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"MODEL must be a causal language model of transformers, got one of type {config.model_type!r}, which is "
+            "none: a model for images and text as a whole cannot be handled yet"
+        )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 

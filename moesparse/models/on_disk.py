@@ -42,6 +42,7 @@ class LayersOnDisk(Layers):
         blocks: its MoE blocks.
         layers: its decoder layers.
         outside: names in the state dict of what lies outside of them.
+        surplus: tensors of the folder that the model has no place for, once it was opened.
     """
 
     whole = False
@@ -68,6 +69,7 @@ class LayersOnDisk(Layers):
         for name in self.model.state_dict():
             found = pattern.match(name)
             (self._inside[int(found[1])] if found else self.outside).append(name)
+        self.surplus: list[str] = []
         self._shards: Shards | None = None
 
     @classmethod
@@ -181,7 +183,8 @@ class LayersOnDisk(Layers):
         views = checkpoint_views(self.model, self.model.state_dict())
         held = {name: info.shape for name, info in shards.tensors.items()}
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()]
-        strange = [key for key in held if key not in views and not any(each.search(key) for each in ignored)]
+        self.surplus = [key for key in held if key not in views]
+        strange = [key for key in self.surplus if not any(each.search(key) for each in ignored)]
         for key, view in views.items():
             if key in held and held[key] != tuple(view.shape):
                 raise CheckpointError(
@@ -191,8 +194,6 @@ class LayersOnDisk(Layers):
                 other = f" but {strange[0]}, which the model has no place for" if strange else ""
                 kind = NotInPiecesError if strange else CheckpointError
                 raise kind(f"the checkpoint {self.folder} must hold {key}, got none{other}")
-        if strange:
-            raise NotInPiecesError(f"the checkpoint {self.folder} holds {strange[0]}, which the model has no place for")
 
     @torch.no_grad()
     def _fill(self, names: Sequence[str], device: torch.device | None, shards: Shards) -> None:

@@ -92,6 +92,7 @@ def both_steps(recipe: Recipe, removed: dict[str, Any], pruned: Report) -> Repor
         experts=removed["experts"],
         fingerprint=removed["fingerprint"],
         sizes={"before": removed["sizes"]["before"], "after": pruned.sizes["after"]},
+        surplus={**removed["surplus"], **pruned.surplus},
     )
 
 

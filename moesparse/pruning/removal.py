@@ -155,6 +155,6 @@ def remove_and_refit(
                 for _ in stream.run(position, keep=True):
                     pass
             if position >= done:
-                output.keep(position, notes)
+                output.keep(position, notes, [plan.kept[number].tolist() for number in here])
         fits += [RefitReport(**note) for note in notes]
     return plan.finish(), fits

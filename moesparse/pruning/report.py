@@ -81,6 +81,7 @@ class Report:
         fingerprint: `model_fingerprint` of the model before: statistics of it can be shown beside the result.
         sizes: see `expert_sizes`, before ("before") and after ("after").
         budget: `BudgetReport.to_dict` when bytes were given.
+        surplus: tensors of the source that the model has no place for, "carried" over or "dropped".
     """
 
     recipe: dict[str, Any]
@@ -92,6 +93,7 @@ class Report:
     fingerprint: str | None = None
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     budget: dict[str, Any] | None = None
+    surplus: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:

@@ -240,7 +240,9 @@ class _Work:
         spill = spills(plan, self.options, processes)
         inputs = self.inputs(layers, step)
         with IntoFolder.open(out, layers, inputs, self.options, spill=spill) as output:
-            report = complete(carry_out(layers, output, self.data, step, self.options))
+            found = carry_out(layers, output, self.data, step, self.options)
+            found.surplus = output.surplus()
+            report = complete(found)
             text = None if self.card is None or between else self.card(report)
             noted = report.to_dict() | ({"inputs": inputs} if between else {})
             output.finish(report.recipe, tokenizer=None if between else self.tokenizer, card=text, report=noted)

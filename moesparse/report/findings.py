@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moesparse.calibration.statistics import ModelStatistics
-from moesparse.checkpoints.pretrained import CONFIG_KEY, REPORT_FILE
+from moesparse.checkpoints.edit import CONFIG_KEY
+from moesparse.checkpoints.pretrained import REPORT_FILE
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
 
 __all__ = [

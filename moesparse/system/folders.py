@@ -13,13 +13,13 @@ from pathlib import Path
 
 from moesparse.errors import CheckpointError
 
-__all__ = ["atomic_folder", "check_output_folder", "check_writable", "copy_small_files", "flush"]
+__all__ = ["atomic_folder", "check_output_folder", "check_writable", "companions", "copy_companions", "flush"]
 
 _PARTIAL = ".partial"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
-_TEMPLATES = "additional_chat_templates"
+_NOT_OF_THE_CHECKPOINT = (".cache", ".git", ".ipynb_checkpoints", "__pycache__")
 
 
 def check_output_folder(folder: str | os.PathLike[str]) -> Path:
@@ -120,31 +120,42 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def copy_small_files(source: Path, folder: Path, leave: Collection[str]) -> None:
-    """Copy what lies beside the weights (tokenizer, chat templates, licence) but for the names to leave.
+def companions(source: Path) -> list[Path]:
+    """What lies beside the weights of a checkpoint: tokenizer, chat templates, processors, code, licence, settings.
 
-    Hidden files, weights of any format and files that are there already are left out.
+    Weights of any format are left out, and what git and the hub keep for themselves.
+
+    Returns:
+        Paths within the folder, sorted.
 
     Raises:
         CheckpointError: one is a link to a file elsewhere, which would be published with the copy.
     """
-    templates = source / _TEMPLATES
     inside = [source.resolve()]
     if inside[0].parent.name == "snapshots":
         # the hub's cache
         inside.append(inside[0].parent.parent / "blobs")
-    for file in [*source.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]:
-        if (
-            not file.is_file()
-            or file.name in leave
-            or file.name.startswith(".")
-            or file.name.endswith(_WEIGHT_SUFFIXES)
-        ):
-            continue
-        target = folder / file.relative_to(source)
-        if target.exists():
-            continue
-        if not any(file.resolve().is_relative_to(place) for place in inside):
-            raise CheckpointError(f"{file} must not lead out of its folder, got a link to {file.resolve()}; remove it")
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy2(file, target)
+    found = []
+    for folder, folders, files in os.walk(source):
+        folders[:] = [name for name in folders if name not in _NOT_OF_THE_CHECKPOINT]
+        for file in (Path(folder, name) for name in files):
+            if not file.is_file() or file.name.endswith(_WEIGHT_SUFFIXES):
+                continue
+            if not any(file.resolve().is_relative_to(place) for place in inside):
+                raise CheckpointError(
+                    f"{file} must not lead out of its folder, got a link to {file.resolve()}; remove it"
+                )
+            found.append(file.relative_to(source))
+    return sorted(found)
+
+
+def copy_companions(source: Path, folder: Path, leave: Collection[str]) -> None:
+    """Copy them, byte for byte and over what is there, but for the names to leave.
+
+    Raises:
+        CheckpointError: as `companions`.
+    """
+    for file in companions(source):
+        if str(file) not in leave:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / file, folder / file)

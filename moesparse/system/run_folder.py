@@ -148,7 +148,14 @@ class RunFolder:
         return Shards([self._place(part, file) for file in part.files])
 
     def write(
-        self, name: str, tensors: Mapping[str, Tensor], note: Any, *, max_shard_bytes: int, aside: bool = False
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        note: Any,
+        *,
+        max_shard_bytes: int,
+        aside: bool = False,
+        copies: tuple[Mapping[str, str], Shards] | None = None,
     ) -> Part:
         """Finish a part: when this returns it will survive the machine.
 
@@ -158,21 +165,38 @@ class RunFolder:
             note: JSON to find again in `parts`.
             max_shard_bytes: of one file.
             aside: it is no part of the checkpoint; it goes when that is made.
+            copies: key in the checkpoint -> name in other shards, of tensors to be copied as bytes; and those shards.
         """
-        part = self._processes.from_first(lambda: self._write(name, tensors, note, max_shard_bytes, aside))
+        names, shards = copies or ({}, None)
+        part = self._processes.from_first(
+            lambda: self._write(name, tensors, note, max_shard_bytes, aside, names, shards)
+        )
         self._journal.parts.append(part)
         return part
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor], note: Any, max_shard_bytes: int, aside: bool) -> Part:
+    def _write(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        note: Any,
+        max_shard_bytes: int,
+        aside: bool,
+        copies: Mapping[str, str],
+        source: Shards | None,
+    ) -> Part:
         work, home = self.path / f"{name}.partial", self.path / name
         # by a run that was stopped before it noted the part
         for left in (work, home):
             shutil.rmtree(left, ignore_errors=True)
         work.mkdir()
         specs = [TensorSpec.of(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
+        copied = [] if source is None else [(key, source, other) for key, other in copies.items()]
+        specs += [dataclasses.replace(shards.tensors[other], name=key) for key, shards, other in copied]
         with ShardWriter(work, specs, max_shard_bytes) as writer:
             for key, tensor in tensors.items():
                 writer.write(key, tensor.cpu())
+            for key, shards, other in copied:
+                writer.copy(key, shards.chunks(other))
         files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in writer.files}
         flush(work)
         os.replace(work, home)
@@ -213,7 +237,7 @@ class RunFolder:
         whole = sorted(file.relative_to(others) for file in others.rglob("*") if file.is_file())
         for file in sorted(whole, key=lambda file: file.name == "config.json"):
             flush(others / file)
-            (self.path / file).parent.mkdir(exist_ok=True)
+            (self.path / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(others / file, self.path / file)
         shutil.rmtree(others)
         for part in self._journal.parts:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moesparse.errors import CheckpointError, UnsupportedModelError
+from moesparse.errors import CheckpointError, NotInPiecesError, UnsupportedModelError
 from moesparse.models.keys import checkpoint_views
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.testing import tiny_model
@@ -96,9 +96,17 @@ def test_a_missing_tensor_is_named(tmp_path):
         LayersOnDisk(altered(tmp_path, lambda tensors: tensors.pop(KEY))).open()
 
 
-def test_a_strange_tensor_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds extra\.weight, which the model has no place for"):
-        LayersOnDisk(altered(tmp_path, lambda tensors: tensors.update({"extra.weight": torch.ones(2)}))).open()
+def test_a_strange_tensor_is_surplus(tmp_path):
+    layers = LayersOnDisk(altered(tmp_path, lambda tensors: tensors.update({"extra.weight": torch.ones(2)}))).open()
+    assert layers.surplus == ["extra.weight"]
+
+
+def test_a_strange_tensor_in_the_place_of_another_is_named(tmp_path):
+    def rename(tensors):
+        tensors["extra.weight"] = tensors.pop(KEY)
+
+    with pytest.raises(NotInPiecesError, match=r"got none but extra\.weight, which the model has no place"):
+        LayersOnDisk(altered(tmp_path, rename)).open()
 
 
 def test_another_shape_is_named(tmp_path):

@@ -1,0 +1,290 @@
+"""A result as its source folder edited: the source's own bytes, but for those that the work has changed.
+
+transformers reads a checkpoint into a model and may write another one: without the tensors it has no place for, with
+every tensor in one dtype, with a config.json and a generation_config.json that it derived. So the model is asked for
+what was changed, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import UnsupportedModelError
+from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
+from moesparse.models.keys import checkpoint_tensors
+from moesparse.system.json_text import json_with
+from moesparse.system.shards import Shards, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["CONFIG_KEY", "SourceFolder", "Surplus", "say_surplus", "surplus"]
+
+CONFIG_KEY = "moesparse"
+"""Where a checkpoint's config.json says how it was pruned: {"version": ..., "recipe": {...}}."""
+
+_KEPT_KEY = "kept_experts"
+
+_EXPERTS = re.compile(r"\bexperts\b")
+
+# how many layers predict tokens behind the next one: DeepSeek and GLM, Qwen3.5
+_NEXT_TOKEN_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
+# said by the loading of a model, not by its checkpoint
+_NOT_OF_THE_FOLDER = {
+    CONFIG_KEY,
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "model_type",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+Surplus = dict[str, list[str]]
+"""Tensors of a source that the model has no place for: "carried" over as they are, or "dropped"."""
+
+
+def surplus(carried: list[str], dropped: list[str]) -> Surplus:
+    """What became of them; empty when there were none."""
+    return {what: names for what, names in (("carried", carried), ("dropped", dropped)) if names}
+
+
+def say_surplus(found: Surplus) -> list[str]:
+    """A sentence for each thing that became of them."""
+    said = []
+    for what, why in (
+        ("carried", "carried over as they are, for the model has no place for them"),
+        ("dropped", "dropped, for they belong to layers with more experts than the config can say now"),
+    ):
+        names = found.get(what, [])
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            said.append(f"{', '.join(names[:3])}{more}: {why}.")
+    return said
+
+
+class SourceFolder:
+    """The checkpoint folder that a result is an edit of.
+
+    Args:
+        folder: a checkpoint that is not quantised.
+        model: that was read from the folder.
+        config: as transformers reads it there.
+        shards: of the folder, when they are open.
+
+    Raises:
+        UnsupportedModelError: several MoE blocks in one decoder layer.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: PreTrainedModel,
+        config: PreTrainedConfig,
+        shards: Shards | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.shards = shards or Shards.open(self.folder)
+        self._model, self._before = model, config.to_dict()
+        self.blocks = find_moe_blocks(model)
+        if len({block.layer for block in self.blocks}) < len(self.blocks):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} must have one MoE block in a layer, got one with several"
+            )
+        layers, _ = decoder_layers(model, self.blocks)
+        self._layers = len(layers)
+        trunk = re.escape(_prefix(model, self.blocks[0]))
+        self._of_a_layer = re.compile(rf"{trunk}(\d+)\.")
+        self._of_an_expert = re.compile(rf"({trunk}(\d+)\..*?\bexperts\.)(\d+)(\..*)")
+
+    def kept(self) -> dict[int, list[int]]:
+        """Decoder layer -> for each of its experts that are left the number it has in the folder.
+
+        Only layers that lost some. What the config notes of removals is read, here and in the folder.
+        """
+        now = (getattr(self._model.config, CONFIG_KEY, None) or {}).get(_KEPT_KEY) or {}
+        then = (self._before.get(CONFIG_KEY) or {}).get(_KEPT_KEY) or {}
+        found: dict[int, list[int]] = {}
+        for block in self.blocks:
+            if block.name not in now or now[block.name] == then.get(block.name):
+                continue
+            ids = now[block.name]
+            if block.name in then:
+                ids = [then[block.name].index(each) for each in ids]
+            found[int(block.layer.rpartition(".")[2])] = ids
+        return found
+
+    def changed(self, views: Mapping[str, Tensor], kept: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
+        """Tensors of the model as the folder stores them.
+
+        Those of the model's and the folder's one dtype are the views themselves. In another dtype an entry is the
+        folder's where the model still holds what was read, and the model's value where it does not; such a tensor is in
+        memory twice.
+
+        Args:
+            views: key in the checkpoint -> tensor of the model, as it is now.
+            kept: as `kept` gives it.
+
+        Returns:
+            Key -> tensor, of the keys that the folder has.
+        """
+        found = {}
+        for key, view in views.items():
+            ids = self._ids(key, kept)
+            name = self._name_in_folder(key, ids)
+            info = self.shards.tensors.get(name)
+            if info is None:
+                continue
+            found[key] = view
+            if info.torch_dtype != view.dtype or view.dtype != self._model.dtype:
+                found[key] = _as_stored(self.shards.read(name), view.cpu(), self._model.dtype, ids)
+        return found
+
+    def missing(self, keys: Collection[str], kept: Mapping[int, Sequence[int]]) -> list[str]:
+        """Keys of a model that the folder does not have."""
+        return [key for key in keys if self._name_in_folder(key, self._ids(key, kept)) not in self.shards.tensors]
+
+    def others(self, held: Collection[str], kept: Mapping[int, Sequence[int]]) -> tuple[dict[str, str], list[str]]:
+        """What of the folder is in the result besides the tensors that the model holds.
+
+        A layer behind the last that has experts (of those that predict tokens further ahead) has as many as the others,
+        and its config one count for all: when the others lose some it cannot stay.
+
+        Args:
+            held: keys of the result.
+            kept: as `kept` gives it.
+
+        Returns:
+            Key in the result -> name in the folder, to be copied; and names of the folder that cannot stay.
+        """
+        copies: dict[str, str] = {}
+        for name in self.shards.tensors:
+            key: str | None = name
+            expert = self._of_an_expert.fullmatch(name)
+            if expert and int(expert[2]) in kept:
+                ids = list(kept[int(expert[2])])
+                number = int(expert[3])
+                key = f"{expert[1]}{ids.index(number)}{expert[4]}" if number in ids else None
+            if key is not None and key not in held:
+                copies[key] = name
+        behind = {self._group(key) for key in copies if kept and _EXPERTS.search(key)} - {None}
+        dropped = [key for key in copies if self._group(key) in behind]
+        for key in dropped:
+            del copies[key]
+        return copies, dropped
+
+    def config(self, dropped: bool) -> str:
+        """The text of config.json with the values that have changed, under the folder's own keys, and the note.
+
+        Args:
+            dropped: layers that predict tokens further ahead are no longer there.
+        """
+        file, config = self.folder / "config.json", self._model.config
+        held = read_json(file)
+        changes: dict[tuple[str, ...], Any] = {}
+        for path, value in _differences(self._before, config.to_dict()):
+            where = _deepest(held, path[:-1])
+            spellings = _spellings(config, path)
+            parent = _at(held, where)
+            there = [key for key in spellings if key in parent]
+            changes |= {(*where, key): value for key in there or spellings}
+        if dropped:
+            for where in ((), *((key,) for key, value in held.items() if isinstance(value, dict))):
+                for key in _NEXT_TOKEN_LAYERS:
+                    if _at(held, where).get(key):
+                        changes[(*where, key)] = 0
+        noted = getattr(config, CONFIG_KEY, None)
+        if noted is not None:
+            changes[(CONFIG_KEY,)] = noted
+        return json_with(file.read_text(encoding="utf-8"), changes)
+
+    def _group(self, key: str) -> str | None:
+        """What a tensor belongs to that is in no decoder layer of the model; None for what is in one."""
+        layer = self._of_a_layer.match(key)
+        if layer:
+            return layer[0] if int(layer[1]) >= self._layers else None
+        parts = key.split(".")
+        return ".".join(parts[:2] if parts[0] == "model" else parts[:1])
+
+    def _ids(self, key: str, kept: Mapping[int, Sequence[int]]) -> Sequence[int] | None:
+        layer = self._of_a_layer.match(key)
+        return kept.get(int(layer[1])) if layer else None
+
+    def _name_in_folder(self, key: str, ids: Sequence[int] | None) -> str:
+        expert = self._of_an_expert.fullmatch(key)
+        if ids is None or expert is None or int(expert[3]) >= len(ids):
+            return key
+        return f"{expert[1]}{ids[int(expert[3])]}{expert[4]}"
+
+
+def _prefix(model: PreTrainedModel, block: MoEBlock) -> str:
+    """What stands in a checkpoint's keys before the number of a decoder layer."""
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in model.state_dict().items()
+        if name.startswith(f"{block.layer}.")
+    }
+    key = next(iter(checkpoint_tensors(model, state)))
+    return key[: key.index(f".{block.layer.rpartition('.')[2]}.") + 1]
+
+
+def _as_stored(stored: Tensor, view: Tensor, dtype: torch.dtype, ids: Sequence[int] | None) -> Tensor:
+    """A tensor of the model in the dtype of the folder, with the folder's own entries where the model's are those."""
+    if ids is not None and stored.ndim == view.ndim:
+        for dim, (before, now) in enumerate(zip(stored.shape, view.shape, strict=True)):
+            if before != now:
+                # a few routers have rows for others behind those of the experts
+                behind = range(before - (now - len(ids)), before)
+                stored = stored.index_select(dim, torch.tensor([*ids, *behind]))
+    if stored.shape != view.shape:
+        return view.to(stored.dtype)
+    # transformers keeps some tensors in float32 and has them go through the model's dtype on the way there
+    read = (stored.to(view.dtype) == view) | (stored.to(dtype).to(view.dtype) == view)
+    return torch.where(read, stored, view.to(stored.dtype))
+
+
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Path and new value of what differs between two configs, but for what loading a model sets."""
+    for key, value in after.items():
+        if key in _NOT_OF_THE_FOLDER:
+            continue
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from _differences(old, value, (*path, key))
+        elif key not in before or value != old:
+            yield (*path, key), value
+
+
+def _deepest(held: Mapping[str, Any], path: tuple[str, ...]) -> tuple[str, ...]:
+    """As far along a path as there are objects: a config may be flat that transformers makes nested."""
+    at: Any = held
+    for depth, key in enumerate(path):
+        at = at.get(key)
+        if not isinstance(at, dict):
+            return path[:depth]
+    return path
+
+
+def _at(held: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
+    for key in path:
+        held = held[key]
+    return held
+
+
+def _spellings(config: Any, path: tuple[str, ...]) -> list[str]:
+    """The names by which a setting may be written: transformers' own, and those that it reads as the same."""
+    for key in path[:-1]:
+        config = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+    aliases = getattr(config, "attribute_map", None) or {}
+    return [path[-1], *(alias for alias, name in aliases.items() if name == path[-1])]

@@ -1,0 +1,324 @@
+"""A result is its source folder with those bytes changed that pruning changes, and no others."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+import moesparse
+from moesparse.checkpoints.edit import CONFIG_KEY
+from moesparse.checkpoints.pretrained import REPORT_FILE, load_pretrained, save_pretrained
+from moesparse.errors import CalibrationError, CheckpointError, NotInPiecesError, UnsupportedModelError
+from moesparse.models.on_disk import LayersOnDisk
+from moesparse.system.json_text import json_with
+from moesparse.system.manifest import MANIFEST_FILE
+from moesparse.system.shards import Shards
+from moesparse.testing import MOE_FAMILIES, tiny_model
+
+OWN = {"config.json", MANIFEST_FILE, REPORT_FILE, "README.md"}
+EXPERT = re.compile(r"(.*layers\.(\d+)\..*\bexperts\.)(\d+)(\..*)")
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+
+
+def in_pieces(family: str, folder: Path) -> bool:
+    try:
+        LayersOnDisk(folder).open()
+    except (NotInPiecesError, UnsupportedModelError):
+        return False
+    return True
+
+
+def planted(family: str, folder: Path) -> Path:
+    """A checkpoint as people have them: odd dtypes, tensors no model knows, files of all kinds, config in hub form."""
+    torch.manual_seed(0)
+    tiny_model(family).to(torch.bfloat16).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    last = max((int(found[2]) for key in tensors if (found := EXPERT.fullmatch(key))), default=None)
+    for key in list(tensors):
+        # routers, norms and corrections in float32, with bits that bf16 does not have
+        if tensors[key].is_floating_point() and not re.search(r"experts|embed|proj|head", key):
+            tensors[key] = tensors[key].float() * (1 + torch.rand_like(tensors[key].float()) / 1000)
+        found = EXPERT.fullmatch(key)
+        if found and int(found[2]) == last:
+            tensors[f"mtp.layers.0.mlp.experts.{found[3]}{found[4]}"] = tensors[key].clone()
+    tensors["reward_head.weight"] = torch.randn(2, 3)
+    tensors["model.rotary_emb.inv_freq"] = torch.randn(5)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    config["read by another engine"] = {"scale": 1e-6}
+    config["num_nextn_predict_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config, indent=4).replace("1e-06", "0.0000010") + "\n\n")
+    # transformers would not write such settings
+    (folder / "generation_config.json").write_text('{"temperature": 0.6,   "do_sample": false, "eos_token_id": [1, 2]}')
+    (folder / "LICENSE").write_bytes(b"mine\r\n")
+    (folder / ".gitattributes").write_text("*.safetensors lfs\n")
+    (folder / "modeling_mine.py").write_text("raise SystemExit('nobody runs this')\n")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "loss.svg").write_text("<svg/>")
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and "safetensors" not in file.name and str(file.relative_to(folder)) not in OWN
+    }
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    shards = Shards.open(folder)
+    return {name: shards.read(name) for name in shards.tensors}
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
+    assert (got.dtype, got.shape) == (want.dtype, want.shape), name
+    assert got.contiguous().view(-1).view(torch.uint8).equal(want.contiguous().view(-1).view(torch.uint8)), name
+
+
+def prune(source: Path, out: Path, recipe: moesparse.Recipe, whole: bool, windows: torch.Tensor | None) -> None:
+    if whole:
+        model, _ = load_whole(source)
+        report = moesparse.prune(model, windows, recipe)
+        save_pretrained(model, out, source=source, recipe=report.recipe, report=report.to_dict())
+    else:
+        moesparse.prune_checkpoint(source, out, windows, recipe)
+
+
+def load_whole(source: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval(), None
+
+
+def has_causal_model(family: str) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    return type(tiny_model(family).config) in AutoModelForCausalLM._model_mapping
+
+
+FAMILIES = [family for family in MOE_FAMILIES if has_causal_model(family)]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_weights_and_nothing_else_change(family, whole, tmp_path):
+    source = planted(family, tmp_path / "in")
+    if not whole and not in_pieces(family, source):
+        pytest.skip("not in pieces")
+    out = tmp_path / "out"
+    prune(source, out, moesparse.Recipe(saliency="magnitude", update="none"), whole, None)
+    assert files_of(out) == files_of(source)
+
+    before, after = tensors_of(source), tensors_of(out)
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not before[name].equal(after[name])}
+    for name in before.keys() - changed:
+        assert_same(after[name], before[name], name)
+    assert changed
+    for name in changed:
+        assert re.search(r"\bexperts\b|input_linear|output_linear|\bmoe\b", name) and not name.startswith("mtp."), name
+        zeroed = torch.where(after[name] == 0, 0, before[name])
+        assert zeroed.equal(after[name]) and after[name].dtype == before[name].dtype, name
+        assert (after[name] == 0).sum() * 2 == after[name].numel(), name
+
+    text, config = (source / "config.json").read_text(), json.loads((out / "config.json").read_text())
+    assert (out / "config.json").read_text() == json_with(text, {(CONFIG_KEY,): config[CONFIG_KEY]})
+    assert config[CONFIG_KEY]["recipe"]["weights"] == "2:4"
+    report = json.loads((out / REPORT_FILE).read_text())
+    assert {"reward_head.weight", "model.rotary_emb.inv_freq"} <= set(report["surplus"]["carried"])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_removed_experts_and_nothing_else_go(family, whole, tmp_path):
+    source = planted(family, tmp_path / "in")
+    if not whole and not in_pieces(family, source):
+        pytest.skip("not in pieces")
+    out = tmp_path / "out"
+    windows = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+    recipe = moesparse.Recipe(weights=None, update="none", experts=0.5)
+    if family == "zaya":
+        pytest.skip("cannot be run layer by layer")
+    prune(source, out, recipe, whole, windows)
+    assert files_of(out) == files_of(source)
+
+    before, after = tensors_of(source), tensors_of(out)
+    config = json.loads((out / "config.json").read_text())
+    ids = next(iter(config[CONFIG_KEY]["kept_experts"].values()))
+    noted = config[CONFIG_KEY]["kept_experts"]
+    kept = {int(block.split("layers.")[1].split(".")[0]): each for block, each in noted.items()}
+    assert not any(name.startswith("mtp.") for name in after)
+    for name, tensor in after.items():
+        found = EXPERT.fullmatch(name)
+        origin = f"{found[1]}{kept[int(found[2])][int(found[3])]}{found[4]}" if found else name
+        want = before[origin]
+        if tensor.shape != want.shape:
+            layer = int(name.split("layers.")[1].split(".")[0])
+            (dim,) = [d for d in range(want.ndim) if want.shape[d] != tensor.shape[d]]
+            rows = [*kept[layer], *range(want.shape[dim] - tensor.shape[dim] + len(ids), want.shape[dim])]
+            want = want.index_select(dim, torch.tensor(rows))
+        assert_same(tensor, want, name)
+    gone = before.keys() - after.keys()
+    assert all(EXPERT.fullmatch(name) for name in gone)
+
+    old = json.loads((source / "config.json").read_text())
+    counts = {key for key in COUNTS if key in old or key in old.get("text_config", {})}
+    differing = {key for key in old if config[key] != old[key]} - {"text_config"}
+    assert differing <= {*counts, "num_nextn_predict_layers", "n_group", "num_expert_group", "block_configs"}, differing
+    # transformers reads it, and has a place for every tensor that it had one for
+    AutoConfig.from_pretrained(out)
+    load_whole(out)
+
+
+def test_two_steps_keep_what_each_of_them_carries(tmp_path):
+    source, out = planted("qwen3_moe", tmp_path / "in"), tmp_path / "out"
+    windows = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+    moesparse.prune_checkpoint(
+        source, out, windows, moesparse.Recipe(weights="2:4", experts=0.5), card=lambda report: "# a card\n"
+    )
+    assert files_of(out) == files_of(source)
+    report = json.loads((out / REPORT_FILE).read_text())
+    assert set(report["surplus"]["carried"]) == {"reward_head.weight", "model.rotary_emb.inv_freq"}
+    assert all(name.startswith("mtp.") for name in report["surplus"]["dropped"])
+    card = (out / "README.md").read_text()
+    assert card.startswith("# a card\n") and "reward_head.weight" in card and "mtp.layers.0" in card
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    before, after = tensors_of(source), tensors_of(out)
+    for name in ("reward_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"):
+        assert_same(after[name], before[name], name)
+
+
+def test_distillation_changes_expert_weights_alone(tmp_path):
+    source, out = planted("mixtral", tmp_path / "in"), tmp_path / "pruned"
+    windows = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+    moesparse.prune_checkpoint(source, out, None, moesparse.Recipe(saliency="magnitude", update="none"))
+    from moesparse.distillation import Settings, distill_checkpoint
+
+    distill_checkpoint(out, source, tmp_path / "distilled", windows, settings=Settings(epochs=1, batch_size=2))
+    assert files_of(tmp_path / "distilled") == files_of(source)
+    before, after = tensors_of(out), tensors_of(tmp_path / "distilled")
+    assert after.keys() == before.keys()
+    changed = [name for name in before if not before[name].equal(after[name])]
+    assert changed and all(EXPERT.fullmatch(name) and not name.startswith("mtp.") for name in changed)
+    for name in before:
+        assert after[name].dtype == before[name].dtype
+        if name not in changed:
+            assert_same(after[name], before[name], name)
+
+
+def test_stored_dtypes_of_experts_stay(tmp_path):
+    """Experts of one layer in float32, a matrix in float16, in a checkpoint that runs in bf16."""
+    source, out = planted("qwen3_moe", tmp_path / "in"), tmp_path / "out"
+    tensors = load_file(source / "model.safetensors")
+    for name in list(tensors):
+        if name.startswith("model.layers.1.mlp.experts."):
+            tensors[name] = tensors[name].float() * 1.0001
+    half = "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensors[half] = tensors[half].half() * 1.01
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    moesparse.prune_checkpoint(source, out, None, moesparse.Recipe(saliency="magnitude", update="none"))
+    after = tensors_of(out)
+    for name, tensor in tensors.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.where(after[name] == 0, 0, tensor).equal(after[name]), name
+    assert (after[half] == 0).sum() * 2 == after[half].numel()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_head_beside_tied_embeddings_stays(tie, tmp_path):
+    source, out = planted("qwen3_moe", tmp_path / "in"), tmp_path / "out"
+    config = json.loads((source / "config.json").read_text())
+    config["tie_word_embeddings"] = tie
+    (source / "config.json").write_text(json.dumps(config))
+    moesparse.prune_checkpoint(source, out, None, moesparse.Recipe(saliency="magnitude", update="none"))
+    before, after = tensors_of(source), tensors_of(out)
+    assert not before["lm_head.weight"].equal(before["model.embed_tokens.weight"])
+    assert_same(after["lm_head.weight"], before["lm_head.weight"], "lm_head.weight")
+
+
+def test_a_link_out_of_the_folder_is_refused_before_any_work(tmp_path):
+    source = planted("mixtral", tmp_path / "in")
+    (tmp_path / "secret").write_text("mine")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    seen = []
+    with pytest.raises(CheckpointError, match=r"notes\.txt must not lead out of its folder"):
+        moesparse.prune_checkpoint(
+            source, tmp_path / "out", None, moesparse.Recipe(saliency="magnitude", update="none"), progress=seen.append
+        )
+    assert not seen and not (tmp_path / "out").exists()
+
+
+def test_the_count_of_experts_is_changed_as_the_source_spells_it(tmp_path):
+    """qwen3_moe on the hub says num_experts; transformers 5 calls it num_local_experts, and 4 knows the first alone."""
+    source, out = planted("qwen3_moe", tmp_path / "in"), tmp_path / "out"
+    file = source / "config.json"
+    file.write_text(file.read_text().replace('"num_local_experts"', '"num_experts"'))
+    windows = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+    moesparse.prune_checkpoint(source, out, windows, moesparse.Recipe(weights=None, update="none", keep_experts=4))
+    want = file.read_text().replace('"num_experts": 8', '"num_experts": 4')
+    want = want.replace('"num_nextn_predict_layers": 1', '"num_nextn_predict_layers": 0')
+    got = (out / "config.json").read_text()
+    assert got == json_with(want, {(CONFIG_KEY,): json.loads(got)[CONFIG_KEY]})
+    assert load_whole(out)[0].config.num_local_experts == 4
+
+
+def test_an_unknown_type_is_refused_in_our_words(tmp_path):
+    source = planted("mixtral", tmp_path / "in")
+    file = source / "config.json"
+    text = json_with(file.read_text(), {("model_type",): "kimi_k9", ("auto_map",): {"AutoConfig": "modeling_mine.A"}})
+    file.write_text(text)
+    for opened in (lambda: LayersOnDisk(source), lambda: load_pretrained(source)):
+        with pytest.raises(UnsupportedModelError, match=r"a model_type that transformers .* has, got 'kimi_k9'"):
+            opened()
+
+
+def test_an_index_without_metadata_is_refused_with_the_cure(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path, max_shard_size="100KB")
+    index = tmp_path / "model.safetensors.index.json"
+    held = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": held["weight_map"]}))
+    with pytest.raises(CheckpointError, match=r'must hold "metadata".*: add "metadata": \{\}'):
+        load_pretrained(tmp_path)
+
+
+def test_zeros_that_rounding_leaves_are_dense_and_those_of_a_pruning_are_not():
+    from moesparse.models.blocks import find_moe_blocks
+    from moesparse.models.look import check_dense
+
+    def zeroed(mask) -> list:
+        blocks = find_moe_blocks(tiny_model("mixtral"))
+        for block in blocks:
+            for matrix in block.matrices:
+                matrix.weight[mask(matrix.weight)] = 0
+        return blocks
+
+    torch.manual_seed(0)
+    check_dense(zeroed(lambda weight: torch.rand_like(weight) < 0.14))
+    one_in_each_row = lambda weight: torch.arange(weight.shape[-1]).expand_as(weight) < 3  # noqa: E731
+    for pruned in (one_in_each_row, lambda weight: torch.rand_like(weight) < 0.3):
+        with pytest.raises(CalibrationError, match=r"must be dense.*--allow-pruned"):
+            check_dense(zeroed(pruned))
+
+
+def test_a_head_that_is_the_embedding_stays_so_when_it_was_trained(tmp_path):
+    source, out = planted("qwen3_moe", tmp_path / "in"), tmp_path / "out"
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(
+        json_with((source / "config.json").read_text(), {("tie_word_embeddings",): True})
+    )
+    model, _ = load_whole(source)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    save_pretrained(model, out, source=source)
+    after = tensors_of(out)
+    assert after["lm_head.weight"].equal(after["model.embed_tokens.weight"])
+    assert after["lm_head.weight"].equal(tensors["lm_head.weight"] + 1)
