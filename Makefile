@@ -78,6 +78,16 @@ test-vllm: .venv-vllm-layer/.installed .venv-vllm-engine/.installed ## vLLM in e
 	VLLM_TARGET_DEVICE=cpu .venv-vllm-layer/bin/python -m pytest -p no:cacheprovider tests/vllm_plugin/test_layer.py
 	.venv-vllm-engine/bin/python -m pytest -p no:cacheprovider --durations=8 tests/vllm_plugin
 
+.venv-transformers4/.installed: Makefile tests/transformers4/requirements.txt .ci/constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint .ci/constraints.txt torch numpy
+	$(@D)/bin/python -m pip install --quiet -r tests/transformers4/requirements.txt
+	touch $@
+
+test-transformers4: $(STAMP) .venv-transformers4/.installed ## results read by transformers 4.57, not part of `make test`
+	TRANSFORMERS4_PYTHON=.venv-transformers4/bin/python $(BIN)/python -m pytest -p no:cacheprovider tests/transformers4
+
 lint: $(STAMP) ## ruff, mypy, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

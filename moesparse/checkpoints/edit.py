@@ -106,12 +106,15 @@ class SourceFolder:
         self._of_a_layer = re.compile(rf"{trunk}(\d+)\.")
         self._of_an_expert = re.compile(rf"({trunk}(\d+)\..*?\bexperts\.)(\d+)(\..*)")
 
-    def kept(self) -> dict[int, list[int]]:
+    def kept(self, noted: Mapping[str, Any] | None = None) -> dict[int, list[int]]:
         """Decoder layer -> for each of its experts that are left the number it has in the folder.
 
-        Only layers that lost some. What the config notes of removals is read, here and in the folder.
+        Only layers that lost some. What the configs note of removals is read, here and in the folder.
+
+        Args:
+            noted: in the config of the result; None is the model's.
         """
-        now = (getattr(self._model.config, CONFIG_KEY, None) or {}).get(_KEPT_KEY) or {}
+        now = (noted or getattr(self._model.config, CONFIG_KEY, None) or {}).get(_KEPT_KEY) or {}
         then = (self._before.get(CONFIG_KEY) or {}).get(_KEPT_KEY) or {}
         found: dict[int, list[int]] = {}
         for block in self.blocks:
@@ -139,19 +142,18 @@ class SourceFolder:
         """
         found = {}
         for key, view in views.items():
-            ids = self._ids(key, kept)
-            name = self._name_in_folder(key, ids)
+            name = self.name_of(key, kept)
             info = self.shards.tensors.get(name)
             if info is None:
                 continue
             found[key] = view
             if info.torch_dtype != view.dtype or view.dtype != self._model.dtype:
-                found[key] = _as_stored(self.shards.read(name), view.cpu(), self._model.dtype, ids)
+                found[key] = self._as_stored(key, view.cpu(), kept)
         return found
 
     def missing(self, keys: Collection[str], kept: Mapping[int, Sequence[int]]) -> list[str]:
         """Keys of a model that the folder does not have."""
-        return [key for key in keys if self._name_in_folder(key, self._ids(key, kept)) not in self.shards.tensors]
+        return [key for key in keys if self.name_of(key, kept) not in self.shards.tensors]
 
     def others(self, held: Collection[str], kept: Mapping[int, Sequence[int]]) -> tuple[dict[str, str], list[str]]:
         """What of the folder is in the result besides the tensors that the model holds.
@@ -215,15 +217,37 @@ class SourceFolder:
         parts = key.split(".")
         return ".".join(parts[:2] if parts[0] == "model" else parts[:1])
 
-    def _ids(self, key: str, kept: Mapping[int, Sequence[int]]) -> Sequence[int] | None:
+    def ids_of(self, key: str, kept: Mapping[int, Sequence[int]]) -> Sequence[int] | None:
+        """The experts that were kept of the layer a tensor is in; None where none was removed."""
         layer = self._of_a_layer.match(key)
         return kept.get(int(layer[1])) if layer else None
 
-    def _name_in_folder(self, key: str, ids: Sequence[int] | None) -> str:
-        expert = self._of_an_expert.fullmatch(key)
+    def name_of(self, key: str, kept: Mapping[int, Sequence[int]]) -> str:
+        """What a key of the result is called in the folder."""
+        ids, expert = self.ids_of(key, kept), self._of_an_expert.fullmatch(key)
         if ids is None or expert is None or int(expert[3]) >= len(ids):
             return key
         return f"{expert[1]}{ids[int(expert[3])]}{expert[4]}"
+
+    def cut(self, key: str, shape: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Tensor:
+        """A tensor of the folder, of the kept experts where the shape that it has in the result says so."""
+        stored, ids = self.shards.read(self.name_of(key, kept)), self.ids_of(key, kept)
+        if ids is not None and stored.ndim == len(shape):
+            for dim, (before, now) in enumerate(zip(stored.shape, shape, strict=True)):
+                if before > now >= len(ids):
+                    # a few routers have rows for others behind those of the experts
+                    behind = range(before - (now - len(ids)), before)
+                    stored = stored.index_select(dim, torch.tensor([*ids, *behind]))
+        return stored
+
+    def _as_stored(self, key: str, view: Tensor, kept: Mapping[int, Sequence[int]]) -> Tensor:
+        """A tensor of the model in the dtype of the folder, with the folder's entries where the model has those."""
+        stored = self.cut(key, view.shape, kept)
+        if stored.shape != view.shape:
+            return view.to(stored.dtype)
+        # transformers keeps some tensors in float32 and has them go through the model's dtype on the way there
+        read = (stored.to(view.dtype) == view) | (stored.to(self._model.dtype).to(view.dtype) == view)
+        return torch.where(read, stored, view.to(stored.dtype))
 
 
 def _prefix(model: PreTrainedModel, block: MoEBlock) -> str:
@@ -235,21 +259,6 @@ def _prefix(model: PreTrainedModel, block: MoEBlock) -> str:
     }
     key = next(iter(checkpoint_tensors(model, state)))
     return key[: key.index(f".{block.layer.rpartition('.')[2]}.") + 1]
-
-
-def _as_stored(stored: Tensor, view: Tensor, dtype: torch.dtype, ids: Sequence[int] | None) -> Tensor:
-    """A tensor of the model in the dtype of the folder, with the folder's own entries where the model's are those."""
-    if ids is not None and stored.ndim == view.ndim:
-        for dim, (before, now) in enumerate(zip(stored.shape, view.shape, strict=True)):
-            if before != now:
-                # a few routers have rows for others behind those of the experts
-                behind = range(before - (now - len(ids)), before)
-                stored = stored.index_select(dim, torch.tensor([*ids, *behind]))
-    if stored.shape != view.shape:
-        return view.to(stored.dtype)
-    # transformers keeps some tensors in float32 and has them go through the model's dtype on the way there
-    read = (stored.to(view.dtype) == view) | (stored.to(dtype).to(view.dtype) == view)
-    return torch.where(read, stored, view.to(stored.dtype))
 
 
 def _differences(

@@ -84,11 +84,11 @@ def demo(
                 best = (measured["perplexity"], pruned, report)
         progress(ProgressEvent("save and reload the best", steps, steps))
         _, pruned, report = best
+        # in float32, as it was measured: without a source, whose bf16 it would be stored in
         save_pretrained(
             pruned,
             folder,
             tokenizer=tokenizer,
-            source=embedded.model_path(),
             recipe=report.recipe,
             card=model_card("moesparse-demo", report),
             report=report.to_dict(),

@@ -13,7 +13,10 @@ from moesparse.cli.console import format_bytes, print_json, progress_bar, quiet_
 from moesparse.cli.options import model_source
 
 if TYPE_CHECKING:
+    from moesparse.checkpoints.against import Comparison
     from moesparse.checkpoints.inspection import Inspection
+
+_NAMES_SHOWN = 2
 
 
 def inspect(
@@ -21,30 +24,45 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also check hashes, bitmasks, and that the tensors are the model's.")
     ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Also explain every difference from the checkpoint it was made of."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the expert matrices of a checkpoint, dense or packed: shapes, zeros, n:m patterns, bytes, recipe.
 
     The zeros of dense experts are counted in the weights themselves; of packed ones the headers are read. --verify
     reads everything: the sha256 of each shard against moesparse_manifest.json, n bits in every group of m of every
-    bitmask, and names and shapes of all tensors. One expert's matrix is in memory at a time. Ends with 1, naming what
-    is off, when something is, or when the config claims a pattern that does not hold.
+    bitmask, and names and shapes of all tensors. --against compares every byte with those of SOURCE: what is equal,
+    what was pruned, updated, cut, removed or dropped, and what nothing explains. One expert's matrix is in memory at a
+    time. Ends with 1, naming what is off, when something is, or when the config claims a pattern that does not hold.
 
     Examples:
 
       moesparse inspect out/demo-2to4 --json
 
       moesparse inspect out/demo-packed --verify
+
+      moesparse inspect out/demo-2to4 --against demo
     """
+    from moesparse.checkpoints.against import compare_folders
     from moesparse.checkpoints.hub import local_folder
     from moesparse.checkpoints.inspection import inspect_folder
 
     with quiet_libraries(), progress_bar() as progress:
-        result = inspect_folder(local_folder(model_source(model)), verify=verify, progress=progress)
+        folder = local_folder(model_source(model))
+        result = inspect_folder(folder, verify=verify, progress=progress)
+        compared = None
+        if against is not None:
+            compared = compare_folders(folder, local_folder(model_source(against)), progress=progress)
+            result.problems += compared.problems
     if as_json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | ({} if compared is None else {"against": compared.to_dict()}))
     else:
         _show(result)
+        if compared is not None:
+            _show_compared(compared)
     for problem in result.problems:
         typer.echo(f"error: {problem}", err=True)
     if result.problems:
@@ -84,3 +102,17 @@ def _show(result: Inspection) -> None:
         out.print(
             f"{verdict}: " + ", ".join(f"{key} {value}" for key, value in result.verified.items()), soft_wrap=True
         )
+
+
+def _show_compared(found: Comparison) -> None:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("against the source", no_wrap=True)
+    table.add_column("number", justify="right", no_wrap=True)
+    table.add_column("names")
+    for kind, groups in (("tensors", found.tensors), ("files", found.files)):
+        for what, names in groups.items():
+            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            shown = "" if what == "equal" else ", ".join(names[:_NAMES_SHOWN]) + more
+            table.add_row(f"{kind} {what}", str(len(names)), shown)
+    table.add_row("config.json, other values", str(len(found.config)), ", ".join(found.config))
+    Console().print(table)

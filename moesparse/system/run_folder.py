@@ -210,6 +210,7 @@ class RunFolder:
         Args:
             write_others: writes config.json and all that is not weights into the folder it is given.
         """
+        self._all_have_read()
         self._processes.from_first(lambda: self._assemble(write_others))
 
     def _assemble(self, write_others: Callable[[Path], None]) -> None:
@@ -253,6 +254,7 @@ class RunFolder:
             make: writes the file into the folder, whole.
             target: its new path; a file that is there is replaced.
         """
+        self._all_have_read()
         self._processes.from_first(lambda: self._hand_over(make(), target))
 
     def _hand_over(self, file: Path, target: Path) -> None:
@@ -262,6 +264,10 @@ class RunFolder:
         (self.path / JOURNAL_FILE).unlink()
         for left in [each for each in self.path.iterdir() if each.is_dir()]:
             shutil.rmtree(left)
+
+    def _all_have_read(self) -> None:
+        """Wait for the other processes: what one of them still reads must not be moved or removed."""
+        self._processes.gather(None)
 
     def _place(self, part: Part, file: str) -> Path:
         moved = (self._journal.final or {}).get(f"{part.name}/{file}")

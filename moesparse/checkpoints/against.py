@@ -1,0 +1,212 @@
+"""Whether a checkpoint folder is an edit of another one: what is equal, what has changed and why, what is missing.
+
+Nothing that the writing of a folder has said is believed but how it was pruned; bytes are compared. One expert's matrix
+of each folder is in memory, or one other tensor of an odd shape.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder
+from moesparse.checkpoints.pretrained import REPORT_FILE
+from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
+from moesparse.models.meta import bare_model, read_config
+from moesparse.packed.experts import META_SUFFIX
+from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.system.folders import companions
+from moesparse.system.manifest import MANIFEST_FILE
+from moesparse.system.shards import Shards
+from moesparse_kernels import NMWeight
+
+__all__ = ["Comparison", "compare_folders"]
+
+_OURS = ("config.json", "README.md", MANIFEST_FILE, REPORT_FILE)
+
+# what pruning changes in a config.json: counts of experts and of their groups, layers that predict further tokens
+_CHANGED_KEYS = re.compile(
+    r"(?:moe_)?(?:num|n)_(?:local_|routed_|moe_)?experts|n_group|num_expert_group|num_group"
+    r"|num_nextn_predict_layers|mtp_num_hidden_layers"
+)
+
+
+@dataclass
+class Comparison:
+    """What `compare_folders` found.
+
+    Attributes:
+        files: "equal", "changed", "added" or "missing" -> names of those beside the weights.
+        tensors: what became of a tensor -> names, those of the source where it is gone:
+            "equal", "pruned" (zeros, and else the source's values), "updated" (other values where the recipe says so),
+            "cut" (the rows of the experts that are left), "rerouted" (a table of experts), "removed" (of an expert),
+            "dropped" (of a layer that predicts further tokens).
+        config: keys of config.json with another value.
+        problems: what nothing explains, one sentence each.
+    """
+
+    files: dict[str, list[str]] = field(default_factory=dict)
+    tensors: dict[str, list[str]] = field(default_factory=dict)
+    config: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def compare_folders(
+    folder: str | os.PathLike[str], source: str | os.PathLike[str], *, progress: Progress = silent
+) -> Comparison:
+    """Explain every difference between a checkpoint and the one it was made of.
+
+    Args:
+        folder: dense or packed by moesparse.
+        source: the same.
+        progress: told after each tensor.
+
+    Raises:
+        CheckpointError: one of them is damaged. UnsupportedModelError: no experts, or some that cannot be read.
+    """
+    found = Comparison()
+    _compare_files(Path(folder), Path(source), found)
+    _Tensors(open_skeleton(folder), open_skeleton(source), found).compare(progress)
+    return found
+
+
+def _compare_files(folder: Path, source: Path, found: Comparison) -> None:
+    here, there = ({str(file) for file in companions(place)} - set(_OURS) for place in (folder, source))
+    for name in sorted(here | there):
+        if name not in there:
+            what = "added"
+        elif name not in here:
+            what = "missing"
+        else:
+            what = "equal" if (folder / name).read_bytes() == (source / name).read_bytes() else "changed"
+        found.files.setdefault(what, []).append(name)
+        if what in ("missing", "changed"):
+            found.problems.append(f"the file {name} of the source is {what}")
+
+
+class _Tensors:
+    """The tensors and the configs of two folders, result and source."""
+
+    def __init__(self, result: Skeleton, source: Skeleton, found: Comparison) -> None:
+        self._result, self._source, self._found = result, source, found
+        config = read_config(source.folder)
+        self._edit = SourceFolder(source.folder, bare_model(source.folder), config, source.shards)
+        self._kept = self._edit.kept(result.config.get(CONFIG_KEY))
+        recipe = result.recipe or {}
+        trained = recipe.get("distillation") or {}
+        self._updates = bool(trained) or recipe.get("update", "none") != "none"
+        self._trains_all = trained.get("train") == "all"
+        self._parts, self._parts_before = (
+            {key: matrix for block in each.blocks for matrix in each.matrices(block) for key in matrix.keys}
+            for each in (result, source)
+        )
+
+    def compare(self, progress: Progress) -> None:
+        self._compare_configs()
+        metas = {f"{key}{META_SUFFIX}" for key, matrix in self._parts.items() if matrix.layout is not None}
+        keys = [key for key in self._result.shards.tensors if key not in metas]
+        for done, key in enumerate(keys, start=1):
+            name = self._edit.name_of(key, self._kept)
+            what = self._became(key, name)
+            if what is None:
+                self._found.problems.append(f"the tensor {key} is not what the source holds, and nothing says why")
+            else:
+                self._found.tensors.setdefault(what, []).append(key)
+            progress(ProgressEvent("compare", done, len(keys), "tensor", name=key))
+        self._compare_missing(set(keys))
+
+    def _became(self, key: str, name: str) -> str | None:
+        """What became of a tensor of the source; None where it is another for no reason."""
+        result, source = self._result.shards, self._source.shards
+        if name not in source.tensors:
+            return None
+        new, old = result.tensors[key], source.tensors[name]
+        if new.dtype != old.dtype:
+            return None
+        matrix, before = self._parts.get(key), self._parts_before.get(name)
+        if matrix is not None and before is not None:
+            return self._experts_became(key, name, matrix, before)
+        if new.shape == old.shape and _same_bytes(result, key, source, name):
+            return "equal"
+        if self._trains_all and new.shape == old.shape:
+            return "updated"
+        if self._edit.ids_of(key, self._kept) is None or new.torch_dtype is None:
+            return None
+        if new.shape != old.shape:
+            cut = self._edit.cut(key, new.shape, self._kept)
+            return "cut" if cut.shape == new.shape and cut.equal(result.read(key)) else None
+        return None if new.torch_dtype.is_floating_point else "rerouted"
+
+    def _experts_became(self, key: str, name: str, matrix: StoredMatrix, before: StoredMatrix) -> str | None:
+        """The same for the matrices of experts, one at a time."""
+        ids, found = self._edit.ids_of(key, self._kept), {"equal"}
+        for piece in matrix.pieces(self._result.shards, key):
+            entry = piece.entry if ids is None or piece.entry is None else ids[piece.entry]
+            new = _dense(piece, matrix, self._result.shards)
+            old = _dense(Piece(name, entry, before.transposed), before, self._source.shards)
+            if new.shape != old.shape:
+                return None
+            if not new.equal(old):
+                found.add("pruned" if torch.where(new == 0, 0, old).equal(new) else "updated")
+        if "updated" in found:
+            return "updated" if self._updates else None
+        return "pruned" if "pruned" in found else "equal"
+
+    def _compare_missing(self, held: set[str]) -> None:
+        metas = {f"{key}{META_SUFFIX}" for key, matrix in self._parts_before.items() if matrix.layout is not None}
+        copies, dropped = self._edit.others(held, self._kept)
+        for name in copies.values():
+            if name not in metas:
+                self._found.problems.append(f"the tensor {name} of the source is missing")
+        met = {self._edit.name_of(key, self._kept) for key in held} | {*copies.values(), *dropped} | metas
+        removed = [name for name in self._source.shards.tensors if name not in met]
+        for what, names in (("removed", removed), ("dropped", dropped)):
+            if names:
+                self._found.tensors[what] = names
+
+    def _compare_configs(self) -> None:
+        pruned = bool(self._kept)
+        for path in _differing(self._source.config, self._result.config):
+            self._found.config.append(".".join(path))
+            ours = path[0] in (CONFIG_KEY, "quantization_config")
+            if not (ours or (pruned and _CHANGED_KEYS.fullmatch(path[-1]))):
+                self._found.problems.append(f"{'.'.join(path)} of config.json has another value")
+
+
+def _dense(piece: Piece, matrix: StoredMatrix, shards: Shards) -> Tensor:
+    """A piece [out, in] with its zeros."""
+    values = piece.read(shards)
+    if matrix.layout is None:
+        return values
+    n, m = matrix.layout.n, matrix.layout.m
+    shape = (1, values.shape[0], values.shape[1] // n * m)
+    index = piece.read(shards, META_SUFFIX)
+    return NMWeight(values[None], index[None], shape, n, m, "row", values.dtype).unpack_expert(0)
+
+
+def _same_bytes(one: Shards, key: str, other: Shards, name: str) -> bool:
+    return all(a == b for a, b in zip_longest(one.chunks(key), other.chunks(name)))
+
+
+def _differing(
+    before: Mapping[str, Any], after: Mapping[str, Any], path: Sequence[str] = ()
+) -> Iterator[tuple[str, ...]]:
+    """Paths of keys that two objects do not have alike."""
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differing(old, new, (*path, key))
+        elif (key in before) != (key in after) or old != new:
+            yield (*path, key)
