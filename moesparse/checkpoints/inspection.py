@@ -133,9 +133,10 @@ def inspect_folder(folder: str | os.PathLike[str], *, verify: bool = False, prog
     if verify:
         hashes = check_manifest(skeleton.folder, skeleton.shards.files)
         result.problems += hashes or []
-        result.problems += skeleton.plan.problems
+        result.problems += skeleton.plan.would_not_load
         result.verified = {
             "tensors": len(skeleton.shards.tensors),
+            **({"not the model's": len(skeleton.plan.unexpected)} if skeleton.plan.unexpected else {}),
             "shards hashed": len(skeleton.shards.files) if hashes is not None else f"none, there is no {MANIFEST_FILE}",
             "index bytes": index_bytes,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,8 @@ def load_pretrained(
         dtype: of the weights; "auto" takes the checkpoint's own.
 
     Returns:
-        The model in eval mode, and the tokenizer (None when the folder has none).
+        The model in eval mode, and the tokenizer (None when the folder has none). A warning names tensors that the
+        model has no place for.
 
     Raises:
         CheckpointError: the folder or id is unknown, a shard or tensor is missing, or a shape differs.
@@ -71,16 +73,23 @@ def load_pretrained(
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
     model, loading = loaded
-    for what, keys in (
-        ("lacks", loading["missing_keys"]),
-        ("holds with another shape", loading["mismatched_keys"]),
-        ("holds but the model has no place for", loading["unexpected_keys"]),
-    ):
-        if keys:
-            names = sorted(key[0] if isinstance(key, tuple) else key for key in keys)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(f"the checkpoint {os.fspath(source)} {what} {', '.join(names[:3])}{more}")
+    whose = f"the checkpoint {os.fspath(source)}"
+    for what, keys in (("lacks", "missing_keys"), ("holds with another shape", "mismatched_keys")):
+        if loading[keys]:
+            strange = loading["unexpected_keys"]
+            besides = f", but {_some(strange)}, which the model has no place for" if strange else ""
+            raise CheckpointError(f"{whose} {what} {_some(loading[keys])}{besides}")
+    if loading["unexpected_keys"]:
+        warnings.warn(
+            f"{whose} holds what the model has no place for: {_some(loading['unexpected_keys'])}", stacklevel=2
+        )
     return model.eval(), load_tokenizer(source)
+
+
+def _some(keys: Collection[Any]) -> str:
+    """The first of a loading's keys; of another shape they come with both shapes."""
+    names = sorted(key[0] if isinstance(key, tuple) else key for key in keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:

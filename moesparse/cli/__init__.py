@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 
 import typer
 from rich.markup import escape
@@ -79,6 +80,7 @@ def _options(
 def main() -> None:
     """Entry point: a user's mistake is one line and an exit code, never a traceback."""
     bound_compiled_products()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     with one_voice():
         try:
             app()

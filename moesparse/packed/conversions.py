@@ -158,13 +158,15 @@ class LoadPlan:
     unexpected: list[str]
 
     @property
+    def would_not_load(self) -> list[str]:
+        """One sentence for each tensor of the model that the checkpoint does not give."""
+        unfit = [f"{name}: {target.problem}" for name, target in self.targets.items() if target.problem]
+        return unfit + [f"{name} is missing" for name in self.missing]
+
+    @property
     def problems(self) -> list[str]:
-        """One sentence for each tensor that would not load."""
-        return (
-            [f"{name}: {target.problem}" for name, target in self.targets.items() if target.problem]
-            + [f"{name} is missing" for name in self.missing]
-            + [f"{key} has no place in the model" for key in self.unexpected]
-        )
+        """The same, and one for each tensor of the checkpoint that the model does not take."""
+        return self.would_not_load + [f"{key} has no place in the model" for key in self.unexpected]
 
 
 @dataclass

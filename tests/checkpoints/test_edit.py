@@ -11,7 +11,9 @@ from transformers import AutoConfig
 
 import moesparse
 from moesparse.checkpoints.edit import CONFIG_KEY
+from moesparse.checkpoints.inspection import inspect_folder
 from moesparse.checkpoints.pretrained import REPORT_FILE, load_pretrained, save_pretrained
+from moesparse.checkpoints.repack import pack_folder, unpack_folder
 from moesparse.errors import CalibrationError, CheckpointError, NotInPiecesError, UnsupportedModelError
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.system.json_text import json_with
@@ -322,3 +324,18 @@ def test_a_head_that_is_the_embedding_stays_so_when_it_was_trained(tmp_path):
     after = tensors_of(out)
     assert after["lm_head.weight"].equal(after["model.embed_tokens.weight"])
     assert after["lm_head.weight"].equal(tensors["lm_head.weight"] + 1)
+
+
+def test_what_was_carried_over_is_read_again(tmp_path):
+    """Our own result, with tensors that no model knows."""
+    source, out = planted("qwen3_moe", tmp_path / "in"), tmp_path / "out"
+    moesparse.prune_checkpoint(source, out, None, moesparse.Recipe(saliency="magnitude", update="none"))
+    with pytest.warns(UserWarning, match=r"has no place for: mtp\..*reward_head\.weight"):
+        load_pretrained(out)
+    found = inspect_folder(out, verify=True)
+    assert found.problems == [] and found.verified["not the model's"] == 8 * 3 + 1  # inv_freq is known, and left alone
+    pack_folder(out, tmp_path / "packed")
+    unpack_folder(tmp_path / "packed", tmp_path / "dense")
+    before, after = tensors_of(out), tensors_of(tmp_path / "dense")
+    assert after.keys() == before.keys() and all(after[name].equal(before[name]) for name in before)
+    assert files_of(tmp_path / "packed") == files_of(tmp_path / "dense") == files_of(source)

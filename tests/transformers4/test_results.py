@@ -57,8 +57,8 @@ def test_results_read_as_their_source_does(family, whole, tmp_path):
     before, _ = read_by_4(source, tmp_path / "logits")
     assert before["version"].startswith("4.57.")
     windows = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(1))
-    # six, three of each group: of glm4's groups that a token may not use transformers 4 takes an expert nevertheless when
-    # the corrected scores of the others are below zero, and transformers 5 does not
+    # six, three of each group: when corrected scores are below zero, transformers 4 takes experts of groups that a
+    # token may not use, and transformers 5 does not
     for name, recipe, experts in (
         ("sparse", moesparse.Recipe(saliency="magnitude", update="none"), 8),
         ("fewer", moesparse.Recipe(weights=None, update="none", keep_experts=6), 6),
