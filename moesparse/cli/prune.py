@@ -241,8 +241,11 @@ class _Run:
     def on_whole_model(self) -> Report | None:
         """Load the model, prune it and save it; or only show how a number of bytes would be met."""
         from moesparse.checkpoints.pretrained import save_pretrained
+        from moesparse.cli.options import model_source
         from moesparse.models.layers import RunOptions
+        from moesparse.models.meta import read_config
         from moesparse.pruning.card import model_card
+        from moesparse.pruning.driver import check_not_quantized
         from moesparse.pruning.run import prune
         from moesparse.pruning.to_budget import BudgetReport, plan_budget
         from moesparse.system.folders import check_output_folder, companions
@@ -252,6 +255,7 @@ class _Run:
         check_output_folder(self.out)
         if Path(self.model).is_dir():
             companions(Path(self.model))
+        check_not_quantized(read_config(model_source(self.model)))
         with at_work(self.out, lambda: "", self.text.device, whole=True) as progress:
             model = WholeModel(self.model)
             found = model.read(self.text, progress) if self.reads else None

@@ -17,7 +17,15 @@ from moesparse.system.shards import Shards, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["bare_model", "check_layer_counts", "context_length", "meta_model", "read_config", "vocabulary_size"]
+__all__ = [
+    "bare_model",
+    "check_layer_counts",
+    "context_length",
+    "meta_model",
+    "quantization_of",
+    "read_config",
+    "vocabulary_size",
+]
 
 _FEW_LAYERS = 1000
 
@@ -35,11 +43,10 @@ def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
         CheckpointError: no config that transformers knows. UnsupportedModelError: a quantized checkpoint.
     """
     config = read_config(folder)
-    method = getattr(config, "quantization_config", None)
+    method = quantization_of(config)
     if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
         raise UnsupportedModelError(
-            f"{folder} is quantized ({name}), and such a model is not read layer by layer: give it in bf16"
+            f"{folder} is quantized ({method}), and such a model is not read layer by layer: give it in bf16"
         )
     if not isinstance(dtype, torch.dtype):
         dtype = config.dtype or _stored_dtype(Path(folder))
@@ -95,6 +102,14 @@ def read_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
             f"MODEL must be a local folder or a hub id with a causal language model, got {os.fspath(source)!r}: "
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
+
+
+def quantization_of(config: PreTrainedConfig | None) -> str | None:
+    """By what a model is quantised or packed, as its config says it; None where it is neither."""
+    method = getattr(config, "quantization_config", None)
+    if method is None:
+        return None
+    return str(method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method))
 
 
 def _on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

@@ -15,15 +15,16 @@ from torch import nn
 from moesparse._version import __version__
 from moesparse.calibration.data import Calibration, FromText, Saved
 from moesparse.checkpoints.output import InPlace, Output
-from moesparse.errors import CalibrationError
+from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.models.layers import Layers, LayersInMemory, RunOptions
 from moesparse.models.look import Look
+from moesparse.models.meta import quantization_of
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.removal import check_removal, remove_experts
 from moesparse.pruning.report import Report, expert_sizes
 from moesparse.pruning.weights import prune_weights
 
-__all__ = ["both_steps", "carry_out", "carry_out_in_place", "check_work"]
+__all__ = ["both_steps", "carry_out", "carry_out_in_place", "check_not_quantized", "check_work"]
 
 
 def carry_out(layers: Layers, output: Output, calibration: Calibration, recipe: Recipe, options: RunOptions) -> Report:
@@ -96,14 +97,32 @@ def both_steps(recipe: Recipe, removed: dict[str, Any], pruned: Report) -> Repor
     )
 
 
+def check_not_quantized(config: Any) -> None:
+    """Refuse the config of a model that another method than ours quantised: packed experts are refused elsewhere.
+
+    Raises:
+        UnsupportedModelError: names the method.
+    """
+    from moesparse.packed.quantizer import METHOD
+
+    method = quantization_of(config)
+    if method not in (None, METHOD):
+        raise UnsupportedModelError(
+            f"the model must not be quantised, got one by {method!r}, also where it was loaded as bf16: its config "
+            "would describe the pruned one wrongly; prune a bf16 checkpoint and quantise that"
+        )
+
+
 def check_work(layers: Layers, calibration: Calibration, recipe: Recipe) -> None:
     """Refuse what a recipe cannot do with such a model and such a calibration, before anything is changed.
 
     Raises:
         UsageError: a pattern that does not divide a matrix, experts or a budget that cannot be; named.
-        UnsupportedModelError: experts that cannot be placed or refitted.
+        UnsupportedModelError: experts that cannot be placed or refitted; a model loaded from quantised weights, whose
+            config would describe the result wrongly.
         CalibrationError: there is no text, or none of the sums that it takes.
     """
+    check_not_quantized(getattr(layers.model, "config", None))
     if isinstance(calibration, Saved) and recipe.prunes_weights:
         if recipe.removes_experts:
             raise CalibrationError(

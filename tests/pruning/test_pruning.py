@@ -10,7 +10,7 @@ import torch
 import moesparse
 from moesparse.calibration.recorder import record
 from moesparse.calibration.whole import calibrate
-from moesparse.errors import CalibrationError, MoESparseError, UsageError
+from moesparse.errors import CalibrationError, MoESparseError, UnsupportedModelError, UsageError
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.run import prune
@@ -310,3 +310,13 @@ class TestBadInput:
     def test_windows_of_another_tokenizer(self):
         with pytest.raises(UsageError, match="token ids must lie in"):
             prune(tiny_model("mixtral"), torch.full((2, 8), 10**6), Recipe())
+
+
+def test_a_model_that_was_loaded_from_quantised_weights_is_refused():
+    """MXFP4 comes as bf16 on a CPU, and its config goes on saying MXFP4."""
+    model = tiny_model("mixtral")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.config.quantization_config = {"quant_method": "mxfp4"}
+    with pytest.raises(UnsupportedModelError, match="must not be quantised, got one by 'mxfp4'"):
+        prune(model, None, Recipe(saliency="magnitude", update="none"))
+    assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
