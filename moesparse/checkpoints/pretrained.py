@@ -17,7 +17,7 @@ from moesparse._version import __version__
 from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder, Surplus, say_surplus, surplus
 from moesparse.errors import CheckpointError
 from moesparse.models.keys import checkpoint_tensors
-from moesparse.models.meta import check_layer_counts, read_config
+from moesparse.models.meta import check_causal, check_layer_counts, read_config
 from moesparse.packed.model import packed_blocks, state_in_form
 from moesparse.system.folders import atomic_folder, copy_companions
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
@@ -61,6 +61,7 @@ def load_pretrained(
     elif folder.exists():
         raise CheckpointError(f"MODEL must be a folder or a hub id, got the file {folder}")
     config = read_config(source)
+    check_causal(config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bare_model",
+    "check_causal",
     "check_layer_counts",
     "context_length",
     "meta_model",
@@ -112,14 +113,25 @@ def quantization_of(config: PreTrainedConfig | None) -> str | None:
     return str(method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method))
 
 
-def _on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+def check_causal(config: PreTrainedConfig) -> None:
+    """Refuse what transformers has no causal language model for.
+
+    Raises:
+        UnsupportedModelError: names the type.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
             f"MODEL must be a causal language model of transformers, got one of type {config.model_type!r}, which is "
             "none: a model for images and text as a whole cannot be handled yet"
         )
+
+
+def _on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    check_causal(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 

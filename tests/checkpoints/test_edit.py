@@ -339,3 +339,13 @@ def test_what_was_carried_over_is_read_again(tmp_path):
     before, after = tensors_of(out), tensors_of(tmp_path / "dense")
     assert after.keys() == before.keys() and all(after[name].equal(before[name]) for name in before)
     assert files_of(tmp_path / "packed") == files_of(tmp_path / "dense") == files_of(source)
+
+
+def test_a_model_for_images_is_refused_in_one_sentence(tmp_path):
+    """Not with the names of 200 classes."""
+    source = planted("mixtral", tmp_path / "in")
+    file = source / "config.json"
+    file.write_text(json_with(file.read_text(), {("model_type",): "qwen3_vl_moe"}))
+    for opened in (lambda: LayersOnDisk(source), lambda: load_pretrained(source)):
+        with pytest.raises(UnsupportedModelError, match=r"got one of type 'qwen3_vl_moe', which is none.{0,80}$"):
+            opened()
