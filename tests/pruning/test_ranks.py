@@ -85,6 +85,8 @@ def start(count, work, *arguments, logs):
     started = Job(store)
     for rank in map(str, range(count)):
         environment = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        # a process may be ended before it has opened its own
+        (logs / rank).touch()
         started.append(server.Process(target=child, args=(environment, logs / rank, work, arguments)))
         started[-1].start()
     return started
