@@ -7,7 +7,6 @@ of each folder is in memory, or one other tensor of an odd shape.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder
+from moesparse.checkpoints.edit import CONFIG_KEY, NEXT_TOKEN_LAYERS, SourceFolder
 from moesparse.checkpoints.pretrained import REPORT_FILE
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
+from moesparse.experts.twins import COUNT_KEY, GROUP_KEYS
 from moesparse.models.meta import bare_model, read_config
 from moesparse.packed.experts import META_SUFFIX
 from moesparse.progress import Progress, ProgressEvent, silent
@@ -31,12 +31,6 @@ from moesparse_kernels import NMWeight
 __all__ = ["Comparison", "compare_folders"]
 
 _OURS = ("config.json", "README.md", MANIFEST_FILE, REPORT_FILE)
-
-# what pruning changes in a config.json: counts of experts and of their groups, layers that predict further tokens
-_CHANGED_KEYS = re.compile(
-    r"(?:moe_)?(?:num|n)_(?:local_|routed_|moe_)?experts|n_group|num_expert_group|num_group"
-    r"|num_nextn_predict_layers|mtp_num_hidden_layers"
-)
 
 
 @dataclass
@@ -181,7 +175,8 @@ class _Tensors:
         for path in _differing(self._source.config, self._result.config):
             self._found.config.append(".".join(path))
             ours = path[0] in (CONFIG_KEY, "quantization_config")
-            if not (ours or (pruned and _CHANGED_KEYS.fullmatch(path[-1]))):
+            count = COUNT_KEY.fullmatch(path[-1]) or path[-1] in (*GROUP_KEYS, *NEXT_TOKEN_LAYERS)
+            if not (ours or (pruned and count)):
                 self._found.problems.append(f"{'.'.join(path)} of config.json has another value")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import UnsupportedModelError
+from moesparse.experts.surgery import KEPT_KEY
 from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.models.keys import checkpoint_tensors
 from moesparse.system.json_text import json_with
@@ -25,17 +26,15 @@ from moesparse.system.shards import Shards, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["CONFIG_KEY", "SourceFolder", "Surplus", "say_surplus", "surplus"]
+__all__ = ["CONFIG_KEY", "NEXT_TOKEN_LAYERS", "SourceFolder", "Surplus", "say_surplus", "surplus"]
 
 CONFIG_KEY = "moesparse"
 """Where a checkpoint's config.json says how it was pruned: {"version": ..., "recipe": {...}}."""
 
-_KEPT_KEY = "kept_experts"
-
 _EXPERTS = re.compile(r"\bexperts\b")
 
 # how many layers predict tokens behind the next one: DeepSeek and GLM, Qwen3.5
-_NEXT_TOKEN_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+NEXT_TOKEN_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 # said by the loading of a model, not by its checkpoint
 _NOT_OF_THE_FOLDER = {
@@ -50,12 +49,12 @@ _NOT_OF_THE_FOLDER = {
 }
 
 Surplus = dict[str, list[str]]
-"""Tensors of a source that the model has no place for: "carried" over as they are, or "dropped"."""
+"""Tensors of a source that the model has no place for: "carried" over as they are, "dropped", or "left" out."""
 
 
-def surplus(carried: list[str], dropped: list[str]) -> Surplus:
+def surplus(carried: list[str], dropped: list[str], left: list[str]) -> Surplus:
     """What became of them; empty when there were none."""
-    return {what: names for what, names in (("carried", carried), ("dropped", dropped)) if names}
+    return {what: names for what, names in (("carried", carried), ("dropped", dropped), ("left", left)) if names}
 
 
 def say_surplus(found: Surplus) -> list[str]:
@@ -64,6 +63,7 @@ def say_surplus(found: Surplus) -> list[str]:
     for what, why in (
         ("carried", "carried over as they are, for the model has no place for them"),
         ("dropped", "dropped, for they belong to layers with more experts than the config can say now"),
+        ("left", "left out, for the model was written as transformers writes it, which has no place for them"),
     ):
         names = found.get(what, [])
         if names:
@@ -114,8 +114,8 @@ class SourceFolder:
         Args:
             noted: in the config of the result; None is the model's.
         """
-        now = (noted or getattr(self._model.config, CONFIG_KEY, None) or {}).get(_KEPT_KEY) or {}
-        then = (self._before.get(CONFIG_KEY) or {}).get(_KEPT_KEY) or {}
+        now = (noted or getattr(self._model.config, CONFIG_KEY, None) or {}).get(KEPT_KEY) or {}
+        then = (self._before.get(CONFIG_KEY) or {}).get(KEPT_KEY) or {}
         found: dict[int, list[int]] = {}
         for block in self.blocks:
             if block.name not in now or now[block.name] == then.get(block.name):
@@ -201,7 +201,7 @@ class SourceFolder:
             changes |= {(*where, key): value for key in there or spellings}
         if dropped:
             for where in ((), *((key,) for key, value in held.items() if isinstance(value, dict))):
-                for key in _NEXT_TOKEN_LAYERS:
+                for key in NEXT_TOKEN_LAYERS:
                     if _at(held, where).get(key):
                         changes[(*where, key)] = 0
         noted = getattr(config, CONFIG_KEY, None)

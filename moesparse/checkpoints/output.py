@@ -137,7 +137,7 @@ class IntoFolder:
         copies, dropped = self._others()
         strange = set(self._layers.surplus)
         carried = [name for name in copies.values() if name in strange]
-        return surplus(carried, dropped)
+        return surplus(carried, dropped, [])
 
     def _others(self) -> tuple[dict[str, str], list[str]]:
         held = {key for part in self.run.parts[: len(self._layers)] for key in self.run.read(part).tensors}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import warnings
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 
 from moesparse._version import __version__
 from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder, Surplus, say_surplus, surplus
-from moesparse.errors import CheckpointError
+from moesparse.checkpoints.skeleton import open_skeleton
+from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.models.keys import checkpoint_tensors
 from moesparse.models.meta import check_causal, check_layer_counts, read_config
 from moesparse.packed.model import packed_blocks, state_in_form
-from moesparse.system.folders import atomic_folder, copy_companions
+from moesparse.system.folders import JOURNAL_FILE, atomic_folder, copy_companions
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
-from moesparse.system.run_folder import JOURNAL_FILE
-from moesparse.system.shards import INDEX_FILE, Shards, ShardWriter, TensorSpec, read_json
+from moesparse.system.shards import INDEX_FILE, Shards, read_json, write_shards
 from moesparse.system.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -154,7 +153,8 @@ def save_pretrained(
         max_shard_size: of one safetensors file, as in transformers.
 
     Returns:
-        Tensors of the source that the model has no place for, by what became of them: "carried" over, "dropped".
+        Tensors of the source that the model has no place for, by what became of them: "carried" over, "dropped", or
+        "left" out of what transformers writes.
 
     Raises:
         CheckpointError: the folder holds files or cannot be written, or a file of the source is a link out of it.
@@ -173,6 +173,7 @@ def save_pretrained(
         if edited is None or edited.missing(tensors, edited.kept()):
             with packed_metadata(model, blocks):  # type: ignore[arg-type]
                 model.save_pretrained(work, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
+            found = surplus([], [], _without_place(source))
         else:
             known = {*tensors, *(getattr(model, "all_tied_weights_keys", None) or {})}
             found = _write_edited(work, edited, tensors, known, parse_size(max_shard_size))
@@ -210,16 +211,21 @@ def _write_edited(
     kept = source.kept()
     changed = source.changed(tensors, kept)
     copies, dropped = source.others(changed, kept)
-    specs = [TensorSpec.of(key, tensor.dtype, tensor.shape) for key, tensor in changed.items()]
-    specs += [dataclasses.replace(source.shards.tensors[name], name=key) for key, name in copies.items()]
-    with ShardWriter(folder, specs, max_shard_bytes) as writer:
-        for key, tensor in changed.items():
-            writer.write(key, tensor.cpu())
-        for key, name in copies.items():
-            writer.copy(key, source.shards.chunks(name))
-    writer.write_index()
+    write_shards(folder, changed, max_shard_bytes, (copies, source.shards)).write_index()
     (folder / "config.json").write_text(source.config(dropped=bool(dropped)), encoding="utf-8")
-    return surplus([name for key, name in copies.items() if key not in known], dropped)
+    return surplus([name for key, name in copies.items() if key not in known], dropped, [])
+
+
+def _without_place(source: str | os.PathLike[str] | None) -> list[str]:
+    """Tensors of a folder that its model takes nothing from; none where there is no folder that we can open."""
+    try:
+        skeleton = None if source is None or not Path(source).is_dir() else open_skeleton(source)
+    except (CheckpointError, UnsupportedModelError):
+        return []
+    if skeleton is None:
+        return []
+    taken = {key for target in skeleton.plan.targets.values() for key in target.keys}
+    return [name for name in skeleton.shards.tensors if name not in taken]
 
 
 def note_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
@@ -251,7 +257,8 @@ def write_companions(
     if origin is not None:
         copy_companions(origin, folder, leave=("config.json", REPORT_FILE, MANIFEST_FILE))
     if card is not None:
-        said = "".join(f"\n{sentence}\n" for sentence in say_surplus(surplus))
+        # the card of the step before may have said it
+        said = "".join(f"\n{sentence}\n" for sentence in say_surplus(surplus) if sentence not in card)
         (folder / "README.md").write_text(card + said)
     if report is not None:
         (folder / REPORT_FILE).write_text(json.dumps(report | ({"surplus": surplus} if surplus else {})))

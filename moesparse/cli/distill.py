@@ -198,6 +198,7 @@ class _Run:
         """Load both models; None in every process but the first."""
         from moesparse.checkpoints.card import card_in_form
         from moesparse.checkpoints.edit import CONFIG_KEY
+        from moesparse.checkpoints.hub import local_folder
         from moesparse.checkpoints.pretrained import save_pretrained
         from moesparse.distillation import distill
         from moesparse.distillation.card import distilled_card
@@ -206,8 +207,7 @@ class _Run:
         from moesparse.system.folders import check_output_folder, companions
 
         check_output_folder(self.output)
-        if Path(self.student).is_dir():
-            companions(Path(self.student))
+        companions(local_folder(options.model_source(self.student)))
         state = self.output.with_name(self.output.name + ".state")
         with saying_what_is_left(lambda: _kept_state(state)), progress_bar() as progress:
             student, teacher = WholeModel(self.student), WholeModel(self.teacher)
@@ -233,7 +233,7 @@ class _Run:
         stays_packed = self.packed or any(True for _ in packed_blocks(network))
         card = distilled_card(_card(source), self.teacher, report, *text.ids.shape)
         try:
-            save_pretrained(
+            report.surplus = save_pretrained(
                 network,
                 self.output,
                 tokenizer=student.tokenizer,

@@ -53,18 +53,19 @@ class ModelOnDisk:
 
 
 class WholeModel:
-    """A model that is loaded at once, packed or not.
+    """A model that is loaded at once, packed or not; a hub id is downloaded first.
 
     Attributes:
-        source: what errors call it.
+        source: the folder it lies in.
         network: the model.
         tokenizer: of it, or None.
     """
 
     def __init__(self, name: str) -> None:
+        from moesparse.checkpoints.hub import local_folder
         from moesparse.checkpoints.pretrained import load_pretrained
 
-        self.source = model_source(name)
+        self.source = str(local_folder(model_source(name)))
         self.network, self.tokenizer = load_pretrained(self.source)
 
     def read(self, text: TextOptions, progress: Progress = silent) -> CalibrationText:

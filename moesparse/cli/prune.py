@@ -240,8 +240,8 @@ class _Run:
 
     def on_whole_model(self) -> Report | None:
         """Load the model, prune it and save it; or only show how a number of bytes would be met."""
+        from moesparse.checkpoints.hub import local_folder
         from moesparse.checkpoints.pretrained import save_pretrained
-        from moesparse.cli.options import model_source
         from moesparse.models.layers import RunOptions
         from moesparse.models.meta import read_config
         from moesparse.pruning.card import model_card
@@ -253,9 +253,9 @@ class _Run:
 
         saved = _load_statistics(self.statistics, self.seed) if self.statistics else None
         check_output_folder(self.out)
-        if Path(self.model).is_dir():
-            companions(Path(self.model))
-        check_not_quantized(read_config(model_source(self.model)))
+        folder = local_folder(options.model_source(self.model))
+        companions(folder)
+        check_not_quantized(read_config(folder))
         with at_work(self.out, lambda: "", self.text.device, whole=True) as progress:
             model = WholeModel(self.model)
             found = model.read(self.text, progress) if self.reads else None

@@ -191,6 +191,10 @@ def _duration(seconds: float) -> str:
 
 def show_distilled(report: DistillReport, output: Path) -> None:
     """How the losses fell, what it took, and what to do next."""
+    from moesparse.checkpoints.edit import say_surplus
+
+    for sentence in say_surplus(report.surplus):
+        console.print(sentence, highlight=False, soft_wrap=True)
     rows = report.rows
     for text in report.warnings:
         console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)

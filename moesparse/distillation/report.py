@@ -34,6 +34,7 @@ class DistillReport:
         weights: of the expert matrices.
         seconds: of the run, of this process.
         peak_bytes: of memory.
+        surplus: tensors of the student's folder that the model has no place for, by what became of them.
     """
 
     mode: str
@@ -45,6 +46,7 @@ class DistillReport:
     weights: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
+    surplus: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(

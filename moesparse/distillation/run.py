@@ -264,6 +264,7 @@ def distill_checkpoint(
             log.close()
         zeros = sum(before for before, _ in found), sum(after for _, after in found)
         report = DistillReport.of("blockwise", numbers, log, pairs, None, zeros, time.perf_counter() - started)
+        report.surplus = output.surplus()
         noted = getattr(ours.model.config, CONFIG_KEY, None) or {}
         recipe = {**(noted.get("recipe") or {}), "distillation": report.summary(len(text.ids))}
         text_of_card = None if card is None else card(report)

@@ -19,6 +19,7 @@ from moesparse.errors import UnsupportedModelError
 from moesparse.models.blocks import MoEBlock
 
 __all__ = [
+    "COUNT_KEY",
     "GROUP_KEYS",
     "Cut",
     "Setting",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 # num_experts, num_local_experts, n_routed_experts, moe_num_experts: never num_experts_per_tok or n_shared_experts.
-_COUNT_KEY = re.compile(r"(?:moe_)?(?:num|n)_(?:local_|routed_|moe_)?experts")
+COUNT_KEY = re.compile(r"(?:moe_)?(?:num|n)_(?:local_|routed_|moe_)?experts")
 GROUP_KEYS = ("n_group", "num_expert_group", "num_group")
 
 # A table token id -> expert ids: values are experts, no dimension is.
@@ -86,7 +87,7 @@ def config_settings(model: nn.Module, counts: dict[int, int], groups: dict[int, 
     for path, config in _configs(model):
         for key, value in list(vars(config).items()):
             new = value
-            if _COUNT_KEY.fullmatch(key):
+            if COUNT_KEY.fullmatch(key):
                 new = _mapped(value, counts)
             elif key in GROUP_KEYS:
                 new = _mapped(value, groups)

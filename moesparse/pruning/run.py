@@ -34,9 +34,9 @@ from moesparse.pruning.plan import plan_run
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import Report
 from moesparse.pruning.to_budget import prune_to_budget
-from moesparse.system.folders import check_output_folder
+from moesparse.system.folders import JOURNAL_FILE, check_output_folder
 from moesparse.system.processes import device_at_work
-from moesparse.system.run_folder import JOURNAL_FILE, check_inputs, what_is_kept
+from moesparse.system.run_folder import check_inputs, what_is_kept
 from moesparse.system.shards import read_json
 
 if TYPE_CHECKING:

@@ -13,7 +13,18 @@ from pathlib import Path
 
 from moesparse.errors import CheckpointError
 
-__all__ = ["atomic_folder", "check_output_folder", "check_writable", "companions", "copy_companions", "flush"]
+__all__ = [
+    "JOURNAL_FILE",
+    "atomic_folder",
+    "check_output_folder",
+    "check_writable",
+    "companions",
+    "copy_companions",
+    "flush",
+]
+
+JOURNAL_FILE = "moesparse_journal.json"
+"""In a folder that a run has not finished, see moesparse.system.run_folder."""
 
 _PARTIAL = ".partial"
 
@@ -123,7 +134,8 @@ def flush(path: Path) -> None:
 def companions(source: Path) -> list[Path]:
     """What lies beside the weights of a checkpoint: tokenizer, chat templates, processors, code, licence, settings.
 
-    Weights of any format are left out, and what git and the hub keep for themselves.
+    Left out are weights of any format, what git and the hub keep for themselves, and folders that are checkpoints of
+    their own, finished or not: a result may lie in the folder that it is made of.
 
     Returns:
         Paths within the folder, sorted.
@@ -137,7 +149,7 @@ def companions(source: Path) -> list[Path]:
         inside.append(inside[0].parent.parent / "blobs")
     found = []
     for folder, folders, files in os.walk(source):
-        folders[:] = [name for name in folders if name not in _NOT_OF_THE_CHECKPOINT]
+        folders[:] = [name for name in folders if not _is_apart(Path(folder, name))]
         for file in (Path(folder, name) for name in files):
             if not file.is_file() or file.name.endswith(_WEIGHT_SUFFIXES):
                 continue
@@ -147,6 +159,12 @@ def companions(source: Path) -> list[Path]:
                 )
             found.append(file.relative_to(source))
     return sorted(found)
+
+
+def _is_apart(folder: Path) -> bool:
+    """A folder within a checkpoint that is no part of it."""
+    made_here = any((folder / name).exists() for name in ("config.json", JOURNAL_FILE))
+    return made_here or folder.name in _NOT_OF_THE_CHECKPOINT or folder.name.endswith(_PARTIAL)
 
 
 def copy_companions(source: Path, folder: Path, leave: Collection[str]) -> None:

@@ -25,15 +25,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from moesparse.errors import CheckpointError, MoESparseError, UsageError
-from moesparse.system.folders import check_output_folder, flush
+from moesparse.system.folders import JOURNAL_FILE, check_output_folder, flush
 from moesparse.system.manifest import file_hash, write_manifest_entries
 from moesparse.system.processes import Processes
-from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, ShardWriter, TensorSpec, read_json
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json, write_shards
 
-__all__ = ["JOURNAL_FILE", "Part", "RunFolder", "check_inputs", "check_run_folder", "claimed", "locked", "what_is_kept"]
-
-JOURNAL_FILE = "moesparse_journal.json"
-"""In a folder that a run has not finished, see moesparse.system.run_folder."""
+__all__ = ["Part", "RunFolder", "check_inputs", "check_run_folder", "claimed", "locked", "what_is_kept"]
 
 _LOCK_FILE = ".moesparse.lock"
 _FORMAT = 1
@@ -167,10 +164,7 @@ class RunFolder:
             aside: it is no part of the checkpoint; it goes when that is made.
             copies: key in the checkpoint -> name in other shards, of tensors to be copied as bytes; and those shards.
         """
-        names, shards = copies or ({}, None)
-        part = self._processes.from_first(
-            lambda: self._write(name, tensors, note, max_shard_bytes, aside, names, shards)
-        )
+        part = self._processes.from_first(lambda: self._write(name, tensors, note, max_shard_bytes, aside, copies))
         self._journal.parts.append(part)
         return part
 
@@ -181,22 +175,14 @@ class RunFolder:
         note: Any,
         max_shard_bytes: int,
         aside: bool,
-        copies: Mapping[str, str],
-        source: Shards | None,
+        copies: tuple[Mapping[str, str], Shards] | None,
     ) -> Part:
         work, home = self.path / f"{name}.partial", self.path / name
         # by a run that was stopped before it noted the part
         for left in (work, home):
             shutil.rmtree(left, ignore_errors=True)
         work.mkdir()
-        specs = [TensorSpec.of(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
-        copied = [] if source is None else [(key, source, other) for key, other in copies.items()]
-        specs += [dataclasses.replace(shards.tensors[other], name=key) for key, shards, other in copied]
-        with ShardWriter(work, specs, max_shard_bytes) as writer:
-            for key, tensor in tensors.items():
-                writer.write(key, tensor.cpu())
-            for key, shards, other in copied:
-                writer.copy(key, shards.chunks(other))
+        writer = write_shards(work, tensors, max_shard_bytes, copies)
         files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in writer.files}
         flush(work)
         os.replace(work, home)

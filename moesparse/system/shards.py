@@ -9,6 +9,7 @@ comes, which is what keeps a model out of memory.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -35,6 +36,7 @@ __all__ = [
     "read_json",
     "read_weight_map",
     "reading",
+    "write_shards",
 ]
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -492,3 +494,32 @@ class ShardWriter:
             weight_map: Mapping[str, str] = {name: info.file.name for name, info in sorted(self._places.items())}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int,
+    copies: tuple[Mapping[str, str], Shards] | None = None,
+) -> ShardWriter:
+    """Write tensors one after the other, without an index.
+
+    Args:
+        folder: to write to.
+        tensors: name -> tensor on any device, strided in any way.
+        max_shard_bytes: of one file.
+        copies: name -> name in other shards, of tensors to be copied as bytes behind those; and those shards.
+
+    Returns:
+        The writer, finished.
+    """
+    names, source = copies or ({}, None)
+    copied = [(name, source.tensors[other], source) for name, other in names.items() if source is not None]
+    specs = [TensorSpec.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    specs += [dataclasses.replace(info, name=name) for name, info, _ in copied]
+    with ShardWriter(folder, specs, max_shard_bytes) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.cpu())
+        for name, info, shards in copied:
+            writer.copy(name, shards.chunks(info.name))
+    return writer

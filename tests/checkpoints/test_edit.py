@@ -349,3 +349,31 @@ def test_a_model_for_images_is_refused_in_one_sentence(tmp_path):
     for opened in (lambda: LayersOnDisk(source), lambda: load_pretrained(source)):
         with pytest.raises(UnsupportedModelError, match=r"got one of type 'qwen3_vl_moe', which is none.{0,80}$"):
             opened()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_result_within_its_source_holds_no_other_result(whole, tmp_path):
+    """Checkpoints that lie in a folder of the source, finished or not, are no files of it."""
+    source = planted("mixtral", tmp_path / "in")
+    recipe = moesparse.Recipe(saliency="magnitude", update="none")
+    (source / "stopped").mkdir()
+    (source / "stopped" / "moesparse_journal.json").write_text("{}")
+    prune(source, source / "first", recipe, whole, None)
+    prune(source, source / "second", recipe, whole, None)
+    own = {name for name in files_of(source) if not name.startswith(("first", "second", "stopped"))}
+    assert set(files_of(source / "second")) == set(files_of(source / "first")) == own
+
+
+def test_what_transformers_leaves_out_is_named(tmp_path):
+    """Packed in memory, a model is written as transformers writes it: without what it does not know."""
+    source = planted("qwen3_moe", tmp_path / "in")
+    model, _ = load_whole(source)
+    report = moesparse.prune(model, None, moesparse.Recipe(saliency="magnitude", update="none"))
+    noted = {"report": report.to_dict(), "card": "# a card\n"}
+    left = save_pretrained(model, tmp_path / "out", packed=True, source=source, **noted)["left"]
+    known = tensors_of(tmp_path / "out").keys()
+    assert set(left) == {name for name in tensors_of(source) if name not in known}
+    assert {"reward_head.weight", "model.rotary_emb.inv_freq"} <= set(left)
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["surplus"] == {"left": left}
+    assert "left out" in (tmp_path / "out" / "README.md").read_text()
+    assert files_of(tmp_path / "out") == files_of(source)

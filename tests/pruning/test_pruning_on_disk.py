@@ -15,7 +15,7 @@ from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import silent
 from moesparse.pruning.plan import plan_pruning
 from moesparse.pruning.run import prune_checkpoint
-from moesparse.system.run_folder import JOURNAL_FILE
+from moesparse.system.folders import JOURNAL_FILE
 from moesparse.testing import tiny_model
 
 RECIPE = Recipe(weights="2:4", saliency="gated-sparsegpt", update="least-squares+rescale")

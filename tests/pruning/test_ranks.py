@@ -26,8 +26,9 @@ from moesparse.calibration.whole import calibrate
 from moesparse.cli import main
 from moesparse.errors import CalibrationError, ProcessError, UsageError
 from moesparse.pruning.run import prune_checkpoint
+from moesparse.system.folders import JOURNAL_FILE
 from moesparse.system.processes import Processes, join
-from moesparse.system.run_folder import JOURNAL_FILE, RunFolder
+from moesparse.system.run_folder import RunFolder
 from moesparse.testing import tiny_model
 from moesparse.weights.mask_rules import choose_masks
 

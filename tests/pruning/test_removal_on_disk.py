@@ -14,7 +14,7 @@ from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
 from moesparse.pruning.run import prune_checkpoint
-from moesparse.system.run_folder import JOURNAL_FILE
+from moesparse.system.folders import JOURNAL_FILE
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from moesparse import Recipe
 from moesparse.errors import CalibrationError, CheckpointError
 from moesparse.pruning.run import prune_checkpoint
-from moesparse.system.run_folder import JOURNAL_FILE
+from moesparse.system.folders import JOURNAL_FILE
 from moesparse.testing import tiny_model
 
 RECIPE = Recipe(weights="2:4", saliency="gated-sparsegpt", update="least-squares+rescale")
