@@ -196,6 +196,12 @@ def show_distilled(report: DistillReport, output: Path) -> None:
     for sentence in say_surplus(report.surplus):
         console.print(sentence, highlight=False, soft_wrap=True)
     rows = report.rows
+    if report.expert_weight == 0 and report.settings["expert_weight"] is None:
+        console.print(
+            "the experts that are left give what the teacher's give: lambda 0, the text alone trains them",
+            highlight=False,
+            soft_wrap=True,
+        )
     for text in report.warnings:
         console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
     if report.mode == "global":

@@ -15,7 +15,18 @@ from moesparse.experts.surgery import KEPT_KEY
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.weights.patterns import Pattern, check_mask
 
-__all__ = ["Pair", "check_pair", "check_pattern", "is_pruned", "match", "pair_blocks", "refuse_dense", "stated_pattern"]
+__all__ = [
+    "Pair",
+    "check_pair",
+    "check_pattern",
+    "differs",
+    "is_pruned",
+    "match",
+    "pair_blocks",
+    "refuse_dense",
+    "refuse_equal",
+    "stated_pattern",
+]
 
 # exact zeros are rare in a trained weight; a pruned one has far more
 _DENSE_ZEROS = 0.01
@@ -86,6 +97,15 @@ def refuse_dense(pruned: Iterable[bool]) -> None:
     if not any(pruned):
         raise MoESparseError(
             "student must be pruned, got all of the teacher's experts and no zeros in them: prune it first"
+        )
+
+
+def refuse_equal(different: Iterable[bool]) -> None:
+    """MoESparseError when the experts of no block of a student that trains block by block differ from the teacher's."""
+    if not any(different):
+        raise MoESparseError(
+            "student's experts must differ from the teacher's to learn block by block, got the teacher's own, of which "
+            "some were removed: mode='global' (--mode global) trains them on the text"
         )
 
 
@@ -160,3 +180,12 @@ def is_pruned(pair: Pair) -> bool:
     if pair.student.num_experts < pair.teacher.num_experts:
         return True
     return any((m.weight == 0).float().mean() > _DENSE_ZEROS for m in pair.student.matrices)
+
+
+def differs(pair: Pair) -> bool:
+    """Whether an expert of the student's block has other weights than the teacher's expert that it was."""
+    return any(
+        not ours.weight[new].equal(theirs.weight[old].to(ours.weight.device))
+        for ours, theirs in zip(pair.student.matrices, pair.teacher.matrices, strict=True)
+        for new, old in enumerate(_kept_ids(pair))
+    )

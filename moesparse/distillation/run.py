@@ -23,10 +23,12 @@ from moesparse.distillation.log import TrainingLog
 from moesparse.distillation.matching import (
     check_pair,
     check_pattern,
+    differs,
     is_pruned,
     match,
     pair_blocks,
     refuse_dense,
+    refuse_equal,
     stated_pattern,
 )
 from moesparse.distillation.report import DistillReport, count_zeros
@@ -113,6 +115,8 @@ def distill(
         unpack(student)
     try:
         pairs = match(student, teacher)
+        if mode == "blockwise":
+            refuse_equal(differs(pair) for pair in pairs)
         key = {
             "student": model_fingerprint(student),
             "teacher": model_fingerprint(teacher),
@@ -243,7 +247,7 @@ def distill_checkpoint(
         "settings": numbers.to_dict(),
     }
     by_name = {pair.teacher.name: pair for pair in pairs}
-    pattern, pruned = stated_pattern(ours.model), list[bool]()
+    pattern, pruned, different = stated_pattern(ours.model), list[bool](), list[bool]()
 
     def inspect(position: int) -> None:
         progress(ProgressEvent("check", position, len(theirs), "layer"))
@@ -251,10 +255,12 @@ def distill_checkpoint(
             for pair in (by_name[block.name] for block in theirs.blocks_at(position)):
                 check_pair(pair, pattern)
                 pruned.append(is_pruned(pair))
+                different.append(differs(pair))
 
     with IntoFolder.open(out, ours, inputs, options) as output:
         stream = theirs.stream(text.ids, text.mask, options, inspect)
         refuse_dense(pruned)
+        refuse_equal(different)
         rows = [row for note in output.notes for row in note["rows"]]
         log = TrainingLog(progress, numbers.steps(len(text.ids)) * len(pairs), logs, rows)
         reset_peak_memory()

@@ -71,7 +71,7 @@ def train_whole(
         lambda, the weight of the expert loss, as it was used.
 
     Raises:
-        MoESparseError: a loss that is not finite; experts that give what the teacher's give.
+        MoESparseError: a loss that is not finite; a student that gives what the teacher gives.
     """
     resumed = file.state if file is not None else None
     cached = None
@@ -108,6 +108,7 @@ def train_whole(
             weight = float(resumed["expert_weight"])
         else:
             weight = _balance(losses, settings, len(ids), processes)
+        losses.on_experts = weight != 0
         last = settings.steps(len(ids))
         while trainer.step_number < last:
             row = _step(trainer, losses, weight, settings, len(ids), processes)
@@ -146,6 +147,7 @@ class _Losses:
 
     Attributes:
         parts: their names: "ce", "experts", and "kl" where the teacher's logits count.
+        on_experts: that of the experts is computed; it is 0 where not.
     """
 
     def __init__(
@@ -159,16 +161,16 @@ class _Losses:
         settings: Settings,
     ) -> None:
         self._share = settings.logit_share
-        self._on_experts = settings.expert_weight != 0
+        self.on_experts = settings.expert_weight != 0
         self.parts = ("ce", "experts", "kl")[: 3 if self._share else 2]
         self._model, self._functions, self._source = model, functions, source
         self._ids, self._mask, self._device = ids, mask, device
 
     def __call__(self, numbers: Tensor) -> Tensor:
         """[parts] float32, for the windows `numbers` [m]."""
-        if self._on_experts or self._share:
+        if self.on_experts or self._share:
             found = self._source(numbers)
-        if self._on_experts:
+        if self.on_experts:
             for function, routed in zip(self._functions, found, strict=True):
                 function.target = Routed(*(tensor.to(self._device) for tensor in vars(routed).values()))
         ids = self._ids[numbers].to(self._device)
@@ -203,6 +205,12 @@ class _Losses:
         """() what lambda is balanced against: CE and KL by their shares."""
         return torch.lerp(parts[0], parts[2], self._share) if self._share else parts[0]
 
+    @property
+    def experts_are_gone(self) -> bool:
+        """Whether the teacher has experts that the student has no longer."""
+        pairs = [function.pair for function in self._functions]
+        return any(pair.student.num_experts < pair.teacher.num_experts for pair in pairs)
+
     def release(self) -> None:
         """Drop what the last forward held; checkpointed layers need it until their backward is done."""
         for function in self._functions:
@@ -211,7 +219,10 @@ class _Losses:
 
 @torch.no_grad()
 def _balance(losses: _Losses, settings: Settings, windows: int, processes: TrainingProcesses) -> float:
-    """lambda: as asked for, or what makes both parts of the loss equal at step 0."""
+    """lambda: as asked for, or what makes both parts of the loss equal at step 0.
+
+    It is 0 where the experts that a removal left give what the teacher's give: the text alone tells what is missing.
+    """
     if settings.expert_weight is not None:
         return settings.expert_weight
     forwards = processes.share(windows_of_step(0, windows, settings).split(settings.micro_batch))
@@ -219,11 +230,13 @@ def _balance(losses: _Losses, settings: Settings, windows: int, processes: Train
     losses.release()
     means = processes.mean(parts)
     experts = float(means[1])
-    if experts <= 0:
-        raise MoESparseError(
-            "student must differ from the teacher, got experts that give the same outputs: there is nothing to win back"
-        )
-    return float(losses.text(means)) / experts
+    if experts > 0:
+        return float(losses.text(means)) / experts
+    if losses.experts_are_gone:
+        return 0.0
+    raise MoESparseError(
+        "student must differ from the teacher, got experts that give the same outputs: there is nothing to win back"
+    )
 
 
 def _checkpointed(layers: nn.ModuleList) -> AbstractContextManager[None]:

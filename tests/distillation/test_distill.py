@@ -274,6 +274,32 @@ def test_all_weights_train_and_zeros_of_the_experts_stay(family):
     assert report.zeros[0] == report.zeros[1]
 
 
+def removed(kept=(0, 2, 3, 5, 6)):
+    """A student with fewer experts, each with the teacher's weights."""
+    student = tiny_model("mixtral")
+    remove_experts(student, [list(kept)] * 2)
+    return student
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_what_a_removal_costs_is_won_back_on_the_text(share):
+    """Experts without a refit give what the teacher's give: their loss has no weight, and is not computed."""
+    teacher, student = tiny_model("mixtral"), removed()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    settings = dataclasses.replace(FAST, logit_share=share, epochs=6)
+    report = distill(student, teacher, windows(), settings=settings)
+    assert report.expert_weight == 0 and {row["experts"] for row in report.rows} == {0}
+    name = "kl" if share else "ce"
+    assert report.rows[-1][name] < 0.9 * report.rows[0][name]
+    changed = {name for name, tensor in student.state_dict().items() if not tensor.equal(before[name])}
+    assert changed == expert_names(student)
+    # it is what asking for no expert loss gives
+    again = removed()
+    same = distill(again, teacher, windows(), settings=dataclasses.replace(settings, expert_weight=0.0))
+    assert same.rows == report.rows
+    assert all(tensor.equal(again.state_dict()[name]) for name, tensor in student.state_dict().items())
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_blockwise_trains_every_block_on_the_teachers_tokens(family):
     student, teacher, ids = student_of(family), tiny_model(family), windows()
@@ -422,6 +448,15 @@ class TestRefusals:
             MoESparseError, match=r"layers\.1\.mlp\.experts: .* 0 1 2 9, of which 9 is none of the teach"
         ):
             match(student, tiny_model("mixtral"))
+
+    def test_experts_that_are_the_teachers_own_learn_nothing_block_by_block(self):
+        student, teacher = removed(), tiny_model("mixtral")
+        with pytest.raises(MoESparseError, match=r"student's experts must differ .* mode='global' \(--mode global\)"):
+            distill(student, teacher, windows(), "blockwise")
+        # one weight of one expert is enough
+        with torch.no_grad():
+            find_moe_blocks(student)[1].matrices[1].parameter[2, 0, 0] += 1
+        distill(student, teacher, windows(), "blockwise", settings=FAST)
 
     def test_nothing_to_win_back(self):
         teacher = student_of()
