@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moesparse.checkpoints.edit import CONFIG_KEY, NEXT_TOKEN_LAYERS, SourceFolder
-from moesparse.checkpoints.pretrained import REPORT_FILE
+from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
 from moesparse.experts.twins import COUNT_KEY, GROUP_KEYS
 from moesparse.models.meta import bare_model, read_config
@@ -98,10 +98,10 @@ class _Tensors:
         config = read_config(source.folder)
         self._edit = SourceFolder(source.folder, bare_model(source.folder), config, source.shards)
         self._kept = self._edit.kept(result.config.get(CONFIG_KEY))
-        recipe = result.recipe or {}
-        trained = recipe.get("distillation") or {}
-        self._updates = bool(trained) or recipe.get("update", "none") != "none"
-        self._trains_all = trained.get("train") == "all"
+        steps = [*result.earlier, result.recipe or {}]
+        trained = [step["distillation"] for step in steps if step.get("distillation")]
+        self._updates = bool(trained) or any(step.get("update", "none") != "none" for step in steps)
+        self._trains_all = any(each.get("train") == "all" for each in trained)
         self._parts, self._parts_before = (
             {key: matrix for block in each.blocks for matrix in each.matrices(block) for key in matrix.keys}
             for each in (result, source)

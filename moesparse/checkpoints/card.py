@@ -21,6 +21,11 @@ are unchanged{router}. Plain transformers loads the folder{zeros}.
 """
 
 
+def is_packed_form(card: str) -> bool:
+    """Whether a card says that the weights beside it are packed."""
+    return STORED_PACKED in card
+
+
 def card_in_form(card: str, packed: bool) -> str:
     """A card that `model_card` wrote, for a checkpoint that was packed or unpacked; other cards stay the same."""
     return card.replace(STORED_DENSE, STORED_PACKED) if packed else card.replace(STORED_PACKED, STORED_DENSE)

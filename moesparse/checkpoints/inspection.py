@@ -64,6 +64,7 @@ class Inspection:
         expert_bytes, other_bytes: on the disk.
         dense_expert_bytes: of the experts if all were dense.
         recipe: how config.json says the model was pruned, or None.
+        earlier: the recipes of the commands before the last one.
         verified: what --verify looked at, and how much of it; None without --verify.
         problems: what is off, one sentence each.
     """
@@ -76,6 +77,7 @@ class Inspection:
     dense_expert_bytes: int = 0
     other_bytes: int = 0
     recipe: dict[str, Any] | None = None
+    earlier: list[dict[str, Any]] = field(default_factory=list)
     verified: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -101,7 +103,8 @@ def inspect_folder(folder: str | os.PathLike[str], *, verify: bool = False, prog
         UnsupportedModelError: a model without experts that fit.
     """
     skeleton = open_skeleton(folder)
-    result = Inspection("packed" if skeleton.packing and skeleton.packing.blocks else "dense", recipe=skeleton.recipe)
+    form = "packed" if skeleton.packing and skeleton.packing.blocks else "dense"
+    result = Inspection(form, recipe=skeleton.recipe, earlier=skeleton.earlier)
     index_bytes = 0
     total = sum(len(block.matrices) for block in skeleton.blocks)
     progress(ProgressEvent("inspect", 0, total, "matrix"))

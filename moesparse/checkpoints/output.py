@@ -161,10 +161,8 @@ class IntoFolder:
         """
 
         def write_others(folder: Path) -> None:
-            note_recipe(self._layers.model, recipe)
-            # a step before may have dropped some
-            found = {**(report or {}).get("surplus", {}), **self.surplus()}
-            beside: dict[str, Any] = {"card": card, "report": report, "surplus": found}
+            note_recipe(self._layers.model, recipe, report)
+            beside: dict[str, Any] = {"card": card, "report": report, "surplus": self.surplus()}
             write_companions(folder, tokenizer=tokenizer, source=self._layers.folder, **beside)
             (folder / "config.json").write_text(self._source.config(dropped=bool(dropped)), encoding="utf-8")
 

@@ -14,6 +14,15 @@ from torch import Tensor, nn
 
 from moesparse._version import __version__
 from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder, Surplus, say_surplus, surplus
+from moesparse.checkpoints.history import (
+    EARLIER,
+    REPORT_FILE,
+    card_after,
+    following,
+    joined_surplus,
+    noted_with,
+    read_report,
+)
 from moesparse.checkpoints.skeleton import open_skeleton
 from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.models.keys import checkpoint_tensors
@@ -27,9 +36,6 @@ from moesparse.system.sizes import parse_size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-REPORT_FILE = "moesparse_report.json"
-"""In a pruned checkpoint: the report of the run, as `moesparse.pruning.report.Report.to_dict` gives it."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -163,8 +169,10 @@ def save_pretrained(
     """
     from moesparse.packed.quantizer import packed_metadata
 
+    if report is not None and source is not None:
+        report = following(read_report(source), report)
     if recipe is not None:
-        note_recipe(model, recipe)
+        note_recipe(model, recipe, report)
     found: Surplus = {}
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
@@ -228,11 +236,11 @@ def _without_place(source: str | os.PathLike[str] | None) -> list[str]:
     return [name for name in skeleton.shards.tensors if name not in taken]
 
 
-def note_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
-    """Say in the model's config how it was pruned."""
+def note_recipe(model: nn.Module, recipe: dict[str, Any], report: dict[str, Any] | None) -> None:
+    """Say in the model's config how it was pruned: by this recipe, and by those that it names already."""
     # removing experts noted there which ones are left
     noted = getattr(model.config, CONFIG_KEY, None) or {}
-    setattr(model.config, CONFIG_KEY, {**noted, "version": __version__, "recipe": recipe})
+    setattr(model.config, CONFIG_KEY, noted_with(noted, recipe, report, __version__))
 
 
 def write_companions(
@@ -246,7 +254,8 @@ def write_companions(
 ) -> None:
     """Write what stands beside weights and config in a checkpoint; the arguments are those of `save_pretrained`.
 
-    Report and card name the tensors that the model has no place for.
+    Report and card name the tensors that the model has no place for. Where the report is of several steps, the card of
+    the source stands behind the last one's.
     """
     origin = Path(source) if source is not None and Path(source).is_dir() else None
     if tokenizer is not None and not (origin and any((origin / name).is_file() for name in _TOKENIZER_FILES)):
@@ -256,9 +265,12 @@ def write_companions(
             raise error if isinstance(error, OSError) else OSError(f"the tokenizer: {error}") from error
     if origin is not None:
         copy_companions(origin, folder, leave=("config.json", REPORT_FILE, MANIFEST_FILE))
+    found = joined_surplus((report or {}).get("surplus"), surplus)
     if card is not None:
+        if report is not None and report.get(EARLIER) and origin is not None and (origin / "README.md").is_file():
+            card = card_after(card, (origin / "README.md").read_text(errors="replace"))
         # the card of the step before may have said it
-        said = "".join(f"\n{sentence}\n" for sentence in say_surplus(surplus) if sentence not in card)
+        said = "".join(f"\n{sentence}\n" for sentence in say_surplus(found) if sentence not in card)
         (folder / "README.md").write_text(card + said)
     if report is not None:
-        (folder / REPORT_FILE).write_text(json.dumps(report | ({"surplus": surplus} if surplus else {})))
+        (folder / REPORT_FILE).write_text(json.dumps(report | ({"surplus": found} if found else {})))

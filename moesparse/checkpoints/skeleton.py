@@ -111,9 +111,19 @@ class Skeleton:
     @property
     def recipe(self) -> dict[str, Any] | None:
         """How config.json says the model was pruned."""
-        noted = self.config.get("moesparse")
-        recipe = noted.get("recipe") if isinstance(noted, dict) else None
+        recipe = self._noted.get("recipe")
         return recipe if isinstance(recipe, dict) else None
+
+    @property
+    def earlier(self) -> list[dict[str, Any]]:
+        """The recipes of the commands before the last one, as config.json says them."""
+        found = self._noted.get("earlier")
+        return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+    @property
+    def _noted(self) -> dict[str, Any]:
+        noted = self.config.get("moesparse")
+        return noted if isinstance(noted, dict) else {}
 
     def matrices(self, block: MoEBlock) -> list[StoredMatrix]:
         """The matrices of a block.

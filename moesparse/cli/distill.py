@@ -241,7 +241,7 @@ class _Run:
                 recipe={**(noted.get("recipe") or {}), "distillation": report.summary(len(text.ids))},
                 packed=stays_packed,
                 card=card_in_form(card, stays_packed),
-                report=report.beside(source),
+                report=report.beside(source, len(text.ids)),
             )
         except CheckpointError as error:
             kept = f"The trained state is kept in {state}: make room and run the same again with --resume"

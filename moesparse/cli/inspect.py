@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -96,12 +96,18 @@ def _show(result: Inspection) -> None:
         soft_wrap=True,
     )
     if result.recipe is not None:
-        out.print("pruned by " + ", ".join(f"{key}={value}" for key, value in result.recipe.items()), soft_wrap=True)
+        out.print("pruned by " + _in_words(result.recipe), soft_wrap=True)
+    for number, recipe in enumerate(result.earlier, start=1):
+        out.print(f"step {number} before: {_in_words(recipe)}", soft_wrap=True)
     if result.verified is not None:
         verdict = "looked at, and not all of it holds" if result.problems else "verified"
         out.print(
             f"{verdict}: " + ", ".join(f"{key} {value}" for key, value in result.verified.items()), soft_wrap=True
         )
+
+
+def _in_words(recipe: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in recipe.items())
 
 
 def _show_compared(found: Comparison) -> None:

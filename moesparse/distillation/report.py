@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from moesparse.checkpoints.pretrained import REPORT_FILE
+from moesparse.checkpoints.history import EARLIER, read_report
 from moesparse.distillation.log import TrainingLog
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
@@ -79,10 +77,19 @@ class DistillReport:
         """What config.json says of it beside the recipe of the pruning."""
         return {"mode": self.mode, **self.settings, "windows": windows}
 
-    def beside(self, student: str | os.PathLike[str]) -> dict[str, Any] | None:
-        """The pruning's report in the student's folder with this one as "distillation"; None where there is none."""
-        file = Path(student) / REPORT_FILE
-        return json.loads(file.read_text()) | {"distillation": self.to_dict()} if file.is_file() else None
+    def beside(self, student: str | os.PathLike[str], windows: int) -> dict[str, Any] | None:
+        """The pruning's report in the student's folder with this one as "distillation"; None where there is none.
+
+        Of a student that was distilled before, that report stays among those of the steps before.
+        """
+        held = read_report(student)
+        if held is None:
+            return None
+        earlier = held.pop(EARLIER, [])
+        if "distillation" in held:
+            earlier = [*earlier, dict(held)]
+        recipe = {**(held.get("recipe") or {}), "distillation": self.summary(windows)}
+        return held | {"recipe": recipe, "distillation": self.to_dict(), EARLIER: earlier}
 
 
 def count_zeros(pairs: Sequence[Pair]) -> int:

@@ -274,5 +274,5 @@ def distill_checkpoint(
         noted = getattr(ours.model.config, CONFIG_KEY, None) or {}
         recipe = {**(noted.get("recipe") or {}), "distillation": report.summary(len(text.ids))}
         text_of_card = None if card is None else card(report)
-        output.finish(recipe, tokenizer=tokenizer, card=text_of_card, report=report.beside(ours.folder))
+        output.finish(recipe, tokenizer=tokenizer, card=text_of_card, report=report.beside(ours.folder, len(text.ids)))
     return report

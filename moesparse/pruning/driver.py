@@ -14,6 +14,7 @@ from torch import nn
 
 from moesparse._version import __version__
 from moesparse.calibration.data import Calibration, FromText, Saved
+from moesparse.checkpoints.history import following
 from moesparse.checkpoints.output import InPlace, Output
 from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.models.layers import Layers, LayersInMemory, RunOptions
@@ -86,15 +87,9 @@ def both_steps(recipe: Recipe, removed: dict[str, Any], pruned: Report) -> Repor
         removed: `Report.to_dict` of the removal.
         pruned: of the weights that are left.
     """
-    return dataclasses.replace(
-        pruned,
-        recipe=recipe.to_dict(),
-        seconds=pruned.seconds + removed["seconds"],
-        experts=removed["experts"],
-        fingerprint=removed["fingerprint"],
-        sizes={"before": removed["sizes"]["before"], "after": pruned.sizes["after"]},
-        surplus={**removed["surplus"], **pruned.surplus},
-    )
+    found = following(removed, pruned.to_dict())
+    joined = {name: found[name] for name in ("experts", "fingerprint", "sizes", "surplus")}
+    return dataclasses.replace(pruned, recipe=recipe.to_dict(), seconds=pruned.seconds + removed["seconds"], **joined)
 
 
 def check_not_quantized(config: Any) -> None:

@@ -23,8 +23,8 @@ from moesparse.calibration.data import Calibration, Given, calibration_of
 from moesparse.calibration.plan import spills
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.windows import Windows
+from moesparse.checkpoints.history import REPORT_FILE, following, read_report
 from moesparse.checkpoints.output import IntoFolder
-from moesparse.checkpoints.pretrained import REPORT_FILE
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.models.layers import RunOptions
 from moesparse.models.on_disk import LayersOnDisk
@@ -157,7 +157,7 @@ def prune_checkpoint(
     layers = LayersOnDisk.of(source)
     data = calibration_of(calibration, layers.model, domains)
     check_work(layers, data, recipe)
-    work = _Work(data, recipe, options, tokenizer, card)
+    work = _Work(data, recipe, options, tokenizer, card, read_report(layers.folder))
     if not (recipe.removes_experts and recipe.prunes_weights):
         return work.carry_out(layers, Path(out), recipe, complete)
     return work.carry_out_both(layers, Path(out), complete)
@@ -185,6 +185,7 @@ class _Work:
         recipe: all of it; the memory must do for every step.
         options: of the run.
         tokenizer, card: of the result.
+        before: the report of the source, where it was pruned already.
     """
 
     def __init__(
@@ -194,9 +195,10 @@ class _Work:
         options: RunOptions,
         tokenizer: PreTrainedTokenizerBase | None,
         card: Callable[[Report], str] | None,
+        before: dict[str, Any] | None,
     ) -> None:
         self.data, self.recipe, self.options = data, recipe, options
-        self.tokenizer, self.card = tokenizer, card
+        self.tokenizer, self.card, self.before = tokenizer, card, before
 
     def inputs(self, layers: LayersOnDisk, step: Recipe) -> dict[str, Any]:
         """All that the result of a step depends on."""
@@ -244,8 +246,8 @@ class _Work:
             found.surplus = output.surplus()
             report = complete(found)
             text = None if self.card is None or between else self.card(report)
-            noted = report.to_dict() | ({"inputs": inputs} if between else {})
-            output.finish(report.recipe, tokenizer=None if between else self.tokenizer, card=text, report=noted)
+            noted = report.to_dict() | {"inputs": inputs} if between else following(self.before, report.to_dict())
+            output.finish(noted["recipe"], tokenizer=None if between else self.tokenizer, card=text, report=noted)
         return report
 
     def carry_out_both(self, layers: LayersOnDisk, out: Path, complete: Callable[[Report], Report]) -> Report:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.checkpoints.edit import CONFIG_KEY
-from moesparse.checkpoints.pretrained import REPORT_FILE
+from moesparse.checkpoints.history import EARLIER, REPORT_FILE
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
 
 __all__ = [
@@ -50,6 +50,11 @@ class Checkpoint:
     def recipe(self) -> dict[str, Any] | None:
         """How it was pruned, as config.json has it; None for a dense model."""
         return (self.config.get(CONFIG_KEY) or {}).get("recipe")
+
+    @property
+    def earlier(self) -> list[dict[str, Any]]:
+        """The recipes of the commands before the last one."""
+        return (self.config.get(CONFIG_KEY) or {}).get(EARLIER) or []
 
     @property
     def packed(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse.checkpoints.pretrained import REPORT_FILE
+from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.report import figures
 from moesparse.report.findings import (
     Findings,
@@ -439,6 +439,9 @@ def _recipe(findings: Findings) -> Section | str | None:
         rows += [[f"calibration {key}", str(value)] for key, value in checkpoint.run["calibration"].items()]
         rows += [["seconds", f"{checkpoint.run['seconds']:.1f}"], ["moesparse", checkpoint.run["version"]]]
     section.tabulate(["", ""], rows, numeric=False)
+    for number, recipe in enumerate(checkpoint.earlier, start=1):
+        section.say(f"Step {number} before that:")
+        section.tabulate(["", ""], [[key, _shown(value)] for key, value in recipe.items()], numeric=False)
     return section
 
 

@@ -11,8 +11,9 @@ from transformers import AutoConfig
 
 import moesparse
 from moesparse.checkpoints.edit import CONFIG_KEY
+from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.inspection import inspect_folder
-from moesparse.checkpoints.pretrained import REPORT_FILE, load_pretrained, save_pretrained
+from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
 from moesparse.checkpoints.repack import pack_folder, unpack_folder
 from moesparse.errors import CalibrationError, CheckpointError, NotInPiecesError, UnsupportedModelError
 from moesparse.models.on_disk import LayersOnDisk

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moesparse.calibration.whole import calibrate
-from moesparse.checkpoints.pretrained import REPORT_FILE, save_pretrained
+from moesparse.checkpoints.history import REPORT_FILE
+from moesparse.checkpoints.pretrained import save_pretrained
 from moesparse.cli import main
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
 from moesparse.experts.criteria import expert_scores

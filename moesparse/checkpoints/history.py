@@ -1,0 +1,200 @@
+"""What a checkpoint says of the commands that made it, one after the other: reports, recipes and cards of all of them.
+
+A folder that was pruned may be pruned again: experts first and weights in a second command, or the other way round. Its
+config.json and its report then say what holds by now, and "earlier" keeps what the steps before said.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moesparse.checkpoints.card import card_in_form, is_packed_form
+from moesparse.checkpoints.edit import Surplus
+from moesparse.system.shards import read_json
+from moesparse.weights.weight_rules import parse_update
+
+__all__ = [
+    "EARLIER",
+    "REPORT_FILE",
+    "card_after",
+    "following",
+    "joined_recipe",
+    "joined_surplus",
+    "noted_with",
+    "read_report",
+]
+
+REPORT_FILE = "moesparse_report.json"
+"""In a pruned checkpoint: the report of the run, as `moesparse.pruning.report.Report.to_dict` gives it."""
+
+EARLIER = "earlier"
+"""In a report: those of the commands before, first to last. In config.json's note: their recipes."""
+
+_OF_EXPERTS = (
+    "experts",
+    "keep_experts",
+    "expert_saliency",
+    "refine_experts",
+    "expert_mix",
+    "expert_budget",
+    "expert_floor",
+    "protect_experts",
+)
+_OF_WEIGHTS = ("weights", "patterns", "saliency", "update", "propagate", "target_bytes", "choices", "compare_uniform")
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The report in a folder; None where there is none, or that of half a command, which lies beside its output.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    file = Path(folder) / REPORT_FILE
+    held = read_json(file, "a report") if file.is_file() else None
+    return None if held is None or "inputs" in held else held
+
+
+def following(before: Mapping[str, Any] | None, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of a folder that was made of a pruned one: what holds by now, and "earlier" the reports before.
+
+    Args:
+        before: of the source; None where it was not pruned.
+        report: of the run on it, of both steps where it says so itself, or the source's own with more in it.
+    """
+    if before is None or report.get(EARLIER) or _is_of_the_same_run(before, report):
+        return dict(report)
+    removal = report.get("experts")
+    blocks = report.get("blocks") or _cut_blocks(before.get("blocks") or [], removal)
+    return {
+        **report,
+        "recipe": joined_recipe(before.get("recipe"), report.get("recipe") or {}),
+        "blocks": blocks,
+        "experts": removal or before.get("experts"),
+        "fingerprint": before.get("fingerprint") or report.get("fingerprint"),
+        "sizes": _joined_sizes(before, report) if report.get("sizes") else {},
+        "budget": report.get("budget") or (None if report.get("blocks") else before.get("budget")),
+        "sparsity": report.get("sparsity", 0.0) if report.get("blocks") or not blocks else before.get("sparsity", 0.0),
+        "surplus": joined_surplus(before.get("surplus"), report.get("surplus")),
+        EARLIER: _with(before),
+    }
+
+
+def _with(before: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The reports before, and this one behind them."""
+    return [*before.get(EARLIER, []), {key: value for key, value in before.items() if key != EARLIER}]
+
+
+def _is_of_the_same_run(before: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
+    return all(before.get(key) == report.get(key) for key in ("seconds", "fingerprint", "version"))
+
+
+def _joined_sizes(before: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    then, now = before.get("sizes") or {}, report["sizes"]
+    after = dict(now["after"])
+    if not report.get("blocks") and not _refits(report.get("experts")) and then:
+        # every expert takes the same room, packed or not
+        after["packed"] = after["experts"] * then["after"]["packed"] // then["after"]["experts"]
+    return {"before": then.get("before") or now["before"], "after": after}
+
+
+def _refits(removal: Mapping[str, Any] | None) -> bool:
+    return bool(removal and removal.get("refit"))
+
+
+def _cut_blocks(blocks: Sequence[Mapping[str, Any]], removal: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What was said of pruned weights, of the experts that are left; nothing where their weights were solved anew."""
+    if removal is None or _refits(removal):
+        return []
+    kept = {block["name"]: block["kept"] for block in removal["blocks"]}
+    return [_cut_block(block, kept[block["name"]]) for block in blocks if block["name"] in kept]
+
+
+def _cut_block(block: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    def cut(values: Sequence[Any] | None) -> list[Any] | None:
+        return None if values is None else [values[expert] for expert in kept]
+
+    tensors = [
+        {
+            **tensor,
+            "shape": [len(kept), *tensor["shape"][1:]],
+            "error_before": cut(tensor["error_before"]),
+            "error_after": cut(tensor["error_after"]),
+            "fallbacks": [kept.index(expert) for expert in tensor["fallbacks"] if expert in kept],
+        }
+        for tensor in block["tensors"]
+    ]
+    held = {"tokens_per_expert": cut(block["tokens_per_expert"]), "rescale": cut(block["rescale"])}
+    return {**block, "experts": len(kept), "tensors": tensors, **held}
+
+
+def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model was pruned in two steps: what the second did not do stays as the first did it.
+
+    Where the second removed experts and solved the weights of the others anew, they no longer hold a pattern.
+    """
+    if before is None:
+        return dict(recipe)
+    found = {key: value for key, value in before.items() if key not in (*_OF_EXPERTS, *_OF_WEIGHTS)} | dict(recipe)
+    removes = any(recipe.get(key) is not None for key in ("experts", "keep_experts"))
+    prunes = any(recipe.get(key) is not None for key in ("weights", "patterns"))
+    if not removes:
+        found |= {key: before[key] for key in _OF_EXPERTS if key in before}
+    if not prunes and not (removes and _solves(recipe)):
+        found |= {key: before[key] for key in _OF_WEIGHTS if key in before}
+    return found
+
+
+def _solves(recipe: Mapping[str, Any]) -> bool:
+    return parse_update(recipe.get("update") or "none")[0] in ("least-squares", "asymmetric")
+
+
+def noted_with(
+    noted: Mapping[str, Any], recipe: Mapping[str, Any], report: Mapping[str, Any] | None, version: str
+) -> dict[str, Any]:
+    """config.json's note of a model that was pruned once more.
+
+    Args:
+        noted: what it says by now.
+        recipe: of the last step, or of all.
+        report: of the folder, as `following` gives it.
+        version: of moesparse.
+    """
+    before = noted.get("recipe")
+    joined = joined_recipe(before, recipe)
+    earlier = list(noted.get(EARLIER, []))
+    if report is not None and report.get(EARLIER):
+        earlier = [each["recipe"] for each in report[EARLIER]]
+    elif before and any(value is not None and joined.get(key) != value for key, value in before.items()):
+        earlier.append(before)
+    return {**noted, "version": version, "recipe": joined, **({EARLIER: earlier} if earlier else {})}
+
+
+def joined_surplus(before: Surplus | None, now: Surplus | None) -> Surplus:
+    """Of two steps: what is in the folder now is what the last one carried over; what is gone is gone for good."""
+    before, now = before or {}, now or {}
+    gone = {
+        what: list(dict.fromkeys([*before.get(what, []), *now.get(what, [])]))
+        for what in {**before, **now}
+        if what != "carried"
+    }
+    return {**({"carried": now["carried"]} if "carried" in now else {}), **gone}
+
+
+def card_after(card: str, before: str) -> str:
+    """A card with that of the step before it behind it, where it does not hold it already.
+
+    Args:
+        card: of the last step.
+        before: text of the source's README.md.
+    """
+    text = before
+    if text.startswith("---\n") and "\n---\n" in text[4:]:
+        text = text[4:].partition("\n---\n")[2]
+    text = card_in_form(text.strip(), is_packed_form(card))
+    title = text.removeprefix("# ")
+    if title in card:
+        return card
+    return f"{card.rstrip()}\n\n## Before that: {title}\n" if title != text else f"{card.rstrip()}\n\n{text}\n"
