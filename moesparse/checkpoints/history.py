@@ -137,7 +137,8 @@ def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -
     """
     if before is None:
         return dict(recipe)
-    found = {key: value for key, value in before.items() if key not in (*_OF_EXPERTS, *_OF_WEIGHTS)} | dict(recipe)
+    known = {*recipe, *_OF_EXPERTS, *_OF_WEIGHTS}
+    found = {**recipe, **{key: value for key, value in before.items() if key not in known}}
     removes = any(recipe.get(key) is not None for key in ("experts", "keep_experts"))
     prunes = any(recipe.get(key) is not None for key in ("weights", "patterns"))
     if not removes:
