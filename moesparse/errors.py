@@ -21,6 +21,10 @@ class CheckpointError(MoESparseError):
     """A folder cannot be read or written as a checkpoint; names the file."""
 
 
+class ResultError(MoESparseError):
+    """A result that is not its source with the changes that were meant: a defect, or the source changed meanwhile."""
+
+
 class ProcessError(MoESparseError):
     """Another process that shares the work has ended or cannot be reached."""
 

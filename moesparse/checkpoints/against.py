@@ -1,13 +1,14 @@
 """Whether a checkpoint folder is an edit of another one: what is equal, what has changed and why, what is missing.
 
 Nothing that the writing of a folder has said is believed but how it was pruned; bytes are compared. One expert's matrix
-of each folder is in memory, or one other tensor of an odd shape.
+of each folder is in memory, or one other tensor of an odd shape. What is known of the headers alone, names, dtypes and
+shapes, is looked at whenever a folder is written.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -19,16 +20,17 @@ from torch import Tensor
 from moesparse.checkpoints.edit import CONFIG_KEY, NEXT_TOKEN_LAYERS, SourceFolder
 from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
+from moesparse.errors import ResultError
 from moesparse.experts.twins import COUNT_KEY, GROUP_KEYS
 from moesparse.models.meta import bare_model, read_config
 from moesparse.packed.experts import META_SUFFIX
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.system.folders import companions
-from moesparse.system.manifest import MANIFEST_FILE
-from moesparse.system.shards import Shards
+from moesparse.system.manifest import MANIFEST_FILE, check_manifest
+from moesparse.system.shards import Shards, TensorInfo, read_json
 from moesparse_kernels import NMWeight
 
-__all__ = ["Comparison", "compare_folders"]
+__all__ = ["Comparison", "check_written", "compare_folders"]
 
 _OURS = ("config.json", "README.md", MANIFEST_FILE, REPORT_FILE)
 
@@ -42,7 +44,7 @@ class Comparison:
         tensors: what became of a tensor -> names, those of the source where it is gone:
             "equal", "pruned" (zeros, and else the source's values), "updated" (other values where the recipe says so),
             "cut" (the rows of the experts that are left), "rerouted" (a table of experts), "removed" (of an expert),
-            "dropped" (of a layer that predicts further tokens).
+            "dropped" (of a layer that predicts further tokens); "held" where only headers were looked at.
         config: keys of config.json with another value.
         problems: what nothing explains, one sentence each.
     """
@@ -72,8 +74,65 @@ def compare_folders(
     """
     found = Comparison()
     _compare_files(Path(folder), Path(source), found)
-    _Tensors(open_skeleton(folder), open_skeleton(source), found).compare(progress)
+    result, before = _Folder.of(open_skeleton(folder)), _Folder.of(open_skeleton(source))
+    edit = SourceFolder(before.folder, bare_model(before.folder), read_config(before.folder), before.shards)
+    _Tensors(result, before, edit, found).compare(progress)
     return found
+
+
+def check_written(folder: Path, edit: SourceFolder) -> None:
+    """Make sure that a folder which was just written is its source with the changes that were meant.
+
+    The cheap part of `compare_folders`: names, dtypes and shapes of all tensors, config.json, the files beside the
+    weights, and that the shards are those of the manifest, by their sizes. Reads headers and small files.
+
+    Args:
+        folder: dense or packed by moesparse.
+        edit: of its source, by the model that was written: what that model's config says is meant.
+
+    Raises:
+        ResultError: names the first thing that nothing explains.
+    """
+    found = Comparison()
+    _compare_files(folder, edit.folder, found)
+    places = (folder, edit.folder)
+    if any("quantization_config" in read_json(place / "config.json") for place in places):
+        result, before = (_Folder.of(open_skeleton(place)) for place in places)
+    else:
+        result, before = map(_Folder.dense, places)
+    found.problems += check_manifest(folder, result.shards.files, hashes=False) or []
+    _Tensors(result, before, edit, found).compare_headers()
+    if found.problems:
+        more = f" and {len(found.problems) - 1} more like it" if len(found.problems) > 1 else ""
+        raise ResultError(f"{folder} must be {edit.folder} with what was pruned, got: {found.problems[0]}{more}")
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What is asked of a folder.
+
+    Attributes:
+        config: its config.json.
+        steps: recipes, first to last.
+        parts: key of an expert matrix -> how it is stored; nothing where only headers count and it is dense.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shards: Shards
+    steps: list[dict[str, Any]]
+    parts: dict[str, StoredMatrix]
+
+    @classmethod
+    def of(cls, opened: Skeleton) -> _Folder:
+        parts = {key: matrix for block in opened.blocks for matrix in opened.matrices(block) for key in matrix.keys}
+        steps = [*opened.earlier, opened.recipe or {}]
+        return cls(opened.folder, opened.config, opened.shards, steps, parts)
+
+    @classmethod
+    def dense(cls, folder: Path) -> _Folder:
+        """Of headers alone."""
+        return cls(folder, read_json(folder / "config.json"), Shards.open(folder), [], {})
 
 
 def _compare_files(folder: Path, source: Path, found: Comparison) -> None:
@@ -93,24 +152,45 @@ def _compare_files(folder: Path, source: Path, found: Comparison) -> None:
 class _Tensors:
     """The tensors and the configs of two folders, result and source."""
 
-    def __init__(self, result: Skeleton, source: Skeleton, found: Comparison) -> None:
-        self._result, self._source, self._found = result, source, found
-        config = read_config(source.folder)
-        self._edit = SourceFolder(source.folder, bare_model(source.folder), config, source.shards)
-        self._kept = self._edit.kept(result.config.get(CONFIG_KEY))
-        steps = [*result.earlier, result.recipe or {}]
-        trained = [step["distillation"] for step in steps if step.get("distillation")]
-        self._updates = bool(trained) or any(step.get("update", "none") != "none" for step in steps)
+    def __init__(self, result: _Folder, source: _Folder, edit: SourceFolder, found: Comparison) -> None:
+        self._result, self._source, self._edit, self._found = result, source, edit, found
+        self._kept = edit.kept(result.config.get(CONFIG_KEY))
+        trained = [step["distillation"] for step in result.steps if step.get("distillation")]
+        self._updates = bool(trained) or any(step.get("update", "none") != "none" for step in result.steps)
         self._trains_all = any(each.get("train") == "all" for each in trained)
-        self._parts, self._parts_before = (
-            {key: matrix for block in each.blocks for matrix in each.matrices(block) for key in matrix.keys}
-            for each in (result, source)
-        )
+        self._parts, self._parts_before = result.parts, source.parts
+
+    def compare_headers(self) -> None:
+        """Names, dtypes and shapes; and the configs, in which what the model's own says is meant."""
+        self._compare_configs({path[-1] for path in self._edit.settings()})
+        keys = self._keys()
+        for key in keys:
+            name = self._edit.name_of(key, self._kept)
+            if problem := self._off(key, name):
+                self._found.problems.append(f"the tensor {key} {problem}")
+            else:
+                self._found.tensors.setdefault("held", []).append(key)
+        self._compare_missing(set(keys))
+
+    def _keys(self) -> list[str]:
+        metas = {f"{key}{META_SUFFIX}" for key, matrix in self._parts.items() if matrix.layout is not None}
+        return [key for key in self._result.shards.tensors if key not in metas]
+
+    def _off(self, key: str, name: str) -> str | None:
+        """What is wrong with the header of a tensor."""
+        new, old = self._result.shards.tensors[key], self._source.shards.tensors.get(name)
+        if old is None:
+            return "is not in the source"
+        if new.dtype != old.dtype:
+            return f"is {new.dtype}, and {old.dtype} in the source"
+        before, now = _dense_shape(old, self._parts_before.get(name)), _dense_shape(new, self._parts.get(key))
+        if self._edit.fits(key, before, now, self._kept):
+            return None
+        return f"has the shape {list(now)}, and {list(before)} in the source"
 
     def compare(self, progress: Progress) -> None:
         self._compare_configs()
-        metas = {f"{key}{META_SUFFIX}" for key, matrix in self._parts.items() if matrix.layout is not None}
-        keys = [key for key in self._result.shards.tensors if key not in metas]
+        keys = self._keys()
         for done, key in enumerate(keys, start=1):
             name = self._edit.name_of(key, self._kept)
             what = self._became(key, name)
@@ -170,13 +250,13 @@ class _Tensors:
             if names:
                 self._found.tensors[what] = names
 
-    def _compare_configs(self) -> None:
+    def _compare_configs(self, meant: Collection[str] = ()) -> None:
         pruned = bool(self._kept)
         for path in _differing(self._source.config, self._result.config):
             self._found.config.append(".".join(path))
             ours = path[0] in (CONFIG_KEY, "quantization_config")
             count = COUNT_KEY.fullmatch(path[-1]) or path[-1] in (*GROUP_KEYS, *NEXT_TOKEN_LAYERS)
-            if not (ours or (pruned and count)):
+            if not (ours or (pruned and count) or path[-1] in meant):
                 self._found.problems.append(f"{'.'.join(path)} of config.json has another value")
 
 
@@ -189,6 +269,16 @@ def _dense(piece: Piece, matrix: StoredMatrix, shards: Shards) -> Tensor:
     shape = (1, values.shape[0], values.shape[1] // n * m)
     index = piece.read(shards, META_SUFFIX)
     return NMWeight(values[None], index[None], shape, n, m, "row", values.dtype).unpack_expert(0)
+
+
+def _dense_shape(info: TensorInfo, matrix: StoredMatrix | None) -> tuple[int, ...]:
+    """[..., out, in] of a tensor with its zeros; as it is stored where it is not known to be an expert's."""
+    if matrix is None:
+        return info.shape
+    *outer, rows, columns = info.shape
+    if matrix.layout is not None:
+        columns = columns // matrix.layout.n * matrix.layout.m
+    return (*outer, columns, rows) if matrix.transposed else (*outer, rows, columns)
 
 
 def _same_bytes(one: Shards, key: str, other: Shards, name: str) -> bool:

@@ -49,7 +49,10 @@ _NOT_OF_THE_FOLDER = {
 }
 
 Surplus = dict[str, list[str]]
-"""Tensors of a source that the model has no place for: "carried" over as they are, "dropped", or "left" out."""
+"""Tensors of a source that the model has no place for: "carried" over as they are, "dropped", or "left" out.
+
+"formats" are files: weights that lie beside those that were read and were not copied.
+"""
 
 
 def surplus(carried: list[str], dropped: list[str], left: list[str]) -> Surplus:
@@ -64,6 +67,7 @@ def say_surplus(found: Surplus) -> list[str]:
         ("carried", "carried over as they are, for the model has no place for them"),
         ("dropped", "dropped, for they belong to layers with more experts than the config can say now"),
         ("left", "left out, for the model was written as transformers writes it, which has no place for them"),
+        ("formats", "not copied, for they are weights that were not read and that nothing has pruned"),
     ):
         names = found.get(what, [])
         if names:
@@ -239,6 +243,23 @@ class SourceFolder:
                     behind = range(before - (now - len(ids)), before)
                     stored = stored.index_select(dim, torch.tensor([*ids, *behind]))
         return stored
+
+    def fits(self, key: str, before: Sequence[int], now: Sequence[int], kept: Mapping[int, Sequence[int]]) -> bool:
+        """Whether a tensor has the shape that it has in the folder, but for the experts that were removed."""
+        if len(before) != len(now):
+            return False
+        ids = self.ids_of(key, kept)
+        shrunk = [(then, by_now) for then, by_now in zip(before, now, strict=True) if then != by_now]
+        return not shrunk or (ids is not None and all(then > by_now >= len(ids) for then, by_now in shrunk))
+
+    @property
+    def model_type(self) -> str:
+        """Of the model."""
+        return str(self._model.config.model_type)
+
+    def settings(self) -> list[tuple[str, ...]]:
+        """Paths of what the model's config says otherwise than the folder's, but for the note and what loading sets."""
+        return [path for path, _ in _differences(self._before, self._model.config.to_dict())]
 
     def _as_stored(self, key: str, view: Tensor, kept: Mapping[int, Sequence[int]]) -> Tensor:
         """A tensor of the model in the dtype of the folder, with the folder's entries where the model has those."""

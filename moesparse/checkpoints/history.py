@@ -6,13 +6,14 @@ config.json and its report then say what holds by now, and "earlier" keeps what 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moesparse.checkpoints.card import card_in_form, is_packed_form
-from moesparse.checkpoints.edit import Surplus
+from moesparse.checkpoints.edit import Surplus, say_surplus
 from moesparse.system.shards import read_json
 from moesparse.weights.weight_rules import parse_update
 
@@ -20,11 +21,13 @@ __all__ = [
     "EARLIER",
     "REPORT_FILE",
     "card_after",
+    "card_naming",
     "following",
     "joined_recipe",
     "joined_surplus",
     "noted_with",
     "read_report",
+    "tell_surplus",
 ]
 
 REPORT_FILE = "moesparse_report.json"
@@ -182,6 +185,25 @@ def joined_surplus(before: Surplus | None, now: Surplus | None) -> Surplus:
         if what != "carried"
     }
     return {**({"carried": now["carried"]} if "carried" in now else {}), **gone}
+
+
+def tell_surplus(folder: Path, surplus: Surplus) -> None:
+    """Have the report and the card in a folder name what was not taken over; nothing where no report of ours is."""
+    held = read_report(folder)
+    if held is None:
+        return
+    found = held | {"surplus": joined_surplus(held.get("surplus"), surplus)}
+    if "carried" in (held.get("surplus") or {}):
+        found["surplus"]["carried"] = held["surplus"]["carried"]
+    (folder / REPORT_FILE).write_text(json.dumps(found))
+    card = folder / "README.md"
+    if card.is_file():
+        card.write_text(card_naming(card.read_text(errors="replace"), surplus))
+
+
+def card_naming(card: str, surplus: Surplus) -> str:
+    """A card that names what was not taken over; the one of the step before may have done so."""
+    return card + "".join(f"\n{sentence}\n" for sentence in say_surplus(surplus) if sentence not in card)
 
 
 def card_after(card: str, before: str) -> str:

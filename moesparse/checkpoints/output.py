@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from moesparse.calibration.layers import Stored, from_shards
+from moesparse.checkpoints.against import check_written
 from moesparse.checkpoints.edit import SourceFolder, Surplus, surplus
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import ProgressEvent
-from moesparse.system.folders import companions
+from moesparse.system.folders import companions, other_formats
 from moesparse.system.run_folder import RunFolder
 from moesparse.system.shards import MAX_SHARD_BYTES
 
@@ -133,11 +134,12 @@ class IntoFolder:
         self.run.write(name, tensors, None, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
 
     def surplus(self) -> Surplus:
-        """What of the source's tensors the model has no place for; every layer must be finished."""
+        """What of the source the model has no place for; every layer must be finished."""
         copies, dropped = self._others()
         strange = set(self._layers.surplus)
         carried = [name for name in copies.values() if name in strange]
-        return surplus(carried, dropped, [])
+        formats = other_formats(self._layers.folder)
+        return surplus(carried, dropped, []) | ({"formats": formats} if formats else {})
 
     def _others(self) -> tuple[dict[str, str], list[str]]:
         held = {key for part in self.run.parts[: len(self._layers)] for key in self.run.read(part).tensors}
@@ -170,7 +172,7 @@ class IntoFolder:
         if len(self.run.parts) == len(self._layers):
             others = (copies, self._source.shards)
             self.run.write("outside", {}, [], max_shard_bytes=MAX_SHARD_BYTES, copies=others)
-        self.run.assemble(write_others)
+        self.run.assemble(write_others, lambda folder: check_written(folder, self._source))
 
 
 Output = InPlace | IntoFolder

@@ -5,37 +5,42 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moesparse._version import __version__
-from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder, Surplus, say_surplus, surplus
+from moesparse.checkpoints.against import check_written
+from moesparse.checkpoints.edit import CONFIG_KEY, Surplus, surplus
 from moesparse.checkpoints.history import (
     EARLIER,
     REPORT_FILE,
     card_after,
+    card_naming,
     following,
     joined_surplus,
     noted_with,
     read_report,
 )
+from moesparse.checkpoints.origin import EditedModel, edited_model, folder_of
 from moesparse.checkpoints.skeleton import open_skeleton
 from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.models.keys import checkpoint_tensors
 from moesparse.models.meta import check_causal, check_layer_counts, read_config
-from moesparse.packed.model import packed_blocks, state_in_form
-from moesparse.system.folders import JOURNAL_FILE, atomic_folder, copy_companions
+from moesparse.packed.model import state_in_form
+from moesparse.system.folders import JOURNAL_FILE, atomic_folder, companions, copy_companions, kept_aside, other_formats
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
-from moesparse.system.shards import INDEX_FILE, Shards, read_json, write_shards
+from moesparse.system.shards import INDEX_FILE, Shards, read_json
 from moesparse.system.sizes import parse_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
+_EDITED = "as its source folder, edited"
+_WRITTEN_ANEW = "as transformers writes a model"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -142,9 +147,11 @@ def save_pretrained(
 ) -> Surplus:
     """Write a model as a checkpoint: as the folder it came from, edited, or as transformers writes one.
 
-    With a `source` whose tensors are the model's, every file and every tensor of it is in the result as it was, but for
-    what was pruned, trained or removed: tensors keep their dtypes, config.json its text, and what the model has no
-    place for is carried over. Packed, and without such a source, config and tensors are as transformers writes them.
+    The folder is `source`, or the local one that the model was loaded from, where that still holds its tensors. Every
+    file and every tensor of it is in the result as it was, but for what was pruned, trained, packed or removed: tensors
+    keep their dtypes, config.json its text, and what the model has no place for is carried over. A model that came from
+    nowhere, or from a folder that holds other tensors, is as transformers writes it; of the second a warning says why.
+    The report says which it was, under "written".
 
     Args:
         model: a transformers model, pruned or not, packed or not; it is left as it is.
@@ -152,82 +159,63 @@ def save_pretrained(
         packed: False: dense with zeros, which any program reads. True: n:m blocks packed (the others dense), which
             transformers reads once moesparse is imported.
         tokenizer: saved beside the weights where the source has none.
-        source: the folder the model came from.
-        recipe: how the model was pruned; written to config.json under "moesparse".
-        card: text of README.md.
-        report: of the run that pruned it; written to moesparse_report.json, where `moesparse report` finds it.
+        source: the folder the model came from; None is where it was loaded from.
+        recipe: how the model was pruned; written to config.json under "moesparse". Those of the source, which was
+            pruned before, stay there.
+        card: text of README.md; that of a source that was pruned before stands behind it.
+        report: of the run that pruned it; written to moesparse_report.json, where `moesparse report` finds it, with
+            those of the source.
         max_shard_size: of one safetensors file, as in transformers.
 
     Returns:
         Tensors of the source that the model has no place for, by what became of them: "carried" over, "dropped", or
-        "left" out of what transformers writes.
+        "left" out of what transformers writes; and under "formats" weight files of it that were not copied.
 
     Raises:
         CheckpointError: the folder holds files or cannot be written, or a file of the source is a link out of it.
         UnsupportedModelError: the checkpoints of this family cannot hold packed experts.
         MoESparseError: packed, and no block holds an n:m pattern.
+        ResultError: what was written is not the source with the changes that were meant; it is kept beside `folder`.
     """
     from moesparse.packed.quantizer import packed_metadata
 
-    if report is not None and source is not None:
-        report = following(read_report(source), report)
-    if recipe is not None:
-        note_recipe(model, recipe, report)
-    found: Surplus = {}
+    origin = folder_of(model) if source is None else Path(source)
+    if source is not None and Path(source).is_dir():
+        companions(Path(source))
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
-        edited = None if packed else _source_of(model, source)  # type: ignore[arg-type]
-        tensors = {} if edited is None else _tensors_of(model, state, edited.shards)  # type: ignore[arg-type]
-        if edited is None or edited.missing(tensors, edited.kept()):
-            with packed_metadata(model, blocks):  # type: ignore[arg-type]
+        with packed_metadata(model, blocks):  # type: ignore[arg-type]
+            edited = None if origin is None else edited_model(model, state, blocks, origin)  # type: ignore[arg-type]
+        if isinstance(edited, str):
+            warnings.warn(f"{origin} is not edited, for {edited}: the model is written {_WRITTEN_ANEW}", stacklevel=2)
+            # who did not name the folder did not ask for its files
+            origin = None if source is None else origin
+        if report is not None and origin is not None:
+            report = following(read_report(origin), report)
+        if recipe is not None:
+            note_recipe(model, recipe, report)
+        with packed_metadata(model, blocks):  # type: ignore[arg-type]
+            if isinstance(edited, EditedModel):
+                found = edited.write(work, parse_size(max_shard_size))
+            else:
                 model.save_pretrained(work, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
-            found = surplus([], [], _without_place(source))
-        else:
-            known = {*tensors, *(getattr(model, "all_tied_weights_keys", None) or {})}
-            found = _write_edited(work, edited, tensors, known, parse_size(max_shard_size))
-        write_companions(work, tokenizer=tokenizer, source=source, card=card, report=report, surplus=found)
+                found = surplus([], [], _without_place(origin))
+        if origin is not None and (formats := other_formats(origin)):
+            found["formats"] = formats
+        written = _EDITED if isinstance(edited, EditedModel) else _WRITTEN_ANEW
+        files: dict[str, Any] = {"card": card, "report": report, "surplus": found, "written": written}
+        write_companions(work, tokenizer=tokenizer, source=origin, **files)
         write_manifest(work, list(work.glob("*.safetensors")))
+        if isinstance(edited, EditedModel):
+            with kept_aside(work, Path(folder)):
+                check_written(work, edited.source)
     return found
 
 
-def _source_of(model: PreTrainedModel, source: str | os.PathLike[str] | None) -> SourceFolder | None:
-    """The folder a model came from; None where it is none, or one of the two is packed."""
-    folder = None if source is None else Path(source)
-    if folder is None or not (folder / "config.json").is_file() or any(packed_blocks(model)):
-        return None
-    if read_json(folder / "config.json").get("quantization_config") is not None:
-        return None
-    return SourceFolder(folder, model, read_config(folder))
-
-
-def _tensors_of(model: PreTrainedModel, state: Mapping[str, Tensor], shards: Shards) -> dict[str, Tensor]:
-    """Key in a checkpoint -> tensor of a model; a tied weight comes once, or twice where the shards hold it twice."""
-
-    def is_twin(name: str, other: str) -> bool:
-        both = name in shards.tensors and other in shards.tensors
-        return both and torch.equal(shards.read(name), shards.read(other))
-
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    left = {name: each for name, each in state.items() if name not in tied or is_twin(name, tied[name])}
-    return checkpoint_tensors(model, left)
-
-
-def _write_edited(
-    folder: Path, source: SourceFolder, tensors: Mapping[str, Tensor], known: Collection[str], max_shard_bytes: int
-) -> Surplus:
-    """Write weights and config; the keys that the model knows may be more than its tensors."""
-    kept = source.kept()
-    changed = source.changed(tensors, kept)
-    copies, dropped = source.others(changed, kept)
-    write_shards(folder, changed, max_shard_bytes, (copies, source.shards)).write_index()
-    (folder / "config.json").write_text(source.config(dropped=bool(dropped)), encoding="utf-8")
-    return surplus([name for key, name in copies.items() if key not in known], dropped, [])
-
-
-def _without_place(source: str | os.PathLike[str] | None) -> list[str]:
+def _without_place(source: Path | None) -> list[str]:
     """Tensors of a folder that its model takes nothing from; none where there is no folder that we can open."""
     try:
-        skeleton = None if source is None or not Path(source).is_dir() else open_skeleton(source)
+        skeleton = None if source is None or not source.is_dir() else open_skeleton(source)
     except (CheckpointError, UnsupportedModelError):
         return []
     if skeleton is None:
@@ -251,11 +239,15 @@ def write_companions(
     card: str | None,
     report: dict[str, Any] | None,
     surplus: Surplus,
+    written: str = _EDITED,
 ) -> None:
     """Write what stands beside weights and config in a checkpoint; the arguments are those of `save_pretrained`.
 
     Report and card name the tensors that the model has no place for. Where the report is of several steps, the card of
     the source stands behind the last one's.
+
+    Args:
+        written: said by the report: whether the folder is the source's, edited, or one that transformers wrote.
     """
     origin = Path(source) if source is not None and Path(source).is_dir() else None
     if tokenizer is not None and not (origin and any((origin / name).is_file() for name in _TOKENIZER_FILES)):
@@ -269,8 +261,7 @@ def write_companions(
     if card is not None:
         if report is not None and report.get(EARLIER) and origin is not None and (origin / "README.md").is_file():
             card = card_after(card, (origin / "README.md").read_text(errors="replace"))
-        # the card of the step before may have said it
-        said = "".join(f"\n{sentence}\n" for sentence in say_surplus(found) if sentence not in card)
-        (folder / "README.md").write_text(card + said)
+        (folder / "README.md").write_text(card_naming(card, found))
     if report is not None:
-        (folder / REPORT_FILE).write_text(json.dumps(report | ({"surplus": found} if found else {})))
+        described = report | {"written": written} | ({"surplus": found} if found else {})
+        (folder / REPORT_FILE).write_text(json.dumps(described))

@@ -12,18 +12,23 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from moesparse.checkpoints.against import check_written
 from moesparse.checkpoints.card import card_in_form
+from moesparse.checkpoints.edit import SourceFolder
+from moesparse.checkpoints.history import tell_surplus
 from moesparse.checkpoints.inspection import bad_groups
 from moesparse.checkpoints.skeleton import Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import CheckpointError, UnsupportedModelError
+from moesparse.models.meta import bare_model, read_config
 from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES
 from moesparse.packed.model import choose_among, nothing_to_pack
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.system.folders import atomic_folder, check_output_folder, copy_companions
+from moesparse.system.folders import atomic_folder, check_output_folder, copy_companions, other_formats
+from moesparse.system.json_text import json_with, json_without
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
 from moesparse.system.shards import MAX_SHARD_BYTES, ShardWriter, TensorInfo, TensorSpec
 from moesparse.weights.patterns import Pattern, PatternFinder
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
     from moesparse.packed.quantizer import MoESparseConfig
 
 __all__ = ["FolderReport", "pack_folder", "unpack_folder"]
+
+_PACKING = "quantization_config"
 
 
 @dataclass
@@ -46,6 +53,7 @@ class FolderReport:
         dense: block name -> why it stays dense.
         negative_zeros: pruned weights that were -0.0 and come back as +0.0.
         shards: files written.
+        formats: weight files of the source that were not copied.
     """
 
     bytes_before: int = 0
@@ -54,6 +62,7 @@ class FolderReport:
     dense: dict[str, str] = field(default_factory=dict)
     negative_zeros: int = 0
     shards: int = 0
+    formats: list[str] = field(default_factory=list)
 
 
 def pack_folder(
@@ -110,8 +119,8 @@ def pack_folder(
             writer.write(key + META_SUFFIX, packed.index[0], piece.entry)
 
     _check_family(skeleton, packing, specs)
-    config = skeleton.config | {"quantization_config": packing.to_dict()}
-    report.shards = _write(skeleton, out, specs, convert, parts, config, max_shard_bytes, progress)
+    config = json_with(_config_text(skeleton), {(_PACKING,): packing.to_dict()})
+    report.shards, report.formats = _write(skeleton, out, specs, convert, parts, config, max_shard_bytes, progress)
     kept = sum(_nbytes(matrix, skeleton) for name in report.dense for matrix in matrices[name])
     names = {name for key in parts for name in (key, key + META_SUFFIX)}
     report.bytes_after = kept + sum(spec.nbytes for spec in specs if spec.name in names)
@@ -170,11 +179,15 @@ def unpack_folder(
             dense = weight.unpack_expert(0)
             writer.write(key, dense.t() if key in transposed else dense, piece.entry)
 
-    config = {key: value for key, value in skeleton.config.items() if key != "quantization_config"}
-    report.shards = _write(skeleton, out, specs, convert, parts, config, max_shard_bytes, progress)
+    config = json_without(_config_text(skeleton), _PACKING)
+    report.shards, report.formats = _write(skeleton, out, specs, convert, parts, config, max_shard_bytes, progress)
     report.bytes_after = report.bytes_before - sum(skeleton.shards.tensors[name].nbytes for name in {*parts, *metas})
     report.bytes_after += sum(spec.nbytes for spec in specs if spec.name in parts)
     return report
+
+
+def _config_text(skeleton: Skeleton) -> str:
+    return (skeleton.folder / "config.json").read_text(encoding="utf-8")
 
 
 def _nbytes(matrix: StoredMatrix, skeleton: Skeleton) -> int:
@@ -270,11 +283,19 @@ def _write(
     specs: Sequence[TensorSpec],
     convert: Callable[[ShardWriter, str], None],
     converted: Collection[str],
-    config: Mapping[str, Any],
+    config: str,
     max_shard_bytes: int,
     progress: Progress,
-) -> int:
-    """Write the folder: shards, the other small files, config, manifest, index. Returns the number of shards."""
+) -> tuple[int, list[str]]:
+    """Write the folder: shards, the other small files, config, manifest, index, and look at it once more.
+
+    Args:
+        config: text of config.json.
+
+    Returns:
+        Number of shards, and weight files of the source that were not copied.
+    """
+    formats = other_formats(skeleton.folder)
     written = {spec.name for spec in specs}
     keys = [key for key in skeleton.shards.tensors if key in written]
     started = time.perf_counter()
@@ -290,9 +311,13 @@ def _write(
         copy_companions(skeleton.folder, work, leave=("config.json", "README.md", MANIFEST_FILE))
         card = skeleton.folder / "README.md"
         if card.is_file():
-            text = card_in_form(card.read_text(errors="replace"), packed="quantization_config" in config)
+            text = card_in_form(card.read_text(errors="replace"), packed=_PACKING in json.loads(config))
             (work / "README.md").write_text(text)
-        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if formats:
+            tell_surplus(work, {"formats": formats})
+        (work / "config.json").write_text(config, encoding="utf-8")
         write_manifest(work, writer.files)
         writer.write_index()
-        return len(writer.files)
+        twin, read = bare_model(skeleton.folder), read_config(skeleton.folder)
+        check_written(work, SourceFolder(skeleton.folder, twin, read, skeleton.shards))
+        return len(writer.files), formats

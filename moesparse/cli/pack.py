@@ -72,9 +72,13 @@ def unpack(
 
 
 def _show(report: FolderReport, out: Path, done: str, as_json: bool) -> None:
+    from moesparse.checkpoints.edit import say_surplus
+
     if as_json:
         print_json(asdict(report) | {"output": str(out)})
         return
+    for sentence in say_surplus({"formats": report.formats} if report.formats else {}):
+        console.print(sentence, highlight=False, soft_wrap=True)
     for name, reason in report.dense.items():
         console.print(f"[yellow]stays dense:[/] {name}: {reason}", highlight=False, soft_wrap=True)
     if report.negative_zeros:

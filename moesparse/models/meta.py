@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
+    "LAYER_COUNT",
     "bare_model",
     "check_causal",
     "check_layer_counts",
@@ -30,7 +31,7 @@ __all__ = [
 
 _FEW_LAYERS = 1000
 
-_LAYER_COUNT = re.compile(r"layers?$|blocks?$|depth$")
+LAYER_COUNT = re.compile(r"layers?$|blocks?$|depth$")
 
 
 def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -156,7 +157,7 @@ def check_layer_counts(config: dict[str, Any], folder: Path, tensors: int) -> No
         part = parts.pop()
         parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
         for key, value in part.items() if isinstance(part, dict) else ():
-            if _LAYER_COUNT.search(key) and isinstance(value, int) and value > max(tensors, _FEW_LAYERS):
+            if LAYER_COUNT.search(key) and isinstance(value, int) and value > max(tensors, _FEW_LAYERS):
                 raise CheckpointError(
                     f"{folder / 'config.json'} must not ask for more layers than there are tensors, got {key} = "
                     f"{value} and {tensors} tensors"

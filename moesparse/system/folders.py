@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from moesparse.errors import CheckpointError
+from moesparse.errors import CheckpointError, ResultError
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, read_weight_map
 
 __all__ = [
     "JOURNAL_FILE",
+    "WEIGHT_SUFFIXES",
     "atomic_folder",
     "check_output_folder",
     "check_writable",
     "companions",
     "copy_companions",
     "flush",
+    "kept_aside",
+    "other_formats",
 ]
 
 JOURNAL_FILE = "moesparse_journal.json"
@@ -28,7 +33,22 @@ JOURNAL_FILE = "moesparse_journal.json"
 
 _PARTIAL = ".partial"
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".pt",
+    ".pth",
+)
+"""Of files that hold weights, whatever the format."""
+
+_INDEX_SUFFIX = ".index.json"
 
 _NOT_OF_THE_CHECKPOINT = (".cache", ".git", ".ipynb_checkpoints", "__pycache__")
 
@@ -99,6 +119,24 @@ def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def kept_aside(work: Path, folder: Path) -> Iterator[None]:
+    """Where the last look at a result fails, keep what was written under a name of its own.
+
+    Args:
+        work: the temporary folder of `atomic_folder`.
+        folder: that it is for.
+    """
+    try:
+        yield
+    except ResultError as error:
+        names = (f"{folder.name}.unfinished{number or ''}" for number in itertools.count())
+        aside = next(path for name in names if not (path := folder.absolute().with_name(name)).exists())
+        work.chmod(0o755)
+        os.replace(work, aside)
+        raise ResultError(f"{error}. What was written is kept in {aside}") from error
+
+
 def _work_folder(path: Path) -> tuple[Path, int]:
     """A new temporary folder for `path`, and the descriptor that holds its lock.
 
@@ -148,17 +186,35 @@ def companions(source: Path) -> list[Path]:
         # the hub's cache
         inside.append(inside[0].parent.parent / "blobs")
     found = []
+    for file in _files(source):
+        if file.name.endswith((*WEIGHT_SUFFIXES, _INDEX_SUFFIX)):
+            continue
+        if not any(file.resolve().is_relative_to(place) for place in inside):
+            raise CheckpointError(f"{file} must not lead out of its folder, got a link to {file.resolve()}; remove it")
+        found.append(file.relative_to(source))
+    return sorted(found)
+
+
+def other_formats(source: Path) -> list[str]:
+    """Weights in the folder of a checkpoint besides the shards that are read: they are not copied.
+
+    Returns:
+        Paths within the folder, sorted.
+    """
+    read = {source / SINGLE_FILE}
+    if not (source / SINGLE_FILE).exists() and (source / INDEX_FILE).exists():
+        read = {source / name for name in read_weight_map(source / INDEX_FILE).values()}
+    found = [file for file in _files(source) if file.name.endswith(WEIGHT_SUFFIXES) and file not in read]
+    return sorted(str(file.relative_to(source)) for file in found)
+
+
+def _files(source: Path) -> Iterator[Path]:
+    """All files of a checkpoint, in subfolders too."""
     for folder, folders, files in os.walk(source):
         folders[:] = [name for name in folders if not _is_apart(Path(folder, name))]
         for file in (Path(folder, name) for name in files):
-            if not file.is_file() or file.name.endswith(_WEIGHT_SUFFIXES):
-                continue
-            if not any(file.resolve().is_relative_to(place) for place in inside):
-                raise CheckpointError(
-                    f"{file} must not lead out of its folder, got a link to {file.resolve()}; remove it"
-                )
-            found.append(file.relative_to(source))
-    return sorted(found)
+            if file.is_file():
+                yield file
 
 
 def _is_apart(folder: Path) -> bool:

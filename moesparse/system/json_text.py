@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["json_with"]
+__all__ = ["json_with", "json_without"]
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -26,6 +26,17 @@ def json_with(text: str, changes: Mapping[tuple[str, ...], Any]) -> str:
     for path, value in changes.items():
         start, end, new = _edit(text, path, value)
         text = text[:start] + new + text[end:]
+    return text
+
+
+def json_without(text: str, key: str) -> str:
+    """The text without a key of the outermost object, and without the comma and the space that go with it."""
+    members = list(_members(text, _skip(text, 0)))
+    for number, (name, start, _, stop) in enumerate(members):
+        if name == key and number:
+            return text[: members[number - 1][3]] + text[stop:]
+        if name == key:
+            return text[:start] + text[members[1][1] if len(members) > 1 else stop :]
     return text
 
 

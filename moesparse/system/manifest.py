@@ -39,8 +39,13 @@ def write_manifest_entries(folder: Path, entries: Mapping[str, Mapping[str, Any]
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def check_manifest(folder: Path, shards: Sequence[Path]) -> list[str] | None:
+def check_manifest(folder: Path, shards: Sequence[Path], *, hashes: bool = True) -> list[str] | None:
     """What differs between a checkpoint's shards and its manifest, one sentence each; None when it has no manifest.
+
+    Args:
+        folder: of the checkpoint.
+        shards: its files.
+        hashes: read them; else their sizes are compared.
 
     Raises:
         CheckpointError: the manifest is no such table.
@@ -59,6 +64,10 @@ def check_manifest(folder: Path, shards: Sequence[Path]) -> list[str] | None:
         entry = entries.get(file.name)
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             problems.append(f"{file.name} is not in {MANIFEST_FILE}")
-        elif file_hash(file) != entry["sha256"]:
+        elif file.stat().st_size != entry.get("bytes"):
+            problems.append(
+                f"{file.name} has {file.stat().st_size:,} bytes, and {entry.get('bytes')} in {MANIFEST_FILE}"
+            )
+        elif hashes and file_hash(file) != entry["sha256"]:
             problems.append(f"{file.name} was changed after it was written: its sha256 is not that of {MANIFEST_FILE}")
     return problems

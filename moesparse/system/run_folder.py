@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moesparse.errors import CheckpointError, MoESparseError, UsageError
+from moesparse.errors import CheckpointError, MoESparseError, ResultError, UsageError
 from moesparse.system.folders import JOURNAL_FILE, check_output_folder, flush
 from moesparse.system.manifest import file_hash, write_manifest_entries
 from moesparse.system.processes import Processes
@@ -190,16 +190,17 @@ class RunFolder:
         self._save(part)
         return part
 
-    def assemble(self, write_others: Callable[[Path], None]) -> None:
+    def assemble(self, write_others: Callable[[Path], None], check: Callable[[Path], None]) -> None:
         """Make the folder a checkpoint of all parts: shards and index, then the other files, config.json last.
 
         Args:
             write_others: writes config.json and all that is not weights into the folder it is given.
+            check: looks at the folder once all files are there; what it raises leaves it unfinished.
         """
         self._all_have_read()
-        self._processes.from_first(lambda: self._assemble(write_others))
+        self._processes.from_first(lambda: self._assemble(write_others, check))
 
-    def _assemble(self, write_others: Callable[[Path], None]) -> None:
+    def _assemble(self, write_others: Callable[[Path], None], check: Callable[[Path], None]) -> None:
         files = [(part, file) for part in self.parts for file in part.files]
         if self._journal.final is None:
             names = [SINGLE_FILE] if len(files) == 1 else _shard_names(len(files))
@@ -227,6 +228,7 @@ class RunFolder:
             (self.path / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(others / file, self.path / file)
         shutil.rmtree(others)
+        check(self.path)
         for part in self._journal.parts:
             shutil.rmtree(self.path / part.name, ignore_errors=True)
         flush(self.path)
@@ -326,6 +328,9 @@ def _check_alike(processes: Processes, inputs: Mapping[str, Any]) -> None:
 def _saying_what_is_kept(folder: Path) -> Iterator[None]:
     try:
         yield
+    except ResultError:
+        # the same again would end the same
+        raise
     except MoESparseError as error:
         kept = what_is_kept(folder)
         if not kept:

@@ -9,9 +9,16 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import moesparse
-from moesparse.checkpoints.against import compare_folders
+from moesparse.checkpoints.against import check_written, compare_folders
+from moesparse.checkpoints.edit import SourceFolder
+from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
 from moesparse.checkpoints.repack import pack_folder, unpack_folder
 from moesparse.cli import app
+from moesparse.errors import CheckpointError, ResultError
+from moesparse.models.meta import bare_model, read_config
+from moesparse.system import folders
+from moesparse.system.folders import JOURNAL_FILE
+from moesparse.system.manifest import MANIFEST_FILE, write_manifest
 from moesparse.testing import tiny_model
 
 MAGNITUDE = moesparse.Recipe(saliency="magnitude", update="none")
@@ -166,3 +173,100 @@ def test_the_command_shows_it_and_ends_with_1_when_something_is_off(source, prun
     result = CliRunner().invoke(app, ["inspect", str(out), "--against", str(source)])
     assert result.exit_code == 1
     assert "tensors pruned" in result.stdout and "the file LICENSE of the source is changed" in result.stderr
+
+
+def rewritten(folder, spoil):
+    """A folder with other tensors, in one shard."""
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    for file in [*files, folder / "model.safetensors.index.json"]:
+        file.unlink()
+    spoil(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(folder, [folder / "model.safetensors"])
+
+
+def add_columns(tensors):
+    tensors[KEY] = torch.cat([tensors[KEY], tensors[KEY]], 1)
+
+
+def lose_expert(tensors):
+    del tensors[KEY]
+
+
+def lose_file(folder):
+    (folder / "LICENSE").unlink()
+
+
+def change_setting(folder):
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+
+
+def cut_shard(folder):
+    file = folder / MANIFEST_FILE
+    held = json.loads(file.read_text())
+    held["shards"]["model.safetensors"]["bytes"] -= 1
+    file.write_text(json.dumps(held))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "spoil_files", "named"),
+    [
+        (lose, None, "the tensor reward_head.weight of the source is missing"),
+        (lose_expert, None, f"the tensor {KEY} of the source is missing"),
+        (add, None, "the tensor other.weight is not in the source"),
+        (recast, None, "the tensor model.norm.weight is F32, and BF16 in the source"),
+        (add_columns, None, rf"the tensor {KEY} has the shape \[96, 64\], and \[96, 32\] in the source"),
+        (None, lose_file, "the file LICENSE of the source is missing"),
+        (None, change_setting, "num_hidden_layers of config.json has another value"),
+        (None, cut_shard, "model.safetensors has .* bytes, and .* in moesparse_manifest.json"),
+    ],
+)
+def test_the_last_look_at_a_result_names_what_nothing_explains(spoil, spoil_files, named, source, pruned, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pruned, out)
+    rewritten(out, spoil or (lambda tensors: None))
+    edit = SourceFolder(source, bare_model(source), read_config(source))
+    if spoil_files is not None:
+        check_written(out, edit)
+        spoil_files(out)
+    with pytest.raises(ResultError, match=f"out must be .*source with what was pruned, got: {named}"):
+        check_written(out, edit)
+
+
+def test_a_router_that_lost_other_rows_than_experts_is_named(source, tmp_path):
+    moesparse.prune_checkpoint(source, tmp_path / "out", windows(), moesparse.Recipe(weights=None, keep_experts=4))
+    edit = SourceFolder(source, bare_model(tmp_path / "out"), read_config(source))
+    check_written(tmp_path / "out", edit)
+    gate = "model.layers.1.mlp.gate.weight"
+    rewritten(tmp_path / "out", lambda tensors: tensors.update({gate: torch.ones(3, 32).bfloat16()}))
+    with pytest.raises(ResultError, match=rf"{gate} has the shape \[3, 32\], and \[8, 32\]"):
+        check_written(tmp_path / "out", edit)
+
+
+def test_a_run_that_ends_otherwise_than_meant_is_not_called_done(source, tmp_path, monkeypatch):
+    """The source is changed while a run is at work: the folder stays unfinished, and all of it is kept."""
+    shutil.copytree(source, tmp_path / "in")
+    real = shutil.copy2
+
+    def copy2(*arguments):
+        found = real(*arguments)
+        (tmp_path / "in" / "LICENSE").write_text("yours\n")
+        return found
+
+    monkeypatch.setattr(folders.shutil, "copy2", copy2)
+    with pytest.raises(ResultError, match=r"the file LICENSE of the source is changed$"):
+        moesparse.prune_checkpoint(tmp_path / "in", tmp_path / "out", None, MAGNITUDE)
+    assert (tmp_path / "out" / JOURNAL_FILE).exists()
+    with pytest.raises(CheckpointError, match="must be a finished checkpoint"):
+        load_pretrained(tmp_path / "out")
+
+    # in memory: kept beside, under a name of its own
+    model, _ = load_pretrained(source)
+    moesparse.prune(model, None, MAGNITUDE)
+    for number in ("", "1"):
+        (tmp_path / "in" / "LICENSE").write_text("mine\n")
+        with pytest.raises(ResultError, match=rf"What was written is kept in .*saved\.unfinished{number}$"):
+            save_pretrained(model, tmp_path / "saved", source=tmp_path / "in")
+    assert not (tmp_path / "saved").exists() and load_pretrained(tmp_path / "saved.unfinished1")

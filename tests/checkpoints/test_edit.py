@@ -365,16 +365,128 @@ def test_a_result_within_its_source_holds_no_other_result(whole, tmp_path):
     assert set(files_of(source / "second")) == set(files_of(source / "first")) == own
 
 
-def test_what_transformers_leaves_out_is_named(tmp_path):
-    """Packed in memory, a model is written as transformers writes it: without what it does not know."""
+def test_packed_in_memory_it_is_the_folder_too(tmp_path):
+    """Float32 routers, tensors no model knows, config.json's text: as `moesparse pack` writes them."""
     source = planted("qwen3_moe", tmp_path / "in")
     model, _ = load_whole(source)
     report = moesparse.prune(model, None, moesparse.Recipe(saliency="magnitude", update="none"))
-    noted = {"report": report.to_dict(), "card": "# a card\n"}
-    left = save_pretrained(model, tmp_path / "out", packed=True, source=source, **noted)["left"]
-    known = tensors_of(tmp_path / "out").keys()
-    assert set(left) == {name for name in tensors_of(source) if name not in known}
-    assert {"reward_head.weight", "model.rotary_emb.inv_freq"} <= set(left)
-    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["surplus"] == {"left": left}
-    assert "left out" in (tmp_path / "out" / "README.md").read_text()
+    noted = {"recipe": report.recipe, "report": report.to_dict(), "card": "# a card\n", "source": source}
+    found = save_pretrained(model, tmp_path / "out", packed=True, **noted)
+    save_pretrained(model, tmp_path / "dense", **noted)
+    pack_folder(tmp_path / "dense", tmp_path / "packed")
+    got, want = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "packed")
+    assert got.keys() == want.keys()
+    for name in want:
+        assert_same(got[name], want[name], name)
+    assert {"reward_head.weight", "model.rotary_emb.inv_freq"} <= set(found["carried"]) and "left" not in found
+    assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "packed" / "config.json").read_text()
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["surplus"] == {"carried": found["carried"]}
+    assert "reward_head.weight" in (tmp_path / "out" / "README.md").read_text()
     assert files_of(tmp_path / "out") == files_of(source)
+
+    # a model that is packed in memory, from a packed folder; and dense again
+    with pytest.warns(UserWarning, match="has no place for"):
+        again, _ = load_pretrained(tmp_path / "out")
+    save_pretrained(again, tmp_path / "again", packed=True)
+    save_pretrained(again, tmp_path / "dense again")
+    for folder, like in (("again", "out"), ("dense again", "dense")):
+        got, want = tensors_of(tmp_path / folder), tensors_of(tmp_path / like)
+        assert got.keys() == want.keys()
+        for name in want:
+            # pruned zeros come back without their sign
+            assert got[name].dtype == want[name].dtype and got[name].equal(want[name]), name
+        assert (tmp_path / folder / "config.json").read_text() == (tmp_path / like / "config.json").read_text()
+
+
+def test_a_model_from_a_folder_is_saved_as_that_folder(tmp_path):
+    source = planted("mixtral", tmp_path / "in")
+    model, _ = load_whole(source)
+    report = moesparse.prune(model, None, moesparse.Recipe(saliency="magnitude", update="none"))
+    noted = {"recipe": report.recipe, "report": report.to_dict()}
+    save_pretrained(model, tmp_path / "named", source=source, **noted)
+    save_pretrained(model, tmp_path / "found", **noted)
+    for name, tensor in tensors_of(tmp_path / "named").items():
+        assert_same(tensors_of(tmp_path / "found")[name], tensor, name)
+    assert files_of(tmp_path / "found") == files_of(source)
+    assert (tmp_path / "found" / "config.json").read_text() == (tmp_path / "named" / "config.json").read_text()
+    said = json.loads((tmp_path / "found" / REPORT_FILE).read_text())
+    assert said["written"] == "as its source folder, edited"
+    # one that came from nowhere
+    save_pretrained(tiny_model("mixtral"), tmp_path / "new", report={"seconds": 1.0})
+    assert json.loads((tmp_path / "new" / REPORT_FILE).read_text())["written"] == "as transformers writes a model"
+
+
+def another_shape(source, model):
+    model.resize_token_embeddings(70)
+
+
+def other_layers(source, model):
+    del model.model.layers[1]
+    model.config.num_hidden_layers = 1
+
+
+def other_tensors(source, model):
+    tensors = load_file(source / "model.safetensors")
+    tensors["norm.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_model(source, model):
+    file = source / "config.json"
+    file.write_text(json_with(file.read_text(), {("model_type",): "olmoe"}))
+
+
+def a_link(source, model):
+    (source / "notes").symlink_to("/etc/hostname")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (another_shape, r"(embed_tokens|lm_head)\.weight has another shape there"),
+        (other_layers, "it has another num_hidden_layers"),
+        (other_tensors, r"it holds no model\.norm\.weight"),
+        (other_model, "it holds a olmoe"),
+        (a_link, "notes must not lead out of its folder"),
+    ],
+)
+def test_a_folder_that_the_model_is_no_edit_of_is_not_edited(change, why, tmp_path):
+    """Nothing of it is in the result, and a warning and the report say so."""
+    source = planted("mixtral", tmp_path / "in")
+    model, _ = load_whole(source)
+    change(source, model)
+    with pytest.warns(UserWarning, match=rf"in is not edited, for .*{why}.* as transformers writes a model"):
+        save_pretrained(model, tmp_path / "out", report={"seconds": 1.0})
+    said = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert said["written"] == "as transformers writes a model" and "surplus" not in said
+    assert not (tmp_path / "out" / "LICENSE").exists()
+    load_whole(tmp_path / "out")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_weights_of_other_formats_are_named(whole, tmp_path):
+    source = planted("mixtral", tmp_path / "in")
+    (source / "original").mkdir()
+    others = ["consolidated.safetensors", "model-q4.gguf", "original/consolidated.00.pth", "pytorch_model.bin"]
+    for name in others:
+        (source / name).write_bytes(b"weights")
+    recipe = moesparse.Recipe(saliency="magnitude", update="none")
+    if whole:
+        model, _ = load_whole(source)
+        report = moesparse.prune(model, None, recipe)
+        noted = {"recipe": report.recipe, "report": report.to_dict(), "card": "# a card\n"}
+        assert save_pretrained(model, tmp_path / "out", source=source, **noted)["formats"] == others
+    else:
+        report = moesparse.prune_checkpoint(source, tmp_path / "out", None, recipe, card=lambda report: "# a card\n")
+        assert report.surplus["formats"] == others
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["surplus"]["formats"] == others
+    said = "consolidated.safetensors, model-q4.gguf, original/consolidated.00.pth and 1 more: not copied"
+    assert said in (tmp_path / "out" / "README.md").read_text()
+    assert not any((tmp_path / "out" / name).exists() for name in others)
+    if not whole:
+        # and by packing, where they come to lie beside a pruned folder
+        (tmp_path / "out" / "model-f16.gguf").write_bytes(b"weights")
+        assert pack_folder(tmp_path / "out", tmp_path / "packed").formats == ["model-f16.gguf"]
+        found = json.loads((tmp_path / "packed" / REPORT_FILE).read_text())["surplus"]
+        assert found["formats"] == [*others, "model-f16.gguf"] and found["carried"] == report.surplus["carried"]
+        assert "model-f16.gguf: not copied" in (tmp_path / "packed" / "README.md").read_text()

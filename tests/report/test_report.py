@@ -115,7 +115,8 @@ class TestWhatPruneLeaves:
         tokens = [sums.tokens.tolist() for sums in statistics["law"].blocks.values()]
         assert run["experts"]["tokens"] == tokens
         assert run["fingerprint"] == statistics["law"].fingerprint
-        assert run == json.loads(json.dumps(done.to_dict(), allow_nan=False))
+        written = {"written": "as transformers writes a model"}
+        assert run == json.loads(json.dumps(done.to_dict(), allow_nan=False)) | written
 
     def test_sizes_before_and_after(self, made):
         _, done, _, model = made
