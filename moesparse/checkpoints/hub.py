@@ -6,15 +6,20 @@ import os
 from pathlib import Path
 
 from moesparse.errors import CheckpointError, MoESparseError
+from moesparse.system.folders import WEIGHT_SUFFIXES
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, read_weight_map
 
 __all__ = ["local_folder"]
 
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md")
+# what lies beside the weights is copied into a result, so all of it is wanted; nothing of it is run
+_WEIGHTS = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint; that of a hub id is downloaded first: config, tokenizer and safetensors, no code.
+    """The folder of a checkpoint; that of a hub id is downloaded first.
+
+    All files are, in subfolders too, but for weights that are not read: those of other formats, and safetensors that
+    the index does not name. Code comes with the rest and is never run.
 
     Raises:
         CheckpointError: there is no such folder or id.
@@ -28,7 +33,7 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
 
     name = os.fspath(source)
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(_SMALL_FILES), ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, ignore_patterns=_WEIGHTS))
         weights = [SINGLE_FILE]
         if (folder / INDEX_FILE).exists():
             weights += set(read_weight_map(folder / INDEX_FILE).values())
