@@ -1,5 +1,7 @@
 """What goes wrong on a user's side: one clear sentence each, never a traceback in the command line."""
 
+_LONGEST_REASON = 300
+
 
 class MoESparseError(ValueError):
     """Something the user can mend: a model that does not fit, text that is too short, a folder that is not empty."""
@@ -31,3 +33,9 @@ class ProcessError(MoESparseError):
 
 class NotInPiecesError(UnsupportedModelError, CheckpointError):
     """A checkpoint that cannot be read layer by layer: its tensors are not those that transformers would save."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what a library says, or its kind where it says nothing; for the end of a sentence of ours."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 3]}..."

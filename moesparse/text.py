@@ -1,33 +1,37 @@
 """Text in, token windows out: calibration samples and evaluation windows from files or a `datasets` name.
 
 A source is one of
-    novel.txt                              one document (any other suffix is read as plain text too), UTF-8
-    pages.jsonl                            one JSON object a line, its "text" is a document
+    novel.txt                              one document (any other suffix is read as plain text too)
+    pages.jsonl, .ndjson, .json            one JSON object a line, its "text" is a document
     pages.parquet                          a "text" column, one document a row
     wikitext:wikitext-2-raw-v1:train       a `datasets` name as NAME:SPLIT or NAME:CONFIG:SPLIT
 
+A file may be packed by gzip (pages.jsonl.gz). It is UTF-8, or what its byte-order mark says: UTF-16, UTF-32.
+
+With `chat` a record may have "messages" ({"role", "content"}, with "tools" beside them) or "conversations" ({"from",
+"value"}, with "system" beside them) instead: the tokenizer's own chat template makes a document of it.
+
 Packing convention: a document is encoded as the tokenizer encodes a text for its model, so BOS goes in front where the
 tokenizer puts one itself; EOS, where there is one, follows every document; then documents are laid end to end and cut
-into windows. A window has no BOS of its own: it is a stretch of the stream that models are pre-trained on.
+into windows. A window has no BOS of its own: it is a stretch of the stream that models are pre-trained on. A chat
+record has the special tokens that its template writes and no others.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import os
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from moesparse.documents import ChatTemplate, Chunk, PathLike, SourceRead, is_dataset, name_of, read, whole_documents
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 
 DEFAULT_SAMPLES = 128
@@ -39,9 +43,6 @@ _CHARS_PER_TOKEN = 16
 _MIN_PIECE_CHARS = 1 << 16
 # A dataset may be a web crawl: stop reading after this many times what is looked at.
 _DATASET_POOLS = 16
-_DATASET_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?:[\w.-]+")
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,8 @@ class TextSource:
     domain: str
 
 
-class _Chunk(NamedTuple):
-    """A document, or a part of one: `starts` and `ends` tell whether its first and last character are in here."""
-
-    text: str
-    starts: bool
-    ends: bool
-
-
 def parse_source(argument: str) -> TextSource:
-    """Read a command-line source, `FILE` or `FILE=DOMAIN`; without a domain it is the file's stem.
+    """Read a command-line source, `FILE` or `FILE=DOMAIN`; without a domain it is the file's name without its ending.
 
     A file whose own name holds "=" is taken whole when it exists.
 
@@ -76,8 +69,7 @@ def parse_source(argument: str) -> TextSource:
     path, mark, domain = argument.rpartition("=")
     if not mark or Path(argument).is_file():
         path = argument
-        name = argument.split(":")[0] if _is_dataset(argument) else argument
-        domain = Path(name).stem
+        domain = Path(argument.split(":")[0]).stem if is_dataset(argument) else name_of(argument)
     if not path or not domain:
         raise UsageError(f"a text source must be FILE or FILE=DOMAIN, got {argument!r}")
     return TextSource(path, domain)
@@ -91,6 +83,8 @@ def windows(
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
     max_length: int | None = None,
+    chat: bool = False,
+    found: list[SourceRead] | None = None,
 ) -> torch.Tensor:
     """Sample token windows for calibration.
 
@@ -106,17 +100,20 @@ def windows(
         length: tokens a window; lowered to the model's context where that is shorter.
         seed: another seed draws other windows; the same seed the same ones, on any platform.
         max_length: the model's context in tokens; `tokenizer.model_max_length` when None.
+        chat: make documents of chat records, by the tokenizer's chat template.
+        found: is given what was read of each source.
 
     Returns:
         [samples, min(length, context)] int64, in seeded random order, so that any prefix is a sample too.
 
     Raises:
-        UsageError: samples or length is below 1, or there is no source.
+        UsageError: samples or length is below 1, or there is no source, or one is a table (.csv).
         CalibrationError: the text holds fewer windows than asked; says how much there is and what would fit.
-        MoESparseError: a source cannot be read as text; names the file, and the line in a .jsonl.
+        MoESparseError: a source cannot be read as text; names the file, and the line in a .jsonl. Or `chat`, and the
+            tokenizer has no chat template or no source a chat record.
     """
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
-    ids, _ = _sample_windows(sources, tokenizer, samples, length, seed, max_length)
+    ids, _ = _sample_windows(sources, tokenizer, samples, length, seed, max_length, chat, found)
     return ids
 
 
@@ -128,6 +125,8 @@ def domain_windows(
     length: int = DEFAULT_LENGTH,
     seed: int = 0,
     max_length: int | None = None,
+    chat: bool = False,
+    found: list[SourceRead] | None = None,
 ) -> tuple[torch.Tensor, list[str]]:
     """The windows that `windows` samples from the same files, and the domain of each.
 
@@ -146,7 +145,8 @@ def domain_windows(
         raise UsageError(
             f"samples must be at least {len(names)}, a window for each domain ({', '.join(names)}), got {samples}"
         )
-    ids, origin = _sample_windows([one.path for one in sources], tokenizer, samples, length, seed, max_length)
+    paths = [one.path for one in sources]
+    ids, origin = _sample_windows(paths, tokenizer, samples, length, seed, max_length, chat, found)
     domains = [sources[number].domain for number in origin]
     for one in sources:
         if one.domain not in domains:
@@ -158,7 +158,14 @@ def domain_windows(
 
 
 def _sample_windows(
-    sources: Sequence[PathLike], tokenizer: Any, samples: int, length: int, seed: int, max_length: int | None
+    sources: Sequence[PathLike],
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    max_length: int | None,
+    chat: bool,
+    found: list[SourceRead] | None,
 ) -> tuple[torch.Tensor, list[int]]:
     """The windows of `windows`, and the number of the source each comes from."""
     if not sources:
@@ -171,11 +178,17 @@ def _sample_windows(
     piece_chars = max(_MIN_PIECE_CHARS, _CHARS_PER_TOKEN * length)
     pieces = -(-_CHARS_PER_TOKEN * samples * length // piece_chars)
     streams: list[list[torch.Tensor]] = []
-    for one in sources:
+    template = ChatTemplate(tokenizer) if chat else None
+    notes = [SourceRead(os.fspath(one)) for one in sources]
+    for one, note in zip(sources, notes, strict=True):
         limit = _DATASET_POOLS * pieces * piece_chars
-        stretches = _sample_stretches(_read(one, piece_chars, limit), piece_chars, pieces, rng)
+        stretches = _sample_stretches(read(one, piece_chars, limit, template, note), piece_chars, pieces, rng)
         streams.append([_encode_stretch(stretch, tokenizer) for stretch in stretches])
 
+    if chat:
+        check_chats(notes)
+    if found is not None:
+        found += notes
     pools = [[w for ids in stream for w in _cut(ids, length)] for stream in streams]
     if sum(map(len, pools)) < samples:
         raise CalibrationError(_too_little(sources, streams, samples, length))
@@ -188,6 +201,19 @@ def _sample_windows(
     return torch.stack([window for window, _ in chosen]), [number for _, number in chosen]
 
 
+def check_chats(found: Sequence[SourceRead]) -> None:
+    """Refuse a request for chat records where there were none.
+
+    Raises:
+        MoESparseError: names the sources.
+    """
+    if not any(note.chats for note in found):
+        names = ", ".join(note.source for note in found)
+        raise MoESparseError(
+            f'chat (--chat) is for records with "messages" or "conversations", got none in {names}: leave it out'
+        )
+
+
 def evaluation_windows(
     source: PathLike,
     tokenizer: Any,
@@ -196,6 +222,8 @@ def evaluation_windows(
     *,
     join: str | None = None,
     max_length: int | None = None,
+    chat: bool = False,
+    found: list[SourceRead] | None = None,
 ) -> tuple[torch.Tensor, int | None]:
     """Cut a whole source into consecutive windows for perplexity, and count the bytes that are scored.
 
@@ -215,6 +243,8 @@ def evaluation_windows(
         stride: tokens from the start of a window to the start of the next; `length` when None.
         join: lay all documents into one with this string between them; "\\n\\n" is the WikiText-2 protocol.
         max_length: the model's context in tokens; `tokenizer.model_max_length` when None.
+        chat: make documents of chat records, by the tokenizer's chat template; what it writes counts as their bytes.
+        found: is given what was read.
 
     Returns:
         windows: [n, min(length, context)] int64.
@@ -222,25 +252,32 @@ def evaluation_windows(
             text its tokens lie.
 
     Raises:
-        UsageError: length is below 2, or stride is not in 1..length.
+        UsageError: length is below 2, or stride is not in 1..length, or chat records are to be joined.
         MoESparseError: the source cannot be read as text, or is shorter than one window.
     """
     length = _bounded_length(length, tokenizer, max_length, at_least=2)
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise UsageError(f"stride must lie in 1..{length} (the window), got {stride}")
-    documents = _whole_documents(_read(source, _MIN_PIECE_CHARS, None))
-    texts = [chunk.text for chunk in documents]
+    if chat and join is not None:
+        raise UsageError(f"join must be left out with chat records, whose template ends them, got {join!r}")
+    note = SourceRead(os.fspath(source))
+    template = ChatTemplate(tokenizer) if chat else None
+    documents = list(whole_documents(read(source, _MIN_PIECE_CHARS, None, template, note)))
+    if found is not None:
+        found.append(note)
     if join is not None:
-        texts = [join.join(texts)]
+        documents = [Chunk(join.join(document.text for document in documents), True, True)]
 
     bos, eos = _special_ids(tokenizer)
     ids: list[int] = []
     ends: list[np.ndarray] | None = [] if getattr(tokenizer, "is_fast", False) else None
     total_bytes = 0
-    for number, text in enumerate(texts):
+    ended = True
+    for text, _, _, complete in documents:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=ends is not None, verbose=False)
-        separators = (eos if number else []) + bos
+        separators = ([] if ended else eos) + ([] if complete else bos)
+        ended = complete
         ids += separators + encoding["input_ids"]
         if ends is not None:
             ends.append(np.full(len(separators), total_bytes))
@@ -315,9 +352,9 @@ def _token_ends(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
 # Sampling
 
 
-def _pieces(chunks: Iterable[_Chunk], piece_chars: int) -> Iterator[list[_Chunk]]:
+def _pieces(chunks: Iterable[Chunk], piece_chars: int) -> Iterator[list[Chunk]]:
     """Group neighbouring chunks until they hold `piece_chars` characters."""
-    piece: list[_Chunk] = []
+    piece: list[Chunk] = []
     held = 0
     for chunk in chunks:
         piece.append(chunk)
@@ -329,16 +366,16 @@ def _pieces(chunks: Iterable[_Chunk], piece_chars: int) -> Iterator[list[_Chunk]
         yield piece
 
 
-def _sample_stretches(chunks: Iterable[_Chunk], piece_chars: int, limit: int, rng: random.Random) -> list[list[_Chunk]]:
+def _sample_stretches(chunks: Iterable[Chunk], piece_chars: int, limit: int, rng: random.Random) -> list[list[Chunk]]:
     """Keep `limit` pieces of a stream, each as likely as the next (reservoir sampling); neighbours stay one stretch."""
-    kept: list[tuple[int, list[_Chunk]]] = []
+    kept: list[tuple[int, list[Chunk]]] = []
     for index, piece in enumerate(_pieces(chunks, piece_chars)):
         if len(kept) < limit:
             kept.append((index, piece))
         elif (slot := rng.randrange(index + 1)) < limit:
             kept[slot] = (index, piece)
     kept.sort(key=lambda item: item[0])
-    stretches: list[list[_Chunk]] = []
+    stretches: list[list[Chunk]] = []
     expected = -1
     for index, piece in kept:
         if index != expected:
@@ -348,25 +385,11 @@ def _sample_stretches(chunks: Iterable[_Chunk], piece_chars: int, limit: int, rn
     return stretches
 
 
-def _whole_documents(chunks: Iterable[_Chunk]) -> Iterator[_Chunk]:
-    """Put neighbouring parts of a document together again, so that a cut made while reading changes no token."""
-    parts: list[str] = []
-    starts = True
-    for chunk in chunks:
-        if not parts:
-            starts = chunk.starts
-        parts.append(chunk.text)
-        if chunk.ends:
-            yield _Chunk("".join(parts), starts, True)
-            parts = []
-    if parts:
-        yield _Chunk("".join(parts), starts, False)
-
-
-def _encode_stretch(stretch: list[_Chunk], tokenizer: Any) -> torch.Tensor:
+def _encode_stretch(stretch: list[Chunk], tokenizer: Any) -> torch.Tensor:
     ids: list[int] = []
-    for document in _whole_documents(stretch):
-        ids += encode_document(tokenizer, document.text, starts=document.starts, ends=document.ends)
+    for document in whole_documents(stretch):
+        starts, ends = (each and not document.complete for each in document[1:3])
+        ids += encode_document(tokenizer, document.text, starts=starts, ends=ends)
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -402,146 +425,3 @@ def _too_little(sources: Sequence[PathLike], streams: list[list[torch.Tensor]], 
     if shorter:
         cures.append(f"length={shorter}")
     return f"{message}, or {' or '.join(cures)}" if cures else message
-
-
-# Reading
-
-
-def _is_dataset(source: PathLike) -> bool:
-    return isinstance(source, str) and _DATASET_NAME.fullmatch(source) is not None and not os.path.exists(source)
-
-
-def _read(source: PathLike, block: int, limit: int | None) -> Iterator[_Chunk]:
-    """The documents of one source as chunks; `limit` characters at most from a dataset.
-
-    Raises:
-        MoESparseError: the source is missing, is no text, or holds no text.
-    """
-    name = os.fspath(source)
-    if _is_dataset(source):
-        chunks = _whole(_limited(_read_dataset(name), limit))
-    else:
-        path = Path(name)
-        if path.is_dir():
-            raise MoESparseError(f"text source {name} must be a file, got a folder; name the files in it")
-        if not path.exists():
-            raise MoESparseError(f"text source {name} must be a file or a datasets name (NAME:SPLIT), got neither")
-        match path.suffix.lower():
-            case ".jsonl" | ".ndjson":
-                chunks = _whole(_read_jsonl(path))
-            case ".parquet":
-                chunks = _whole(_read_parquet(path))
-            case ".json":
-                raise MoESparseError(
-                    f"text source {name} must be .txt, .jsonl or .parquet, got .json; "
-                    "rename it to .jsonl if every line is one object"
-                )
-            case _:
-                chunks = _read_plain(path, block)
-    empty = True
-    try:
-        for chunk in chunks:
-            empty = empty and not chunk.text.strip()
-            yield chunk
-    except UnicodeDecodeError as error:
-        raise MoESparseError(
-            f"text source {name} must be UTF-8 text, got byte 0x{error.object[error.start]:02x}; convert it to UTF-8"
-        ) from error
-    except OSError as error:
-        raise MoESparseError(f"text source {name} could not be read: {error.strerror or error}") from error
-    if empty:
-        raise MoESparseError(f"text source {name} must hold text, got none")
-
-
-def _whole(texts: Iterable[str]) -> Iterator[_Chunk]:
-    for text in texts:
-        if text:
-            yield _Chunk(text, True, True)
-
-
-def _limited(texts: Iterable[str], limit: int | None) -> Iterator[str]:
-    read = 0
-    for text in texts:
-        yield text
-        read += len(text)
-        if limit is not None and read >= limit:
-            return
-
-
-def _read_plain(path: Path, block: int) -> Iterator[_Chunk]:
-    """One document, in chunks of about `block` bytes cut after a line end or before a space."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    carry, starts = "", True
-    with path.open("rb") as file:
-        while data := file.read(block):
-            if b"\0" in data:
-                raise MoESparseError(f"text source {path} must be text, got binary data (it holds zero bytes)")
-            carry += decoder.decode(data)
-            cut = carry.rfind("\n") + 1 or max(carry.rfind(" "), 0)
-            if cut:
-                yield _Chunk(carry[:cut], starts, False)
-                carry, starts = carry[cut:], False
-    yield _Chunk(carry + decoder.decode(b"", final=True), starts, True)
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if not text:
-                continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise MoESparseError(f"{path} line {number} must be a JSON object, got {_shown(text)}") from error
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise MoESparseError(f'{path} line {number} must have a string "text", got {_shown(text)}')
-            if any("\ud800" <= character <= "\udfff" for character in record["text"]):
-                raise MoESparseError(f"{path} line {number} must be Unicode text, got half of a surrogate pair")
-            yield record["text"]
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MoESparseError(f"reading {path} needs pyarrow; pip install 'moesparse[text]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "text" not in names:
-                raise MoESparseError(f'{path} must have a column "text", got {", ".join(names)}')
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                for value in batch.column(0).to_pylist():
-                    if value is not None and not isinstance(value, str):
-                        raise MoESparseError(f'column "text" of {path} must hold strings, got {type(value).__name__}')
-                    yield value or ""
-    except pyarrow.ArrowInvalid as error:
-        raise MoESparseError(f"{path} must be a parquet file, got something else or a cut one") from error
-
-
-def _read_dataset(spec: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MoESparseError(f"reading dataset {spec} needs datasets; pip install 'moesparse[text]'") from error
-    name, *config, split = spec.split(":")
-    try:
-        rows = datasets.load_dataset(name, *config, split=split, streaming=True)
-        for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise MoESparseError(f'dataset {spec} must have a string column "text", got {", ".join(row)}')
-            yield row["text"]
-    except MoESparseError:
-        raise
-    # datasets raises its own, the hub's, the file system's and the network's errors: all mean that it cannot be had
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MoESparseError(
-            f"dataset {spec} could not be read: {reason}; without network give a .txt, .jsonl or .parquet file"
-        ) from error

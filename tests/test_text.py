@@ -289,7 +289,7 @@ def test_a_dataset_without_text(monkeypatch, tokenizer):
         # the last character is cut in half: only the end of the file tells
         ("cut.txt", "tree 🎉".encode()[:-2], r"cut\.txt must be UTF-8 text, got byte 0xf0"),
         ("latin.jsonl", b'{"text": "a"}\n{"text": "\xef"}\n', r"latin\.jsonl must be UTF-8 text, got byte 0xef"),
-        ("a.json", "{}", r"must be \.txt, \.jsonl or \.parquet, got \.json; rename"),
+        ("a.json", "{}", r'a\.json line 1 must have a string "text", got \{\}'),
         ("b.jsonl", '{"text": "a"}\n\n{"text": "b"', r'b\.jsonl line 3 must be a JSON object, got \{"text": "b"'),
         ("c.jsonl", '{"text": "a"}\n{"body": "b"}\n', r'c\.jsonl line 2 must have a string "text", got \{"body"'),
         ("d.jsonl", '{"text": 3}', r'd\.jsonl line 1 must have a string "text"'),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import UsageError
-from moesparse.models.modes import placed
+from moesparse.models.modes import let_experts_run, placed
 from moesparse.progress import Progress, ProgressEvent, silent
 
 __all__ = ["check_new_tokens", "continue_prompts"]
@@ -67,6 +67,7 @@ def continue_prompts(
     pad = ends[0] if ends else 0
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     rows, masks = [], []
+    let_experts_run(model)
     with placed(model, device) as place, torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
         for first in range(0, len(prompts), batch_size):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moesparse.errors import CheckpointError, MoESparseError
+from moesparse.errors import CheckpointError, MoESparseError, reason_of
 from moesparse.system.folders import WEIGHT_SUFFIXES
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, read_weight_map
 
@@ -41,8 +41,6 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
     except MoESparseError:
         raise
     except Exception as error:  # huggingface_hub's many kinds, often over many lines
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"MODEL must be a local folder or a hub id with a causal language model, got {name!r}: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"MODEL must be a local folder or a hub id with a causal language model, got {name!r}: {reason_of(error)}"
         ) from error

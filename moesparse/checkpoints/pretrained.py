@@ -25,10 +25,13 @@ from moesparse.checkpoints.history import (
     noted_with,
     read_report,
 )
+from moesparse.checkpoints.hub import local_folder
 from moesparse.checkpoints.origin import EditedModel, edited_model, folder_of
 from moesparse.checkpoints.skeleton import open_skeleton
-from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.models.meta import check_causal, check_layer_counts, read_config
+from moesparse.checkpoints.tokenizer import find_tokenizer, tokenizer_files
+from moesparse.errors import CheckpointError, UnsupportedModelError, reason_of
+from moesparse.models.meta import check_causal, check_layer_counts, quantization_of, read_config
+from moesparse.models.modes import let_experts_run
 from moesparse.packed.model import state_in_form
 from moesparse.system.folders import JOURNAL_FILE, atomic_folder, companions, copy_companions, kept_aside, other_formats
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
@@ -36,13 +39,11 @@ from moesparse.system.shards import INDEX_FILE, Shards, read_json
 from moesparse.system.sizes import parse_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 _EDITED = "as its source folder, edited"
 _WRITTEN_ANEW = "as transformers writes a model"
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_pretrained(
@@ -55,36 +56,43 @@ def load_pretrained(
         dtype: of the weights; "auto" takes the checkpoint's own.
 
     Returns:
-        The model in eval mode, and the tokenizer (None when the folder has none). A warning names tensors that the
-        model has no place for.
+        The model in eval mode, and the tokenizer: None when the folder has none, and with a warning when it has one
+        that cannot be loaded. A warning names tensors that the model has no place for.
 
     Raises:
         CheckpointError: the folder or id is unknown, a shard or tensor is missing, or a shape differs.
     """
+    folder = local_folder(source)
+    model = load_model(folder, dtype=dtype)
+    try:
+        return model, find_tokenizer(folder)
+    except CheckpointError as error:
+        warnings.warn(f"no tokenizer: {error}", stacklevel=2)
+        return model, None
+
+
+def load_model(source: Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model of a local folder; see `load_pretrained`."""
     from transformers import AutoModelForCausalLM
 
     import moesparse.packed.quantizer  # noqa: F401, packed checkpoints too
 
-    folder = Path(source)
-    if folder.is_dir():
-        check_model_folder(folder)
-    elif folder.exists():
-        raise CheckpointError(f"MODEL must be a folder or a hub id, got the file {folder}")
-    config = read_config(source)
-    check_causal(config)
+    config = check_model_folder(source)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
         # transformers raises OSError, ValueError, RuntimeError or safetensors' own errors, often over many lines
-        reason = str(error).strip().splitlines()
+        method = quantization_of(config)
         raise CheckpointError(
-            f"MODEL must be a local folder or a hub id with a causal language model, got {os.fspath(source)!r}: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"{source} must be a checkpoint that transformers can load here, got "
+            + ("" if method is None else f"a model quantised by {method!r}, ")
+            + f"for which it says: {reason_of(error)}"
+            + ("" if method is None else "; install what that takes, or give the model in bf16")
         ) from error
     model, loading = loaded
-    whose = f"the checkpoint {os.fspath(source)}"
+    whose = f"the checkpoint {source}"
     for what, keys in (("lacks", "missing_keys"), ("holds with another shape", "mismatched_keys")):
         if loading[keys]:
             strange = loading["unexpected_keys"]
@@ -94,7 +102,8 @@ def load_pretrained(
         warnings.warn(
             f"{whose} holds what the model has no place for: {_some(loading['unexpected_keys'])}", stacklevel=2
         )
-    return model.eval(), load_tokenizer(source)
+    let_experts_run(model)
+    return model.eval()
 
 
 def _some(keys: Collection[Any]) -> str:
@@ -103,34 +112,27 @@ def _some(keys: Collection[Any]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a local folder or a hub id; None when it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
-
-
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path) -> PreTrainedConfig:
     """Look at a local checkpoint before anything of it is loaded: config.json, the index and the headers.
 
     Raises:
         CheckpointError: a file is missing, damaged or hostile.
+        UnsupportedModelError: not a causal language model of transformers.
     """
-    config = folder / "config.json"
     if (folder / JOURNAL_FILE).exists():
         raise CheckpointError(
             f"MODEL must be a finished checkpoint, got {folder}, which an unfinished run left: give that run's command "
             "again with --resume"
         )
-    if not config.exists():
+    if not (folder / "config.json").exists():
         raise CheckpointError(f"MODEL must be a folder with a config.json, got {folder} without one")
-    check_layer_counts(read_json(config), folder, len(Shards.open(folder).tensors))
+    config = read_config(folder)
+    check_causal(config)
+    check_layer_counts(read_json(folder / "config.json"), folder, len(Shards.open(folder).tensors))
     index = folder / INDEX_FILE
     if index.exists() and not isinstance(read_json(index).get("metadata"), dict):
         raise CheckpointError(f'{index} must hold "metadata", as transformers asks for, got none: add "metadata": {{}}')
+    return config
 
 
 def save_pretrained(
@@ -250,7 +252,7 @@ def write_companions(
         written: said by the report: whether the folder is the source's, edited, or one that transformers wrote.
     """
     origin = Path(source) if source is not None and Path(source).is_dir() else None
-    if tokenizer is not None and not (origin and any((origin / name).is_file() for name in _TOKENIZER_FILES)):
+    if tokenizer is not None and not (origin and tokenizer_files(origin)):
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:  # the tokenizers library gives a full disk no type of its own

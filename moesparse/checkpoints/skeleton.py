@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError
+from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError, reason_of
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.models.meta import bare_model, check_layer_counts
 from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES, MatrixLayout
@@ -208,15 +208,11 @@ def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
         )
     try:
         packing = None if quantization is None else MoESparseConfig(**quantization)
-        model = bare_model(folder)
     except MoESparseError:
         raise
-    except Exception as error:  # whatever transformers says to a config
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{folder / 'config.json'} must describe a causal language model, got "
-            f"{reason[0] if reason else type(error).__name__}"
-        ) from error
+    except Exception as error:  # whatever is said to a hostile entry
+        raise CheckpointError(f"{folder / 'config.json'} must hold our packing, got {reason_of(error)}") from error
+    model = bare_model(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     conversions = get_model_conversion_mapping(model)
     blocks = find_moe_blocks(model) if packing is None else insert_packed(model, packing)

@@ -15,7 +15,7 @@ from moesparse.cli.job import job, refuse_several
 from moesparse.cli.model import ModelOnDisk, WholeModel, at_work
 from moesparse.cli.plan import planned_windows, tell_plan
 from moesparse.cli.show import show_domains
-from moesparse.cli.text import TextOptions
+from moesparse.cli.text import CalibrationText, TextOptions
 from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def calibrate(
     model: options.Model,
     statistics: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     calibration: options.Calibration = None,
+    chat: options.Chat = False,
     demonstrations_from_model: options.FromModel = None,
     temperature: options.Temperature = 0.0,
     experts: Annotated[
@@ -94,7 +95,7 @@ def calibrate(
     if whole or made is not None:
         refuse_several("--whole" if whole else "--demonstrations-from-model")
     target = options.resolve_device(device)
-    text = TextOptions(calibration or [], samples, length, seed, made, temperature, batch_size, target)
+    text = TextOptions(calibration or [], samples, length, seed, made, temperature, batch_size, target, chat)
     run = _Run(model, statistics, moments, chosen, text, resume, dry_run, max_memory, as_json)
     with quiet_libraries():
         done = run.on_whole_model() if whole or made is not None else run.layer_by_layer()
@@ -157,7 +158,7 @@ class _Choice:
         criterion: Any = self.criterion
         assert done.choose is not None
         check_sums(done.statistics, criterion)
-        parts = split_windows(done.by_window, done.domains)
+        parts = split_windows(done.by_window, done.text.domains)
         totals = {name: {key: value.sum(0) for key, value in part.items()} for name, part in parts.items()}
         kept = done.choose(mixed_scores(totals, criterion, self.mix, seed=self.seed))
         return {
@@ -174,13 +175,13 @@ class _Done:
     Attributes:
         statistics: of the model.
         by_window: the sums of every window, [windows, blocks, E].
-        domains: of each window.
+        text: that was read.
         choose: the rule of the choice that is to be shown, or None.
     """
 
     statistics: ModelStatistics
     by_window: dict[str, Tensor]
-    domains: list[str]
+    text: CalibrationText
     choose: Callable[[Tensor], list[Tensor]] | None
 
 
@@ -227,7 +228,7 @@ class _Run:
                 max_memory=limit,
                 progress=progress,
             )
-        return _Done(result, by_window, text.domains, choose) if job.rank == 0 else None
+        return _Done(result, by_window, text, choose) if job.rank == 0 else None
 
     def on_whole_model(self) -> _Done:
         """Load the model."""
@@ -249,7 +250,7 @@ class _Run:
                 by_window=None if choose is None else by_window,
             )
             result.save(self.statistics)
-        return _Done(result, by_window, text.domains, choose)
+        return _Done(result, by_window, text, choose)
 
 
 def _tell(done: _Done, path: Path, chosen: _Choice | None, as_json: bool) -> None:
@@ -264,6 +265,7 @@ def _tell(done: _Done, path: Path, chosen: _Choice | None, as_json: bool) -> Non
                 "tokens": result.tokens,
                 "fingerprint": result.fingerprint,
                 "text": result.text_hash,
+                **done.text.noted,
                 "blocks": dict(zip(result.blocks, ({"dead": ids} for ids in dead), strict=True)),
             }
             | ({"choice": choice} if choice else {})

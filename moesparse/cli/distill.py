@@ -79,6 +79,7 @@ def distill(
         options.option(TRAINING, "experts: their matrices (the paper's). all: routers, attention and the rest too."),
     ] = None,
     calibration: options.Calibration = None,
+    chat: options.Chat = False,
     samples: Annotated[
         int | None,
         options.option(options.TEXT, "Windows to train on: 1000, or 240 of the embedded model's own text.", min=1),
@@ -117,7 +118,7 @@ def distill(
         small = bool(embedded_texts("calibration", options.model_source(teacher)))
         settings = _settings(preset, mode, changes, small=small)
         windows = samples or (_EMBEDDED_WINDOWS if small and not calibration else _WINDOWS)
-        text = TextOptions(calibration or [], windows, length, seed, device=target)
+        text = TextOptions(calibration or [], windows, length, seed, device=target, chat=chat)
         run = _Run(student, teacher, output, mode, settings, text, resume, logs, packed)
         report = run.carry_out(checkpointing=checkpointing, cache=cache, save_every=save_every)
     if report is None:
@@ -186,7 +187,6 @@ class _Run:
                 self.output,
                 text.windows,
                 settings=self.settings,
-                tokenizer=student.tokenizer,
                 card=lambda report: distilled_card(before, self.teacher, report, *text.ids.shape),
                 device=self.text.device,
                 resume=self.resume,
@@ -236,7 +236,6 @@ class _Run:
             report.surplus = save_pretrained(
                 network,
                 self.output,
-                tokenizer=student.tokenizer,
                 source=source,
                 recipe={**(noted.get("recipe") or {}), "distillation": report.summary(len(text.ids))},
                 packed=stays_packed,

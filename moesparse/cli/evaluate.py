@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moesparse.cli.console import print_json, progress_bar, quiet_libraries
-from moesparse.cli.options import check_output_file, model_source, resolve_device
+from moesparse.cli.options import CHAT_HELP, check_output_file, model_source, resolve_device
 from moesparse.cli.text import embedded_texts
-from moesparse.errors import CheckpointError, UsageError
+from moesparse.errors import UsageError
 
 EMBEDDED_LENGTH = 256
 """Window of the embedded model's own figures; it was trained on it."""
@@ -24,9 +24,11 @@ def evaluate(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=NAME names it. Repeat."
+            help="FILE.txt, .jsonl or .parquet (field 'text'), in gzip too, or a datasets name. FILE=NAME names it. "
+            "Repeat."
         ),
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help=CHAT_HELP)] = False,
     length: Annotated[
         int | None,
         typer.Option(help="Tokens in a window (2048; 256 for the embedded text); bounded by the context.", min=2),
@@ -74,7 +76,7 @@ def evaluate(
     """
     _check_kind(
         tasks is not None,
-        text_options={"--text": text, "--length": length, "--stride": stride},
+        text_options={"--text": text, "--chat": chat or None, "--length": length, "--stride": stride},
         task_options={"--tasks-path": tasks_path, "--num-fewshot": num_fewshot, "--limit": limit},
     )
     if output is not None:
@@ -84,7 +86,7 @@ def evaluate(
         shown = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed}
         values = ask(model, names, path=tasks_path, batch_size=batch_size, device=device, **shown)
     else:
-        values = measure(model, text, length=length, stride=stride, batch_size=batch_size, device=device)
+        values = measure(model, text, chat=chat, length=length, stride=stride, batch_size=batch_size, device=device)
     # shown first: a file that cannot be written after all does not lose what was measured
     if as_json:
         print_json(values)
@@ -172,11 +174,13 @@ def _load(model: str, device: Any) -> tuple[Any, Any]:
     """Model and tokenizer, on the device, or on a GPU when there is one."""
     import torch
 
-    from moesparse.checkpoints.pretrained import load_pretrained
+    from moesparse.checkpoints.hub import local_folder
+    from moesparse.checkpoints.pretrained import load_model
+    from moesparse.checkpoints.tokenizer import load_tokenizer
 
-    network, tokenizer = load_pretrained(model_source(model))
-    if tokenizer is None:
-        raise CheckpointError(f"MODEL must hold a tokenizer that transformers can load, got {model} without one")
+    folder = local_folder(model_source(model))
+    tokenizer = load_tokenizer(folder)
+    network = load_model(folder)
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda")
     return network if device is None else network.to(device), tokenizer
@@ -186,6 +190,7 @@ def measure(
     model: str,
     text: list[str] | None,
     *,
+    chat: bool = False,
     length: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
@@ -196,6 +201,7 @@ def measure(
     Args:
         model: MODEL of the command line.
         text: FILE=NAME arguments; None takes the embedded texts where they fit the tokenizer.
+        chat: argument of --chat.
         length: tokens in a window; 2048, or 256 for the embedded texts, when None.
         stride: tokens from one window's start to the next; `length` when None.
         batch_size: windows in one forward.
@@ -224,6 +230,7 @@ def measure(
             network,
             tokenizer,
             [one.path for one in sources],
+            chat=chat,
             length=length or 2048,
             stride=stride,
             batch_size=batch_size,

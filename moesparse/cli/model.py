@@ -42,8 +42,9 @@ class ModelOnDisk:
         self.network = self.layers.model
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        from moesparse.checkpoints.pretrained import load_tokenizer
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the folder, for who reads text; refused where it has none."""
+        from moesparse.checkpoints.tokenizer import load_tokenizer
 
         return load_tokenizer(self.folder)
 
@@ -58,15 +59,22 @@ class WholeModel:
     Attributes:
         source: the folder it lies in.
         network: the model.
-        tokenizer: of it, or None.
     """
 
     def __init__(self, name: str) -> None:
         from moesparse.checkpoints.hub import local_folder
-        from moesparse.checkpoints.pretrained import load_pretrained
+        from moesparse.checkpoints.pretrained import load_model
 
-        self.source = str(local_folder(model_source(name)))
-        self.network, self.tokenizer = load_pretrained(self.source)
+        self.folder = local_folder(model_source(name))
+        self.source = str(self.folder)
+        self.network = load_model(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the folder, for who reads text; refused where it has none."""
+        from moesparse.checkpoints.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.folder)
 
     def read(self, text: TextOptions, progress: Progress = silent) -> CalibrationText:
         """Calibration text for it."""

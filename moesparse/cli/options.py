@@ -117,9 +117,12 @@ Calibration = Annotated[
     list[str] | None,
     option(
         TEXT,
-        "Text: FILE.txt, .jsonl or .parquet (field 'text'), or a datasets name. FILE=DOMAIN names its domain. Repeat.",
+        "Text: FILE.txt, .jsonl or .parquet (field 'text'), in gzip too, or a datasets name. FILE=DOMAIN names its "
+        "domain. Repeat.",
     ),
 ]
+CHAT_HELP = "Records may be chats ('messages' or 'conversations'): the tokenizer's chat template makes text of them."
+Chat = Annotated[bool, option(TEXT, CHAT_HELP, "--chat")]
 Statistics = Annotated[
     list[str] | None,
     option(

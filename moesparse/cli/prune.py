@@ -14,7 +14,7 @@ from moesparse.cli.job import job, refuse_several
 from moesparse.cli.model import ModelOnDisk, WholeModel, at_work
 from moesparse.cli.plan import planned_windows, tell_plan
 from moesparse.cli.show import show_budget, show_pruned
-from moesparse.cli.text import TextOptions
+from moesparse.cli.text import CalibrationText, TextOptions
 from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def prune(
     choices: options.Choices = _CHOICES,
     compare_uniform: options.CompareUniform = True,
     calibration: options.Calibration = None,
+    chat: options.Chat = False,
     statistics: options.Statistics = None,
     demonstrations_from_model: options.FromModel = None,
     temperature: options.Temperature = 0.0,
@@ -117,6 +118,7 @@ def prune(
         temperature=temperature,
         batch_size=batch_size,
         device=target,
+        chat=chat,
     )
     run = _Run(
         model, out, recipe, text, statistics or [], seed, allow_pruned, resume, dry_run, max_memory, whole, as_json
@@ -227,8 +229,8 @@ class _Run:
                 saved if found is None else found.windows,
                 self.recipe,
                 domains=None if found is None else found.domains,
-                tokenizer=model.tokenizer,
                 card=lambda report: model_card(self.model, report),
+                complete=lambda report: _with_sources(report, found),
                 batch_size=self.text.batch_size,
                 device=self.text.device,
                 resume=self.resume,
@@ -269,13 +271,13 @@ class _Run:
                 print_json(plan) if self.as_json else show_budget(plan)
                 return None
             result = prune(network, data, self.recipe, domains=domains, device=self.text.device, **asked)
+            result = _with_sources(result, found)
             if self.text.from_model is not None:
                 written = {"tokens from the model": self.text.from_model, "temperature": self.text.temperature}
                 result.calibration |= written
             result.surplus = save_pretrained(
                 network,
                 self.out,
-                tokenizer=model.tokenizer,
                 source=model.source,
                 recipe=result.recipe,
                 card=model_card(self.model, result),
@@ -302,6 +304,13 @@ def _load_statistics(sources: list[str], seed: int | None) -> Any:
                 "statistics do not become those of another seed"
             )
     return found if len(found) > 1 else next(iter(found.values()))
+
+
+def _with_sources(report: Report, found: CalibrationText | None) -> Report:
+    """The report, which says too what was read for the windows."""
+    if found is not None:
+        report.calibration |= found.noted
+    return report
 
 
 def _tell(result: Report, out: Path, report: Path | None, as_json: bool) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from moesparse.cli.console import console, format_bytes, print_json, quiet_libraries
 from moesparse.cli.evaluate import measure
-from moesparse.cli.options import check_output_file, model_source
+from moesparse.cli.options import CHAT_HELP, check_output_file, model_source
 from moesparse.errors import UsageError
 
 
@@ -28,6 +28,7 @@ def report(
         bool, typer.Option("--evaluate", help="Measure perplexity on the embedded texts (models with its tokenizer).")
     ] = False,
     text: Annotated[list[str] | None, typer.Option(help="Measure perplexity on FILE or FILE=NAME. Repeat.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help=CHAT_HELP)] = False,
     dense: Annotated[str | None, typer.Option(help="The model before pruning: measured on the same texts.")] = None,
     before: Annotated[
         Path | None, typer.Option(help="Or: its perplexities from a file that `moesparse eval --json` gave.")
@@ -72,7 +73,7 @@ def report(
     )
     check_plots()
     if folder is not None and (evaluate or text):
-        settings = {"length": length, "batch_size": batch_size, "device": device}
+        settings = {"chat": chat, "length": length, "batch_size": batch_size, "device": device}
         measured = measure(str(folder), text, **settings)  # type: ignore[arg-type]
         reference = findings.before if dense is None else measure(dense, text, **settings)  # type: ignore[arg-type]
         findings = replace(findings, after=measured, before=reference)

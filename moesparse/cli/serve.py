@@ -50,7 +50,9 @@ def _serve(model: str, chat_template: str | None, host: str, port: int, **option
     from transformers.utils import is_accelerate_available
     from transformers.utils.import_utils import is_serve_available
 
+    from moesparse.checkpoints.hub import local_folder
     from moesparse.checkpoints.pretrained import check_model_folder
+    from moesparse.checkpoints.tokenizer import load_tokenizer
     from moesparse.packed import server as serving
 
     if not (is_serve_available() and is_accelerate_available()):
@@ -60,11 +62,12 @@ def _serve(model: str, chat_template: str | None, host: str, port: int, **option
     source = model_source(model)
     if Path(source).is_file():
         raise UsageError(f"MODEL must be a folder or a hub id, got the file {model}")
-    if Path(source).is_dir():
-        if "@" in source:
-            # transformers' server would read what follows as a revision
-            raise UsageError(f"MODEL must be a folder whose path has no '@', got {source}")
-        check_model_folder(Path(source))
+    if Path(source).is_dir() and "@" in source:
+        # transformers' server would read what follows as a revision
+        raise UsageError(f"MODEL must be a folder whose path has no '@', got {source}")
+    folder = local_folder(source)
+    check_model_folder(folder)
+    load_tokenizer(folder)
     template = serving.chat_template(chat_template)
     listener = serving.bind(host, port)
     server = serving.Server(model, source, listener, template, host=host, port=port, **options)

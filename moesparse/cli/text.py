@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesparse.cli.console import console
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.progress import Progress, silent
 
@@ -14,21 +15,29 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CalibrationText", "TextOptions", "calibration_windows", "embedded_texts"]
+    from moesparse.documents import SourceRead
+
+__all__ = ["CalibrationText", "TextOptions", "calibration_windows", "embedded_texts", "tell_read"]
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows to calibrate on, [n, t] ids and a mask or None, and the domain of each."""
+    """Windows to calibrate on, [n, t] ids and a mask or None, the domain of each, and what was read for them."""
 
     ids: torch.Tensor
     mask: torch.Tensor | None
     domains: list[str]
+    found: list[SourceRead]
 
     @property
     def windows(self) -> Any:
         """What everything that takes windows takes."""
         return self.ids if self.mask is None else (self.ids, self.mask)
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What was read, for a report."""
+        return {"sources": [asdict(note) for note in self.found]}
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class TextOptions:
     temperature: float = 0.0
     batch_size: int = 8
     device: Any = None
+    chat: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature and self.from_model is None:
@@ -51,17 +61,19 @@ class TextOptions:
             )
 
     def read(
-        self, tokenizer: PreTrainedTokenizerBase | None, source: str, network: Any, progress: Progress = silent
+        self, tokenizer: PreTrainedTokenizerBase, source: str, network: Any, progress: Progress = silent
     ) -> CalibrationText:
         """The windows of a run; with `from_model` the model writes that many tokens of each itself."""
         from moesparse.calibration.demonstrations import check_new_tokens, continue_prompts
         from moesparse.models.meta import context_length
 
         context = context_length(network)
+        found: list[SourceRead] = []
         wanted: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "context": context}
+        wanted |= {"chat": self.chat, "found": found}
         if self.from_model is None:
             ids, domains = calibration_windows(self.sources, tokenizer, source, length=self.length, **wanted)
-            return CalibrationText(ids, None, domains)
+            return CalibrationText(ids, None, domains, found)
         length = min(self.length, context or self.length)
         check_new_tokens(self.from_model, length, self.temperature)
         prompts, domains = calibration_windows(
@@ -77,35 +89,47 @@ class TextOptions:
             device=self.device,
             progress=progress,
         )
-        return CalibrationText(ids, mask, domains)
+        return CalibrationText(ids, mask, domains, found)
 
 
 def calibration_windows(
     sources: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     source: str,
     *,
     samples: int,
     length: int,
     seed: int,
     context: int | None,
+    chat: bool,
+    found: list[SourceRead],
 ) -> tuple[torch.Tensor, list[str]]:
     """Calibration windows and their domains: the given texts, or the embedded text for the embedded model."""
     from moesparse import text
 
-    if tokenizer is None:
+    texts = sources or embedded_texts("calibration", source)
+    if not texts:
         raise CalibrationError(
-            f"MODEL must hold a tokenizer that transformers can load, to read text, got {source} without one"
+            "--calibration must name text for this model (.txt, .jsonl, .parquet or a datasets name), got none; "
+            "only the embedded model brings its own. Example: --calibration c4.jsonl --samples 128 --length 2048"
         )
-    if not sources:
-        sources = embedded_texts("calibration", source)
-        if not sources:
-            raise CalibrationError(
-                "--calibration must name text for this model (.txt, .jsonl, .parquet or a datasets name), got none; "
-                "only the embedded model brings its own. Example: --calibration c4.jsonl --samples 128 --length 2048"
-            )
-    named = [text.parse_source(argument) for argument in sources]
-    return text.domain_windows(named, tokenizer, samples=samples, length=length, seed=seed, max_length=context)
+    named = [text.parse_source(argument) for argument in texts]
+    options: dict[str, Any] = {"max_length": context, "chat": chat, "found": found}
+    windows = text.domain_windows(named, tokenizer, samples=samples, length=length, seed=seed, **options)
+    if sources:
+        tell_read(found)
+    else:
+        for note, one in zip(found, named, strict=True):
+            note.source = f"embedded {one.domain}"
+    return windows
+
+
+def tell_read(found: Sequence[SourceRead]) -> None:
+    """Say what was read of each source."""
+    for note in found:
+        chats = f", {note.chats:,} of them chats laid out by the tokenizer's template" if note.chats else ""
+        counted = f"{note.documents:,} document{'s' if note.documents != 1 else ''}"
+        console.print(f"read {note.source}: {counted}{chats}", highlight=False, markup=False, soft_wrap=True)
 
 
 def embedded_texts(split: str, source: str) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moesparse.distillation.matching import Pair
 from moesparse.models.blocks import ExpertMatrix, MoEBlock
+from moesparse.models.modes import fits_grouped_mm
 
 __all__ = ["Routed", "StudentExperts", "TeacherExperts", "expert_loss", "slot_outputs"]
 
@@ -59,7 +60,12 @@ def slot_outputs(block: MoEBlock, hidden: Tensor, index: Tensor) -> Tensor:
 def _grouped(matrix: ExpertMatrix, rows: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
     """rows [R, in] sorted by expert times each expert's matrix, plus its bias: [R, out]."""
     weight = matrix.parameter.to(rows.dtype)
-    out = F.grouped_mm(rows, weight if matrix.transposed else weight.mT, offs=offsets)
+    weight = weight if matrix.transposed else weight.mT
+    if fits_grouped_mm(weight):
+        out = F.grouped_mm(rows, weight, offs=offsets)
+    else:
+        counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+        out = torch.cat([part @ one for part, one in zip(rows.split(counts), weight, strict=True)])
     if not matrix.experts.has_bias:
         return out
     return out + getattr(matrix.experts, f"{matrix.name}_bias").to(rows.dtype)[ids]

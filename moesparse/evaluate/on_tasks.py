@@ -7,9 +7,11 @@ result; and one clear error where a task cannot be had.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import importlib.util
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -18,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moesparse.errors import MoESparseError, UsageError
-from moesparse.text import PathLike
+from moesparse.documents import PathLike
+from moesparse.errors import MoESparseError, UsageError, reason_of
+from moesparse.models.modes import let_experts_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +81,7 @@ class TasksReport:
         seed: of the choice of few-shot examples.
         batch_size: sequences in one forward.
         lm_eval: its version.
+        prefix: the token that text without a context is scored behind, as it is written.
     """
 
     tasks: tuple[TaskResult, ...]
@@ -86,6 +90,7 @@ class TasksReport:
     seed: int
     batch_size: int
     lm_eval: str
+    prefix: str
 
     def __getitem__(self, name: str) -> TaskResult:
         """The result of one task or group."""
@@ -155,18 +160,19 @@ def tasks(
             raise UsageError(f"{argument} must be at least {least}, got {value}")
     wanted = names if isinstance(names, TaskSet) else load_tasks(names, path)
     training = model.training
+    let_experts_run(model)
     with _quiet_lm_eval():
         from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
 
         for task in wanted.loaded["tasks"].values():
             own = task.get_config("num_fewshot")
             task.set_config("num_fewshot", own or 0 if num_fewshot is None or own == 0 else num_fewshot)
             task.set_fewshot_seed(seed)
+        asked = _asked(model, tokenizer, batch_size)
         try:
             # not simple_evaluate: it looks through the whole machine for its log, which takes longer than small tasks
             found: Any = evaluate(
-                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
+                lm=asked,
                 task_dict=wanted.loaded,
                 limit=limit,
                 log_samples=False,
@@ -179,7 +185,40 @@ def tasks(
     if wanted.paper:
         accuracies = {one.name: one.metrics["acc"] for one in results if one.depth == 0}
         mean = sum(accuracies[name] for name in PAPER_TASKS) / len(PAPER_TASKS)
-    return TasksReport(results, mean, limit, seed, batch_size, version("lm_eval"))
+    prefix = asked.tokenizer.decode([asked.prefix_token_id])
+    return TasksReport(results, mean, limit, seed, batch_size, version("lm_eval"), prefix)
+
+
+def _asked(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """The model as lm-eval asks it.
+
+    lm-eval scores a text that has no context behind BOS, or EOS. Where the tokenizer has neither, it is scored behind
+    what the model's config names as one of them, or else behind a line's end; and nothing but its stop words and its
+    length ends what the model writes.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class WithoutEnd(HFLM):
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+            return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    # lm-eval gives a tokenizer without padding a token of its own, which the model may have no place for
+    own = copy.deepcopy(tokenizer)
+    if own.pad_token_id is None and own.unk_token_id is None and own.eos_token_id is None:
+        own.pad_token = own.convert_ids_to_tokens(0)
+    more: dict[str, Any] = {"pretrained": model, "tokenizer": own, "batch_size": batch_size}
+    if own.bos_token_id is not None or own.eos_token_id is not None:
+        return WithoutEnd(**more)
+    config: Any = model.config
+    named = [config.get_text_config().bos_token_id, config.get_text_config().eos_token_id]
+    known = [token for token in named if isinstance(token, int) and 0 <= token < len(own)]
+    prefix = (known or own("\n", add_special_tokens=False)["input_ids"] or [0])[0]
+    warnings.warn(
+        "the tokenizer has neither BOS nor EOS: text without a context is scored behind the token "
+        f"{own.decode([prefix])!r}",
+        stacklevel=3,
+    )
+    return WithoutEnd(**more, prefix_token_id=prefix)
 
 
 def _task_folder(path: PathLike) -> Path:
@@ -218,9 +257,9 @@ def _load(names: Sequence[str], folder: Path | None) -> Any:
             found: Any = manager.load([name])
         # datasets raises its own, the hub's, the file system's and the network's errors, a task file any at all
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MoESparseError(
-                f"task {name} could not be loaded: {reason}; without network take demo, or task files of your own"
+                f"task {name} could not be loaded: {reason_of(error)}; without network take demo, or task files of "
+                "your own"
             ) from error
         loaded += [found["groups"][name]] if name in found.get("groups", {}) else found["tasks"].values()
     try:

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesparse.calibration.windows import Windows
+from moesparse.documents import PathLike, SourceRead
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.models.meta import context_length
 from moesparse.models.modes import evaluating
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.system.cpu_products import fast_products
-from moesparse.text import DEFAULT_LENGTH, PathLike, adds_bos, encode_document, evaluation_windows
+from moesparse.text import DEFAULT_LENGTH, adds_bos, check_chats, encode_document, evaluation_windows
 
 # fp32 logits held at a time (256 MiB), and logits that a model may return at a time (512 MiB in bf16)
 _CHUNK_LOGITS = 1 << 26
@@ -91,10 +92,17 @@ class Protocol:
 
 @dataclass(frozen=True)
 class FilesPerplexity:
-    """Perplexity of every file, and over all their tokens together (not a mean of the files' figures)."""
+    """Perplexity of every file, and over all their tokens together (not a mean of the files' figures).
+
+    Attributes:
+        files: by name.
+        protocol: of all of them.
+        found: what was read of each.
+    """
 
     files: dict[str, Perplexity]
     protocol: Protocol
+    found: Sequence[SourceRead] = ()
 
     @property
     def overall(self) -> Perplexity:
@@ -103,7 +111,10 @@ class FilesPerplexity:
 
     def as_dict(self) -> dict[str, Any]:
         """The figures for JSON: over all files, then a list of the files, then the protocol."""
+        read = {note.source: asdict(note) for note in self.found}
         files = [{"file": name, **result.as_dict()} for name, result in self.files.items()]
+        for row in files:
+            row |= {key: value for key, value in read.get(row["file"], {}).items() if key != "source"}
         protocol = {"window": self.protocol.window, "stride": self.protocol.stride, "bos": self.protocol.bos}
         return {**self.overall.as_dict(), "files": files, "protocol": protocol}
 
@@ -196,6 +207,7 @@ def perplexity_of_files(
     stride: int | None = None,
     *,
     join: str | None = None,
+    chat: bool = False,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> FilesPerplexity:
@@ -207,7 +219,7 @@ def perplexity_of_files(
         files: files or `datasets` names; see `moesparse.text`.
         length: tokens a window; lowered to the model's context where that is shorter.
         stride: tokens from the start of a window to the start of the next; `length` when None.
-        join: see `moesparse.text.evaluation_windows`.
+        join, chat: see `moesparse.text.evaluation_windows`.
         batch_size: windows a forward pass.
         progress: called with ProgressEvents that carry the file's name.
 
@@ -220,10 +232,11 @@ def perplexity_of_files(
     length = min(length, context_length(model), tokenizer.model_max_length)
     stride = length if stride is None else stride
     # every text is read before the first is scored: a wrong name should not cost a long run
-    cut = {
-        os.fspath(file): evaluation_windows(file, tokenizer, length, stride, join=join, max_length=length)
-        for file in files
-    }
+    found: list[SourceRead] = []
+    how: dict[str, Any] = {"join": join, "max_length": length, "chat": chat, "found": found}
+    cut = {os.fspath(file): evaluation_windows(file, tokenizer, length, stride, **how) for file in files}
+    if chat:
+        check_chats(found)
     results = {}
     for name, (windows, byte_count) in cut.items():
         try:
@@ -240,7 +253,7 @@ def perplexity_of_files(
             raise
         except MoESparseError as error:
             raise MoESparseError(f"{name}: {error}") from error
-    return FilesPerplexity(results, Protocol(length, stride, adds_bos(tokenizer)))
+    return FilesPerplexity(results, Protocol(length, stride, adds_bos(tokenizer)), found)
 
 
 def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.system.shards import Shards, read_json
+from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError, reason_of
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -43,6 +42,7 @@ def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
 
     Raises:
         CheckpointError: no config that transformers knows. UnsupportedModelError: a quantized checkpoint.
+        UsageError: a dtype that is none.
     """
     config = read_config(folder)
     method = quantization_of(config)
@@ -50,9 +50,10 @@ def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
         raise UnsupportedModelError(
             f"{folder} is quantized ({method}), and such a model is not read layer by layer: give it in bf16"
         )
-    if not isinstance(dtype, torch.dtype):
+    if dtype == "auto":
         dtype = config.dtype or _stored_dtype(Path(folder))
-    assert isinstance(dtype, torch.dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"dtype must be a torch.dtype or 'auto', got {dtype!r}")
     model = _on_meta(config, dtype=dtype)
     # the few tensors that transformers keeps in float32 whatever the checkpoint's dtype
     for pattern, wanted in model._get_dtype_plan(dtype).items():
@@ -74,7 +75,7 @@ def bare_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """The model that a config.json describes, quantized or not, all of it on the meta device: for names and shapes.
 
     Raises:
-        Exception: whatever transformers says to a config.
+        CheckpointError: no config that transformers can build a model of.
     """
     return _on_meta(read_config(folder))
 
@@ -88,22 +89,50 @@ def read_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     """
     import transformers
 
+    file = Path(source) / "config.json"
+    if file.parent.is_dir():
+        _check_config(file)
     try:
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, and whatever a config class says to a value
-        file = Path(source) / "config.json"
-        kind = read_json(file).get("model_type") if file.is_file() else None
-        if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
-            raise UnsupportedModelError(
-                f"{file} must name a model_type that transformers {transformers.__version__} has, got {kind!r}: take a "
-                "transformers that has it, or a checkpoint converted to a type it has; code that lies beside a "
-                "checkpoint is never run"
-            ) from error
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
             f"MODEL must be a local folder or a hub id with a causal language model, got {os.fspath(source)!r}: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"{reason_of(error)}"
         ) from error
+
+
+def _check_config(file: Path) -> None:
+    """Look at a config.json before transformers does.
+
+    Raises:
+        CheckpointError: it is missing or no JSON, names no type, or a dtype that torch lacks.
+        UnsupportedModelError: it names a type that transformers lacks.
+    """
+    import transformers
+
+    if not file.exists():
+        raise CheckpointError(f"MODEL must be a folder with a config.json, got {file.parent} without one")
+    config = read_json(file)
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(
+            f"{file} must name its model_type, got {kind!r}: take the config.json of the original model"
+        )
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{file} must name a model_type that transformers {transformers.__version__} has, got {kind!r}: take a "
+            "transformers that has it, or a checkpoint converted to a type it has; code that lies beside a "
+            "checkpoint is never run"
+        )
+    parts = [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]
+    for part in parts:
+        for key in ("dtype", "torch_dtype"):
+            name = part.get(key)
+            if isinstance(name, str) and not isinstance(getattr(torch, name, None), torch.dtype):
+                raise CheckpointError(
+                    f"{file} must name a dtype of torch, which transformers asks for, got {key} = {name!r}: name that "
+                    f"of the weights, such as bfloat16, or remove {key}"
+                )
 
 
 def quantization_of(config: PreTrainedConfig | None) -> str | None:
@@ -133,17 +162,33 @@ def _on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     check_causal(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    except Exception as error:  # whatever a model says to a config
+        raise CheckpointError(
+            f"config.json must describe a model that transformers can build, got one of type {config.model_type!r}, to "
+            f"which it says: {reason_of(error)}"
+        ) from error
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """Of the first tensor in the shards that has one of torch's; float32 where there is none to read."""
-    with contextlib.suppress(CheckpointError):
-        for info in Shards.open(folder).tensors.values():
-            if info.torch_dtype is not None:
-                return info.torch_dtype
-    return torch.float32
+    """What transformers takes for "auto" where the config names none; float32 where there are no shards to read.
+
+    That of the index, where it has one, or of the first tensor of floating point in the first file, by its name.
+    """
+    from transformers.modeling_utils import get_state_dict_dtype, load_state_dict
+
+    try:
+        shards = Shards.open(folder)
+    except CheckpointError:
+        return torch.float32
+    if len(shards.files) > 1 or shards.files[0].name != SINGLE_FILE:
+        noted = read_json(folder / INDEX_FILE).get("metadata")
+        named = getattr(torch, str(noted.get("dtype")), None) if isinstance(noted, dict) else None
+        if isinstance(named, torch.dtype):
+            return named
+    return get_state_dict_dtype(load_state_dict(shards.files[0], map_location="meta"))
 
 
 def check_layer_counts(config: dict[str, Any], folder: Path, tensors: int) -> None:

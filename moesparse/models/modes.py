@@ -11,7 +11,11 @@ from torch import nn
 
 from moesparse.errors import UsageError
 
-__all__ = ["evaluating", "placed", "replaced_forwards"]
+__all__ = ["evaluating", "fits_grouped_mm", "let_experts_run", "placed", "replaced_forwards"]
+
+# torch's grouped_mm takes rows that lie this many bytes apart, or a multiple of it
+_GROUPED_MM_BYTES = 16
+_EXPERT_MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @contextmanager
@@ -30,9 +34,28 @@ def placed(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
         model.to(home)
 
 
+def fits_grouped_mm(weight: torch.Tensor) -> bool:
+    """Whether torch's grouped_mm takes a stack of matrices [E, a, b], and rows of a and of b numbers."""
+    return all(size * weight.dtype.itemsize % _GROUPED_MM_BYTES == 0 for size in weight.shape[1:])
+
+
+def let_experts_run(model: nn.Module) -> None:
+    """Have a transformers model run its experts one by one, if its sizes are none that grouped_mm takes.
+
+    With the default it could not run at all; it stays so set, and nothing of it is saved with the model.
+    """
+    of_experts: Any = getattr(model, "get_experts_implementation", None)
+    if of_experts is None or "grouped_mm" not in of_experts().values():
+        return
+    matrices = (tensor for name, tensor in model.named_parameters() if name.rpartition(".")[2] in _EXPERT_MATRICES)
+    if not all(fits_grouped_mm(matrix) for matrix in matrices if matrix.dim() == 3):
+        model.set_experts_implementation("eager")  # type: ignore[operator]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the body; every module's own flag comes back."""
+    """Evaluation mode for the body; every module's own flag comes back. Experts of any size run."""
+    let_experts_run(model)
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -24,7 +24,7 @@ from torch import nn
 
 from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.models.hidden_states import HiddenStates
-from moesparse.models.modes import placed, replaced_forwards
+from moesparse.models.modes import let_experts_run, placed, replaced_forwards
 from moesparse.system.cpu_products import fast_products
 from moesparse.system.processes import Processes
 
@@ -97,6 +97,7 @@ class LayerStream:
         self._model = model
         self._hold = hold or (lambda position, device: placed(self.layers[position], device))
         self._tuple_length: list[int | None] = [None] * len(self.layers)
+        let_experts_run(model)
         self._probe(windows[:1, :PROBE_TOKENS], inspect)
         self.length = windows.shape[1]
         self.windows, self.tokens = len(windows), windows.numel()

@@ -26,6 +26,9 @@ __all__ = [
     "unpack",
 ]
 
+_NO_PATTERN = "holds no n:m pattern"
+_WIDTH = "and only multiples of 8 can be packed"
+
 
 @dataclass
 class PackReport:
@@ -159,7 +162,8 @@ def _patterns(module: SparseExperts) -> dict[str, str]:
 def nothing_to_pack(reasons: dict[str, str]) -> MoESparseError:
     """What to say of a model none of whose blocks can be packed, for the reason of the first."""
     name, reason = next(iter(reasons.items()))
-    return MoESparseError(f"model must hold n:m sparse experts to be packed: {name}: {reason}; prune it first")
+    cure = "; prune it to one first, such as 2:4" if _NO_PATTERN in reason and _WIDTH not in reason else ""
+    return MoESparseError(f"model must hold n:m sparse experts to be packed: {name}: {reason}{cure}")
 
 
 def packed_blocks(model: nn.Module) -> Iterator[tuple[str, SparseExperts]]:
@@ -178,12 +182,14 @@ def choose_among(patterns: Sequence[Pattern], dtype: torch.dtype | None, in_feat
     """The one of the patterns found, sparsest first, that a weight is packed in, or why it is not."""
     if dtype not in PACKED_DTYPES:
         return f"is {dtype}, which cannot be packed"
+    if in_features % 8:
+        return f"has rows of {in_features} inputs, {_WIDTH}: a row of the bitmask is whole bytes"
     bits = dtype.itemsize * 8
     for pattern in patterns:
         # one bit per weight says where the kept ones are
-        if in_features % max(pattern.m or 0, 8) == 0 and bits * pattern.density + 1 < bits:
+        if in_features % (pattern.m or 1) == 0 and bits * pattern.density + 1 < bits:
             return pattern
-    return f"holds {patterns[0]}, which takes no less memory packed" if patterns else "holds no n:m pattern"
+    return f"holds {patterns[0]}, which takes no less memory packed" if patterns else _NO_PATTERN
 
 
 def pack_block(block: MoEBlock) -> SparseExperts | str:

@@ -21,7 +21,8 @@ import typer
 from transformers.cli.serve import Serve
 
 import moesparse.packed.quantizer  # noqa: F401, packed checkpoints too
-from moesparse.errors import CheckpointError, MoESparseError, UsageError
+from moesparse.errors import CheckpointError, MoESparseError, UsageError, reason_of
+from moesparse.models.modes import let_experts_run
 
 __all__ = ["PLAIN_TEMPLATE", "Server", "bind", "serve_signature"]
 
@@ -63,12 +64,12 @@ class Server(Serve):
         try:
             super().__init__(force_model=source, non_blocking=True, **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             unknown = "unknown value " if isinstance(error, KeyError) else ""
-            raise CheckpointError(f"cannot serve {name!r}: {unknown}{reason[0]}") from error
+            raise CheckpointError(f"cannot serve {name!r}: {unknown}{reason_of(error)}") from error
         manager: Any = self._model_manager
         loaded = manager.loaded_models.pop(manager.process_model_name(source))
         manager.loaded_models[manager.process_model_name(name)] = loaded
+        let_experts_run(loaded.model)
         manager.force_model = name
         listed = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "moesparse"}
         manager.get_gen_models = lambda: [listed]

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "Shards",
     "TensorInfo",
     "TensorSpec",
+    "check_not_pointer",
     "read_header",
     "read_json",
     "read_weight_map",
@@ -49,6 +51,9 @@ INDEX_FILE = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 100_000_000
 _MAX_DIMS = 16
 _COPY_BYTES = 16 * 2**20
+_POINTER = b"version https://git-lfs"
+# what weights lie in that are not read
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5")
 
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -104,6 +109,24 @@ class TensorInfo(TensorSpec):
         return _TORCH_DTYPES.get(self.dtype)
 
 
+def check_not_pointer(path: Path) -> None:
+    """Refuse what git leaves in the place of a large file that it has not fetched.
+
+    Raises:
+        CheckpointError: names the file and the cure.
+    """
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        _refuse_pointer(path, file.read(len(_POINTER)))
+
+
+def _refuse_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(_POINTER):
+        raise CheckpointError(
+            f"{path} must be the file itself, got the pointer that Git LFS leaves in its place: run git lfs pull in "
+            f"{path.parent}, or download the file"
+        )
+
+
 def read_json(path: Path, what: str = "") -> dict[str, Any]:
     """A JSON object from a regular file of at most 100 MB; a key that comes twice is refused.
 
@@ -117,6 +140,9 @@ def read_json(path: Path, what: str = "") -> dict[str, Any]:
             data = file.read(_MAX_JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} must be a file that can be read, got {error.strerror or error}") from error
+    _refuse_pointer(path, data)
+    if not data.strip():
+        raise CheckpointError(f"{path} must be valid JSON, got an empty file: download it again")
     value = _parse_json(data, str(path))
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold {what or 'a JSON object'}, got a {type(value).__name__}")
@@ -177,10 +203,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         with _open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(len(_POINTER))
+            _refuse_pointer(path, start)
+            file.seek(8)
+            length = int.from_bytes(start[:8], "little")
             if size < 8 or length > min(size - 8, _MAX_JSON_BYTES):
                 raise CheckpointError(
-                    f"{path} must be a safetensors file, got {size:,} bytes that announce a header of {length:,}"
+                    f"{path} must be a safetensors file, got {size:,} bytes that announce a header of {length:,}: "
+                    "download it again"
                 )
             header = _parse_json(file.read(length), f"the header of {path}")
     except OSError as error:
@@ -197,7 +227,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         end, last = end + info.nbytes, _shown(name)
     if end != size:
         what = "truncated" if size < end else "too long"
-        raise CheckpointError(f"{path} is {what}: its header describes {end:,} bytes, the file has {size:,}")
+        raise CheckpointError(
+            f"{path} is {what}: its header describes {end:,} bytes, the file has {size:,}; download it again"
+        )
     return tensors
 
 
@@ -241,6 +273,24 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def _no_weights(folder: Path) -> CheckpointError:
+    """What to say of a folder without safetensors, with a command that makes some where there are other weights."""
+    wanted = f"the checkpoint {folder} must hold {SINGLE_FILE} or {INDEX_FILE}"
+    others = sorted(file.name for pattern in _OTHER_WEIGHTS for file in folder.glob(pattern))
+    if not others:
+        return CheckpointError(f"{wanted}, got a folder without weights; only safetensors weights are read")
+    named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    cure = ""
+    if any(name.startswith("pytorch_model") for name in others):
+        source, out = (shlex.quote(str(each)) for each in (folder, folder.with_name(f"{folder.name}-safetensors")))
+        cure = (
+            ". This writes a folder of them, to which the tokenizer's files are to be copied: python -c \"import sys; "
+            "from transformers import AutoModelForCausalLM as Model; Model.from_pretrained(sys.argv[1], dtype='auto')"
+            f'.save_pretrained(sys.argv[2])" {source} {out}'
+        )
+    return CheckpointError(f"{wanted}, got {named}; only safetensors weights are read{cure}")
+
+
 class Shards:
     """The tensors of a checkpoint folder. Opening it reads headers; `read` reads one tensor.
 
@@ -262,7 +312,8 @@ class Shards:
             for name, info in sorted(read_header(file).items(), key=lambda item: item[1].offset):
                 if name in self.tensors:
                     raise CheckpointError(
-                        f"{_shown(name)} must lie in one shard, got {self.tensors[name].file} and {file}"
+                        f"{_shown(name)} must lie in one shard, got {self.tensors[name].file} and {file}: download the "
+                        "checkpoint again into an empty folder, or load and save it once with transformers"
                     )
                 self.tensors[name] = info
 
@@ -278,19 +329,22 @@ class Shards:
             return cls([folder / SINGLE_FILE])
         index = folder / INDEX_FILE
         if not index.exists():
-            raise CheckpointError(
-                f"the checkpoint {folder} must hold {SINGLE_FILE} or {INDEX_FILE}, got a folder without them; "
-                "only safetensors weights are read"
-            )
+            raise _no_weights(folder)
         weight_map = read_weight_map(index)
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
-            raise CheckpointError(f"the checkpoint {folder} must hold {', '.join(missing)}, got a folder without it")
+            raise CheckpointError(
+                f"the checkpoint {folder} must hold {', '.join(missing)}, which {INDEX_FILE} names, got a folder "
+                f"without {'it' if len(missing) == 1 else 'them'}: download what is missing"
+            )
         shards = cls([folder / name for name in names])
         for name, file in weight_map.items():
             if name not in shards.tensors or shards.tensors[name].file.name != file:
-                raise CheckpointError(f"{folder / file} must hold {_shown(name)} as {INDEX_FILE} says, and does not")
+                raise CheckpointError(
+                    f"{folder / file} must hold {_shown(name)} as {INDEX_FILE} says, and does not: index and files are "
+                    "of two checkpoints; download both again"
+                )
         return shards
 
     @property

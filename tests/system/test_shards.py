@@ -187,7 +187,10 @@ def test_a_header_that_does_not_describe_its_file_is_refused(data, message, tmp_
         ({"x": "a\0.safetensors"}, "must name files of its own folder"),
         ({"x": 3}, "must name files of its own folder, got '3'"),
         ({"x": "weights.bin"}, "must name .safetensors files, got 'weights.bin'"),
-        ({"x": "c.safetensors"}, "must hold c.safetensors, got a folder without it"),
+        (
+            {"x": "c.safetensors"},
+            "must hold c.safetensors, which model.safetensors.index.json names, got a folder without it",
+        ),
         ({"z": "a.safetensors"}, "a.safetensors must hold 'z' as model.safetensors.index.json says"),
         ({"x": "a.safetensors", "y": "a.safetensors"}, "a.safetensors must hold 'y'"),
         ({}, "must hold a weight_map"),
