@@ -18,14 +18,24 @@ import os
 import re
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moesparse.errors import MoESparseError, UsageError, reason_of
 
-__all__ = ["ChatTemplate", "Chunk", "PathLike", "SourceRead", "is_dataset", "name_of", "read", "whole_documents"]
+__all__ = [
+    "ChatTemplate",
+    "Chunk",
+    "PathLike",
+    "SourceRead",
+    "check_chats",
+    "is_dataset",
+    "name_of",
+    "read",
+    "whole_documents",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -192,6 +202,19 @@ def read(
         raise MoESparseError(f"text source {name} could not be read: {error.strerror or error}") from error
     if empty:
         raise MoESparseError(f"text source {name} must hold text, got none")
+
+
+def check_chats(found: Sequence[SourceRead]) -> None:
+    """Refuse a request for chat records where there were none.
+
+    Raises:
+        MoESparseError: names the sources.
+    """
+    if not any(note.chats for note in found):
+        names = ", ".join(note.source for note in found)
+        raise MoESparseError(
+            f'chat (--chat) is for records with "messages" or "conversations", got none in {names}: leave it out'
+        )
 
 
 def whole_documents(chunks: Iterable[Chunk]) -> Iterator[Chunk]:

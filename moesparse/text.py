@@ -31,7 +31,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from moesparse.documents import ChatTemplate, Chunk, PathLike, SourceRead, is_dataset, name_of, read, whole_documents
+from moesparse.documents import (
+    ChatTemplate,
+    Chunk,
+    PathLike,
+    SourceRead,
+    check_chats,
+    is_dataset,
+    name_of,
+    read,
+    whole_documents,
+)
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
 
 DEFAULT_SAMPLES = 128
@@ -199,19 +209,6 @@ def _sample_windows(
         chosen += [(pool[rng.randrange(low, high)], number) for low, high in pairwise(bounds)]
     rng.shuffle(chosen)
     return torch.stack([window for window, _ in chosen]), [number for _, number in chosen]
-
-
-def check_chats(found: Sequence[SourceRead]) -> None:
-    """Refuse a request for chat records where there were none.
-
-    Raises:
-        MoESparseError: names the sources.
-    """
-    if not any(note.chats for note in found):
-        names = ", ".join(note.source for note in found)
-        raise MoESparseError(
-            f'chat (--chat) is for records with "messages" or "conversations", got none in {names}: leave it out'
-        )
 
 
 def evaluation_windows(

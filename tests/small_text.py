@@ -2,6 +2,9 @@
 
 import json
 import random
+import shlex
+import subprocess
+import sys
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -58,3 +61,9 @@ def write(path, content):
 
 def write_jsonl(path, documents):
     return write(path, "".join(json.dumps({"text": document}) + "\n" for document in documents))
+
+
+def run_cure(message: str) -> None:
+    """Run the command that a message ends with, as a shell does."""
+    command = message[message.index("python -c") :].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, timeout=60)

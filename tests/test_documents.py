@@ -3,13 +3,10 @@
 import csv
 import gzip
 import json
-import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
-from small_text import make_tokenizer, prose, write, write_jsonl
+from small_text import make_tokenizer, prose, run_cure, write, write_jsonl
 
 from moesparse import text
 from moesparse.documents import SourceRead
@@ -101,12 +98,6 @@ def test_bytes_that_are_no_text(tmp_path, tokenizer, name, content, match):
         text.windows(file, tokenizer, samples=1, length=1)
     with pytest.raises(MoESparseError, match=match):
         text.evaluation_windows(file, tokenizer, 2)
-
-
-def run_cure(message: str) -> None:
-    """Run the command that a message ends with, as a shell does."""
-    command = message[message.index("python -c") :].replace("python", shlex.quote(sys.executable), 1)
-    subprocess.run(command, shell=True, check=True, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,12 @@ def load_model(source: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
     except Exception as error:
         # transformers raises OSError, ValueError, RuntimeError or safetensors' own errors, often over many lines
         method = quantization_of(config)
+        wanted = f"{source} must be a checkpoint that transformers can load here, "
+        if method is None:
+            raise CheckpointError(f"{wanted}and it says: {reason_of(error)}") from error
         raise CheckpointError(
-            f"{source} must be a checkpoint that transformers can load here, got "
-            + ("" if method is None else f"a model quantised by {method!r}, ")
-            + f"for which it says: {reason_of(error)}"
-            + ("" if method is None else "; install what that takes, or give the model in bf16")
+            f"{wanted}got one quantised by {method!r}, to which it says: {reason_of(error)}; give it what it "
+            "asks for, or take the model in bf16"
         ) from error
     model, loading = loaded
     whose = f"the checkpoint {source}"
@@ -124,8 +125,6 @@ def check_model_folder(folder: Path) -> PreTrainedConfig:
             f"MODEL must be a finished checkpoint, got {folder}, which an unfinished run left: give that run's command "
             "again with --resume"
         )
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"MODEL must be a folder with a config.json, got {folder} without one")
     config = read_config(folder)
     check_causal(config)
     check_layer_counts(read_json(folder / "config.json"), folder, len(Shards.open(folder).tensors))

@@ -175,10 +175,12 @@ def _load(model: str, device: Any) -> tuple[Any, Any]:
     import torch
 
     from moesparse.checkpoints.hub import local_folder
-    from moesparse.checkpoints.pretrained import load_model
+    from moesparse.checkpoints.pretrained import check_model_folder, load_model
     from moesparse.checkpoints.tokenizer import load_tokenizer
 
     folder = local_folder(model_source(model))
+    check_model_folder(folder)
+    # before the weights, which take longer
     tokenizer = load_tokenizer(folder)
     network = load_model(folder)
     if device is None and torch.cuda.is_available():

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesparse.calibration.windows import Windows
-from moesparse.documents import PathLike, SourceRead
+from moesparse.documents import PathLike, SourceRead, check_chats
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.models.meta import context_length
 from moesparse.models.modes import evaluating
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.system.cpu_products import fast_products
-from moesparse.text import DEFAULT_LENGTH, adds_bos, check_chats, encode_document, evaluation_windows
+from moesparse.text import DEFAULT_LENGTH, adds_bos, encode_document, evaluation_windows
 
 # fp32 logits held at a time (256 MiB), and logits that a model may return at a time (512 MiB in bf16)
 _CHUNK_LOGITS = 1 << 26

@@ -17,6 +17,7 @@ from moesparse.calibration.statistics import ModelStatistics
 from moesparse.checkpoints.edit import CONFIG_KEY
 from moesparse.checkpoints.history import EARLIER, REPORT_FILE
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
+from moesparse.system.shards import read_json
 
 __all__ = [
     "Checkpoint",
@@ -129,8 +130,8 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"SOURCE must be a folder with a config.json, got {path} without one")
-    config = _read_json(path / "config.json")
-    run = _read_json(path / REPORT_FILE) if (path / REPORT_FILE).is_file() else None
+    config = read_json(path / "config.json")
+    run = read_json(path / REPORT_FILE, "a report") if (path / REPORT_FILE).is_file() else None
     return Checkpoint(path, config, run, sum(file.stat().st_size for file in path.glob("*.safetensors")))
 
 

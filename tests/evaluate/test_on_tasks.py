@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from small_text import make_tokenizer
 
 import moesparse
 from moesparse import demo, evaluate
 from moesparse.cli import main
+from moesparse.testing import tiny_model
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
@@ -273,3 +275,42 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(on_tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(moesparse.MoESparseError, match=r"pip install 'moesparse\[eval\]'"):
         evaluate.load_tasks(["demo"])
+
+
+@pytest.mark.parametrize("named", [None, 7], ids=["by nobody", "by the config"])
+def test_a_tokenizer_without_special_tokens_is_asked_behind_a_named_one(named, own_tasks):
+    (own_tasks / "write.yaml").write_text(
+        f"""
+task: write
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {own_tasks / "lines.jsonl"}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{text}}}}"
+generation_kwargs: {{until: ["never"], max_gen_toks: 3}}
+metric_list: [{{metric: exact_match}}]
+"""
+    )
+    model, tokenizer = tiny_model("qwen3_moe", vocab_size=320), make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.backend_tokenizer.post_processor = None
+    model.config.bos_token_id, model.config.eos_token_id = None, named
+    assert not tokenizer.all_special_ids
+    vocabulary = len(tokenizer)
+    prefix = tokenizer("\n")["input_ids"][0] if named is None else named
+    nll = 0.0
+    for line in LINES:
+        ids = torch.tensor([[prefix, *tokenizer(line)["input_ids"]]])
+        with torch.no_grad():
+            nll += float(
+                torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="sum")
+            )
+    with pytest.warns(UserWarning, match="neither BOS nor EOS: text without a context is scored behind the token"):
+        report = evaluate.tasks(model, tokenizer, ["lines", "write"], path=own_tasks, batch_size=2)
+    wanted = nll / math.log(2) / sum(map(len, LINES))
+    assert report["lines"].metrics["bits_per_byte"] == pytest.approx(wanted, rel=1e-4)
+    assert report["write"].metrics["exact_match"] == 0.0
+    assert report.prefix == tokenizer.decode([prefix])
+    # lm-eval gives tokenizers without padding a token: not to the caller's
+    assert len(tokenizer) == vocabulary and tokenizer.pad_token is None

@@ -90,6 +90,13 @@ def test_the_sparsest_pattern_that_saves_memory_is_taken():
     assert str(choose_pattern(almost.float())) == "15:16"
 
 
+def test_a_width_that_cannot_be_packed_is_the_reason_and_no_cure_is_told():
+    model = prune_by_magnitude(tiny_model("qwen3_moe", moe_intermediate_size=92), "2:4")
+    with pytest.raises(MoESparseError, match=r"down_proj has rows of 92 inputs, and only multiples of 8 .*bytes$"):
+        pack(model)
+    assert choose_pattern(torch.randn(2, 8, 92)) == choose_pattern(find_moe_blocks(model)[0].matrices[1].weight)
+
+
 def test_a_dense_model_is_refused_and_left_alone():
     model = tiny_model("mixtral")
     expected = logits(model)
