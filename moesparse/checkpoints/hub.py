@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from moesparse.errors import CheckpointError, MoESparseError, reason_of
-from moesparse.system.folders import WEIGHT_SUFFIXES
-from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, read_weight_map
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, WEIGHT_SUFFIXES, read_weight_map
 
 __all__ = ["local_folder"]
 

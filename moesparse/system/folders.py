@@ -13,11 +13,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from moesparse.errors import CheckpointError, ResultError
-from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, read_weight_map
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, WEIGHT_SUFFIXES, read_weight_map
 
 __all__ = [
     "JOURNAL_FILE",
-    "WEIGHT_SUFFIXES",
     "atomic_folder",
     "check_output_folder",
     "check_writable",
@@ -32,21 +31,6 @@ JOURNAL_FILE = "moesparse_journal.json"
 """In a folder that a run has not finished, see moesparse.system.run_folder."""
 
 _PARTIAL = ".partial"
-
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".ot",
-    ".pt",
-    ".pth",
-)
-"""Of files that hold weights, whatever the format."""
 
 _INDEX_SUFFIX = ".index.json"
 

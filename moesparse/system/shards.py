@@ -29,6 +29,7 @@ from moesparse.errors import CheckpointError, UnsupportedModelError
 __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
+    "WEIGHT_SUFFIXES",
     "ShardWriter",
     "Shards",
     "TensorInfo",
@@ -47,13 +48,26 @@ MAX_SHARD_BYTES = 5 * 10**9
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".pt",
+    ".pth",
+)
+"""Of files that hold weights, whatever the format."""
+
 # what safetensors' own reader takes
 _MAX_JSON_BYTES = 100_000_000
 _MAX_DIMS = 16
 _COPY_BYTES = 16 * 2**20
 _POINTER = b"version https://git-lfs"
-# what weights lie in that are not read
-_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5")
 
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -276,7 +290,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 def _no_weights(folder: Path) -> CheckpointError:
     """What to say of a folder without safetensors, with a command that makes some where there are other weights."""
     wanted = f"the checkpoint {folder} must hold {SINGLE_FILE} or {INDEX_FILE}"
-    others = sorted(file.name for pattern in _OTHER_WEIGHTS for file in folder.glob(pattern))
+    others = sorted(file.name for file in folder.glob("*") if file.name.endswith(WEIGHT_SUFFIXES))
     if not others:
         return CheckpointError(f"{wanted}, got a folder without weights; only safetensors weights are read")
     named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
