@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse.checkpoints.edit import CONFIG_KEY, NEXT_TOKEN_LAYERS, SourceFolder
+from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder
 from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import ResultError
 from moesparse.experts.twins import COUNT_KEY, GROUP_KEYS
 from moesparse.models.meta import bare_model, read_config
+from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attach, attached, find_next_token_layers
 from moesparse.packed.experts import META_SUFFIX
 from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.system.folders import companions
@@ -75,9 +76,28 @@ def compare_folders(
     found = Comparison()
     _compare_files(Path(folder), Path(source), found)
     result, before = _Folder.of(open_skeleton(folder)), _Folder.of(open_skeleton(source))
-    edit = SourceFolder(before.folder, bare_model(before.folder), read_config(before.folder), before.shards)
-    _Tensors(result, before, edit, found).compare(progress)
+    _Tensors(result, before, _edit_of(result, before), found).compare(progress)
     return found
+
+
+def _edit_of(result: _Folder, source: _Folder) -> SourceFolder:
+    """The edit that a folder is said to be; layers that predict further tokens are looked at where one pruned them.
+
+    Their matrices become parts of both folders.
+    """
+    model, shards = bare_model(source.folder), source.shards
+    if any(step.get("mtp") == "prune" for step in result.steps):
+        shapes = {name: info.shape for name, info in shards.tensors.items()}
+        if (further := find_next_token_layers(model, shapes)) is not None:
+            attach(model, further)
+    edit = SourceFolder(source.folder, model, read_config(source.folder), shards, result.steps[-1].get("mtp"))
+    kept = edit.kept(result.config.get(CONFIG_KEY))
+    for layer in () if (further := attached(model)) is None else further.layers:
+        keys = layer.expert_keys(model)
+        matrix = StoredMatrix(f"{layer.name}.{layer.experts}", "", (0, 0, 0), None, tuple(keys), False)
+        source.parts.update(dict.fromkeys(keys, matrix))
+        result.parts.update({key: matrix for key in result.shards.tensors if edit.name_of(key, kept) in keys})
+    return edit
 
 
 def check_written(folder: Path, edit: SourceFolder) -> None:
@@ -251,12 +271,13 @@ class _Tensors:
                 self._found.tensors[what] = names
 
     def _compare_configs(self, meant: Collection[str] = ()) -> None:
-        pruned = bool(self._kept)
+        pruned, dropped = bool(self._kept), self._edit.mtp == "drop"
         for path in _differing(self._source.config, self._result.config):
             self._found.config.append(".".join(path))
             ours = path[0] in (CONFIG_KEY, "quantization_config")
-            count = COUNT_KEY.fullmatch(path[-1]) or path[-1] in (*GROUP_KEYS, *NEXT_TOKEN_LAYERS)
-            if not (ours or (pruned and count) or path[-1] in meant):
+            further = path[-1] in NEXT_TOKEN_COUNTS
+            count = COUNT_KEY.fullmatch(path[-1].removeprefix("mtp_")) or path[-1] in GROUP_KEYS
+            if not (ours or (pruned and (count or further)) or (dropped and further) or path[-1] in meant):
                 self._found.problems.append(f"{'.'.join(path)} of config.json has another value")
 
 

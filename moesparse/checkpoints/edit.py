@@ -18,23 +18,23 @@ from torch import Tensor
 
 from moesparse.errors import UnsupportedModelError
 from moesparse.experts.surgery import KEPT_KEY
-from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
-from moesparse.models.keys import checkpoint_tensors
+from moesparse.experts.twins import COUNT_KEY
+from moesparse.models.blocks import decoder_layers, find_moe_blocks
+from moesparse.models.keys import layers_prefix
+from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attached, is_next_token
 from moesparse.system.json_text import json_with
 from moesparse.system.shards import Shards, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["CONFIG_KEY", "NEXT_TOKEN_LAYERS", "SourceFolder", "Surplus", "say_surplus", "surplus"]
+__all__ = ["CONFIG_KEY", "SourceFolder", "Surplus", "say_surplus", "surplus"]
 
 CONFIG_KEY = "moesparse"
 """Where a checkpoint's config.json says how it was pruned: {"version": ..., "recipe": {...}}."""
 
 _EXPERTS = re.compile(r"\bexperts\b")
-
-# how many layers predict tokens behind the next one: DeepSeek and GLM, Qwen3.5
-NEXT_TOKEN_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+_ONE_EXPERT = re.compile(r"(.*?\bexperts\.)(\d+)(\..*)")
 
 # said by the loading of a model, not by its checkpoint
 _NOT_OF_THE_FOLDER = {
@@ -49,15 +49,16 @@ _NOT_OF_THE_FOLDER = {
 }
 
 Surplus = dict[str, list[str]]
-"""Tensors of a source that the model has no place for: "carried" over as they are, "dropped", or "left" out.
+"""Tensors of a source that the model has no place for: "carried" over as they are, or "left" out; and of layers that
+predict further tokens (MTP): "mtp" carried over as they are, "mtp pruned" or cut, and "dropped".
 
 "formats" are files: weights that lie beside those that were read and were not copied.
 """
 
 
-def surplus(carried: list[str], dropped: list[str], left: list[str]) -> Surplus:
+def surplus(**found: list[str]) -> Surplus:
     """What became of them; empty when there were none."""
-    return {what: names for what, names in (("carried", carried), ("dropped", dropped), ("left", left)) if names}
+    return {what.replace("_", " "): names for what, names in found.items() if names}
 
 
 def say_surplus(found: Surplus) -> list[str]:
@@ -65,7 +66,9 @@ def say_surplus(found: Surplus) -> list[str]:
     said = []
     for what, why in (
         ("carried", "carried over as they are, for the model has no place for them"),
-        ("dropped", "dropped, for they belong to layers with more experts than the config can say now"),
+        ("mtp", "carried over as they are; they predict tokens further ahead (MTP)"),
+        ("mtp pruned", "pruned like the others; they predict tokens further ahead (MTP)"),
+        ("dropped", "dropped, with the layers that predict tokens further ahead (MTP): the result has none"),
         ("left", "left out, for the model was written as transformers writes it, which has no place for them"),
         ("formats", "not copied, for they are weights that were not read and that nothing has pruned"),
     ):
@@ -84,6 +87,8 @@ class SourceFolder:
         model: that was read from the folder.
         config: as transformers reads it there.
         shards: of the folder, when they are open.
+        mtp: what becomes of layers that predict further tokens: "prune", "keep" or "drop"; None keeps them, but for
+            those whose experts config.json could not count. Where the model has them they are pruned with it.
 
     Raises:
         UnsupportedModelError: several MoE blocks in one decoder layer.
@@ -95,8 +100,9 @@ class SourceFolder:
         model: PreTrainedModel,
         config: PreTrainedConfig,
         shards: Shards | None = None,
+        mtp: str | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self.mtp = Path(folder), mtp
         self.shards = shards or Shards.open(self.folder)
         self._model, self._before = model, config.to_dict()
         self.blocks = find_moe_blocks(model)
@@ -105,10 +111,11 @@ class SourceFolder:
                 f"{type(model).__name__} must have one MoE block in a layer, got one with several"
             )
         layers, _ = decoder_layers(model, self.blocks)
-        self._layers = len(layers)
-        trunk = re.escape(_prefix(model, self.blocks[0]))
-        self._of_a_layer = re.compile(rf"{trunk}(\d+)\.")
-        self._of_an_expert = re.compile(rf"({trunk}(\d+)\..*?\bexperts\.)(\d+)(\..*)")
+        further = attached(model)
+        self._layers = len(layers) if further is None else further.trunk
+        self._further = {} if further is None else {layer.stored: layer.number for layer in further.layers}
+        self._prefix = layers_prefix(model, self.blocks[0])
+        self._of_a_layer = re.compile(rf"{re.escape(self._prefix)}(\d+)\.")
 
     def kept(self, noted: Mapping[str, Any] | None = None) -> dict[int, list[int]]:
         """Decoder layer -> for each of its experts that are left the number it has in the folder.
@@ -163,7 +170,7 @@ class SourceFolder:
         """What of the folder is in the result besides the tensors that the model holds.
 
         A layer behind the last that has experts (of those that predict tokens further ahead) has as many as the others,
-        and its config one count for all: when the others lose some it cannot stay.
+        and its config mostly one count for all: when the others lose some it cannot stay, see `mtp`.
 
         Args:
             held: keys of the result.
@@ -175,24 +182,64 @@ class SourceFolder:
         copies: dict[str, str] = {}
         for name in self.shards.tensors:
             key: str | None = name
-            expert = self._of_an_expert.fullmatch(name)
-            if expert and int(expert[2]) in kept:
-                ids = list(kept[int(expert[2])])
-                number = int(expert[3])
-                key = f"{expert[1]}{ids.index(number)}{expert[4]}" if number in ids else None
+            expert, ids = _ONE_EXPERT.fullmatch(name), self.ids_of(name, kept)
+            if expert and ids is not None:
+                number = int(expert[2])
+                key = f"{expert[1]}{list(ids).index(number)}{expert[3]}" if number in ids else None
             if key is not None and key not in held:
                 copies[key] = name
-        behind = {self._group(key) for key in copies if kept and _EXPERTS.search(key)} - {None}
-        dropped = [key for key in copies if self._group(key) in behind]
+        dropped = self._dropped(copies, bool(kept))
         for key in dropped:
             del copies[key]
         return copies, dropped
 
-    def config(self, dropped: bool) -> str:
+    def _dropped(self, keys: Collection[str], removed: bool) -> list[str]:
+        """What does not stay of layers behind the last."""
+        if self.mtp == "drop":
+            return [key for key in keys if self.is_next_token(key)]
+        if self.mtp is not None or not removed or self.counts_apart:
+            return []
+        behind = {self._group(key) for key in keys if _EXPERTS.search(key)} - {None}
+        return [key for key in keys if self._group(key) in behind]
+
+    def is_next_token(self, name: str) -> bool:
+        """Whether a tensor of the folder is of a layer that predicts further tokens, or in front or behind of it."""
+        return is_next_token(name, self._prefix, self._layers)
+
+    @property
+    def counts_apart(self) -> list[tuple[str, ...]]:
+        """Where config.json says how many experts layers have that predict further tokens, in a key of its own."""
+        held = read_json(self.folder / "config.json")
+        places = ((), *((key,) for key, value in held.items() if isinstance(value, dict)))
+        return [
+            (*where, key)
+            for where in places
+            for key, value in _at(held, where).items()
+            if key.startswith("mtp_") and COUNT_KEY.fullmatch(key.removeprefix("mtp_")) and type(value) is int
+        ]
+
+    def became(self, copies: Mapping[str, str], dropped: list[str], strange: Collection[str]) -> Surplus:
+        """What became of tensors that the model has no place for, and of layers that predict further tokens.
+
+        Args:
+            copies, dropped: as `others` gives them.
+            strange: names in the folder that the model has no place for.
+        """
+        further = [name for name in self.shards.tensors if self.is_next_token(name)]
+        copied = {*copies.values()}
+        return surplus(
+            carried=[name for name in copies.values() if name in strange and not self.is_next_token(name)],
+            mtp=[name for name in further if name in copied],
+            mtp_pruned=[name for name in further if self._further and name not in copied and _EXPERTS.search(name)],
+            dropped=dropped,
+        )
+
+    def config(self, dropped: bool, kept: Mapping[int, Sequence[int]]) -> str:
         """The text of config.json with the values that have changed, under the folder's own keys, and the note.
 
         Args:
             dropped: layers that predict tokens further ahead are no longer there.
+            kept: as `kept` gives it.
         """
         file, config = self.folder / "config.json", self._model.config
         held = read_json(file)
@@ -205,9 +252,11 @@ class SourceFolder:
             changes |= {(*where, key): value for key in there or spellings}
         if dropped:
             for where in ((), *((key,) for key, value in held.items() if isinstance(value, dict))):
-                for key in NEXT_TOKEN_LAYERS:
+                for key in NEXT_TOKEN_COUNTS:
                     if _at(held, where).get(key):
                         changes[(*where, key)] = 0
+        cut = [len(kept[number]) for number in self._further.values() if number in kept]
+        changes |= {path: cut[0] for path in self.counts_apart if cut}
         noted = getattr(config, CONFIG_KEY, None)
         if noted is not None:
             changes[(CONFIG_KEY,)] = noted
@@ -223,15 +272,18 @@ class SourceFolder:
 
     def ids_of(self, key: str, kept: Mapping[int, Sequence[int]]) -> Sequence[int] | None:
         """The experts that were kept of the layer a tensor is in; None where none was removed."""
+        number = next((number for stored, number in self._further.items() if key.startswith(stored)), None)
         layer = self._of_a_layer.match(key)
-        return kept.get(int(layer[1])) if layer else None
+        if number is None and layer:
+            number = int(layer[1])
+        return None if number is None else kept.get(number)
 
     def name_of(self, key: str, kept: Mapping[int, Sequence[int]]) -> str:
         """What a key of the result is called in the folder."""
-        ids, expert = self.ids_of(key, kept), self._of_an_expert.fullmatch(key)
-        if ids is None or expert is None or int(expert[3]) >= len(ids):
+        ids, expert = self.ids_of(key, kept), _ONE_EXPERT.fullmatch(key)
+        if ids is None or expert is None or int(expert[2]) >= len(ids):
             return key
-        return f"{expert[1]}{ids[int(expert[3])]}{expert[4]}"
+        return f"{expert[1]}{ids[int(expert[2])]}{expert[3]}"
 
     def cut(self, key: str, shape: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Tensor:
         """A tensor of the folder, of the kept experts where the shape that it has in the result says so."""
@@ -269,17 +321,6 @@ class SourceFolder:
         # transformers keeps some tensors in float32 and has them go through the model's dtype on the way there
         read = (stored.to(view.dtype) == view) | (stored.to(self._model.dtype).to(view.dtype) == view)
         return torch.where(read, stored, view.to(stored.dtype))
-
-
-def _prefix(model: PreTrainedModel, block: MoEBlock) -> str:
-    """What stands in a checkpoint's keys before the number of a decoder layer."""
-    state = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in model.state_dict().items()
-        if name.startswith(f"{block.layer}.")
-    }
-    key = next(iter(checkpoint_tensors(model, state)))
-    return key[: key.index(f".{block.layer.rpartition('.')[2]}.") + 1]
 
 
 def _differences(

@@ -46,6 +46,8 @@ _OF_EXPERTS = (
     "expert_floor",
     "protect_experts",
 )
+# of a surplus: what is in the folder as it was
+_THERE = ("carried", "mtp")
 _OF_WEIGHTS = ("weights", "patterns", "saliency", "update", "propagate", "target_bytes", "choices", "compare_uniform")
 
 
@@ -146,6 +148,9 @@ def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -
     prunes = any(recipe.get(key) is not None for key in ("weights", "patterns"))
     if not removes:
         found |= {key: before[key] for key in _OF_EXPERTS if key in before}
+    elif "mtp" not in recipe:
+        # without a word the layers that predict further tokens may not have stayed
+        found.pop("mtp", None)
     if not prunes and not (removes and _solves(recipe)):
         found |= {key: before[key] for key in _OF_WEIGHTS if key in before}
     return found
@@ -182,9 +187,11 @@ def joined_surplus(before: Surplus | None, now: Surplus | None) -> Surplus:
     gone = {
         what: list(dict.fromkeys([*before.get(what, []), *now.get(what, [])]))
         for what in {**before, **now}
-        if what != "carried"
+        if what not in _THERE
     }
-    return {**({"carried": now["carried"]} if "carried" in now else {}), **gone}
+    if now.get("dropped"):
+        gone.pop("mtp pruned", None)
+    return {**{what: now[what] for what in _THERE if what in now}, **gone}
 
 
 def tell_surplus(folder: Path, surplus: Surplus) -> None:
@@ -193,8 +200,7 @@ def tell_surplus(folder: Path, surplus: Surplus) -> None:
     if held is None:
         return
     found = held | {"surplus": joined_surplus(held.get("surplus"), surplus)}
-    if "carried" in (held.get("surplus") or {}):
-        found["surplus"]["carried"] = held["surplus"]["carried"]
+    found["surplus"] |= {what: names for what, names in (held.get("surplus") or {}).items() if what in _THERE}
     (folder / REPORT_FILE).write_text(json.dumps(found))
     card = folder / "README.md"
     if card.is_file():

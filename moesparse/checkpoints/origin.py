@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moesparse.checkpoints.edit import SourceFolder, Surplus, surplus
+from moesparse.checkpoints.edit import SourceFolder, Surplus
 from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.models.keys import checkpoint_tensors
 from moesparse.models.meta import LAYER_COUNT, bare_model, quantization_of, read_config
@@ -67,17 +67,21 @@ class EditedModel:
         masks = {name for name in source.shards.tensors if name.endswith(META_SUFFIX)}
         copies, dropped = source.others({*changed, *masks}, kept)
         write_shards(folder, changed, max_shard_bytes, (copies, source.shards)).write_index()
-        text = source.config(dropped=bool(dropped))
+        text = source.config(bool(dropped), kept)
         if self.blocks is None:
             text = json_without(text, _PACKING)
         else:
             text = json_with(text, {(_PACKING,): packed_config(self.model, self.blocks).to_dict()})
         (folder / "config.json").write_text(text, encoding="utf-8")
-        return surplus([name for key, name in copies.items() if key not in self.known], dropped, [])
+        return source.became(copies, dropped, {name for key, name in copies.items() if key not in self.known})
 
 
 def edited_model(
-    model: PreTrainedModel, state: Mapping[str, Tensor], blocks: Patterns | None, source: str | os.PathLike[str]
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    blocks: Patterns | None,
+    source: str | os.PathLike[str],
+    mtp: str | None = None,
 ) -> EditedModel | str:
     """How a model is written as a folder, edited; or in words why it cannot be.
 
@@ -86,6 +90,7 @@ def edited_model(
         state: its state dict in that form.
         blocks: the packed blocks of that form; None for a dense one.
         source: the folder.
+        mtp: what becomes of layers of it that predict further tokens, as in `SourceFolder`.
     """
     from moesparse.packed.quantizer import METHOD
 
@@ -96,7 +101,7 @@ def edited_model(
         config = read_config(folder)
         if quantization_of(config) not in (None, METHOD):
             return "it is quantised"
-        edit = SourceFolder(folder, _dense_twin(model, folder), config)
+        edit = SourceFolder(folder, _dense_twin(model, folder), config, mtp=mtp)
         companions(folder)
         tensors = _tensors_of(model, state, edit.shards)
         problem = _unfit(edit, tensors, config)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesparse.calibration.layers import Stored, from_shards
 from moesparse.checkpoints.against import check_written
-from moesparse.checkpoints.edit import SourceFolder, Surplus, surplus
+from moesparse.checkpoints.edit import SourceFolder, Surplus
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.on_disk import LayersOnDisk
@@ -89,6 +89,7 @@ class IntoFolder:
         options: RunOptions,
         *,
         spill: bool = False,
+        mtp: str | None = None,
     ) -> Iterator[IntoFolder]:
         """Start a run or go on with one.
 
@@ -98,12 +99,13 @@ class IntoFolder:
             inputs: JSON of everything the result depends on.
             options: `resume`, and `progress`, which hears what has to be done again.
             spill: hidden states go to a file in the folder.
+            mtp: what becomes of layers that predict further tokens, as in `SourceFolder`.
 
         Raises:
             UsageError, CheckpointError: as `RunFolder.open`; and a file of the source that is a link out of it.
         """
         companions(layers.folder)
-        source = SourceFolder(layers.folder, layers.model, layers.model.config, layers.shards)
+        source = SourceFolder(layers.folder, layers.model, layers.model.config, layers.shards, mtp)
         with RunFolder.open(folder, inputs, resume=options.resume, processes=layers.processes) as run:
             if run.redone:
                 what = f"redo {run.redone[0]} and what follows: it was damaged"
@@ -135,11 +137,9 @@ class IntoFolder:
 
     def surplus(self) -> Surplus:
         """What of the source the model has no place for; every layer must be finished."""
-        copies, dropped = self._others()
-        strange = set(self._layers.surplus)
-        carried = [name for name in copies.values() if name in strange]
         formats = other_formats(self._layers.folder)
-        return surplus(carried, dropped, []) | ({"formats": formats} if formats else {})
+        found = self._source.became(*self._others(), set(self._layers.surplus))
+        return found | ({"formats": formats} if formats else {})
 
     def _others(self) -> tuple[dict[str, str], list[str]]:
         held = {key for part in self.run.parts[: len(self._layers)] for key in self.run.read(part).tensors}
@@ -166,7 +166,8 @@ class IntoFolder:
             note_recipe(self._layers.model, recipe, report)
             beside: dict[str, Any] = {"card": card, "report": report, "surplus": self.surplus()}
             write_companions(folder, tokenizer=tokenizer, source=self._layers.folder, **beside)
-            (folder / "config.json").write_text(self._source.config(dropped=bool(dropped)), encoding="utf-8")
+            text = self._source.config(bool(dropped), self._source.kept())
+            (folder / "config.json").write_text(text, encoding="utf-8")
 
         copies, dropped = self._others()
         if len(self.run.parts) == len(self._layers):

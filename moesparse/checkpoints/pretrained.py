@@ -162,15 +162,16 @@ def save_pretrained(
         tokenizer: saved beside the weights where the source has none.
         source: the folder the model came from; None is where it was loaded from.
         recipe: how the model was pruned; written to config.json under "moesparse". Those of the source, which was
-            pruned before, stay there.
+            pruned before, stay there. Its "mtp" says what becomes of layers of the source that predict further tokens.
         card: text of README.md; that of a source that was pruned before stands behind it.
         report: of the run that pruned it; written to moesparse_report.json, where `moesparse report` finds it, with
             those of the source.
         max_shard_size: of one safetensors file, as in transformers.
 
     Returns:
-        Tensors of the source that the model has no place for, by what became of them: "carried" over, "dropped", or
-        "left" out of what transformers writes; and under "formats" weight files of it that were not copied.
+        Tensors of the source that the model has no place for, by what became of them: "carried" over, or "left" out of
+        what transformers writes, and of layers that predict further tokens "mtp" (carried over) or "dropped"; and
+        under "formats" weight files of it that were not copied.
 
     Raises:
         CheckpointError: the folder holds files or cannot be written, or a file of the source is a link out of it.
@@ -186,7 +187,8 @@ def save_pretrained(
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
         with packed_metadata(model, blocks):  # type: ignore[arg-type]
-            edited = None if origin is None else edited_model(model, state, blocks, origin)  # type: ignore[arg-type]
+            mtp = (recipe or {}).get("mtp")
+            edited = None if origin is None else edited_model(model, state, blocks, origin, mtp)  # type: ignore[arg-type]
         if isinstance(edited, str):
             warnings.warn(f"{origin} is not edited, for {edited}: the model is written {_WRITTEN_ANEW}", stacklevel=2)
             # who did not name the folder did not ask for its files
@@ -200,7 +202,7 @@ def save_pretrained(
                 found = edited.write(work, parse_size(max_shard_size))
             else:
                 model.save_pretrained(work, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
-                found = surplus([], [], _without_place(origin))
+                found = surplus(left=_without_place(origin))
         if origin is not None and (formats := other_formats(origin)):
             found["formats"] = formats
         written = _EDITED if isinstance(edited, EditedModel) else _WRITTEN_ANEW

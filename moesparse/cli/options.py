@@ -42,6 +42,15 @@ Weights = Annotated[
         "2:4, or none when experts are removed.",
     ),
 ]
+Mtp = Annotated[
+    str,
+    option(
+        WEIGHTS,
+        "Layers that predict tokens further ahead (model.layers.N behind the last, mtp.*): prune (like the others, by "
+        "their own sums), keep, or drop (their count becomes 0). Default: keep, or drop where experts are removed and "
+        "config.json has one count for all layers.",
+    ),
+]
 AllowPruned = Annotated[bool, option(WEIGHTS, "Accept a model with pruned experts.", "--allow-pruned")]
 
 Saliency = Annotated[

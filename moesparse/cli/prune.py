@@ -66,6 +66,7 @@ def prune(
     mix: options.Mix = "pooled",
     protect_super_experts: options.ProtectSuperExperts = False,
     target_bytes: options.TargetBytes = "",
+    mtp: options.Mtp = "",
     choices: options.Choices = _CHOICES,
     compare_uniform: options.CompareUniform = True,
     calibration: options.Calibration = None,
@@ -107,6 +108,7 @@ def prune(
         refine_experts=refine_experts,
         expert_mix=mix,
         protect_experts=protect_super_experts,
+        mtp=mtp or None,
     )
     target, made = options.resolve_device(device), demonstrations_from_model
     text = TextOptions(
@@ -207,6 +209,7 @@ class _Run:
     def layer_by_layer(self) -> Report | None:
         """Print the plan, then prune from folder to folder; None where there is no more to tell."""
         from moesparse.pruning.card import model_card
+        from moesparse.pruning.next_token import prepare_next_token_layers
         from moesparse.pruning.plan import plan_run
         from moesparse.pruning.run import prune_checkpoint, what_is_left
         from moesparse.system.run_folder import check_run_folder
@@ -216,6 +219,7 @@ class _Run:
         if not self.dry_run:
             check_run_folder(self.out)
         model = ModelOnDisk(self.model)
+        prepare_next_token_layers(model.layers, self.recipe, saved=saved is not None)
         network, blocks = model.network, model.layers.blocks
         text = self.text if self.reads else replace(self.text, samples=0, length=1)
         plan = plan_run(network, blocks, self.recipe, **planned_windows(network, text))
@@ -248,6 +252,7 @@ class _Run:
         from moesparse.models.meta import read_config
         from moesparse.pruning.card import model_card
         from moesparse.pruning.driver import check_not_quantized
+        from moesparse.pruning.next_token import check_kept_or_dropped
         from moesparse.pruning.run import prune
         from moesparse.pruning.to_budget import BudgetReport, plan_budget
         from moesparse.system.folders import check_output_folder, companions
@@ -258,6 +263,7 @@ class _Run:
         folder = local_folder(options.model_source(self.model))
         companions(folder)
         check_not_quantized(read_config(folder))
+        check_kept_or_dropped(folder, self.recipe)
         with at_work(self.out, lambda: "", self.text.device, whole=True) as progress:
             model = WholeModel(self.model)
             found = model.read(self.text, progress) if self.reads else None

@@ -359,7 +359,7 @@ def _capture(stream: LayerStream, position: int, block: MoEBlock) -> list[Batch]
     with experts_watched(block, lambda *call: parts.append(tuple(tensor.detach() for tensor in call))):
         for number, _ in enumerate(stream.run(position, keep=False)):
             chosen = slice(None, None, every)
-            real = stream.token_masks[number]
+            real = stream.token_mask(number, position)
             # masked tokens are computed by the model and must not steer the fit
             keep = slice(None) if real is None else real[chosen].to(parts[-1][0].device)
             parts[-1] = tuple(tensor[chosen][keep].clone() for tensor in parts[-1])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moesparse.errors import UnsupportedModelError
 from moesparse.models.blocks import MoEBlock
+from moesparse.models.next_token import attach, attached
 
 __all__ = [
     "COUNT_KEY",
@@ -171,7 +172,10 @@ def _twin(model: nn.Module, settings: Sequence[Setting]) -> nn.Module:
             setattr(memo[id(setting.owner)], setting.path.rpartition(".")[2], setting.after)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return build(config)
+            twin = build(config)
+            if (further := attached(model)) is not None:
+                attach(twin, further)
+            return twin
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         changes = ", ".join(f"{s.path}={s.after}" for s in settings) or "its own config"

@@ -19,7 +19,9 @@ _SAMPLES = 4096
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
-def model_fingerprint(model: nn.Module, samples: Mapping[str, Tensor] | None = None) -> str:
+def model_fingerprint(
+    model: nn.Module, samples: Mapping[str, Tensor] | None = None, beside: tuple[str, ...] = ()
+) -> str:
     """32 hex digits that tell models apart: config, names and shapes of all tensors, and a sample of their values.
 
     Of each parameter and saved buffer about 4096 evenly strided elements are hashed (as float32, so the same values in
@@ -30,6 +32,7 @@ def model_fingerprint(model: nn.Module, samples: Mapping[str, Tensor] | None = N
     Args:
         model: its tensors may be on the meta device where `samples` holds them.
         samples: name of a tensor -> its `fingerprint_sample`, taken while it was in memory.
+        beside: what the names of tensors begin with that are left out.
     """
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
@@ -37,7 +40,7 @@ def model_fingerprint(model: nn.Module, samples: Mapping[str, Tensor] | None = N
         entries = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(vars(config))
         digest.update(json.dumps(_stable(entries), sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or name.startswith(beside):
             continue
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         sample = samples[name] if samples and name in samples else fingerprint_sample(tensor)

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from moesparse.errors import NotInPiecesError
+from moesparse.models.blocks import MoEBlock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["checkpoint_tensors", "checkpoint_views"]
+__all__ = ["checkpoint_tensors", "checkpoint_views", "layers_prefix"]
 
 
 class _Uncopied(Tensor):
@@ -60,3 +62,14 @@ def checkpoint_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> d
 
     found = revert_weight_conversion(model, {name: tensor.as_subclass(_Uncopied) for name, tensor in state.items()})
     return {key: tensor.as_subclass(Tensor) for key, tensor in found.items()}
+
+
+def layers_prefix(model: PreTrainedModel, block: MoEBlock) -> str:
+    """What stands in a checkpoint's keys before the number of a decoder layer, "model.layers."; any block will do."""
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in model.state_dict().items()
+        if name.startswith(f"{block.layer}.")
+    }
+    key = next(iter(checkpoint_tensors(model, state)))
+    return key[: key.index(f".{block.layer.rpartition('.')[2]}.") + 1]

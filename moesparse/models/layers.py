@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.models.modes import placed
+from moesparse.models.next_token import Behind
 from moesparse.models.stream import LayerStream
 from moesparse.progress import Progress, silent
 from moesparse.system.processes import Processes
@@ -78,6 +79,11 @@ class Layers:
         """Those that share the work."""
         return Processes()
 
+    @property
+    def behind(self) -> Behind | None:
+        """What predicts further tokens behind the layers that the model's own forward runs, and is run too."""
+        return None
+
     def blocks_at(self, position: int) -> list[MoEBlock]:
         """The blocks of one layer; none in a dense layer."""
         return [block for block in self.blocks if block.layer == self.name(position)]
@@ -106,7 +112,7 @@ class Layers:
             UnsupportedModelError: running the layers one by one is not what the model does.
         """
         layers, settings = self.in_order(), (options.batch_size, options.device)
-        more: dict[str, Any] = {"inspect": inspect, "spill": spill, "processes": self.processes}
+        more: dict[str, Any] = {"inspect": inspect, "spill": spill, "processes": self.processes, "behind": self.behind}
         return LayerStream(self.model, layers, ids, mask, *settings, hold=self.hold, **more)
 
     def waiting(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from moesparse.errors import CalibrationError, MoESparseError
 from moesparse.models.blocks import MoEBlock
 from moesparse.models.fingerprint import fingerprint_sample, model_fingerprint, room_for_samples
 from moesparse.models.layers import Layers, RunOptions
+from moesparse.models.next_token import attached
 from moesparse.progress import ProgressEvent
 from moesparse.weights.patterns import all_finite
 
@@ -62,8 +63,10 @@ class Look:
 
     @property
     def fingerprint(self) -> str:
-        """`model_fingerprint`, once every layer was seen."""
-        return model_fingerprint(self._layers.model, self.samples)
+        """`model_fingerprint`, once every layer was seen; of the model that transformers loads."""
+        found = attached(self._layers.model)
+        beside = () if found is None else tuple(f"{layer.name}." for layer in found.layers)
+        return model_fingerprint(self._layers.model, self.samples, beside)
 
 
 def check_finite(blocks: Sequence[MoEBlock]) -> None:

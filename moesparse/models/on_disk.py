@@ -23,6 +23,7 @@ from moesparse.models.blocks import decoder_layers
 from moesparse.models.keys import checkpoint_views
 from moesparse.models.layers import Layers
 from moesparse.models.meta import meta_model
+from moesparse.models.next_token import Behind, attach, attached, check_runs, find_next_token_layers
 from moesparse.system.memory import return_free_memory
 from moesparse.system.processes import Processes
 from moesparse.system.shards import Shards, TensorInfo, reading
@@ -60,6 +61,11 @@ class LayersOnDisk(Layers):
         """
         self.folder = Path(folder)
         self.model = meta_model(self.folder, dtype)
+        self.surplus: list[str] = []
+        self._shards: Shards | None = None
+        self._lay_out()
+
+    def _lay_out(self) -> None:
         self.find_blocks()
         layers, self.prefix = decoder_layers(self.model, self.blocks)
         self.layers: Sequence[nn.Module] = list(layers)
@@ -69,8 +75,6 @@ class LayersOnDisk(Layers):
         for name in self.model.state_dict():
             found = pattern.match(name)
             (self._inside[int(found[1])] if found else self.outside).append(name)
-        self.surplus: list[str] = []
-        self._shards: Shards | None = None
 
     @classmethod
     def of(cls, source: str | os.PathLike[str] | LayersOnDisk) -> LayersOnDisk:
@@ -91,6 +95,36 @@ class LayersOnDisk(Layers):
             self.model.tie_weights()
             self._shards = shards
         return self
+
+    def add_next_token_layers(self, *, run: bool) -> None:
+        """Have the layers with experts that predict further tokens as further layers behind the last, once.
+
+        Args:
+            run: text will go through them.
+
+        Raises:
+            UnsupportedModelError: one is like no layer of the model, or cannot be run; named.
+        """
+        if attached(self.model) is None:
+            shards = self._shards or Shards.open(self.folder)
+            found = find_next_token_layers(self.model, {name: info.shape for name, info in shards.tensors.items()})
+            if found is None:
+                return
+            if run:
+                check_runs(found)
+            attach(self.model, found)
+            self._lay_out()
+            if self._shards is not None:
+                self._check_keys(self._shards)
+
+    @property
+    def behind(self) -> Behind | None:
+        found = attached(self.model)
+        if found is None or len(found.layers) > 1 or not found.norm:
+            return None
+        norm = self.model.get_submodule(found.norm)
+        embedding: Any = self.model.get_input_embeddings()
+        return Behind(self.layers[found.trunk], found.layers[0].template, embedding, norm)
 
     @property
     def shards(self) -> Shards:
@@ -132,7 +166,17 @@ class LayersOnDisk(Layers):
         state = self.model.state_dict(keep_vars=True)
         names = self.outside if position is None else self._inside[position]
         tied = getattr(self.model, "all_tied_weights_keys", {})
-        return checkpoint_views(self.model, {name: state[name].data for name in names if name not in tied})
+        return self._views({name: state[name].data for name in names if name not in tied})
+
+    def _views(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`checkpoint_views`, by the names of the folder."""
+        found, own = attached(self.model), dict(state)
+        views: dict[str, Tensor] = {}
+        for layer in found.layers if found is not None else ():
+            theirs = {name: own.pop(name) for name in state if name.startswith(f"{layer.name}.")}
+            if theirs:
+                views |= layer.views(self.model, theirs)
+        return checkpoint_views(self.model, own) | views
 
     @contextlib.contextmanager
     def hold(self, position: int, device: torch.device | None = None, shards: Shards | None = None) -> Iterator[None]:
@@ -180,7 +224,7 @@ class LayersOnDisk(Layers):
     def _check_keys(self, shards: Shards) -> None:
         """The checkpoint must hold what the model needs, in the form that transformers saves it."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
-        views = checkpoint_views(self.model, self.model.state_dict())
+        views = self._views(self.model.state_dict())
         held = {name: info.shape for name, info in shards.tensors.items()}
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()]
         self.surplus = [key for key in held if key not in views]
@@ -201,7 +245,7 @@ class LayersOnDisk(Layers):
         # by identity: tied weights are one tensor under two names, stored under one of them
         empty = {id(state[name]): torch.empty_like(state[name].data, device=device or "cpu") for name in names}
         new = {name: empty[id(state[name])] for name in names}
-        for key, view in checkpoint_views(self.model, new).items():
+        for key, view in self._views(new).items():
             if key in shards.tensors:
                 view.copy_(shards.read(key))
         self._place(new)

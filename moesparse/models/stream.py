@@ -25,6 +25,7 @@ from torch import nn
 from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.models.hidden_states import HiddenStates
 from moesparse.models.modes import let_experts_run, placed, replaced_forwards
+from moesparse.models.next_token import Behind
 from moesparse.system.cpu_products import fast_products
 from moesparse.system.processes import Processes
 
@@ -68,6 +69,7 @@ class LayerStream:
         inspect: called once for each layer, in order, while it is held for the probe: to refuse it before any work.
         spill: a folder for the hidden states that wait; None keeps them in memory.
         processes: that share the windows, batch by batch: a stream holds and runs the batches of its own process.
+        behind: the last of `layers` predicts a further token; the model's own forward does not run it.
 
     Attributes:
         first_window: of every batch that this process runs.
@@ -90,13 +92,16 @@ class LayerStream:
         inspect: Callable[[int], None] | None = None,
         spill: Path | None = None,
         processes: Processes | None = None,
+        behind: Behind | None = None,
     ):
         self.layers = list(layers)
+        self._behind = behind
+        self._trunk = self.layers if behind is None else self.layers[:-1]
         self.device = device
         self.processes = processes or Processes()
         self._model = model
         self._hold = hold or (lambda position, device: placed(self.layers[position], device))
-        self._tuple_length: list[int | None] = [None] * len(self.layers)
+        self._tuple_length: list[int | None] = [None] * len(self._trunk)
         let_experts_run(model)
         self._probe(windows[:1, :PROBE_TOKENS], inspect)
         self.length = windows.shape[1]
@@ -108,6 +113,7 @@ class LayerStream:
     def restart(self) -> None:
         """Back to the input of the first layer."""
         self.hidden = HiddenStates(self._spill)
+        self._ids: list[torch.Tensor] = []
         self.token_masks: list[torch.Tensor | None] = []
         self._calls: list[list[LayerCall]] = []
         for start in self.first_window:
@@ -118,12 +124,20 @@ class LayerStream:
                 # equal shapes without padding: equal masks and rotary tables
                 calls = self._calls[0]
             self.hidden.append(hidden)
+            self._ids.append(batch)
             self.token_masks.append(None if mask is None else mask.bool().flatten())
             self._calls.append(calls)
 
     def __len__(self) -> int:
         """Number of batches that this process runs."""
         return len(self.hidden)
+
+    def token_mask(self, number: int, position: int) -> torch.Tensor | None:
+        """[T] bool of a batch at a layer, True for tokens that are no padding, and have a next one if it takes that."""
+        mask = self.token_masks[number]
+        if self._behind is None or position < len(self._trunk):
+            return mask
+        return self._behind.token_mask(self._ids[number], mask)
 
     def on_device(self, position: int) -> AbstractContextManager[Any]:
         """Hold one layer on the device while the block runs."""
@@ -151,15 +165,27 @@ class LayerStream:
         device = next(layer.parameters()).device
         for number, hidden in enumerate(self.hidden):
             for recorder in recorders:
-                recorder.aim(self.token_masks[number], self.first_window[number], self.length)
-            call = _to_device(self._calls[number][position], device)
+                recorder.aim(self.token_mask(number, position), self.first_window[number], self.length)
+            given, call = self._given(position, hidden, self._ids[number], self._calls[number])
+            call = _to_device(call, device)
             with fast_products(layer):
-                out = layer(hidden.to(device), *call.args, **call.kwargs)
+                out = layer(given.to(device), *call.args, **call.kwargs)
             if keep:
                 self.hidden[number] = _hidden_of(out)
             elif outputs is not None:
                 outputs.append(_hidden_of(out).to(hidden.device))
             yield hidden.shape[0] * hidden.shape[1]
+
+    def _given(
+        self, position: int, hidden: torch.Tensor, ids: torch.Tensor, calls: list[LayerCall]
+    ) -> tuple[torch.Tensor, LayerCall]:
+        """Hidden states and the other arguments that a layer is called with, from those of the layers."""
+        if self._behind is None or position < len(self._trunk):
+            return hidden, calls[position]
+        call = calls[self._behind.template]
+        return self._behind.norm(hidden), LayerCall(
+            call.args, {**call.kwargs, "next_embeddings": self._behind.shifted(ids)}
+        )
 
     @torch.no_grad()
     def _trace(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[LayerCall]]:
@@ -173,22 +199,22 @@ class LayerStream:
                 if not first:
                     first.append(hidden)
                 calls[position] = LayerCall(args, kwargs)
-                if position == len(self.layers) - 1:
+                if position == len(self._trunk) - 1:
                     raise _Stop
                 length = self._tuple_length[position]
                 return hidden if length is None else (hidden, *[None] * (length - 1))
 
             return stub
 
-        with replaced_forwards(self.layers, stub_for), contextlib.suppress(_Stop):
+        with replaced_forwards(self._trunk, stub_for), contextlib.suppress(_Stop):
             _forward(self._model, ids, mask)
-        missing = [position for position in range(len(self.layers)) if position not in calls]
+        missing = [position for position in range(len(self._trunk)) if position not in calls]
         if missing:
             raise UnsupportedModelError(
                 f"{type(self._model).__name__} does not call its decoder layers {missing} in a plain forward, "
                 "so it cannot be pruned layer by layer"
             )
-        return first[0], [calls[position] for position in range(len(self.layers))]
+        return first[0], [calls[position] for position in range(len(self._trunk))]
 
     def _probe(self, ids: torch.Tensor, inspect: Callable[[int], None] | None) -> None:
         """Learn the length of each layer's output tuple (None: a tensor), and prove that layer by layer is the model.
@@ -207,6 +233,29 @@ class LayerStream:
                     "output than inside the model. Calibrate the whole model with moesparse.calibrate(model, windows) "
                     "and pass the statistics to prune instead of the windows"
                 )
+        if self._behind is not None:
+            self._probe_behind(ids, inspect)
+
+    @torch.no_grad()
+    def _probe_behind(self, ids: torch.Tensor, inspect: Callable[[int], None] | None) -> None:
+        """Prove that the model's input and output are what a layer behind the last takes them for, and run it."""
+        assert self._behind is not None
+        embedded, calls = self._trace(ids, None)
+        last, normed = self._ends
+        want = self._behind.embedding(ids.to(embedded.device)), self._behind.norm(last)
+        for what, got, known in zip(("embedding", "final norm"), (embedded, normed), want, strict=True):
+            if got.shape != known.shape or not torch.allclose(got.float(), known.float(), rtol=1e-3, atol=1e-3):
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__} does more than its {what}, and whether the layer that predicts a "
+                    "further token is given that is not known: leave it out with mtp='drop', or as it is with 'keep'"
+                )
+        position, layer = len(self._trunk), self._behind.layer
+        with self._hold(position, None), fast_products(layer):
+            if inspect is not None:
+                inspect(position)
+            given, call = self._given(position, last, ids, calls)
+            if not _hidden_of(layer(given, *call.args, **call.kwargs)).isfinite().all():
+                raise _not_finite(layer, position, (given,), {})
 
     @torch.no_grad()
     def _compare(
@@ -221,6 +270,7 @@ class LayerStream:
         """
         hidden, calls = traced or (None, [])
         differs: list[int] = []
+        ends: list[torch.Tensor] = []
 
         def beside(position: int) -> Callable[..., Any]:
             layer = self.layers[position]
@@ -234,6 +284,7 @@ class LayerStream:
                     output = inside(*args, **kwargs)
                     self._tuple_length[position] = len(output) if isinstance(output, tuple) else None
                     want = _hidden_of(output)
+                    ends[:] = [want]
                     if not want.isfinite().all():
                         raise _not_finite(layer, position, args, kwargs)
                     if hidden is not None:
@@ -249,16 +300,23 @@ class LayerStream:
 
             return run
 
-        with replaced_forwards(self.layers, beside):
-            _forward(self._model, ids, None)
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            # a model may run all layers of its list
+            hidden, length = _take_hidden(args, kwargs)[2], self._tuple_length[-1]
+            return hidden if length is None else (hidden, *[None] * (length - 1))
+
+        with replaced_forwards(self.layers, lambda at: beside(at) if at < len(self._trunk) else passed):
+            output = _forward(self._model, ids, None)
+        if self._behind is not None:
+            self._ends = ends[-1], output[0]
         return differs[0] if differs else None
 
 
-def _forward(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+def _forward(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
     # the model without its head where there is one: logits are not needed
     base = getattr(model, "base_model", model)
     device = next(parameter.device for parameter in base.parameters() if not parameter.is_meta)
-    base(
+    return base(
         input_ids=ids.to(device),
         attention_mask=None if mask is None else mask.to(device),
         use_cache=False,

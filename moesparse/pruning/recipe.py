@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_SALIENCY",
     "DEFAULT_UPDATE",
     "DEFAULT_WEIGHTS",
+    "MTP_CHOICES",
     "Recipe",
     "check_patterns",
     "check_removal",
@@ -32,6 +33,7 @@ DEFAULT_WEIGHTS = "2:4"
 DEFAULT_SALIENCY = "gated-admm"
 DEFAULT_UPDATE = "least-squares+rescale"
 DEFAULT_EXPERT_SALIENCY = "reap"
+MTP_CHOICES = ("prune", "keep", "drop")
 
 
 def check_removal(experts: float | None, keep_experts: int | None) -> None:
@@ -75,6 +77,9 @@ class Recipe:
             experts' bytes, 0.4, or bytes, "3.2GB". `prune` then searches for patterns and a count, see
             moesparse.pruning.budget, and meets it to within 1% where the choices can.
         choices: of that search, "drop", "dense" and patterns n:m.
+        mtp: what becomes of layers of a checkpoint that predict further tokens (MTP): "prune" does with them what is
+            done with the others, by sums of their own; "keep" carries them over; "drop" leaves them out and sets their
+            count to 0. None keeps them, but where experts are removed and the config has one count for all drops them.
         compare_uniform: prune a copy of the model to the best uniform choice at those bytes too, measure both on text
             kept aside, and keep the better; takes twice the time, and the memory of the copy.
 
@@ -99,6 +104,7 @@ class Recipe:
     target_bytes: float | str | None = None
     choices: Sequence[str] = DEFAULT_CHOICES
     compare_uniform: bool = True
+    mtp: str | None = None
 
     def __post_init__(self) -> None:
         if self.target_bytes is not None:
@@ -115,6 +121,8 @@ class Recipe:
         check_mix(self.expert_mix)
         if self.expert_budget not in BUDGETS:
             raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
+        if self.mtp is not None and self.mtp not in MTP_CHOICES:
+            raise UsageError(f"mtp must be one of {', '.join(MTP_CHOICES)}, got {self.mtp!r}")
         if not self.removes_experts and self.target_bytes is None:
             for name in ("refine_experts", "protect_experts", "expert_floor"):
                 if getattr(self, name) not in (None, False):
@@ -222,5 +230,5 @@ class Recipe:
         """Ready for JSON; what belongs to patterns or a target is left out where there are none."""
         found = dataclasses.asdict(self) | {"choices": list(self.choices)}
         unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
-        unused += [] if self.patterns is not None else ["patterns"]
+        unused += [name for name in ("patterns", "mtp") if getattr(self, name) is None]
         return {name: value for name, value in found.items() if name not in unused}

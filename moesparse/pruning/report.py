@@ -81,7 +81,8 @@ class Report:
         fingerprint: `model_fingerprint` of the model before: statistics of it can be shown beside the result.
         sizes: see `expert_sizes`, before ("before") and after ("after").
         budget: `BudgetReport.to_dict` when bytes were given.
-        surplus: tensors of the source that the model has no place for, "carried" over or "dropped".
+        surplus: tensors of the source that the model has no place for, by what became of them, see
+            moesparse.checkpoints.edit.Surplus.
     """
 
     recipe: dict[str, Any]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from moesparse._version import __version__
-from moesparse.calibration.data import Calibration, Given, calibration_of
+from moesparse.calibration.data import Calibration, Given, Saved, calibration_of
 from moesparse.calibration.plan import spills
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.windows import Windows
@@ -30,6 +30,7 @@ from moesparse.models.layers import RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import Progress, silent
 from moesparse.pruning.driver import both_steps, carry_out, carry_out_in_place, check_work
+from moesparse.pruning.next_token import check_in_memory, prepare_next_token_layers
 from moesparse.pruning.plan import plan_run
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import Report
@@ -82,10 +83,11 @@ def prune(
 
     Raises:
         UnsupportedModelError: no experts, or experts this package cannot handle; named.
-        UsageError: the pattern does not divide a matrix; raised before anything is changed.
+        UsageError: the pattern does not divide a matrix, or mtp="prune"; raised before anything is changed.
         CalibrationError: the windows or statistics do not fit this model.
     """
     recipe = recipe or Recipe()
+    check_in_memory(getattr(model, "config", None), recipe)
     options = RunOptions(batch_size, device_at_work(device), allow_pruned, progress=progress)
     if recipe.target_bytes is not None:
         return prune_to_budget(model, calibration, recipe, options, domains)
@@ -145,8 +147,8 @@ def prune_checkpoint(
         The report; the seconds are those of this run, peak memory and seconds of a block those of the run that did it.
 
     Raises:
-        UsageError: a recipe that needs the whole model, a pattern that does not divide a matrix, or a `max_memory`
-            below what the run needs, which is named.
+        UsageError: a recipe that needs the whole model, a pattern that does not divide a matrix, layers that predict
+            further tokens and cannot be kept, or a `max_memory` below what the run needs, which is named.
         CheckpointError: the source cannot be read, `out` cannot be written, is in use, or holds another run.
         UnsupportedModelError: the model cannot be handled layer by layer; named.
         CalibrationError: the windows do not fit the model, or it was pruned before.
@@ -156,6 +158,7 @@ def prune_checkpoint(
     _check_layered(calibration, recipe)
     layers = LayersOnDisk.of(source)
     data = calibration_of(calibration, layers.model, domains)
+    prepare_next_token_layers(layers, recipe, saved=isinstance(data, Saved))
     check_work(layers, data, recipe)
     work = _Work(data, recipe, options, tokenizer, card, read_report(layers.folder))
     if not (recipe.removes_experts and recipe.prunes_weights):
@@ -241,7 +244,7 @@ class _Work:
         plan = plan_run(layers.model, layers.blocks, whole, processes=processes.count, **sizes)
         spill = spills(plan, self.options, processes)
         inputs = self.inputs(layers, step)
-        with IntoFolder.open(out, layers, inputs, self.options, spill=spill) as output:
+        with IntoFolder.open(out, layers, inputs, self.options, spill=spill, mtp=step.mtp) as output:
             found = carry_out(layers, output, self.data, step, self.options)
             found.surplus = output.surplus()
             report = complete(found)
@@ -263,8 +266,11 @@ class _Work:
 
         processes.from_first(clear)
         removed = self._removed(layers, between)
+        smaller = LayersOnDisk(between).open()
+        if self.recipe.mtp == "prune":
+            smaller.add_next_token_layers(run=True)
         report = self.carry_out(
-            LayersOnDisk(between).open(),
+            smaller,
             out,
             self.recipe.without_experts(),
             lambda report: complete(both_steps(self.recipe, removed, report)),
