@@ -378,9 +378,10 @@ def test_packed_in_memory_it_is_the_folder_too(tmp_path):
     assert got.keys() == want.keys()
     for name in want:
         assert_same(got[name], want[name], name)
-    assert {"reward_head.weight", "model.rotary_emb.inv_freq"} <= set(found["carried"]) and "left" not in found
+    assert {"reward_head.weight", "model.rotary_emb.inv_freq"} <= set(found["carried"])
+    assert found.keys() == {"carried", "mtp"}
     assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "packed" / "config.json").read_text()
-    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["surplus"] == {"carried": found["carried"]}
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["surplus"] == found
     assert "reward_head.weight" in (tmp_path / "out" / "README.md").read_text()
     assert files_of(tmp_path / "out") == files_of(source)
 
