@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from moesparse.distillation import distill, distill_checkpoint
     from moesparse.errors import MoESparseError
     from moesparse.experts.criteria import expert_scores
+    from moesparse.experts.plan_file import ExpertPlan
+    from moesparse.experts.scores_file import ExpertScores
     from moesparse.experts.selection import choose_experts
     from moesparse.experts.surgery import remove_experts
     from moesparse.models.blocks import MoEBlock, find_moe_blocks
     from moesparse.packed.experts import SparseExperts
     from moesparse.packed.model import PackReport, pack, unpack
+    from moesparse.pruning.gguf import prune_gguf
     from moesparse.pruning.recipe import Recipe
     from moesparse.pruning.report import Report
     from moesparse.pruning.run import prune, prune_checkpoint
@@ -45,6 +48,8 @@ _HOMES = {
     "distill_checkpoint": "distillation",
     "MoESparseError": "errors",
     "expert_scores": "experts.criteria",
+    "ExpertPlan": "experts.plan_file",
+    "ExpertScores": "experts.scores_file",
     "choose_experts": "experts.selection",
     "remove_experts": "experts.surgery",
     "MoEBlock": "models.blocks",
@@ -53,6 +58,7 @@ _HOMES = {
     "PackReport": "packed.model",
     "pack": "packed.model",
     "unpack": "packed.model",
+    "prune_gguf": "pruning.gguf",
     "Recipe": "pruning.recipe",
     "Report": "pruning.report",
     "prune": "pruning.run",
@@ -61,6 +67,8 @@ _HOMES = {
 _MODULES = ("demo", "evaluate", "text")
 
 __all__ = [
+    "ExpertPlan",
+    "ExpertScores",
     "MoEBlock",
     "MoESparseError",
     "ModelStatistics",
@@ -82,6 +90,7 @@ __all__ = [
     "pack",
     "prune",
     "prune_checkpoint",
+    "prune_gguf",
     "remove_experts",
     "save_pretrained",
     "text",

@@ -45,6 +45,7 @@ def calibrate_checkpoint(
     device: torch.device | str | None = None,
     seed: int = 0,
     by_window: dict[str, Tensor] | None = None,
+    routers: dict[str, Tensor] | None = None,
     resume: bool = False,
     allow_pruned: bool = False,
     max_memory: int | None = None,
@@ -64,7 +65,7 @@ def calibrate_checkpoint(
         batch_size: windows in one forward.
         device: where the layer at work goes; None takes the GPU when there is one.
         seed: the seed the windows were drawn with, kept in the file.
-        by_window: a dict to fill with `window_sums`.
+        by_window, routers: dicts to fill with `window_sums`, and with the `router_sketch` of every block.
         resume: go on with an unfinished run for this file; all arguments above must be the same.
         allow_pruned: accept a model that carries pruned experts.
         max_memory: bytes of RAM to stay within, as in `prune_checkpoint`.
@@ -116,6 +117,8 @@ def calibrate_checkpoint(
         blocks, of_windows = read_sums((from_shards(run.read(part)) for part in run.aside), n)
         if by_window is not None:
             by_window |= of_windows
+        if routers is not None:
+            routers |= look.routers
         tokens = text.ids.numel() if text.mask is None else int(text.mask.sum())
         found = ModelStatistics(blocks, look.fingerprint, windows_hash(text.ids, text.mask), seed, tokens)
         run.hand_over(lambda: _write_file(run, found), path)

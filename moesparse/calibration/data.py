@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from moesparse.calibration.statistics import ModelStatistics
-from moesparse.calibration.windows import Windows, check_windows, ordered_hash
+from moesparse.calibration.windows import Windows, add_hashes, check_windows, ordered_hash, windows_hash
 from moesparse.errors import UsageError
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.look import Look
@@ -53,6 +53,11 @@ class FromText:
         """What a run that goes on must find again."""
         return ordered_hash(self.ids, self.mask)
 
+    @property
+    def text_hash(self) -> str:
+        """`windows_hash` of the windows, which statistics of them hold too."""
+        return windows_hash(self.ids, self.mask)
+
     def describe(self) -> dict[str, Any]:
         """For the report."""
         windows, length = self.size
@@ -88,6 +93,11 @@ class Saved:
         """What a run that goes on must find again."""
         return {name: [part.text_hash, part.seed, part.fingerprint] for name, part in self.parts.items()}
 
+    @property
+    def text_hash(self) -> str:
+        """`windows_hash` of all windows they were taken from."""
+        return add_hashes([part.text_hash for part in self.parts.values()])
+
     def describe(self) -> dict[str, Any]:
         """For the report."""
         hashes = {name: part.text_hash for name, part in self.parts.items()}
@@ -105,6 +115,7 @@ class Nothing:
 
     size = (0, 1)
     identity = None
+    text_hash = None
 
     def describe(self) -> dict[str, Any]:
         """For the report."""

@@ -21,6 +21,7 @@ from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder
 from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import ResultError
+from moesparse.experts.plan_file import PLAN_FILE
 from moesparse.experts.twins import COUNT_KEY, GROUP_KEYS
 from moesparse.models.meta import bare_model, read_config
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attach, attached, find_next_token_layers
@@ -33,7 +34,7 @@ from moesparse_kernels import NMWeight
 
 __all__ = ["Comparison", "check_written", "compare_folders"]
 
-_OURS = ("config.json", "README.md", MANIFEST_FILE, REPORT_FILE)
+_OURS = ("config.json", "README.md", MANIFEST_FILE, PLAN_FILE, REPORT_FILE)
 
 
 @dataclass

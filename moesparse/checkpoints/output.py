@@ -16,6 +16,7 @@ from moesparse.calibration.layers import Stored, from_shards
 from moesparse.checkpoints.against import check_written
 from moesparse.checkpoints.edit import SourceFolder, Surplus
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
+from moesparse.experts.plan_file import ExpertPlan
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import ProgressEvent
@@ -152,6 +153,7 @@ class IntoFolder:
         tokenizer: PreTrainedTokenizerBase | None,
         card: str | None,
         report: dict[str, Any] | None,
+        plan: ExpertPlan | None = None,
     ) -> None:
         """Write what lies outside of the layers, all of which are finished, and make the folder a checkpoint.
 
@@ -160,11 +162,12 @@ class IntoFolder:
             tokenizer: saved beside the weights.
             card: text of README.md.
             report: written as moesparse_report.json.
+            plan: by which experts were removed, written as moesparse_plan.json.
         """
 
         def write_others(folder: Path) -> None:
             note_recipe(self._layers.model, recipe, report)
-            beside: dict[str, Any] = {"card": card, "report": report, "surplus": self.surplus()}
+            beside: dict[str, Any] = {"card": card, "report": report, "surplus": self.surplus(), "plan": plan}
             write_companions(folder, tokenizer=tokenizer, source=self._layers.folder, **beside)
             text = self._source.config(bool(dropped), self._source.kept())
             (folder / "config.json").write_text(text, encoding="utf-8")

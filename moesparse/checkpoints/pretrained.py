@@ -30,6 +30,8 @@ from moesparse.checkpoints.origin import EditedModel, edited_model, folder_of
 from moesparse.checkpoints.skeleton import open_skeleton
 from moesparse.checkpoints.tokenizer import find_tokenizer, tokenizer_files
 from moesparse.errors import CheckpointError, UnsupportedModelError, reason_of
+from moesparse.experts.plan_file import PLAN_FILE, ExpertPlan
+from moesparse.experts.surgery import KEPT_KEY
 from moesparse.models.meta import check_causal, check_layer_counts, quantization_of, read_config
 from moesparse.models.modes import let_experts_run
 from moesparse.packed.model import state_in_form
@@ -144,6 +146,7 @@ def save_pretrained(
     recipe: dict[str, Any] | None = None,
     card: str | None = None,
     report: dict[str, Any] | None = None,
+    plan: ExpertPlan | None = None,
     max_shard_size: str = "5GB",
 ) -> Surplus:
     """Write a model as a checkpoint: as the folder it came from, edited, or as transformers writes one.
@@ -166,6 +169,7 @@ def save_pretrained(
         card: text of README.md; that of a source that was pruned before stands behind it.
         report: of the run that pruned it; written to moesparse_report.json, where `moesparse report` finds it, with
             those of the source.
+        plan: by which experts were removed, `Report.plan`; written to moesparse_plan.json.
         max_shard_size: of one safetensors file, as in transformers.
 
     Returns:
@@ -206,13 +210,24 @@ def save_pretrained(
         if origin is not None and (formats := other_formats(origin)):
             found["formats"] = formats
         written = _EDITED if isinstance(edited, EditedModel) else _WRITTEN_ANEW
-        files: dict[str, Any] = {"card": card, "report": report, "surplus": found, "written": written}
+        files: dict[str, Any] = {"card": card, "report": report, "surplus": found, "written": written, "plan": plan}
         write_companions(work, tokenizer=tokenizer, source=origin, **files)
+        if plan is None and _lost_experts(model, origin):
+            # the source's own tells of an earlier removal only
+            (work / PLAN_FILE).unlink(missing_ok=True)
         write_manifest(work, list(work.glob("*.safetensors")))
         if isinstance(edited, EditedModel):
             with kept_aside(work, Path(folder)):
                 check_written(work, edited.source)
     return found
+
+
+def _lost_experts(model: nn.Module, source: Path | None) -> bool:
+    """Whether experts of a model were removed since it was read from its folder, as the notes in both configs say."""
+    file = None if source is None else source / "config.json"
+    then = read_json(file).get(CONFIG_KEY) if file is not None and file.is_file() else None
+    now = getattr(getattr(model, "config", None), CONFIG_KEY, None)
+    return (now or {}).get(KEPT_KEY) != (then or {}).get(KEPT_KEY)
 
 
 def _without_place(source: Path | None) -> list[str]:
@@ -243,6 +258,7 @@ def write_companions(
     report: dict[str, Any] | None,
     surplus: Surplus,
     written: str = _EDITED,
+    plan: ExpertPlan | None = None,
 ) -> None:
     """Write what stands beside weights and config in a checkpoint; the arguments are those of `save_pretrained`.
 
@@ -268,3 +284,5 @@ def write_companions(
     if report is not None:
         described = report | {"written": written} | ({"surplus": found} if found else {})
         (folder / REPORT_FILE).write_text(json.dumps(described))
+    if plan is not None:
+        plan.save(folder / PLAN_FILE)

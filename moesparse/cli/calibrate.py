@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moesparse.calibration.statistics import ModelStatistics
+    from moesparse.experts.origin import Origin
 
 HELP = """Run text through a dense model once and save the sums that every criterion is computed from.
 
@@ -38,6 +39,8 @@ Examples:
   moesparse calibrate mixtral/ out/law.stats --calibration law.jsonl=law
 
   moesparse calibrate demo out/demo.stats --experts 0.5 --budget global --expert-floor 4
+
+  moesparse calibrate demo out/demo.stats --experts 0.25 --plan out/plan.json --scores out/scores.json
 """
 CHOICE = "A choice of experts to show"
 
@@ -60,6 +63,23 @@ def calibrate(
     ] = "per-layer",
     expert_floor: Annotated[
         int | None, options.option(CHOICE, "Fewest experts of a block under the global budget.")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        options.option(
+            CHOICE,
+            "Also write that choice to this file, for moesparse prune --plan on any copy of the model.",
+            metavar="FILE",
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        options.option(
+            options.RESULT,
+            "Also write the score of every expert by every criterion to this file, as JSON: small, to be published, "
+            "and for moesparse prune --scores.",
+            metavar="FILE",
+        ),
     ] = None,
     moments: Annotated[
         str,
@@ -85,6 +105,7 @@ def calibrate(
 
     check_moments(moments)
     chosen = _Choice.asked(expert_saliency, mix, seed, keep_experts, experts, budget, expert_floor)
+    _check_files(plan, scores, chosen)
     check_statistics_file(statistics)
     made = demonstrations_from_model
     if (whole or made is not None) and (resume or dry_run or max_memory):
@@ -100,7 +121,23 @@ def calibrate(
     with quiet_libraries():
         done = run.on_whole_model() if whole or made is not None else run.layer_by_layer()
     if done is not None:
-        _tell(done, statistics, chosen, as_json)
+        _tell(done, statistics, chosen, plan, scores, as_json)
+
+
+def _check_files(plan: Path | None, scores: Path | None, chosen: _Choice | None) -> None:
+    """Refuse files that cannot be written, and a plan without a choice or of one that no checkpoint can have."""
+    for option, file in (("--plan", plan), ("--scores", scores)):
+        if file is not None:
+            options.check_output_file(option, file)
+    if plan is None:
+        return
+    if chosen is None:
+        raise UsageError("--plan must come with --experts or --keep-experts, whose choice it holds, got neither")
+    if chosen.rule["budget"] != "per-layer":
+        raise UsageError(
+            "--budget must be per-layer with --plan, got global: it keeps another number of experts in every block, "
+            "which no checkpoint can say"
+        )
 
 
 @dataclass(frozen=True)
@@ -177,12 +214,14 @@ class _Done:
         by_window: the sums of every window, [windows, blocks, E].
         text: that was read.
         choose: the rule of the choice that is to be shown, or None.
+        origin: what a plan and scores say of the model.
     """
 
     statistics: ModelStatistics
     by_window: dict[str, Tensor]
     text: CalibrationText
     choose: Callable[[Tensor], list[Tensor]] | None
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -203,6 +242,7 @@ class _Run:
         """One layer in memory at a time; None where there is no more to tell."""
         from moesparse.calibration.checkpoint import calibrate_checkpoint, unfinished_folder
         from moesparse.calibration.plan import plan_pass
+        from moesparse.experts.origin import Origin
         from moesparse.system.run_folder import what_is_kept
 
         limit = options.parse_limit(self.max_memory)
@@ -214,7 +254,7 @@ class _Run:
         kept = unfinished_folder(self.statistics)
         with at_work(self.statistics, lambda: what_is_kept(kept), self.text.device, whole=False) as progress:
             choose = None if self.chosen is None else self.chosen.for_blocks(blocks)
-            text, by_window = model.read(self.text, progress), dict[str, Any]()
+            text, by_window, routers = model.read(self.text, progress), dict[str, Any](), dict[str, Any]()
             result = calibrate_checkpoint(
                 model.layers,
                 self.statistics,
@@ -224,16 +264,21 @@ class _Run:
                 device=self.text.device,
                 seed=self.text.seed,
                 by_window=by_window,
+                routers=routers,
                 resume=self.resume,
                 max_memory=limit,
                 progress=progress,
             )
-        return _Done(result, by_window, text, choose) if job.rank == 0 else None
+        if job.rank:
+            return None
+        return _Done(result, by_window, text, choose, Origin.of(network, blocks, routers))
 
     def on_whole_model(self) -> _Done:
         """Load the model."""
         from moesparse.calibration.whole import calibrate
+        from moesparse.experts.origin import Origin
         from moesparse.models.blocks import find_moe_blocks
+        from moesparse.models.look import sketches
 
         with at_work(self.statistics, lambda: "", self.text.device, whole=True) as progress:
             model = WholeModel(self.model)
@@ -250,14 +295,25 @@ class _Run:
                 by_window=None if choose is None else by_window,
             )
             result.save(self.statistics)
-        return _Done(result, by_window, text, choose)
+            blocks = find_moe_blocks(model.network)
+            origin = Origin.of(model.network, blocks, sketches(blocks))
+        return _Done(result, by_window, text, choose, origin)
 
 
-def _tell(done: _Done, path: Path, chosen: _Choice | None, as_json: bool) -> None:
+def _tell(
+    done: _Done, path: Path, chosen: _Choice | None, plan: Path | None, scores: Path | None, as_json: bool
+) -> None:
     from moesparse.experts.criteria import dead_experts
+    from moesparse.experts.plan_file import ExpertPlan
+    from moesparse.experts.scores_file import ExpertScores
 
     result, dead = done.statistics, dead_experts(done.statistics)
     choice = {} if chosen is None else chosen.shown(done)
+    if plan is not None:
+        kept = tuple(map(tuple, choice["kept"].values()))
+        ExpertPlan(done.origin, kept, choice["criterion"], result.text_hash).save(plan)
+    if scores is not None:
+        ExpertScores.of(done.origin, result).save(scores)
     if as_json:
         print_json(
             {
@@ -268,12 +324,16 @@ def _tell(done: _Done, path: Path, chosen: _Choice | None, as_json: bool) -> Non
                 **done.text.noted,
                 "blocks": dict(zip(result.blocks, ({"dead": ids} for ids in dead), strict=True)),
             }
+            | {name: str(file) for name, file in (("plan", plan), ("scores", scores)) if file is not None}
             | ({"choice": choice} if choice else {})
         )
         return
     console.print(
         f"wrote {path}: {result.tokens:,} tokens, {len(result.blocks)} blocks", highlight=False, soft_wrap=True
     )
+    for file, what in ((plan, "the choice, for moesparse prune --plan"), (scores, "for moesparse prune --scores")):
+        if file is not None:
+            console.print(f"wrote {file}: {what}", highlight=False, soft_wrap=True)
     for name, ids in zip(result.blocks, dead, strict=True):
         if ids:
             console.print(f"[yellow]no calibration tokens:[/] {name} experts {' '.join(map(str, ids))}", soft_wrap=True)

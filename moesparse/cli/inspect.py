@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moesparse.cli.console import format_bytes, print_json, progress_bar, quiet_libraries
+from moesparse.cli.gguf import inspect_gguf
 from moesparse.cli.options import model_source
+from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
     from moesparse.checkpoints.against import Comparison
@@ -45,7 +47,16 @@ def inspect(
       moesparse inspect out/demo-packed --verify
 
       moesparse inspect out/demo-2to4 --against demo
+
+    Of a GGUF file the layers with experts are listed, what they are quantised to, and what was noted of a removal.
     """
+    from moesparse.checkpoints.gguf import is_gguf
+
+    if is_gguf(model):
+        if verify or against is not None:
+            raise UsageError("--verify and --against must be left out for a GGUF file")
+        inspect_gguf(model, as_json=as_json)
+        return
     from moesparse.checkpoints.against import compare_folders
     from moesparse.checkpoints.hub import local_folder
     from moesparse.checkpoints.inspection import inspect_folder

@@ -33,6 +33,9 @@ WEIGHTS, RULES, EXPERTS, BYTES, TEXT, RUN, RESULT = (
 )
 
 Model = Annotated[str, typer.Argument(help="A local folder, a hub id, or 'demo' for the embedded model.")]
+PrunedModel = Annotated[
+    str, typer.Argument(help="A local folder, a hub id, a GGUF file, or 'demo' for the embedded model.")
+]
 
 Weights = Annotated[
     str,
@@ -98,6 +101,25 @@ ProtectSuperExperts = Annotated[
         EXPERTS,
         "Keep super-experts, those with extreme outputs (arXiv 2507.23279), whatever their score.",
         "--protect-super-experts",
+    ),
+]
+
+Plan = Annotated[
+    Path | None,
+    option(
+        EXPERTS,
+        "Or: which experts stay, as moesparse_plan.json of another result or moesparse calibrate --plan names them, of "
+        "this model or a copy of it in another dtype. Runs no text, and refits where --calibration gives some.",
+        metavar="FILE",
+    ),
+]
+Scores = Annotated[
+    Path | None,
+    option(
+        EXPERTS,
+        "With --experts or --keep-experts: choose by the scores of this file, of moesparse calibrate --scores or other "
+        "programs. Runs no text, and refits where --calibration gives some.",
+        metavar="FILE",
     ),
 ]
 
@@ -209,6 +231,25 @@ def check_output_file(option: str, path: Path) -> None:
     if path.is_dir():
         raise UsageError(f"{option} must be a file to write, got the folder {path}")
     check_writable(option, path)
+
+
+def load_scores(path: Path | None, asked: str) -> tuple[Any, str]:
+    """Scores of --scores, or None; and --expert-saliency: as asked, the only one they hold, or the default.
+
+    Raises:
+        UsageError: they do not hold it.
+    """
+    from moesparse.experts.scores_file import ExpertScores
+    from moesparse.pruning.recipe import DEFAULT_EXPERT_SALIENCY
+
+    if path is None:
+        return None, asked
+    scores = ExpertScores.load(path)
+    held = list(scores.criteria)
+    name = asked or (held[0] if len(held) == 1 else DEFAULT_EXPERT_SALIENCY)
+    if name not in held:
+        raise UsageError(f"--expert-saliency must be one that --scores holds, {', '.join(held)}, got {name}")
+    return scores, name
 
 
 def resolve_device(name: str) -> Any:

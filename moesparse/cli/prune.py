@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,9 @@ Weights are pruned and experts removed layer by layer from the checkpoint's file
 and a run that was stopped goes on with --resume. --target-bytes, --refine-experts and --demonstrations-from-model
 load the whole model, and so does --whole. Magnitude without an update needs no text and runs nothing.
 
+Which experts stay is written to moesparse_plan.json beside the result, and --plan carries it out on any copy of the
+model without text: in another dtype, or a GGUF file, from which experts are removed as blocks of bytes.
+
 With torchrun several processes share the work: the batches of the text and the experts of a block. What loads the
 whole model does not.
 
@@ -44,6 +48,10 @@ Examples:
 
   moesparse prune demo out/twelve-experts --keep-experts 12
 
+  moesparse prune demo out/again --plan out/twelve-experts/moesparse_plan.json
+
+  moesparse prune model-Q4_K_M.gguf out/model-Q4_K_M.gguf --plan out/olmoe/moesparse_plan.json
+
   moesparse prune demo out/demo-0.7 --target-bytes 0.7
 
   torchrun --nproc-per-node 8 -m moesparse prune mixtral/ out/mixtral --calibration c4.jsonl
@@ -54,13 +62,17 @@ _REPORT_HELP = "Also write the report as JSON to this file."
 
 
 def prune(
-    model: options.Model,
-    out: Annotated[Path, typer.Argument(help="A new or empty folder for the pruned checkpoint.")],
+    model: options.PrunedModel,
+    out: Annotated[
+        Path, typer.Argument(help="A new or empty folder for the pruned checkpoint; a file for a GGUF file.")
+    ],
     weights: options.Weights = "",
     saliency: options.Saliency = "",
     update: options.Update = "",
     experts: options.Experts = None,
     keep_experts: options.KeepExperts = None,
+    plan: options.Plan = None,
+    scores: options.Scores = None,
     expert_saliency: options.ExpertSaliency = "",
     refine_experts: options.RefineExperts = False,
     mix: options.Mix = "pooled",
@@ -89,12 +101,24 @@ def prune(
     as_json: options.AsJson = False,
 ) -> None:
     """See HELP."""
+    asked = dict(locals())
+    from moesparse.checkpoints.gguf import is_gguf
+    from moesparse.experts.plan_file import ExpertPlan
     from moesparse.pruning.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
 
+    if is_gguf(model):
+        _prune_gguf(asked)
+        return
     removes = experts is not None or keep_experts is not None
+    _check_files(plan, scores, removes, statistics)
     _check_companions(weights, target_bytes, removes, expert_saliency, statistics, choices)
+    held, expert_saliency = options.load_scores(scores, expert_saliency)
+    pattern = _pattern(weights, removes or plan is not None)
+    if (plan or scores) and pattern is None and not (calibration or demonstrations_from_model):
+        # no text that the kept experts could be refitted on
+        update = update or "none"
     recipe = Recipe(
-        weights=_pattern(weights, removes),
+        weights=pattern,
         target_bytes=target_bytes or None,
         choices=choices.split(","),
         compare_uniform=compare_uniform,
@@ -109,19 +133,12 @@ def prune(
         expert_mix=mix,
         protect_experts=protect_super_experts,
         mtp=mtp or None,
+        plan=None if plan is None else ExpertPlan.load(plan),
+        scores=held,
     )
-    target, made = options.resolve_device(device), demonstrations_from_model
-    text = TextOptions(
-        calibration or [],
-        samples,
-        length,
-        seed or 0,
-        from_model=made,
-        temperature=temperature,
-        batch_size=batch_size,
-        device=target,
-        chat=chat,
-    )
+    written: dict[str, Any] = {"from_model": demonstrations_from_model, "temperature": temperature, "chat": chat}
+    machine: dict[str, Any] = {"batch_size": batch_size, "device": options.resolve_device(device)}
+    text = TextOptions(calibration or [], samples, length, seed or 0, **written, **machine)
     run = _Run(
         model, out, recipe, text, statistics or [], seed, allow_pruned, resume, dry_run, max_memory, whole, as_json
     )
@@ -152,6 +169,39 @@ def _check_companions(
         raise UsageError("--statistics must come with --experts or --keep-experts, for which they choose, got neither")
     if not target_bytes and choices != _CHOICES:
         raise UsageError(f"--choices must come with --target-bytes, which searches among them, got {choices} alone")
+
+
+def _check_files(plan: Path | None, scores: Path | None, removes: bool, statistics: list[str] | None) -> None:
+    """Refuse what a choice from a file leaves nothing to do for."""
+    for option, file in (("--plan", plan), ("--scores", scores)):
+        if file is not None and statistics:
+            raise UsageError(f"--statistics must be left out with {option}, which says who stays, got both")
+    if plan is not None and (removes or scores is not None):
+        raise UsageError("--experts, --keep-experts and --scores must be left out with --plan, which says who stays")
+    if scores is not None and not removes:
+        raise UsageError("--scores must come with --experts or --keep-experts, for which they choose, got neither")
+
+
+def _prune_gguf(asked: dict[str, Any]) -> None:
+    """Of a GGUF file experts can be removed and nothing else.
+
+    Args:
+        asked: the parameters of the command.
+    """
+    from moesparse.cli.gguf import TAKEN, prune_gguf_file
+
+    defaults = {name: each.default for name, each in signature(prune).parameters.items()}
+    for name, value in asked.items():
+        if name not in TAKEN and value != defaults[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} must be left out for a GGUF model, whose experts are removed and nothing else")
+    report = asked["report"]
+    if report is not None:
+        options.check_output_file("--report", report)
+    found = prune_gguf_file(**{name: asked[name] for name in TAKEN if name != "report"})
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(found.to_json())
 
 
 @dataclass(frozen=True)
@@ -194,6 +244,8 @@ class _Run:
 
     def check(self, report: Path | None) -> None:
         """Refuse what cannot go together, and places that cannot be written, before any work."""
+        if self.text.sources and self.recipe.removes_experts and self.recipe.reads_weights_alone:
+            raise UsageError("--calibration must be left out with --plan or --scores and --update none, which run none")
         if self.statistics and (self.text.sources or self.text.from_model is not None):
             raise UsageError("only one of --statistics and calibration text may be given, got both")
         if report is not None:
@@ -288,6 +340,7 @@ class _Run:
                 recipe=result.recipe,
                 card=model_card(self.model, result),
                 report=result.to_dict(),
+                plan=result.plan,
             )
         return result
 

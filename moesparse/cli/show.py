@@ -111,7 +111,8 @@ def _show_experts(result: Any) -> None:
     console.print(table)
     for block, expert in removed["protected"]:
         console.print(f"super-expert kept: {removed['blocks'][block]['name']} {expert}", highlight=False)
-    show_domains(removed["domains"], removed["criterion"])
+    if removed["domains"] is not None:
+        show_domains(removed["domains"], removed["criterion"])
     before, after = removed["bytes_before"], removed["bytes_after"]
     console.print(f"model: {before / 2**20:.1f} > {after / 2**20:.1f} MiB", highlight=False)
 

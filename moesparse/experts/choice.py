@@ -23,7 +23,9 @@ from moesparse.experts.criteria import (
     super_experts,
 )
 from moesparse.experts.domains import DEFAULT_MIX, DomainReport, mixed_scores, split_windows, survey
+from moesparse.experts.plan_file import ExpertPlan
 from moesparse.experts.refit import RefitReport
+from moesparse.experts.scores_file import ExpertScores
 from moesparse.experts.selection import BUDGETS, choose_experts
 from moesparse.experts.surgery import SurgeryReport, router_groups
 from moesparse.experts.swaps import RefineReport
@@ -36,6 +38,8 @@ __all__ = [
     "check_budget",
     "check_sums_suffice",
     "choose_from_domains",
+    "choose_from_plan",
+    "choose_from_scores",
     "choose_from_statistics",
     "choose_from_windows",
     "choose_rule",
@@ -72,19 +76,20 @@ class Choice:
         kept: ids per block.
         criterion: the experts were scored by.
         dead: per block the experts without calibration tokens; they went first.
-        domains: what each domain of the text would keep, their overlap, and how firm the choice is.
+        domains: what each domain of the text would keep, their overlap, and how firm the choice is; None where the
+            choice came from a file.
         protected: super-experts, (block, expert), that stayed whatever their score.
-        scores: [blocks, E], larger means keep; -inf for an expert without tokens.
-        tokens: [blocks, E], how many tokens the dense model sent to each.
+        scores: [blocks, E], larger means keep; -inf for an expert without tokens. None where the choice was a plan.
+        tokens: [blocks, E], how many tokens the dense model sent to each; None where the choice came from a file.
     """
 
     kept: list[Tensor]
     criterion: Criterion
     dead: list[list[int]]
-    domains: DomainReport
+    domains: DomainReport | None
     protected: list[tuple[int, int]]
-    scores: Tensor
-    tokens: Tensor
+    scores: Tensor | None
+    tokens: Tensor | None
 
 
 @dataclass
@@ -104,18 +109,22 @@ class ExpertReport:
     refine: list[RefineReport]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; a score of -inf becomes None."""
-        choice, scores = self.choice, self.choice.scores.tolist()
+        """Ready for JSON; a score of -inf becomes None, and what is not known is left out."""
+        choice, more = self.choice, dict[str, Any]()
+        if choice.scores is not None:
+            rows = choice.scores.tolist()
+            more["scores"] = [[score if math.isfinite(score) else None for score in row] for row in rows]
+        if choice.tokens is not None:
+            more["tokens"] = choice.tokens.tolist()
         return {
             "criterion": choice.criterion,
             **self.surgery.to_dict(),
             "dead": choice.dead,
             "refit": [report.to_dict() for report in self.refit],
             "refine": [report.to_dict() for report in self.refine],
-            "domains": choice.domains.to_dict(),
+            "domains": None if choice.domains is None else choice.domains.to_dict(),
             "protected": [list(pair) for pair in choice.protected],
-            "scores": [[score if math.isfinite(score) else None for score in row] for row in scores],
-            "tokens": choice.tokens.tolist(),
+            **more,
         }
 
 
@@ -150,6 +159,24 @@ def choose_from_domains(
     statistics = merged_statistics(fingerprint, parts)
     sums = {name: stack_sums(part, rule.criterion) for name, part in parts.items()}
     return _choose(blocks, statistics, sums, mixed_scores(sums, rule.criterion, rule.mix, seed=rule.seed), rule)
+
+
+def choose_from_plan(plan: ExpertPlan) -> Choice:
+    """What a file says; see `ExpertPlan.check` first."""
+    dead: list[list[int]] = [[] for _ in plan.kept]
+    return Choice(plan.tensors(), plan.criterion, dead, None, [], None, None)
+
+
+def choose_from_scores(blocks: Sequence[MoEBlock], scores: ExpertScores, rule: Rule) -> Choice:
+    """From scores of a file; see `ExpertScores.check` first.
+
+    Raises:
+        UsageError: a criterion that they do not hold, or counts that cannot be.
+    """
+    values = scores.by(str(rule.criterion))
+    choose = choose_rule(blocks, keep=rule.keep, remove=rule.remove)
+    dead = [(row == -math.inf).nonzero().flatten().tolist() for row in values]
+    return Choice(choose(values), rule.criterion, dead, None, [], values, None)
 
 
 def _choose(

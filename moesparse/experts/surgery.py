@@ -66,6 +66,30 @@ class RouterGroups:
         """The fewest experts a block may keep: every group equally many, and top_k in the groups a token uses."""
         return self.count * max(self.ranked_by, -(-top_k // self.top))
 
+    def left(self, kept: Tensor, num_experts: int, top_k: int, name: str) -> int:
+        """How many groups a block has once only `kept` stay.
+
+        Args:
+            kept: ids of its experts.
+            num_experts: it had.
+            top_k: a token uses.
+            name: of the block, for the error.
+
+        Raises:
+            UsageError: unequal counts in the groups that stay, or fewer than the router needs.
+        """
+        counts = torch.bincount(kept // (num_experts // self.count), minlength=self.count)
+        staying = counts[counts > 0]
+        where = f"kept of {name}, whose router chooses {self.top} of {self.count} groups first,"
+        if (staying != staying[0]).any():
+            raise UsageError(f"{where} must hold equally many of each group, got {counts.tolist()}")
+        if len(staying) < self.top:
+            raise UsageError(f"{where} must leave at least {self.top} groups, got {len(staying)}")
+        least = RouterGroups(len(staying), self.top, self.ranked_by).minimum(top_k)
+        if len(kept) < least:
+            raise UsageError(f"{where} must hold at least {least} experts, got {len(kept)}")
+        return len(staying)
+
 
 @dataclass(frozen=True)
 class BlockSurgery:
@@ -323,18 +347,9 @@ def _groups_left(blocks: Sequence[MoEBlock], kept: Sequence[Tensor]) -> dict[int
         groups = router_groups(block)
         if groups is None or len(ids) == block.num_experts:
             continue
-        counts = torch.bincount(ids // (block.num_experts // groups.count), minlength=groups.count)
-        staying = counts[counts > 0]
-        where = f"kept of {block.name}, whose router chooses {groups.top} of {groups.count} groups first,"
-        if (staying != staying[0]).any():
-            raise UsageError(f"{where} must hold equally many of each group, got {counts.tolist()}")
-        if len(staying) < groups.top:
-            raise UsageError(f"{where} must leave at least {groups.top} groups, got {len(staying)}")
-        least = RouterGroups(len(staying), groups.top, groups.ranked_by).minimum(block.top_k or 1)
-        if len(ids) < least:
-            raise UsageError(f"{where} must hold at least {least} experts, got {len(ids)}")
-        if left.setdefault(groups.count, len(staying)) != len(staying):
-            raise UsageError(f"{where} must leave as many groups as the other blocks, got {len(staying)}")
+        staying = groups.left(ids, block.num_experts, block.top_k or 1, block.name)
+        if left.setdefault(groups.count, staying) != staying:
+            raise UsageError(f"kept of {block.name} must leave as many groups as the other blocks, got {staying}")
     return {before: after for before, after in left.items() if before != after}
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint_sample", "model_fingerprint", "room_for_samples"]
+from moesparse.models.blocks import MoEBlock
+
+__all__ = ["fingerprint_sample", "model_fingerprint", "room_for_samples", "router_sketch", "router_weight"]
 
 # Elements hashed per tensor: 16 per expert with 256 experts, so one changed expert is seen.
 _SAMPLES = 4096
@@ -76,3 +78,35 @@ def room_for_samples(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     sizes = [len(range(0, tensor.numel(), _sample_stride(tensor))) for tensor in tensors.values()]
     return dict(zip(tensors, torch.empty(sum(sizes)).split(sizes), strict=True)) if sizes else {}
+
+
+def router_weight(block: MoEBlock) -> Tensor | None:
+    """The matrix of a block's router with a row for each expert, [E, H]; None where no single one is.
+
+    Rows behind those of the experts, which a few routers have, are left out.
+    """
+    named = [] if block.router is None else block.router.named_parameters()
+    found = [each.detach() for _, each in named if each.ndim == 2 and each.shape[0] >= block.num_experts]
+    exact = [each for each in found if each.shape[0] == block.num_experts]
+    return next((each[: block.num_experts] for each in exact or found), None)
+
+
+def router_sketch(weight: Tensor) -> Tensor:
+    """One number for each expert that tells routers apart, and copies of one in other dtypes not: <w, s> / |w|.
+
+    s are signs that depend on H alone, drawn by SHAKE-256. Between unrelated rows the numbers differ by about 1.4. A
+    copy whose entries are rounded by at most a share u differs by more than t in an expert with a probability of at
+    most 2 exp(-t^2 / 2u^2) over the signs (Hoeffding 1963).
+
+    Args:
+        weight: [E, H], any float dtype.
+
+    Returns:
+        [E] float64 on the CPU; 0 for a row of zeros.
+    """
+    width = weight.shape[1]
+    drawn = hashlib.shake_256(f"moesparse router sketch {width}".encode()).digest(-(-width // 8))
+    bits = (torch.frombuffer(bytearray(drawn), dtype=torch.uint8)[:, None] >> torch.arange(8)) & 1
+    signs = 1.0 - 2.0 * bits.flatten()[:width].double()
+    rows = weight.detach().to("cpu", torch.float64)
+    return (rows @ signs) / rows.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)

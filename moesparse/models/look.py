@@ -9,13 +9,19 @@ from torch import Tensor
 
 from moesparse.errors import CalibrationError, MoESparseError
 from moesparse.models.blocks import MoEBlock
-from moesparse.models.fingerprint import fingerprint_sample, model_fingerprint, room_for_samples
+from moesparse.models.fingerprint import (
+    fingerprint_sample,
+    model_fingerprint,
+    room_for_samples,
+    router_sketch,
+    router_weight,
+)
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.next_token import attached
 from moesparse.progress import ProgressEvent
 from moesparse.weights.patterns import all_finite
 
-__all__ = ["Look", "check_dense", "check_finite"]
+__all__ = ["Look", "check_dense", "check_finite", "sketches"]
 
 # Exact zeros in a trained weight are rare (bf16 underflow), but a bf16 copy of 4-bit weights has 8 to 14% of them, more
 # in one row than in another. A pruned expert has a quarter of them or more, or in every row the same number.
@@ -34,12 +40,14 @@ class Look:
 
     Attributes:
         samples: `fingerprint_sample` of every tensor that waits on the disk, once it was seen.
+        routers: block name -> `router_sketch` of its router, once it was seen; none where no matrix is its router's.
     """
 
     def __init__(self, layers: Layers, options: RunOptions, *, dense: bool = True) -> None:
         self._layers, self._progress = layers, options.progress
         self._dense = dense and not options.allow_pruned
         self.samples = room_for_samples(layers.waiting())
+        self.routers: dict[str, Tensor] = {}
 
     def __call__(self, position: int) -> None:
         """Look at one, which is held.
@@ -52,6 +60,7 @@ class Look:
         check_finite(here)
         if self._dense:
             check_dense(here)
+        self.routers |= sketches(here)
         for name, tensor in self._layers.state(position).items():
             self.samples[name].copy_(fingerprint_sample(tensor))
 
@@ -67,6 +76,12 @@ class Look:
         found = attached(self._layers.model)
         beside = () if found is None else tuple(f"{layer.name}." for layer in found.layers)
         return model_fingerprint(self._layers.model, self.samples, beside)
+
+
+def sketches(blocks: Sequence[MoEBlock]) -> dict[str, Tensor]:
+    """Block name -> `router_sketch` of its router, where a matrix is its router's."""
+    found = {block.name: router_weight(block) for block in blocks}
+    return {name: router_sketch(weight) for name, weight in found.items() if weight is not None}
 
 
 def check_finite(blocks: Sequence[MoEBlock]) -> None:

@@ -27,7 +27,7 @@ def model_card(base: str, report: Report) -> str:
         what.append(f"{len(first['kept'])} of {first['before']} experts kept")
         rows |= {
             "experts per block": f"{len(first['kept'])} of {first['before']}",
-            "expert criterion": recipe["expert_saliency"],
+            "expert criterion": report.experts["criterion"],
             "kept experts refitted": "yes" if report.experts["refit"] else "no",
         }
     if report.blocks:
@@ -42,7 +42,11 @@ def model_card(base: str, report: Report) -> str:
             "zeros in expert matrices": f"{report.sparsity:.2%}",
             "experts without calibration tokens": fallbacks,
         }
-    rows["calibration tokens"] = f"{report.calibration['tokens']:,}"
+    told = next((name for name in ("plan", "scores") if name in recipe), None)
+    if told is None or report.calibration["tokens"]:
+        rows["calibration tokens"] = f"{report.calibration['tokens']:,}"
+    if told is not None:
+        rows["experts chosen by"] = f"{told} of a file"
     return TEMPLATE.format(
         tag="2-4-sparsity" if recipe["weights"] == "2:4" else "sparse" if report.blocks else "expert-pruned",
         base=base.rstrip("/").rsplit("/", 2)[-1] if base.startswith(("/", ".")) else base,

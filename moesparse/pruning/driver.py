@@ -17,6 +17,8 @@ from moesparse.calibration.data import Calibration, FromText, Saved
 from moesparse.checkpoints.history import following
 from moesparse.checkpoints.output import InPlace, Output
 from moesparse.errors import CalibrationError, UnsupportedModelError
+from moesparse.experts.origin import Origin
+from moesparse.experts.plan_file import ExpertPlan
 from moesparse.models.layers import Layers, LayersInMemory, RunOptions
 from moesparse.models.look import Look
 from moesparse.models.meta import quantization_of
@@ -47,9 +49,10 @@ def carry_out(layers: Layers, output: Output, calibration: Calibration, recipe: 
     look = Look(layers, options, dense=isinstance(calibration, FromText))
     stream = calibration.stream(layers, options, look, output.spill)
     fingerprint, before = look.fingerprint, expert_sizes(layers.model, layers.blocks)
-    experts, blocks = None, []
+    experts, blocks, plan = None, [], None
     if recipe.removes_experts:
-        removed = remove_experts(layers, output, stream, calibration, recipe, options, fingerprint)
+        origin = Origin.of(layers.model, layers.blocks, look.routers)
+        removed, plan = remove_experts(layers, output, stream, calibration, recipe, options, fingerprint, origin)
         layers.find_blocks()
         experts = removed.to_dict()
     else:
@@ -65,6 +68,7 @@ def carry_out(layers: Layers, output: Output, calibration: Calibration, recipe: 
         experts=experts,
         fingerprint=fingerprint,
         sizes={"before": before, "after": expert_sizes(layers.model, layers.blocks, recipe)},
+        plan=plan,
     )
 
 
@@ -76,20 +80,22 @@ def carry_out_in_place(model: nn.Module, calibration: Calibration, recipe: Recip
     if recipe.removes_experts and recipe.prunes_weights:
         steps = [recipe.without_weights(), recipe.without_experts()]
     reports = [carry_out(layers, InPlace(layers), calibration, step, options) for step in steps]
-    return reports[0] if len(reports) == 1 else both_steps(recipe, reports[0].to_dict(), reports[1])
+    return reports[0] if len(reports) == 1 else both_steps(recipe, reports[0].to_dict(), reports[0].plan, reports[1])
 
 
-def both_steps(recipe: Recipe, removed: dict[str, Any], pruned: Report) -> Report:
+def both_steps(recipe: Recipe, removed: dict[str, Any], plan: ExpertPlan | None, pruned: Report) -> Report:
     """The report of a recipe of two steps.
 
     Args:
         recipe: of both.
         removed: `Report.to_dict` of the removal.
+        plan: of the removal.
         pruned: of the weights that are left.
     """
     found = following(removed, pruned.to_dict())
     joined = {name: found[name] for name in ("experts", "fingerprint", "sizes", "surplus")}
-    return dataclasses.replace(pruned, recipe=recipe.to_dict(), seconds=pruned.seconds + removed["seconds"], **joined)
+    joined |= {"seconds": pruned.seconds + removed["seconds"], "plan": plan}
+    return dataclasses.replace(pruned, recipe=recipe.to_dict(), **joined)
 
 
 def check_not_quantized(config: Any) -> None:

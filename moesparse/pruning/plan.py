@@ -160,5 +160,7 @@ def any_choice(blocks: Sequence[MoEBlock], recipe: Recipe) -> list[Tensor]:
     Raises:
         UsageError: a count or share that cannot be.
     """
+    if recipe.plan is not None:
+        return recipe.plan.tensors()
     choose = choose_rule(blocks, keep=recipe.keep_experts, remove=recipe.experts)
     return choose(torch.zeros(len(blocks), blocks[0].num_experts))

@@ -11,6 +11,8 @@ from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.choice import Rule
 from moesparse.experts.criteria import check_criterion
 from moesparse.experts.domains import DEFAULT_MIX, check_mix
+from moesparse.experts.plan_file import ExpertPlan
+from moesparse.experts.scores_file import ExpertScores
 from moesparse.experts.selection import BUDGETS
 from moesparse.models.blocks import MoEBlock
 from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, check_choices, check_target
@@ -82,6 +84,9 @@ class Recipe:
             count to 0. None keeps them, but where experts are removed and the config has one count for all drops them.
         compare_uniform: prune a copy of the model to the best uniform choice at those bytes too, measure both on text
             kept aside, and keep the better; takes twice the time, and the memory of the copy.
+        plan: instead of a share of experts, which ones stay: a choice that was made before, on this model or on a copy
+            of it in another dtype. Text is then for a refit and for weights only.
+        scores: of the experts, from a file, in the place of a pass over text; expert_saliency is one of theirs.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
@@ -105,6 +110,8 @@ class Recipe:
     choices: Sequence[str] = DEFAULT_CHOICES
     compare_uniform: bool = True
     mtp: str | None = None
+    plan: ExpertPlan | None = None
+    scores: ExpertScores | None = None
 
     def __post_init__(self) -> None:
         if self.target_bytes is not None:
@@ -117,7 +124,7 @@ class Recipe:
             raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
         check_removal(self.experts, self.keep_experts)
         check_rules(self.saliency, self.update)
-        check_criterion(self.expert_saliency)
+        self._check_files()
         check_mix(self.expert_mix)
         if self.expert_budget not in BUDGETS:
             raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
@@ -138,6 +145,24 @@ class Recipe:
             if value is not None:
                 raise UsageError(f"{name} must be left out with target_bytes, which chooses it, got {value!r}")
         object.__setattr__(self, "weights", None)
+
+    def _check_files(self) -> None:
+        """A plan or scores beside what they decide, or what takes text."""
+        if self.plan is None and self.scores is None:
+            check_criterion(self.expert_saliency)
+            return
+        name = "scores" if self.plan is None else "plan"
+        others = ["target_bytes", "refine_experts", "protect_experts", "expert_floor"]
+        others += ["experts", "keep_experts", "scores"] if self.plan is not None else []
+        for other in others:
+            value = getattr(self, other)
+            if value not in (None, False):
+                got = "some" if other == "scores" else repr(value)
+                raise UsageError(f"{other} must be left out with {name}, got {got}")
+        if self.scores is not None:
+            if not self.removes_experts:
+                raise UsageError("scores must come with experts or keep_experts, got neither")
+            self.scores.by(self.expert_saliency)
 
     def _check_patterns(self) -> None:
         assert self.patterns is not None
@@ -174,12 +199,18 @@ class Recipe:
 
     @property
     def removes_experts(self) -> bool:
-        return self.experts is not None or self.keep_experts is not None
+        return self.experts is not None or self.keep_experts is not None or self.plan is not None
+
+    @property
+    def chooses_experts(self) -> bool:
+        """Whether the experts that stay are chosen from calibration data, and not from a file."""
+        return self.removes_experts and self.plan is None and self.scores is None
 
     @property
     def reads_weights_alone(self) -> bool:
         """Whether it needs no calibration text."""
-        return not self.removes_experts and self.saliency == "magnitude" and self.update == "none"
+        by_magnitude = self.saliency == "magnitude" or not self.prunes_weights
+        return not self.chooses_experts and by_magnitude and self.update == "none"
 
     @property
     def refits_experts(self) -> bool:
@@ -187,7 +218,13 @@ class Recipe:
 
     def without_experts(self) -> Recipe:
         """What is left to do once the experts are removed."""
-        removal = {"experts": None, "keep_experts": None, "refine_experts": False, "protect_experts": False}
+        removal: dict[str, Any] = {
+            "experts": None,
+            "keep_experts": None,
+            "refine_experts": False,
+            "protect_experts": False,
+        }
+        removal |= {"plan": None, "scores": None, "expert_saliency": DEFAULT_EXPERT_SALIENCY}
         return dataclasses.replace(self, **removal)  # type: ignore[arg-type]
 
     def without_weights(self) -> Recipe:
@@ -227,8 +264,15 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; what belongs to patterns or a target is left out where there are none."""
-        found = dataclasses.asdict(self) | {"choices": list(self.choices)}
+        """Ready for JSON; what belongs to patterns, a target or a file is left out where there are none."""
+        found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        found |= {"choices": list(self.choices)}
+        if self.plan is not None:
+            found["expert_saliency"] = self.plan.criterion
+        for name in ("plan", "scores"):
+            held = found.pop(name)
+            if held is not None:
+                found[name] = held.identity()
         unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
         unused += [name for name in ("patterns", "mtp") if getattr(self, name) is None]
         return {name: value for name, value in found.items() if name not in unused}

@@ -17,8 +17,12 @@ from moesparse.experts.choice import (
     check_budget,
     check_sums_suffice,
     choose_from_domains,
+    choose_from_plan,
+    choose_from_scores,
     choose_from_windows,
 )
+from moesparse.experts.origin import Origin
+from moesparse.experts.plan_file import ExpertPlan
 from moesparse.experts.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit_block
 from moesparse.experts.surgery import RemovalPlan, SurgeryReport, plan_removal
 from moesparse.experts.swaps import RefineReport, refine_choice
@@ -35,11 +39,17 @@ def check_removal(layers: Layers, calibration: Calibration, recipe: Recipe) -> N
     """Refuse what cannot be removed, or chosen from such a calibration, before anything is changed.
 
     Raises:
-        UsageError: a count, share or budget that cannot be; swaps where the model is not whole.
+        UsageError: a count, share or budget that cannot be; swaps where the model is not whole; text or statistics
+            that a plan or scores leave nothing to do for.
         UnsupportedModelError: experts that cannot be placed, or not refitted; named.
-        CalibrationError: no text where it takes some.
+        CalibrationError: no text where it takes some; a plan or scores of a model of other sizes.
     """
     check_budget(layers.model, recipe.expert_budget, recipe.expert_floor)
+    file = recipe.plan or recipe.scores
+    if file is not None:
+        # the routers are compared once they are in memory
+        file.check(Origin.of(layers.model, layers.blocks, {}))
+        _check_for_file(calibration, recipe)
     plan_removal(layers.model, any_choice(layers.blocks, recipe))
     if recipe.refits_experts:
         check_refit(layers.blocks, DEFAULT_RIDGE)
@@ -50,13 +60,28 @@ def check_removal(layers: Layers, calibration: Calibration, recipe: Recipe) -> N
         )
     if isinstance(calibration, Saved):
         check_sums_suffice(recipe.refits_experts, recipe.refine_experts)
-    elif not isinstance(calibration, FromText):
+    elif not isinstance(calibration, FromText) and file is None:
         raise CalibrationError(
             "calibration must be windows or statistics to choose experts, got None; only magnitude without an update "
             "needs no data"
         )
-    elif recipe.refine_experts and calibration.mask is not None:
+    elif recipe.refine_experts and isinstance(calibration, FromText) and calibration.mask is not None:
         raise UsageError("windows must be without padding to refine the choice, got an attention mask")
+
+
+def _check_for_file(calibration: Calibration, recipe: Recipe) -> None:
+    """A choice from a file: text is for a refit, and for weights."""
+    name = "scores" if recipe.plan is None else "a plan"
+    if isinstance(calibration, Saved):
+        raise UsageError(f"calibration must be windows or None with {name}, which says who stays, got statistics")
+    text = isinstance(calibration, FromText)
+    if recipe.refits_experts and not text:
+        raise CalibrationError(
+            f"calibration must be windows to refit the experts that {name} keeps, got None; pass the windows, or "
+            "remove without it (update='none')"
+        )
+    if text and recipe.reads_weights_alone:
+        raise UsageError(f"calibration must be None with {name} and update='none', which run no text, got windows")
 
 
 def remove_experts(
@@ -67,7 +92,8 @@ def remove_experts(
     recipe: Recipe,
     options: RunOptions,
     fingerprint: str,
-) -> ExpertReport:
+    origin: Origin,
+) -> tuple[ExpertReport, ExpertPlan]:
     """Remove the experts that matter least from every block.
 
     Args:
@@ -78,11 +104,23 @@ def remove_experts(
         recipe: of the experts.
         options: the device to refit on, and `progress`.
         fingerprint: of the model.
+        origin: of the model, with its routers.
+
+    Returns:
+        The report, and the choice as a plan that other copies of the model can be given.
 
     Raises:
-        CalibrationError: statistics of another model, or that lack what the criterion reads.
+        CalibrationError: statistics, a plan or scores of another model, or statistics that lack what the criterion
+            reads.
     """
-    choice = _choose(layers, output, stream, calibration, recipe, options, fingerprint)
+    if recipe.plan is not None:
+        recipe.plan.check(origin)
+        choice = choose_from_plan(recipe.plan)
+    elif recipe.scores is not None:
+        recipe.scores.check(origin)
+        choice = choose_from_scores(layers.blocks, recipe.scores, recipe.expert_rule)
+    else:
+        choice = _choose(layers, output, stream, calibration, recipe, options, fingerprint)
     kept, swaps = choice.kept, list[RefineReport]()
     if recipe.refine_experts:
         assert isinstance(calibration, FromText)
@@ -91,7 +129,9 @@ def remove_experts(
         )
     plan = plan_removal(layers.model, kept)
     surgery, fits = remove_and_refit(layers, output, stream if recipe.refits_experts else None, plan, options)
-    return ExpertReport(choice, surgery, fits, swaps)
+    file = recipe.plan or recipe.scores
+    seen = calibration.text_hash if file is None else file.statistics
+    return ExpertReport(choice, surgery, fits, swaps), ExpertPlan.of(origin, kept, choice.criterion, seen)
 
 
 def _choose(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moesparse.experts.plan_file import ExpertPlan
 from moesparse.models.blocks import MoEBlock
 from moesparse.pruning.budget import DENSE, matrix_sizes, packed_bytes
 from moesparse.pruning.recipe import Recipe
@@ -83,6 +84,7 @@ class Report:
         budget: `BudgetReport.to_dict` when bytes were given.
         surplus: tensors of the source that the model has no place for, by what became of them, see
             moesparse.checkpoints.edit.Surplus.
+        plan: the choice of experts for other copies of the model, a file of its own beside the report.
     """
 
     recipe: dict[str, Any]
@@ -95,6 +97,7 @@ class Report:
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     budget: dict[str, Any] | None = None
     surplus: dict[str, list[str]] = field(default_factory=dict)
+    plan: ExpertPlan | None = None
 
     @property
     def sparsity(self) -> float:
@@ -111,7 +114,9 @@ class Report:
         return [(b.name, t.name, expert) for b in self.blocks for t in b.tensors for expert in t.fallbacks]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "sparsity": self.sparsity}
+        found = dataclasses.asdict(dataclasses.replace(self, plan=None))
+        del found["plan"]
+        return {**found, "sparsity": self.sparsity}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

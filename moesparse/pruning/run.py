@@ -26,6 +26,7 @@ from moesparse.calibration.windows import Windows
 from moesparse.checkpoints.history import REPORT_FILE, following, read_report
 from moesparse.checkpoints.output import IntoFolder
 from moesparse.errors import CheckpointError, UsageError
+from moesparse.experts.plan_file import PLAN_FILE, ExpertPlan
 from moesparse.models.layers import RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import Progress, silent
@@ -250,7 +251,8 @@ class _Work:
             report = complete(found)
             text = None if self.card is None or between else self.card(report)
             noted = report.to_dict() | {"inputs": inputs} if between else following(self.before, report.to_dict())
-            output.finish(noted["recipe"], tokenizer=None if between else self.tokenizer, card=text, report=noted)
+            written: dict[str, Any] = {"card": text, "report": noted, "plan": found.plan}
+            output.finish(noted["recipe"], tokenizer=None if between else self.tokenizer, **written)
         return report
 
     def carry_out_both(self, layers: LayersOnDisk, out: Path, complete: Callable[[Report], Report]) -> Report:
@@ -269,11 +271,12 @@ class _Work:
         smaller = LayersOnDisk(between).open()
         if self.recipe.mtp == "prune":
             smaller.add_next_token_layers(run=True)
+        plan = ExpertPlan.load(between / PLAN_FILE)
         report = self.carry_out(
             smaller,
             out,
             self.recipe.without_experts(),
-            lambda report: complete(both_steps(self.recipe, removed, report)),
+            lambda report: complete(both_steps(self.recipe, removed, plan, report)),
         )
         processes.from_first(lambda: shutil.rmtree(between))
         return report

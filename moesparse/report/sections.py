@@ -246,11 +246,15 @@ def _removal(findings: Findings) -> Section | str | None:
     names = [layer_of(block["name"]) for block in blocks]
     scores = removal.get("scores")
     refined = {done["name"]: done for done in removal.get("refine") or ()}
-    section.say(
-        f"Every expert was scored by {removal['criterion']} on the calibration text (larger means keep); the lowest of "
-        f"each block went{', then experts were swapped while the block came out closer' if refined else ''}. Position "
-        "in the list of kept ids is the id in this checkpoint."
-    )
+    position = "Position in the list of kept ids is the id in this checkpoint."
+    if "plan" in (checkpoint.recipe or {}):
+        section.say(f"The experts that stay were named by a plan, made by {removal['criterion']} before. {position}")
+    else:
+        section.say(
+            f"Every expert was scored by {removal['criterion']} on the calibration text (larger means keep); the "
+            f"lowest of each block went"
+            f"{', then experts were swapped while the block came out closer' if refined else ''}. {position}"
+        )
     if scores is not None:
         values = torch.tensor([[math.nan if v is None else float(v) for v in row] for row in scores])
         values = values.float() / values.nan_to_num(0.0).amax(1, keepdim=True).clamp_min(1e-30)
