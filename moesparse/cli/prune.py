@@ -264,6 +264,7 @@ class _Run:
         from moesparse.pruning.next_token import prepare_next_token_layers
         from moesparse.pruning.plan import plan_run
         from moesparse.pruning.run import prune_checkpoint, what_is_left
+        from moesparse.system.folders import companions
         from moesparse.system.run_folder import check_run_folder
 
         saved = _load_statistics(self.statistics, self.seed) if self.statistics else None
@@ -271,6 +272,7 @@ class _Run:
         if not self.dry_run:
             check_run_folder(self.out)
         model = ModelOnDisk(self.model)
+        companions(model.folder)
         prepare_next_token_layers(model.layers, self.recipe, saved=saved is not None)
         network, blocks = model.network, model.layers.blocks
         text = self.text if self.reads else replace(self.text, samples=0, length=1)
