@@ -119,8 +119,7 @@ def train_whole(
                 state = trainer.state(processes.whole)
                 if processes.first:
                     file.save({"rows": log.rows, "expert_weight": weight, "trainer": state})
-        lost = trainer.lost_zeros()
-        if lost:
+        if lost := trainer.lost_zeros():
             raise AssertionError(f"zeros were lost in training: {lost}")
     return weight
 
