@@ -74,10 +74,7 @@ def train_whole(
         MoESparseError: a loss that is not finite; a student that gives what the teacher gives.
     """
     resumed = file.state if file is not None else None
-    cached = None
-    if cache is not None:
-        cached = CachedTeacher(cache, len(pairs), {name: key[name] for name in ("teacher", "windows")})
-        processes.check_cache(len(cached.missing(len(ids))))
+    cached = None if cache is None else _opened(cache, pairs, key, len(ids), processes)
     with ExitStack() as stack:
         model, at_work, trained = stack.enter_context(
             processes.student(student, pairs, device, settings.train == "all")
@@ -122,6 +119,19 @@ def train_whole(
         if lost := trainer.lost_zeros():
             raise AssertionError(f"zeros were lost in training: {lost}")
     return weight
+
+
+def _opened(
+    cache: str | os.PathLike[str],
+    pairs: Sequence[Pair],
+    key: Mapping[str, Any],
+    windows: int,
+    processes: TrainingProcesses,
+) -> CachedTeacher:
+    """The teacher's outputs in a folder, which must be there where several processes train."""
+    cached = CachedTeacher(cache, len(pairs), {name: key[name] for name in ("teacher", "windows")})
+    processes.check_cache(len(cached.missing(windows)))
+    return cached
 
 
 def _step(
