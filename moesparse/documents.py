@@ -34,6 +34,7 @@ __all__ = [
     "is_dataset",
     "name_of",
     "read",
+    "unpacked",
     "whole_documents",
 ]
 
@@ -298,8 +299,12 @@ def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
 
 
 @contextlib.contextmanager
-def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, str]]:
-    """A file of text, unpacked where it is gzip, and the codec of its text."""
+def unpacked(path: Path) -> Iterator[tuple[BinaryIO, str]]:
+    """A file of text, unpacked where it is gzip, and the codec of its text.
+
+    Raises:
+        MoESparseError: it is an archive of another kind.
+    """
     with contextlib.ExitStack() as stack:
         file: Any = stack.enter_context(path.open("rb"))
         start = file.peek(8)[:8]
@@ -315,7 +320,7 @@ def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, str]]:
 def _read_plain(path: Path, block: int, found: SourceRead) -> Iterator[Chunk]:
     """One document, in chunks of about `block` bytes cut after a line end or before a space."""
     carry, starts = "", True
-    with _unpacked(path) as (file, codec):
+    with unpacked(path) as (file, codec):
         decoder = codecs.getincrementaldecoder(codec)()
         wide = codec in ("utf-16", "utf-32")
         while data := file.read(block):
@@ -336,7 +341,7 @@ def _read_plain(path: Path, block: int, found: SourceRead) -> Iterator[Chunk]:
 
 
 def _read_jsonl(path: Path, records: _Records, suffix: str) -> Iterator[Chunk]:
-    with _unpacked(path) as (file, codec):
+    with unpacked(path) as (file, codec):
         lines = io.TextIOWrapper(file, encoding=codec, newline="\n")
         for number, line in enumerate(lines, start=1):
             text = line.strip()
@@ -415,7 +420,7 @@ def _no_array(path: Path) -> MoESparseError:
 
 def _no_table(path: Path, delimiter: str) -> UsageError:
     """What to say to a table of text, with the column that looks like the text of it."""
-    with _unpacked(path) as (file, codec):
+    with unpacked(path) as (file, codec):
         lines = io.TextIOWrapper(file, encoding=codec, errors="replace", newline="")
         columns = next(csv.reader(lines, delimiter=delimiter), [])
     named = "text" if "text" in columns else (columns or ["text"])[-1]
@@ -429,7 +434,7 @@ def _no_table(path: Path, delimiter: str) -> UsageError:
 
 def _one_liner(path: Path, rows: str, line: str, *more: str) -> str:
     """A command that writes a file as JSON lines."""
-    with _unpacked(path) as (file, codec):
+    with unpacked(path) as (file, codec):
         opener = "open" if isinstance(file.raw, io.FileIO) else "gzip.open"  # type: ignore[attr-defined]
     encoding = "utf-8-sig" if codec == "utf-8" else codec
     bare = path.with_suffix("") if path.suffix.lower() == ".gz" else path

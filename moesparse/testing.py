@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.models.blocks import find_moe_blocks
+from moesparse.models.opener import opener
 from moesparse.weights.patterns import Pattern, mask_from_score
 
 __all__ = [
     "MOE_FAMILIES",
     "UNSUPPORTED_FAMILIES",
+    "WRAPPERS",
     "assert_within_budget",
     "has_family",
     "prune_by_magnitude",
@@ -167,6 +169,50 @@ MOE_FAMILIES: dict[str, dict[str, Any]] = {
 """Families whose experts go through ExpertsInterface -> what their tiny config needs. Not all do in every transformers
 release that is supported: see `has_family`."""
 
+# of a vision tower: an image of 16 x 16 pixels is 16 patches to it, and 4 tokens in the text
+_TOWER: dict[str, Any] = {
+    "depth": 2,
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "image_size": 16,
+    "initializer_range": 0.2,
+}
+_MROPE: dict[str, Any] = {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}}
+# token ids count from the end of the vocabulary
+_IDS: dict[str, int] = {"image_token_id": -4, "video_token_id": -3}
+_MARKS: dict[str, int] = {"vision_start_token_id": -2, "vision_end_token_id": -1}
+
+WRAPPERS: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma4": {
+        "text": MOE_FAMILIES["gemma4_text"],
+        "vision": {"pooling_kernel_size": 2, "position_embedding_size": 64},
+        "ids": _IDS | {"audio_token_id": -5, "boi_token_id": -2, "eoi_token_id": -1},
+    },
+    "glm4v_moe": {
+        "text": _MROPE | {"first_k_dense_replace": 1},
+        "vision": {},
+        "ids": _IDS | {"image_start_token_id": -2, "image_end_token_id": -1},
+    },
+    "qwen3_5_moe": {
+        "text": _MROPE | MOE_FAMILIES["qwen3_5_moe_text"],
+        "vision": {"num_position_embeddings": 16},
+        "ids": _IDS | _MARKS,
+    },
+    "qwen3_vl_moe": {
+        "text": _MROPE,
+        "vision": {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+        "ids": _IDS | _MARKS,
+    },
+}
+"""Models for images and text whose text model is one of a MoE family -> what its config needs, by part."""
+
 UNSUPPORTED_FAMILIES: dict[str, dict[str, Any]] = {
     "dbrx": {
         "d_model": 32,
@@ -222,31 +268,29 @@ def tiny_model(family: str, seed: int = 0, **config: Any) -> nn.Module:
     """A random model of about 100,000 parameters: fp32, CPU, eval mode; the same seed gives the same bits.
 
     Args:
-        family: a key of MOE_FAMILIES or UNSUPPORTED_FAMILIES.
+        family: a key of MOE_FAMILIES, WRAPPERS or UNSUPPORTED_FAMILIES.
         seed: of the weights; the global generator is left as it was.
-        **config: config values that take precedence over the family's.
+        **config: config values that take precedence over the family's; of a wrapper those of its text model.
 
     Returns:
-        The causal language model of the family, or its base model where there is none. Parameters that families start
-        at zero (expert biases, routing corrections) are random too: at zero, leaving one out would change nothing.
+        The causal language model of the family, or its base model where there is none; a wrapper with its tower.
+        Parameters that families start at zero (expert biases, routing corrections) are random too: at zero, leaving
+        one out would change nothing.
 
     Raises:
         ValueError: the family is not in the lists.
     """
-    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    if family not in MOE_FAMILIES and family not in UNSUPPORTED_FAMILIES:
-        raise ValueError(f"family must be one of {sorted(MOE_FAMILIES | UNSUPPORTED_FAMILIES)}, got {family!r}")
-    config_class = CONFIG_MAPPING[family]
-    known = {*config_class().to_dict(), *config_class.attribute_map}
-    sizes = {name: value for name, value in _SIZES.items() if name in known}
-    values = sizes | MOE_FAMILIES.get(family, {}) | UNSUPPORTED_FAMILIES.get(family, {}) | config
-    model_config = config_class(**values)
-    auto = next(
-        auto
-        for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel)
-        if auto is AutoModel or config_class in auto._model_mapping
-    )
+    known = MOE_FAMILIES | WRAPPERS | UNSUPPORTED_FAMILIES
+    if family not in known:
+        raise ValueError(f"family must be one of {sorted(known)}, got {family!r}")
+    model_config = _tiny_config(family, known[family], config)
+    if family in WRAPPERS:
+        auto = opener(model_config)
+    else:
+        kinds = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel)
+        auto = next(kind for kind in kinds if kind is AutoModel or type(model_config) in kind._model_mapping)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto.from_config(model_config, dtype=torch.float32).eval()
@@ -255,6 +299,27 @@ def tiny_model(family: str, seed: int = 0, **config: Any) -> nn.Module:
                 if name.endswith("bias") and tensor.is_floating_point() and not tensor.any():
                     tensor.normal_(std=0.1)
     return model
+
+
+def _tiny_config(family: str, entry: dict[str, Any], changes: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[family]
+    if family not in WRAPPERS:
+        return kind(**_known(kind, _SIZES) | entry | changes)
+    text, vision = (kind.sub_configs[f"{part}_config"] for part in ("text", "vision"))
+    parts = {
+        "text_config": _known(text, _SIZES) | entry["text"] | changes,
+        "vision_config": _known(vision, _TOWER) | entry["vision"],
+    }
+    vocabulary = parts["text_config"]["vocab_size"]
+    return kind(**parts, **{name: vocabulary + place for name, place in entry["ids"].items()})
+
+
+def _known(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Those that a config of the kind has."""
+    known = {*kind().to_dict(), *kind.attribute_map}
+    return {name: value for name, value in values.items() if name in known}
 
 
 @torch.no_grad()

@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from moesparse._version import __version__
-from moesparse.calibration.data import FromText
+from moesparse.calibration.data import text_of
 from moesparse.calibration.layers import BY_WINDOW, from_shards, named_sums, read_sums, record_layers
 from moesparse.calibration.plan import plan_pass, spills
 from moesparse.calibration.statistics import ModelStatistics, check_moments
-from moesparse.calibration.windows import Windows, check_windows, windows_hash
+from moesparse.calibration.windows import Windows
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.models.layers import RunOptions
 from moesparse.models.look import Look
-from moesparse.models.meta import vocabulary_size
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import Progress, silent
 from moesparse.system.folders import check_writable
@@ -60,7 +59,7 @@ def calibrate_checkpoint(
     Args:
         source: a folder with safetensors under the names that transformers saves, or what was made of one.
         path: the new file. Until it is there, a folder of this name with ".unfinished" behind it holds what is done.
-        windows: (n, t) int64 windows, or (windows, attention mask).
+        windows: (n, t) int64 windows, (windows, attention mask), or `ImageWindows`.
         moments: second moments to collect as well: "none", "plain", "gated" or "both".
         batch_size: windows in one forward.
         device: where the layer at work goes; None takes the GPU when there is one.
@@ -85,7 +84,7 @@ def calibrate_checkpoint(
     check_moments(moments)
     check_statistics_file(path)
     layers = LayersOnDisk.of(source)
-    text = FromText(*check_windows(windows, vocabulary_size(layers.model)))
+    text = text_of(windows, layers.model)
     processes = layers.processes
     options = RunOptions(
         batch_size=batch_size,
@@ -110,7 +109,7 @@ def calibrate_checkpoint(
     folder = unfinished_folder(path)
     with RunFolder.open(folder, inputs, resume=resume, processes=processes) as run:
         look = Look(layers, options)
-        stream = layers.stream(text.ids, text.mask, options, look, run.path if spill else None)
+        stream = text.stream(layers, options, look, run.path if spill else None)
         for position, recorders in record_layers(layers, stream, progress, start=len(run.aside), moments=moments):
             sums = named_sums(recorders, by_column=True)
             run.write(f"statistics-{position:05d}", sums, None, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
@@ -120,7 +119,7 @@ def calibrate_checkpoint(
         if routers is not None:
             routers |= look.routers
         tokens = text.ids.numel() if text.mask is None else int(text.mask.sum())
-        found = ModelStatistics(blocks, look.fingerprint, windows_hash(text.ids, text.mask), seed, tokens)
+        found = ModelStatistics(blocks, look.fingerprint, text.text_hash, seed, tokens)
         run.hand_over(lambda: _write_file(run, found), path)
     with contextlib.suppress(OSError):
         folder.rmdir()

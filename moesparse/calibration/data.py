@@ -5,6 +5,7 @@ Made once, at the door, from what the caller gave; drivers ask it for what they 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +14,21 @@ from typing import Any
 from torch import Tensor
 
 from moesparse.calibration.statistics import ModelStatistics
-from moesparse.calibration.windows import Windows, add_hashes, check_windows, ordered_hash, windows_hash
+from moesparse.calibration.windows import ImageWindows, Windows, add_hashes, check_windows, ordered_hash, windows_hash
 from moesparse.errors import UsageError
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.look import Look
 from moesparse.models.meta import vocabulary_size
+from moesparse.models.opener import towers
 from moesparse.models.stream import LayerStream
 
-__all__ = ["ONE_DOMAIN", "Calibration", "FromText", "Given", "Nothing", "Saved", "calibration_of"]
+__all__ = ["ONE_DOMAIN", "Calibration", "FromText", "Given", "Nothing", "Saved", "calibration_of", "text_of"]
 
 ONE_DOMAIN = "all"
 """Name of the text in a report when its domains were not named."""
 
 Given = Windows | ModelStatistics | Mapping[str, ModelStatistics] | None
-"""What a caller may give: windows [n, t] or (windows, attention mask), statistics, statistics by domain, or None."""
+"""What a caller may give: windows (see `Windows`), statistics, statistics by domain, or None."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +39,13 @@ class FromText:
         ids: [n, t] int64.
         mask: [n, t] bool, True where a token is real, or None.
         domains: of each window, for the choice of experts; None is one domain.
+        seen: the windows with their images, where there are any.
     """
 
     ids: Tensor
     mask: Tensor | None
     domains: Sequence[str] | None = None
+    seen: ImageWindows | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,21 +55,29 @@ class FromText:
     @property
     def identity(self) -> str:
         """What a run that goes on must find again."""
-        return ordered_hash(self.ids, self.mask)
+        return ordered_hash(self.ids, self.mask, None if self.seen is None else self.seen.marks)
+
+    @property
+    def inputs(self) -> Sequence[Mapping[str, Tensor]] | None:
+        """What the model is called with besides, for each window."""
+        return None if self.seen is None else self.seen.inputs
 
     @property
     def text_hash(self) -> str:
         """`windows_hash` of the windows, which statistics of them hold too."""
-        return windows_hash(self.ids, self.mask)
+        return windows_hash(self.ids, self.mask, None if self.seen is None else self.seen.marks)
 
     def describe(self) -> dict[str, Any]:
         """For the report."""
         windows, length = self.size
-        return {"windows": windows, "length": length, "tokens": windows * length}
+        if self.seen is None:
+            return {"windows": windows, "length": length, "tokens": windows * length}
+        tokens = int(self.seen.mask.sum())
+        return {"windows": windows, "length": length, "tokens": tokens, "images": self.seen.images}
 
     def stream(self, layers: Layers, options: RunOptions, look: Look, spill: Path | None) -> LayerStream:
         """The windows at the input of the first layer; every layer was looked at by then."""
-        return layers.stream(self.ids, self.mask, options, look, spill)
+        return layers.stream(self.ids, self.mask, options, look, spill, self.inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,4 +159,24 @@ def calibration_of(given: Given, model: Any, domains: Sequence[str] | None = Non
             raise UsageError("domains must be left out with statistics, which name their own")
         alone = isinstance(given, ModelStatistics)
         return Saved({ONE_DOMAIN: given} if alone else given, alone)  # type: ignore[arg-type, dict-item]
-    return FromText(*check_windows(given, vocabulary_size(model)), domains)
+    return text_of(given, model, domains)
+
+
+def text_of(windows: Windows, model: Any, domains: Sequence[str] | None = None) -> FromText:
+    """Windows, checked against a model; a warning where it has a tower and is given text alone.
+
+    Raises:
+        UsageError: see `check_windows`; images for a model that takes none.
+    """
+    ids, mask = check_windows(windows, vocabulary_size(model))
+    seen = windows if isinstance(windows, ImageWindows) else None
+    blind = towers(model)
+    if seen is not None and "vision" not in blind:
+        raise UsageError(f"calibration must be text alone for {type(model).__name__}, which takes no images, got some")
+    if seen is None and blind:
+        warnings.warn(
+            f"the model is calibrated on text alone and has a {' and a '.join(blind)} tower: experts that only see "
+            "what comes from there look idle. Give records with images in --calibration too (.jsonl or .parquet)",
+            stacklevel=3,
+        )
+    return FromText(ids, mask, domains, seen)

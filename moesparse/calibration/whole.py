@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.calibration.angles import measure_angles
+from moesparse.calibration.data import text_of
 from moesparse.calibration.recorder import Recorder, record, window_sums
 from moesparse.calibration.statistics import ModelStatistics, check_moments, memory_needed
-from moesparse.calibration.windows import Windows, check_windows, windows_hash
+from moesparse.calibration.windows import Windows
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.models.fingerprint import model_fingerprint
+from moesparse.models.inputs import forward_inputs
 from moesparse.models.look import check_dense
-from moesparse.models.meta import vocabulary_size
 from moesparse.models.modes import evaluating, placed
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.system.cpu_products import fast_products
@@ -43,7 +44,8 @@ def calibrate(
 
     Args:
         model: a transformers MoE model.
-        windows: LongTensor [n, t] of token ids, or (ids, attention_mask) with mask [n, t], 0 where there is padding.
+        windows: LongTensor [n, t] of token ids, or (ids, attention_mask) with mask [n, t], 0 where there is padding, or
+            `ImageWindows`.
         moments: second moments to collect as well: "none", "plain", "gated" or "both". For all blocks at once they take
             `memory_needed(find_moe_blocks(model), moments)` bytes; the first progress event says so.
         batch_size: windows per forward pass; also the unit in which float32 sums are added up in float64.
@@ -65,7 +67,8 @@ def calibrate(
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     blocks = find_moe_blocks(model)
-    ids, mask = check_windows(windows, vocabulary_size(model))
+    text = text_of(windows, model)
+    ids, mask = text.ids, text.mask
     if not allow_pruned:
         check_dense(blocks)
     needed = _check_memory(blocks, moments)
@@ -99,7 +102,7 @@ def calibrate(
             for recorder in recorders:
                 recorder.aim(None if batch_mask is None else batch_mask.flatten(), first, length)
             attention_mask = None if batch_mask is None else batch_mask.long()
-            body(input_ids=batch, attention_mask=attention_mask, use_cache=False)
+            body(**forward_inputs(body, batch, attention_mask, text.inputs, range(first, first + len(batch))))
             tokens += batch.numel() if batch_mask is None else int(batch_mask.sum())
             tell(min(first + batch_size, n))
     _check_called(recorders)
@@ -108,7 +111,7 @@ def calibrate(
     return ModelStatistics(
         blocks={recorder.block.name: recorder.statistics.to("cpu") for recorder in recorders},
         fingerprint=fingerprint,
-        text_hash=windows_hash(ids, mask),
+        text_hash=text.text_hash,
         seed=seed,
         tokens=tokens,
     )

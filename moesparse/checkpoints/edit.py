@@ -21,7 +21,9 @@ from moesparse.experts.surgery import KEPT_KEY
 from moesparse.experts.twins import COUNT_KEY
 from moesparse.models.blocks import decoder_layers, find_moe_blocks
 from moesparse.models.keys import layers_prefix
+from moesparse.models.meta import bare_model
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attached, is_next_token
+from moesparse.models.opener import text_part
 from moesparse.system.json_text import json_with
 from moesparse.system.shards import Shards, read_json
 
@@ -105,7 +107,18 @@ class SourceFolder:
         self.folder, self.mtp = Path(folder), mtp
         self.shards = shards or Shards.open(self.folder)
         self._model, self._before = model, config.to_dict()
+        self._noted = self._before.get(CONFIG_KEY)
         self.blocks = find_moe_blocks(model)
+        # a text model that was taken out of the folder's wrapper: where its settings lie, and what its blocks are there
+        self._place: tuple[str, ...] = ()
+        self._names: dict[str, str] = {}
+        self._model_type = str(model.config.model_type)
+        place, part = text_part(config)
+        if place and type(model.config) is type(part):
+            self._place, self._model_type = place, str(config.model_type)
+            self._before = part.to_dict()
+            inside = find_moe_blocks(bare_model(self.folder))
+            self._names = {ours.name: theirs.name for ours, theirs in zip(self.blocks, inside, strict=True)}
         if len({block.layer for block in self.blocks}) < len(self.blocks):
             raise UnsupportedModelError(
                 f"{type(model).__name__} must have one MoE block in a layer, got one with several"
@@ -126,14 +139,16 @@ class SourceFolder:
             noted: in the config of the result; None is the model's.
         """
         now = (noted or getattr(self._model.config, CONFIG_KEY, None) or {}).get(KEPT_KEY) or {}
-        then = (self._before.get(CONFIG_KEY) or {}).get(KEPT_KEY) or {}
+        now = _renamed(now, self._names)
+        then = (self._noted or {}).get(KEPT_KEY) or {}
         found: dict[int, list[int]] = {}
         for block in self.blocks:
-            if block.name not in now or now[block.name] == then.get(block.name):
+            name = self._names.get(block.name, block.name)
+            if name not in now or now[name] == then.get(name):
                 continue
-            ids = now[block.name]
-            if block.name in then:
-                ids = [then[block.name].index(each) for each in ids]
+            ids = now[name]
+            if name in then:
+                ids = [then[name].index(each) for each in ids]
             found[int(block.layer.rpartition(".")[2])] = ids
         return found
 
@@ -245,7 +260,7 @@ class SourceFolder:
         held = read_json(file)
         changes: dict[tuple[str, ...], Any] = {}
         for path, value in _differences(self._before, config.to_dict()):
-            where = _deepest(held, path[:-1])
+            where = _deepest(held, (*self._place, *path[:-1]))
             spellings = _spellings(config, path)
             parent = _at(held, where)
             there = [key for key in spellings if key in parent]
@@ -259,7 +274,7 @@ class SourceFolder:
         changes |= {path: cut[0] for path in self.counts_apart if cut}
         noted = getattr(config, CONFIG_KEY, None)
         if noted is not None:
-            changes[(CONFIG_KEY,)] = noted
+            changes[(CONFIG_KEY,)] = _renamed(noted, self._names)
         return json_with(file.read_text(encoding="utf-8"), changes)
 
     def _group(self, key: str) -> str | None:
@@ -306,8 +321,8 @@ class SourceFolder:
 
     @property
     def model_type(self) -> str:
-        """Of the model."""
-        return str(self._model.config.model_type)
+        """Of the folder that the model belongs to: its own, or that of the wrapper it was taken out of."""
+        return self._model_type
 
     def settings(self) -> list[tuple[str, ...]]:
         """Paths of what the model's config says otherwise than the folder's, but for the note and what loading sets."""
@@ -321,6 +336,13 @@ class SourceFolder:
         # transformers keeps some tensors in float32 and has them go through the model's dtype on the way there
         read = (stored.to(view.dtype) == view) | (stored.to(self._model.dtype).to(view.dtype) == view)
         return torch.where(read, stored, view.to(stored.dtype))
+
+
+def _renamed(noted: Any, names: Mapping[str, str]) -> Any:
+    """JSON in which objects have other keys."""
+    if not isinstance(noted, Mapping):
+        return noted
+    return {names.get(key, key): _renamed(value, names) for key, value in noted.items()}
 
 
 def _differences(

@@ -41,5 +41,5 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         raise
     except Exception as error:  # huggingface_hub's many kinds, often over many lines
         raise CheckpointError(
-            f"MODEL must be a local folder or a hub id with a causal language model, got {name!r}: {reason_of(error)}"
+            f"MODEL must be a local folder or a hub id with a language model, got {name!r}: {reason_of(error)}"
         ) from error

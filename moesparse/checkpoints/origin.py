@@ -158,4 +158,4 @@ def _tensors_of(model: PreTrainedModel, state: Mapping[str, Tensor], shards: Sha
 
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     left = {name: each for name, each in state.items() if name not in tied or is_twin(name, tied[name])}
-    return checkpoint_tensors(model, left)
+    return checkpoint_tensors(model, left, shards)

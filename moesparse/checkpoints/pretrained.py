@@ -32,8 +32,9 @@ from moesparse.checkpoints.tokenizer import find_tokenizer, tokenizer_files
 from moesparse.errors import CheckpointError, UnsupportedModelError, reason_of
 from moesparse.experts.plan_file import PLAN_FILE, ExpertPlan
 from moesparse.experts.surgery import KEPT_KEY
-from moesparse.models.meta import check_causal, check_layer_counts, quantization_of, read_config
+from moesparse.models.meta import check_layer_counts, quantization_of, read_config
 from moesparse.models.modes import let_experts_run
+from moesparse.models.opener import opener
 from moesparse.packed.model import state_in_form
 from moesparse.system.folders import JOURNAL_FILE, atomic_folder, companions, copy_companions, kept_aside, other_formats
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
@@ -51,7 +52,9 @@ _WRITTEN_ANEW = "as transformers writes a model"
 def load_pretrained(
     source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a causal language model and its tokenizer onto the CPU, or say in one sentence why not.
+    """Load a language model and its tokenizer onto the CPU, or say in one sentence why not.
+
+    A model for images and text comes as the wrapper that its config.json names, with all its towers.
 
     Args:
         source: a local folder, or a model id on the hub. Only safetensors weights are read and no code is run.
@@ -75,13 +78,12 @@ def load_pretrained(
 
 def load_model(source: Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The model of a local folder; see `load_pretrained`."""
-    from transformers import AutoModelForCausalLM
-
     import moesparse.packed.quantizer  # noqa: F401, packed checkpoints too
 
     config = check_model_folder(source)
+    kind = opener(config)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
@@ -128,7 +130,7 @@ def check_model_folder(folder: Path) -> PreTrainedConfig:
             "again with --resume"
         )
     config = read_config(folder)
-    check_causal(config)
+    opener(config)
     check_layer_counts(read_json(folder / "config.json"), folder, len(Shards.open(folder).tensors))
     index = folder / INDEX_FILE
     if index.exists() and not isinstance(read_json(index).get("metadata"), dict):

@@ -100,7 +100,14 @@ def pack_folder(
     report.packed, report.dense = _find_patterns(skeleton, matrices, progress)
     if not report.packed:
         raise nothing_to_pack(report.dense)
-    packing = MoESparseConfig(report.packed, recipe=skeleton.recipe)
+    is_turned = {block.name: block.is_transposed for block in skeleton.blocks}
+    turned = [
+        f"{name}.{matrix.name}"
+        for name in report.packed
+        for matrix in matrices[name]
+        if matrix.transposed != is_turned[name]
+    ]
+    packing = MoESparseConfig(report.packed, recipe=skeleton.recipe, turned=turned)
     parts = {key: matrix for name in report.packed for matrix in matrices[name] for key in matrix.keys}
     specs: list[TensorSpec] = []
     for key, info in skeleton.shards.tensors.items():
@@ -152,13 +159,15 @@ def unpack_folder(
     report = FolderReport()
     parts: dict[str, StoredMatrix] = {}
     transposed = set()
+    turned = set(getattr(skeleton.packing, "turned", ()))
     for block in skeleton.blocks:
         for matrix in skeleton.matrices(block):
             report.bytes_before += _nbytes(matrix, skeleton)
             if matrix.layout is not None:
                 report.packed.setdefault(block.name, {})[matrix.name] = matrix.layout.pattern
                 parts |= dict.fromkeys(matrix.keys, matrix)
-                transposed |= set(matrix.keys) if block.is_transposed else set()
+                if block.is_transposed != (f"{block.name}.{matrix.name}" in turned):
+                    transposed |= set(matrix.keys)
     metas = {key + META_SUFFIX for key in parts}
     specs = []
     for key, info in skeleton.shards.tensors.items():

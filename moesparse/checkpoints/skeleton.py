@@ -138,7 +138,8 @@ class Skeleton:
         packed = self.packing is not None and block.name in self.packing.blocks
         target = self._target(f"{block.name}.{name}")
         if not packed:
-            return StoredMatrix(block.name, name, shape, None, target.keys, _is_transposed(block, target))
+            stored = self.shards.tensors[target.keys[0]].shape
+            return StoredMatrix(block.name, name, shape, None, target.keys, _is_transposed(block, target, stored))
         assert self.packing is not None
         metas = self._target(f"{block.name}.{name}{META_SUFFIX}")
         if metas.keys != tuple(key + META_SUFFIX for key in target.keys):
@@ -165,13 +166,15 @@ class Skeleton:
         return target
 
 
-def _is_transposed(block: MoEBlock, target: Target) -> bool:
+def _is_transposed(block: MoEBlock, target: Target, stored: tuple[int, ...]) -> bool:
     from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
     transposed = block.is_transposed
     for operation in target.operations:
         if isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {1, 2}:
-            transposed = not transposed
+            # some are transposed on loading only where they lie the other way round
+            turned = not getattr(operation, "check_dims", False) or stored != target.wanted
+            transposed ^= turned
         elif not (isinstance(operation, MergeModulelist | Concatenate) and operation.dim in (0, 1)):
             raise UnsupportedModelError(
                 f"{block.name}: this family's checkpoints must store experts as matrices to be read one by one, got "
@@ -183,7 +186,7 @@ def _is_transposed(block: MoEBlock, target: Target) -> bool:
 
 
 def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
-    """Open a checkpoint folder, dense or packed, of a causal language model. Reads no weights and runs no code of it.
+    """Open a checkpoint folder, dense or packed. Reads no weights and runs no code of it.
 
     Raises:
         CheckpointError: a file is missing, damaged or hostile, or config.json describes no model or another one.

@@ -149,7 +149,8 @@ Calibration = Annotated[
     option(
         TEXT,
         "Text: FILE.txt, .jsonl or .parquet (field 'text'), in gzip too, or a datasets name. FILE=DOMAIN names its "
-        "domain. Repeat.",
+        "domain. Repeat. A model for images and text also takes records of both: .jsonl or .parquet with 'image' or "
+        "'images' beside 'text' or 'messages'.",
     ),
 ]
 CHAT_HELP = "Records may be chats ('messages' or 'conversations'): the tokenizer's chat template makes text of them."

@@ -1,4 +1,4 @@
-"""Calibration text as the options of a command name it."""
+"""Calibration text, with images or without, as the options of a command name it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from moesparse.calibration.windows import ImageWindows
     from moesparse.documents import SourceRead
 
 __all__ = ["CalibrationText", "TextOptions", "calibration_windows", "embedded_texts", "tell_read"]
@@ -22,16 +23,26 @@ __all__ = ["CalibrationText", "TextOptions", "calibration_windows", "embedded_te
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows to calibrate on, [n, t] ids and a mask or None, the domain of each, and what was read for them."""
+    """Windows to calibrate on.
+
+    Attributes:
+        ids, mask: [n, t]; the mask may be None.
+        domains: of each window.
+        found: what was read for them.
+        seen: the windows with their images, where there are any.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor | None
     domains: list[str]
     found: list[SourceRead]
+    seen: ImageWindows | None = None
 
     @property
     def windows(self) -> Any:
         """What everything that takes windows takes."""
+        if self.seen is not None:
+            return self.seen
         return self.ids if self.mask is None else (self.ids, self.mask)
 
     @property
@@ -68,6 +79,8 @@ class TextOptions:
         from moesparse.models.meta import context_length
 
         context = context_length(network)
+        if self._names_images(network):
+            return self._read_images(source, context, progress)
         found: list[SourceRead] = []
         wanted: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "context": context}
         wanted |= {"chat": self.chat, "found": found}
@@ -90,6 +103,36 @@ class TextOptions:
             progress=progress,
         )
         return CalibrationText(ids, mask, domains, found)
+
+    def _names_images(self, network: Any) -> bool:
+        """Whether a source holds images, for a model that takes some."""
+        from moesparse import text
+        from moesparse.calibration.images import holds_images
+        from moesparse.models.opener import towers
+
+        named = [text.parse_source(argument).path for argument in self.sources]
+        return "vision" in towers(network) and any(map(holds_images, named))
+
+    def _read_images(self, source: str, context: int, progress: Progress) -> CalibrationText:
+        from moesparse import text
+        from moesparse.calibration.images import image_windows
+        from moesparse.checkpoints.processor import load_processor
+
+        if self.from_model is not None:
+            raise UsageError("--demonstrations-from-model must be left out with images in --calibration, got both")
+        found: list[SourceRead] = []
+        seen, domains = image_windows(
+            [text.parse_source(argument) for argument in self.sources],
+            load_processor(Path(source)),
+            samples=self.samples,
+            length=min(self.length, context),
+            seed=self.seed,
+            chat=self.chat,
+            found=found,
+            progress=progress,
+        )
+        tell_read(found)
+        return CalibrationText(seen.ids, seen.mask, domains, found, seen)
 
 
 def calibration_windows(

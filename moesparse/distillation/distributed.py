@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
-from moesparse.distillation.teacher import LiveTeacher
+from moesparse.distillation.teacher import LiveTeacher, TrainingWindows
 from moesparse.distillation.training import expert_parameters, master_weights
 from moesparse.errors import UsageError
 from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.models.modes import placed
+from moesparse.models.opener import in_towers
 from moesparse.system.processes import Processes
 
 __all__ = ["TrainingProcesses"]
@@ -74,18 +75,22 @@ class TrainingProcesses(Processes):
     ) -> Iterator[AtWork]:
         """The model to train, on the device, what trains in float32; the student has the result afterwards.
 
-        `everything` trains, or only the expert matrices.
+        `everything` trains but for the towers of a wrapper, or only the expert matrices.
         """
         matrices = list(expert_parameters([pair.student for pair in pairs]))
+        _, layers = decoder_layers(student, [pair.student for pair in pairs])
+        wanted = set(matrices)
+        if everything:
+            wanted = {name for name, _ in student.named_parameters() if not in_towers(student, name, layers)}
         if self.count == 1:
-            trained = _parameters(student, None if everything else matrices)
+            trained = _parameters(student, wanted)
             with placed(student, device), master_weights(student, trained, matrices):
                 yield student, list(pairs), trained
             return
         model = copy.deepcopy(student)
         blocks = find_moe_blocks(model)
         dtype = blocks[0].matrices[0].parameter.dtype
-        trained = _parameters(model, None if everything else matrices)
+        trained = _parameters(model, wanted)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         for parameter in trained.values():
@@ -102,14 +107,13 @@ class TrainingProcesses(Processes):
         self,
         teacher: nn.Module,
         pairs: Sequence[Pair],
-        ids: Tensor,
-        mask: Tensor | None,
+        windows: TrainingWindows,
         device: torch.device,
         head: bool,
     ) -> Iterator[LiveTeacher]:
         """The teacher on the device, its blocks ready to tell what they gave; with its head, or without."""
         if self.count == 1:
-            with placed(teacher, device), LiveTeacher(teacher, pairs, ids, mask, head).installed() as live:
+            with placed(teacher, device), LiveTeacher(teacher, pairs, windows, head).installed() as live:
                 yield live
             return
         model = copy.deepcopy(teacher).requires_grad_(False)
@@ -117,7 +121,7 @@ class TrainingProcesses(Processes):
         root = model if head else getattr(model, "base_model", model)
         self._shard(model.to(device), root, blocks, device, None)
         at_work = [replace(pair, teacher=block) for pair, block in zip(pairs, blocks, strict=True)]
-        with LiveTeacher(model, at_work, ids, mask, head).installed() as live:
+        with LiveTeacher(model, at_work, windows, head).installed() as live:
             yield live
 
     def _shard(
@@ -144,6 +148,6 @@ class TrainingProcesses(Processes):
         fully_shard(root, mesh=mesh, mp_policy=policy if everything else plain)
 
 
-def _parameters(model: nn.Module, names: Collection[str] | None) -> dict[str, nn.Parameter]:
-    """Those of these names, or all."""
-    return {name: each for name, each in model.named_parameters() if names is None or name in names}
+def _parameters(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
+    """Those of these names."""
+    return {name: each for name, each in model.named_parameters() if name in names}

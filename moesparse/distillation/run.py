@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moesparse.calibration.data import FromText
-from moesparse.calibration.windows import Windows, check_windows, ordered_hash
+from moesparse.calibration.windows import ImageWindows, Windows, check_windows, ordered_hash
 from moesparse.checkpoints.edit import CONFIG_KEY
 from moesparse.checkpoints.output import InPlace, IntoFolder
 from moesparse.distillation import distributed
@@ -82,7 +82,7 @@ def distill(
     Args:
         student: pruned, dense with zeros or packed; experts may be missing if config says which are left.
         teacher: dense, or pruned less than the student; not changed.
-        windows: LongTensor [n, t], or (ids, attention mask). The CE of global mode learns this text.
+        windows: LongTensor [n, t], or (ids, attention mask), or `ImageWindows`. The CE of global mode learns this text.
         mode: "global" or "blockwise".
         settings: `Settings`, or a name of PRESETS: "paper" (lr 2e-5, 3 epochs), "small".
         device: where to train; None is the GPU when there is one.
@@ -106,6 +106,7 @@ def distill(
     numbers = resolve_settings(settings, mode)
     _check_arguments(mode, numbers, cache, checkpointing, state, save_every, resume)
     ids, mask = check_windows(windows, vocabulary_size(student))
+    seen = windows if isinstance(windows, ImageWindows) else None
     if ids.shape[1] < 2:
         raise UsageError("windows must have at least 2 tokens to predict one, got 1")
     processes = distributed.TrainingProcesses.current()
@@ -120,7 +121,7 @@ def distill(
         key = {
             "student": model_fingerprint(student),
             "teacher": model_fingerprint(teacher),
-            "windows": ordered_hash(ids, mask),
+            "windows": ordered_hash(ids, mask, None if seen is None else seen.marks),
             "mode": mode,
             "settings": numbers.to_dict(),
         }
@@ -139,8 +140,7 @@ def distill(
                     student,
                     teacher,
                     pairs,
-                    ids,
-                    mask,
+                    (ids, mask, seen),
                     numbers,
                     processes,
                     log=log,
@@ -153,7 +153,8 @@ def distill(
                 )
             else:
                 ours, theirs = LayersInMemory(student), LayersInMemory(teacher)
-                stream = theirs.stream(ids, mask, RunOptions(numbers.batch_size, place))
+                inputs = None if seen is None else seen.inputs
+                stream = theirs.stream(ids, mask, RunOptions(numbers.batch_size, place), inputs=inputs)
                 states = None if file is None else BlockStates(file, log, save_every)
                 train_blockwise(ours, theirs, pairs, stream, InPlace(ours), numbers, log, place, states)
         finally:
@@ -216,7 +217,7 @@ def distill_checkpoint(
         student: folder of the pruned model.
         teacher: folder of the model it was pruned from.
         out: a new or empty folder, or with `resume` one that holds an unfinished run.
-        windows: LongTensor [n, t], or (ids, attention mask).
+        windows: LongTensor [n, t], or (ids, attention mask), or `ImageWindows`.
         settings: `Settings`, or a name of PRESETS.
         tokenizer: saved beside the weights.
         card: gives the text of README.md.
@@ -237,7 +238,8 @@ def distill_checkpoint(
     started = time.perf_counter()
     ours, theirs = LayersOnDisk.of(student), LayersOnDisk.of(teacher)
     pairs = pair_blocks(ours.model, theirs.model)
-    text = FromText(*check_windows(windows, vocabulary_size(theirs.model)))
+    seen = windows if isinstance(windows, ImageWindows) else None
+    text = FromText(*check_windows(windows, vocabulary_size(theirs.model)), seen=seen)
     place = device_at_work(device) or torch.device("cpu")
     options = RunOptions(numbers.batch_size, place, resume=resume, progress=progress)
     inputs = {
@@ -258,7 +260,7 @@ def distill_checkpoint(
                 different.append(differs(pair))
 
     with IntoFolder.open(out, ours, inputs, options) as output:
-        stream = theirs.stream(text.ids, text.mask, options, inspect)
+        stream = theirs.stream(text.ids, text.mask, options, inspect, inputs=text.inputs)
         refuse_dense(pruned)
         refuse_equal(different)
         rows = [row for note in output.notes for row in note["rows"]]

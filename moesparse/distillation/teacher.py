@@ -13,13 +13,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from moesparse.calibration.windows import ImageWindows
 from moesparse.distillation.experts import Routed, TeacherExperts
 from moesparse.distillation.matching import Pair
 from moesparse.errors import CheckpointError, MoESparseError
 from moesparse.models.experts_function import experts_run_by
+from moesparse.models.inputs import forward_inputs
 from moesparse.progress import Progress, ProgressEvent
 
-__all__ = ["CachedTeacher", "LiveTeacher", "cache_bytes"]
+__all__ = ["CachedTeacher", "LiveTeacher", "TrainingWindows", "cache_bytes"]
+
+TrainingWindows = tuple[Tensor, Tensor | None, ImageWindows | None]
+"""Ids [n, t], mask [n, t] bool or None, and the same windows with their images, where there are any."""
 
 _INDEX_FILE = "teacher.json"
 
@@ -30,22 +35,19 @@ class LiveTeacher:
     Args:
         model: the teacher.
         pairs: its blocks are run by `TeacherExperts` while `installed`.
-        ids: [n, t], all windows, on the CPU.
-        mask: [n, t] bool, or None.
+        windows: all of them, on the CPU.
         head: run the head too.
 
     Attributes:
         logits: [m, t, V] of the last call; None without the head.
     """
 
-    def __init__(
-        self, model: nn.Module, pairs: Sequence[Pair], ids: Tensor, mask: Tensor | None, head: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, pairs: Sequence[Pair], windows: TrainingWindows, head: bool = False) -> None:
         self._model = model if head else getattr(model, "base_model", model)
         self._head = head
         self.logits: Tensor | None = None
         self._experts = [TeacherExperts(pair.teacher) for pair in pairs]
-        self._ids, self._mask = ids, mask
+        self._ids, self._mask, self._seen = windows
 
     @contextmanager
     def installed(self) -> Iterator[LiveTeacher]:
@@ -62,7 +64,8 @@ class LiveTeacher:
         for experts in self._experts:
             experts.token_mask = None if mask is None else mask.flatten()
         attention = None if mask is None else mask.long()
-        found = self._model(input_ids=self._ids[windows].to(device), attention_mask=attention, use_cache=False)
+        ids, inputs = self._ids[windows].to(device), None if self._seen is None else self._seen.inputs
+        found = self._model(**forward_inputs(self._model, ids, attention, inputs, windows.tolist()))
         self.logits = found.logits if self._head else None
         routed = []
         for experts in self._experts:

@@ -18,11 +18,12 @@ from moesparse.distillation.log import TrainingLog
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.state import StateFile
-from moesparse.distillation.teacher import CachedTeacher, LiveTeacher
+from moesparse.distillation.teacher import CachedTeacher, LiveTeacher, TrainingWindows
 from moesparse.distillation.training import Trainer, expert_parameters, windows_of_step
 from moesparse.errors import MoESparseError
 from moesparse.models.blocks import decoder_layers
 from moesparse.models.experts_function import experts_run_by
+from moesparse.models.inputs import forward_inputs
 from moesparse.models.modes import evaluating, replaced_forwards
 from moesparse.system.cpu_products import fast_products
 
@@ -36,8 +37,7 @@ def train_whole(
     student: nn.Module,
     teacher: nn.Module,
     pairs: Sequence[Pair],
-    ids: Tensor,
-    mask: Tensor | None,
+    windows: TrainingWindows,
     settings: Settings,
     processes: TrainingProcesses,
     *,
@@ -55,8 +55,7 @@ def train_whole(
         student: whose weights change; a copy of it is sharded where processes share the work.
         teacher: of its family; not changed.
         pairs: their blocks.
-        ids: [n, t] int64.
-        mask: [n, t] bool, or None without padding.
+        windows: to train on.
         settings: what trains and how; n must hold a batch.
         processes: that share the windows.
         log: told of every step; its rows are saved with the state.
@@ -73,7 +72,7 @@ def train_whole(
     Raises:
         MoESparseError: a loss that is not finite; a student that gives what the teacher gives.
     """
-    resumed = file.state if file is not None else None
+    ids, resumed = windows[0], file.state if file is not None else None
     cached = None if cache is None else _opened(cache, pairs, key, len(ids), processes)
     with ExitStack() as stack:
         model, at_work, trained = stack.enter_context(
@@ -83,7 +82,7 @@ def train_whole(
             stack.enter_context(evaluating(network))
         # the teacher's weights tell: the student's are float32 while they train
         stack.enter_context(fast_products(teacher))
-        alive = processes.teacher(teacher, pairs, ids, mask, device, settings.logit_share > 0)
+        alive = processes.teacher(teacher, pairs, windows, device, settings.logit_share > 0)
         source: _Source
         if cached is None:
             source = stack.enter_context(alive)
@@ -97,7 +96,7 @@ def train_whole(
             stack.enter_context(experts_run_by(function.pair.student, function))
         if checkpointing:
             stack.enter_context(_checkpointed(decoder_layers(model, [pair.student for pair in at_work])[0]))
-        losses = _Losses(model, functions, source, ids, mask, device, settings)
+        losses = _Losses(model, functions, source, windows, device, settings)
         masked = expert_parameters([pair.student for pair in at_work])
         trainer = Trainer(trained, settings, settings.steps(len(ids)), masked)
         if resumed is not None:
@@ -164,8 +163,7 @@ class _Losses:
         model: nn.Module,
         functions: Sequence[StudentExperts],
         source: _Source,
-        ids: Tensor,
-        mask: Tensor | None,
+        windows: TrainingWindows,
         device: torch.device,
         settings: Settings,
     ) -> None:
@@ -173,7 +171,8 @@ class _Losses:
         self.on_experts = settings.expert_weight != 0
         self.parts = ("ce", "experts", "kl")[: 3 if self._share else 2]
         self._model, self._functions, self._source = model, functions, source
-        self._ids, self._mask, self._device = ids, mask, device
+        self._ids, self._mask, self._seen = windows
+        self._device = device
 
     def __call__(self, numbers: Tensor) -> Tensor:
         """[parts] float32, for the windows `numbers` [m]."""
@@ -185,9 +184,12 @@ class _Losses:
         ids = self._ids[numbers].to(self._device)
         mask = None if self._mask is None else self._mask[numbers].to(self._device)
         attention = None if mask is None else mask.long()
-        logits = self._model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        inputs = None if self._seen is None else self._seen.inputs
+        logits = self._model(**forward_inputs(self._model, ids, attention, inputs, numbers.tolist())).logits
         # a token is predicted where it and the one before it are text
         targets = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+        if self._seen is not None:
+            targets = targets.masked_fill(self._seen.stands_in[numbers, 1:].to(self._device), -100)
         counted = targets.flatten() != -100
         logs = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
         ce = F.nll_loss(logs, targets.flatten(), reduction="sum") / counted.sum().clamp(min=1)

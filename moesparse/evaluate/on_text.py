@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moesparse.calibration.windows import Windows
+from moesparse.calibration.windows import ImageWindows, Windows
 from moesparse.documents import PathLike, SourceRead, check_chats
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.models.meta import context_length
@@ -154,6 +154,8 @@ def perplexity(
     """
     if isinstance(windows, tuple) and attention_mask is not None:
         raise UsageError("attention_mask must be left out where windows bring their own, got both")
+    if isinstance(windows, ImageWindows):
+        raise UsageError("windows must be text alone to be scored, got records with images")
     ids, mask = windows if isinstance(windows, tuple) else (windows, attention_mask)
     _check_windows(ids, mask, batch_size)
     scored = torch.ones(ids[:, 1:].shape, dtype=torch.bool)

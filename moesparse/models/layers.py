@@ -6,7 +6,7 @@ layer to a GPU and back or reads it from a shard and drops it is for `LayersInMe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,7 @@ class Layers:
         options: RunOptions,
         inspect: Callable[[int], None] | None = None,
         spill: Path | None = None,
+        inputs: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> LayerStream:
         """Windows on their way through the layers, each held while it works.
 
@@ -107,12 +108,14 @@ class Layers:
             options: batch size and device.
             inspect: called once for each layer, in order, while it is held and before any work.
             spill: a folder for the hidden states that wait; None keeps them in memory.
+            inputs: of each window, what the model is called with beside the ids.
 
         Raises:
             UnsupportedModelError: running the layers one by one is not what the model does.
         """
         layers, settings = self.in_order(), (options.batch_size, options.device)
-        more: dict[str, Any] = {"inspect": inspect, "spill": spill, "processes": self.processes, "behind": self.behind}
+        more: dict[str, Any] = {"inspect": inspect, "spill": spill, "processes": self.processes}
+        more |= {"behind": self.behind, "inputs": inputs}
         return LayerStream(self.model, layers, ids, mask, *settings, hold=self.hold, **more)
 
     def waiting(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError, reason_of
+from moesparse.models.opener import opener
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = [
     "LAYER_COUNT",
     "bare_model",
-    "check_causal",
     "check_layer_counts",
     "context_length",
     "meta_model",
@@ -96,7 +96,7 @@ def read_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, and whatever a config class says to a value
         raise CheckpointError(
-            f"MODEL must be a local folder or a hub id with a causal language model, got {os.fspath(source)!r}: "
+            f"MODEL must be a local folder or a hub id with a language model, got {os.fspath(source)!r}: "
             f"{reason_of(error)}"
         ) from error
 
@@ -143,28 +143,11 @@ def quantization_of(config: PreTrainedConfig | None) -> str | None:
     return str(method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method))
 
 
-def check_causal(config: PreTrainedConfig) -> None:
-    """Refuse what transformers has no causal language model for.
-
-    Raises:
-        UnsupportedModelError: names the type.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"MODEL must be a causal language model of transformers, got one of type {config.model_type!r}, which is "
-            "none: a model for images and text as a whole cannot be handled yet"
-        )
-
-
 def _on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    check_causal(config)
+    kind = opener(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+            return kind.from_config(config, trust_remote_code=False, **options)
     except Exception as error:  # whatever a model says to a config
         raise CheckpointError(
             f"config.json must describe a model that transformers can build, got one of type {config.model_type!r}, to "

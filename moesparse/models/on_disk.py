@@ -166,17 +166,17 @@ class LayersOnDisk(Layers):
         state = self.model.state_dict(keep_vars=True)
         names = self.outside if position is None else self._inside[position]
         tied = getattr(self.model, "all_tied_weights_keys", {})
-        return self._views({name: state[name].data for name in names if name not in tied})
+        return self._views({name: state[name].data for name in names if name not in tied}, self._shards)
 
-    def _views(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`checkpoint_views`, by the names of the folder."""
+    def _views(self, state: Mapping[str, Tensor], shards: Shards | None) -> dict[str, Tensor]:
+        """`checkpoint_views`, by the names and in the form of the folder."""
         found, own = attached(self.model), dict(state)
         views: dict[str, Tensor] = {}
         for layer in found.layers if found is not None else ():
             theirs = {name: own.pop(name) for name in state if name.startswith(f"{layer.name}.")}
             if theirs:
                 views |= layer.views(self.model, theirs)
-        return checkpoint_views(self.model, own) | views
+        return checkpoint_views(self.model, own, shards) | views
 
     @contextlib.contextmanager
     def hold(self, position: int, device: torch.device | None = None, shards: Shards | None = None) -> Iterator[None]:
@@ -224,7 +224,7 @@ class LayersOnDisk(Layers):
     def _check_keys(self, shards: Shards) -> None:
         """The checkpoint must hold what the model needs, in the form that transformers saves it."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
-        views = self._views(self.model.state_dict())
+        views = self._views(self.model.state_dict(), shards)
         held = {name: info.shape for name, info in shards.tensors.items()}
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()]
         self.surplus = [key for key in held if key not in views]
@@ -245,7 +245,7 @@ class LayersOnDisk(Layers):
         # by identity: tied weights are one tensor under two names, stored under one of them
         empty = {id(state[name]): torch.empty_like(state[name].data, device=device or "cpu") for name in names}
         new = {name: empty[id(state[name])] for name in names}
-        for key, view in self._views(new).items():
+        for key, view in self._views(new, shards).items():
             if key in shards.tensors:
                 view.copy_(shards.read(key))
         self._place(new)

@@ -6,6 +6,8 @@ between layers wait in CPU memory (windows * length * hidden * bytes per element
 What a layer is called with besides its hidden states (masks, rotary tables) is learned from the model itself: its
 forward runs once per batch with every layer replaced by a stub that notes the call and hands its input on. That works
 for any model whose layers pass on nothing but hidden states, and a short probe proves it before anything is changed.
+With images some models add features to the hidden states between layers too (the deepstack of Qwen3-VL): where the
+probe needs it, the stubs hand on zeros, and what arrives at the next one is what was added.
 
 Where a layer lives while it does not work is not decided here: in the model, or in a checkpoint (on_disk.py).
 """
@@ -13,7 +15,7 @@ Where a layer lives while it does not work is not decided here: in the model, or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch import nn
 
 from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.models.hidden_states import HiddenStates
+from moesparse.models.inputs import forward_inputs
 from moesparse.models.modes import let_experts_run, placed, replaced_forwards
 from moesparse.models.next_token import Behind
 from moesparse.system.cpu_products import fast_products
@@ -45,10 +48,21 @@ class Aimed(Protocol):
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a decoder layer is called with, less the hidden states."""
+    """What a decoder layer is called with, less the hidden states.
+
+    Attributes:
+        added: what the model adds to the hidden states before the layer: numbers of rows [r] and values [r, H].
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    added: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def fed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's input, from the output of the layer before it."""
+        if self.added is None:
+            return hidden
+        return hidden.flatten(0, 1).index_add(0, *self.added).view_as(hidden)
 
 
 class _Stop(Exception):
@@ -70,6 +84,8 @@ class LayerStream:
         spill: a folder for the hidden states that wait; None keeps them in memory.
         processes: that share the windows, batch by batch: a stream holds and runs the batches of its own process.
         behind: the last of `layers` predicts a further token; the model's own forward does not run it.
+        inputs: of each window, what the model is called with beside the ids; joined along their first dim. Padding lies
+            behind then, and the mask only says which tokens count.
 
     Attributes:
         first_window: of every batch that this process runs.
@@ -93,6 +109,7 @@ class LayerStream:
         spill: Path | None = None,
         processes: Processes | None = None,
         behind: Behind | None = None,
+        inputs: Sequence[Mapping[str, torch.Tensor]] | None = None,
     ):
         self.layers = list(layers)
         self._behind = behind
@@ -103,7 +120,8 @@ class LayerStream:
         self._hold = hold or (lambda position, device: placed(self.layers[position], device))
         self._tuple_length: list[int | None] = [None] * len(self._trunk)
         let_experts_run(model)
-        self._probe(windows[:1, :PROBE_TOKENS], inspect)
+        self._inputs, self._adds = inputs, False
+        self._probe(windows, inspect)
         self.length = windows.shape[1]
         self.windows, self.tokens = len(windows), windows.numel()
         self.first_window = self.processes.share(range(0, len(windows), batch_size))
@@ -119,8 +137,8 @@ class LayerStream:
         for start in self.first_window:
             batch = self._windows[start : start + self._batch_size]
             mask = None if self._mask is None else self._mask[start : start + self._batch_size]
-            hidden, calls = self._trace(batch, mask)
-            if mask is None and self._calls and self.hidden[0].shape == hidden.shape:
+            hidden, calls = self._trace(batch, mask, start)
+            if mask is None and self._inputs is None and self._calls and self.hidden[0].shape == hidden.shape:
                 # equal shapes without padding: equal masks and rotary tables
                 calls = self._calls[0]
             self.hidden.append(hidden)
@@ -169,7 +187,7 @@ class LayerStream:
             given, call = self._given(position, hidden, self._ids[number], self._calls[number])
             call = _to_device(call, device)
             with fast_products(layer):
-                out = layer(given.to(device), *call.args, **call.kwargs)
+                out = layer(call.fed(given.to(device)), *call.args, **call.kwargs)
             if keep:
                 self.hidden[number] = _hidden_of(out)
             elif outputs is not None:
@@ -188,26 +206,33 @@ class LayerStream:
         )
 
     @torch.no_grad()
-    def _trace(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Run the forward with stubs for layers: the first layer's input, and every layer's other arguments."""
+    def _trace(self, ids: torch.Tensor, mask: torch.Tensor | None, start: int) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Run the forward with stubs for layers: the first layer's input, and every layer's other arguments.
+
+        Args:
+            ids: [b, t].
+            mask: [b, t], or None.
+            start: number of the first window.
+        """
         calls: dict[int, LayerCall] = {}
         first: list[torch.Tensor] = []
 
         def stub_for(position: int) -> Callable[..., Any]:
             def stub(*args: Any, **kwargs: Any) -> Any:
                 args, kwargs, hidden = _take_hidden(args, kwargs)
+                calls[position] = LayerCall(args, kwargs, _nonzero_rows(hidden) if self._adds and first else None)
                 if not first:
                     first.append(hidden)
-                calls[position] = LayerCall(args, kwargs)
                 if position == len(self._trunk) - 1:
                     raise _Stop
                 length = self._tuple_length[position]
+                hidden = torch.zeros_like(hidden) if self._adds else hidden
                 return hidden if length is None else (hidden, *[None] * (length - 1))
 
             return stub
 
         with replaced_forwards(self._trunk, stub_for), contextlib.suppress(_Stop):
-            _forward(self._model, ids, mask)
+            self._forward(ids, mask, start)
         missing = [position for position in range(len(self._trunk)) if position not in calls]
         if missing:
             raise UnsupportedModelError(
@@ -216,17 +241,31 @@ class LayerStream:
             )
         return first[0], [calls[position] for position in range(len(self._trunk))]
 
-    def _probe(self, ids: torch.Tensor, inspect: Callable[[int], None] | None) -> None:
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None, start: int) -> Any:
+        # the model without its head where there is one: logits are not needed
+        base = getattr(self._model, "base_model", self._model)
+        device = next(parameter.device for parameter in base.parameters() if not parameter.is_meta)
+        mask = None if mask is None else mask.to(device)
+        return base(**forward_inputs(base, ids.to(device), mask, self._inputs, range(start, start + len(ids))))
+
+    def _probe(self, windows: torch.Tensor, inspect: Callable[[int], None] | None) -> None:
         """Learn the length of each layer's output tuple (None: a tensor), and prove that layer by layer is the model.
 
-        Every layer is held once, twice where one gives a tuple: that is seen only when it has run.
+        Every layer is held once, twice where one gives a tuple: that is seen only when it has run; and again where the
+        model adds to the hidden states of a record with images. Such a record is taken whole.
         """
-        traced = None
+        start, ids, traced = 0, windows[:1, :PROBE_TOKENS], None
+        if self._inputs is not None:
+            start = _first_with_images(self._inputs)
+            ids = windows[start : start + 1]
         # a model that unpacks the tuple that a stub does not give yet
         with contextlib.suppress(Exception):
-            traced = self._trace(ids, None)
-        if self._compare(ids, traced, inspect) is not None:
-            position = self._compare(ids, self._trace(ids, None), None)
+            traced = self._trace(ids, None, start)
+        if self._compare(ids, traced, inspect, start) is not None:
+            position = self._compare(ids, self._trace(ids, None, start), None, start)
+            if position is not None and self._inputs is not None:
+                self._adds = True
+                position = self._compare(ids, self._trace(ids, None, start), None, start)
             if position is not None:
                 raise UnsupportedModelError(
                     f"{type(self._model).__name__} cannot be run layer by layer: layer {position} alone gives another "
@@ -234,13 +273,13 @@ class LayerStream:
                     "and pass the statistics to prune instead of the windows"
                 )
         if self._behind is not None:
-            self._probe_behind(ids, inspect)
+            self._probe_behind(ids, start, inspect)
 
     @torch.no_grad()
-    def _probe_behind(self, ids: torch.Tensor, inspect: Callable[[int], None] | None) -> None:
+    def _probe_behind(self, ids: torch.Tensor, start: int, inspect: Callable[[int], None] | None) -> None:
         """Prove that the model's input and output are what a layer behind the last takes them for, and run it."""
         assert self._behind is not None
-        embedded, calls = self._trace(ids, None)
+        embedded, calls = self._trace(ids, None, start)
         last, normed = self._ends
         want = self._behind.embedding(ids.to(embedded.device)), self._behind.norm(last)
         for what, got, known in zip(("embedding", "final norm"), (embedded, normed), want, strict=True):
@@ -263,6 +302,7 @@ class LayerStream:
         ids: torch.Tensor,
         traced: tuple[torch.Tensor, list[LayerCall]] | None,
         inspect: Callable[[int], None] | None,
+        start: int,
     ) -> int | None:
         """Run each layer alone while the model runs it; the first that gives another output, or None.
 
@@ -289,7 +329,7 @@ class LayerStream:
                         raise _not_finite(layer, position, args, kwargs)
                     if hidden is not None:
                         call = calls[position]
-                        hidden = _hidden_of(inside(hidden, *call.args, **call.kwargs))
+                        hidden = _hidden_of(inside(call.fed(hidden), *call.args, **call.kwargs))
                         close = hidden.shape == want.shape and torch.allclose(
                             hidden.float(), want.float(), rtol=1e-3, atol=1e-3 * float(want.abs().max())
                         )
@@ -306,21 +346,23 @@ class LayerStream:
             return hidden if length is None else (hidden, *[None] * (length - 1))
 
         with replaced_forwards(self.layers, lambda at: beside(at) if at < len(self._trunk) else passed):
-            output = _forward(self._model, ids, None)
+            output = self._forward(ids, None, start)
         if self._behind is not None:
             self._ends = ends[-1], output[0]
         return differs[0] if differs else None
 
 
-def _forward(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
-    # the model without its head where there is one: logits are not needed
-    base = getattr(model, "base_model", model)
-    device = next(parameter.device for parameter in base.parameters() if not parameter.is_meta)
-    return base(
-        input_ids=ids.to(device),
-        attention_mask=None if mask is None else mask.to(device),
-        use_cache=False,
-    )
+def _nonzero_rows(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Numbers and values of the rows of [b, t, H] that are not zero; None where all are."""
+    rows = hidden.flatten(0, 1)
+    numbers = rows.any(dim=1).nonzero().flatten()
+    return (numbers, rows[numbers]) if len(numbers) else None
+
+
+def _first_with_images(inputs: Sequence[Mapping[str, torch.Tensor]]) -> int:
+    """Number of the first window with pixels; 0 where none has."""
+    pixels = (any(tensor.is_floating_point() for tensor in each.values()) for each in inputs)
+    return next((number for number, found in enumerate(pixels) if found), 0)
 
 
 def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]:
@@ -351,7 +393,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, LayerCall):
-        return LayerCall(_to_device(value.args, device), _to_device(value.kwargs, device))
+        return LayerCall(*(_to_device(part, device) for part in (value.args, value.kwargs, value.added)))
     if isinstance(value, dict):
         return {key: _to_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -92,7 +92,12 @@ def packed_conversions(conversions: Sequence[WeightTransform], blocks: Patterns)
 
 
 def _joins_rows(operation: ConversionOps) -> bool:
-    """Whether an operation only stacks matrices [out, in] or joins their rows, which it does to packed ones too."""
+    """Whether an operation only stacks matrices [out, in] or joins their rows, which it does to packed ones too.
+
+    One that transposes what lies the other way round leaves them as they are: packed ones never do.
+    """
+    if getattr(operation, "check_dims", False):
+        return True
     return isinstance(operation, MergeModulelist | Concatenate) and operation.dim in (0, 1)
 
 

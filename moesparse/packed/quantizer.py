@@ -61,6 +61,8 @@ class MoESparseConfig(QuantizationConfigMixin):
         blocks: name of each packed block in the model -> parameter name -> "n:m". Blocks not named are dense.
         format_version: of the packed tensors.
         recipe: how the model was pruned, or None.
+        turned: "block.parameter" of matrices that the dense checkpoint held the other way round than the family's
+            parameters, which transformers allows in a few: unpacking turns them back. None where there are none.
 
     Raises:
         CheckpointError: a format this release does not know, or blocks that are no such table.
@@ -71,12 +73,15 @@ class MoESparseConfig(QuantizationConfigMixin):
         blocks: dict[str, dict[str, str]] | None = None,
         format_version: int = FORMAT_VERSION,
         recipe: dict[str, Any] | None = None,
+        turned: Sequence[str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.blocks = blocks or {}
         self.recipe = recipe
+        if turned:
+            self.turned = list(turned)
         if format_version != FORMAT_VERSION:
             raise CheckpointError(
                 f"quantization_config must have format_version {FORMAT_VERSION}, got {format_version!r}; "

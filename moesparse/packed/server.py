@@ -63,7 +63,8 @@ class Server(Serve):
         # Serve loads the model and, when it should not block, calls start_server, which here only makes ready
         try:
             super().__init__(force_model=source, non_blocking=True, **options)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            # the last where the processor of a model for images needs a package that is not there
             unknown = "unknown value " if isinstance(error, KeyError) else ""
             raise CheckpointError(f"cannot serve {name!r}: {unknown}{reason_of(error)}") from error
         manager: Any = self._model_manager

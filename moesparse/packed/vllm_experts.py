@@ -51,6 +51,7 @@ class MoESparseQuantization(QuantizationConfig):
 
     Raises:
         CheckpointError: two packed blocks are in one decoder layer, or a block is in none.
+        UnsupportedModelError: the blocks lie in the wrapper of a model for images: vLLM loads those in ways of its own.
     """
 
     def __init__(self, config: MoESparseConfig) -> None:
@@ -60,6 +61,11 @@ class MoESparseQuantization(QuantizationConfig):
         for block in config.blocks:
             # vLLM and transformers agree on the number of a decoder layer, not on what stands before and behind it
             layer = _layer_number(block)
+            if "language_model" in block.split("."):
+                raise UnsupportedModelError(
+                    f"packed experts in vLLM do not run inside a wrapper for images, got {block}: serve the dense "
+                    "folder that moesparse unpack makes"
+                )
             if layer is None or layer in self._block_of_layer:
                 raise CheckpointError(
                     f"quantization_config must name one block of experts in each packed decoder layer, got {block}"

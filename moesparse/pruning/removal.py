@@ -65,6 +65,8 @@ def check_removal(layers: Layers, calibration: Calibration, recipe: Recipe) -> N
             "calibration must be windows or statistics to choose experts, got None; only magnitude without an update "
             "needs no data"
         )
+    elif recipe.refine_experts and isinstance(calibration, FromText) and calibration.seen is not None:
+        raise UsageError("windows must be text alone to refine the choice, got images")
     elif recipe.refine_experts and isinstance(calibration, FromText) and calibration.mask is not None:
         raise UsageError("windows must be without padding to refine the choice, got an attention mask")
 

@@ -49,11 +49,7 @@ __all__ = ["experts_folder", "prune", "prune_checkpoint", "what_is_left"]
 
 def prune(
     model: nn.Module,
-    calibration: torch.Tensor
-    | tuple[torch.Tensor, torch.Tensor | None]
-    | ModelStatistics
-    | Mapping[str, ModelStatistics]
-    | None,
+    calibration: Windows | ModelStatistics | Mapping[str, ModelStatistics] | None,
     recipe: Recipe | None = None,
     *,
     domains: Sequence[str] | None = None,
@@ -69,9 +65,9 @@ def prune(
 
     Args:
         model: a transformers causal language model, on the CPU or a GPU.
-        calibration: (n, t) int64 windows, or (windows, attention mask), or saved statistics of this very model, or
-            None where the recipe looks at weights alone (magnitude, no update). To remove experts alone, also saved
-            statistics by domain.
+        calibration: (n, t) int64 windows, or (windows, attention mask), or `ImageWindows`, or saved statistics of this
+            very model, or None where the recipe looks at weights alone (magnitude, no update). To remove experts
+            alone, also saved statistics by domain.
         recipe: what to do; the default is 2:4 by the rules measured best.
         domains: of each window, for the choice of experts; None is one domain.
         batch_size: windows in one forward.
@@ -128,9 +124,9 @@ def prune_checkpoint(
     Args:
         source: a folder with safetensors under the names that transformers saves, or what was made of one.
         out: a new or empty folder, or with `resume` one that holds an unfinished run.
-        calibration: (n, t) int64 windows, or (windows, attention mask), or None where the recipe looks at weights alone
-            (magnitude, no update). To remove experts without a refit also saved statistics of the
-            model, or of its domains by name.
+        calibration: (n, t) int64 windows, or (windows, attention mask), or `ImageWindows`, or None where the recipe
+            looks at weights alone (magnitude, no update). To remove experts without a refit also saved statistics of
+            the model, or of its domains by name.
         recipe: what to do: weights of one pattern, the removal of experts, or both.
         domains: of each window, for the choice of experts; None is one domain.
         tokenizer: saved beside the weights.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moesparse.calibration.data import FromText, Given, calibration_of
 from moesparse.calibration.layers import named_sums, read_sums, record_layers
 from moesparse.calibration.statistics import ExpertStatistics, ModelStatistics
+from moesparse.calibration.windows import ImageWindows
 from moesparse.checkpoints.output import InPlace
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate.on_text import perplexity
@@ -131,7 +132,7 @@ def measure_costs(
     moments = "both" if moments_needed(rule, solver) in ("plain", "both") else "gated"
     output, costs = InPlace(layers), list[BlockCosts]()
     look = Look(layers, options)
-    stream = layers.stream(text.ids, text.mask, options, look)
+    stream = text.stream(layers, options, look, None)
     for position, recorders in record_layers(layers, stream, options.progress, moments=moments):
         for recorder in recorders:
             block, statistics = recorder.block, recorder.statistics
@@ -243,7 +244,7 @@ def prune_to_budget(
     """
     started = time.perf_counter()
     aside = None
-    if recipe.compare_uniform and isinstance(given, Tensor | tuple):
+    if recipe.compare_uniform and isinstance(given, Tensor | tuple | ImageWindows):
         given, aside, domains = _split(given, domains)
     found = plan_budget(model, given, recipe, options, domains)
     if (found.mixed.keep, found.mixed.patterns) == (found.uniform.keep, found.uniform.patterns):
@@ -301,6 +302,11 @@ def recipe_of(recipe: Recipe, plan: BudgetPlan, experts: int) -> Recipe:
 
 def _split(calibration: Any, domains: Sequence[str] | None) -> tuple[Any, tuple[Tensor, Tensor | None], Any]:
     """The windows to calibrate on, those kept aside, and the domains of the first."""
+    if isinstance(calibration, ImageWindows):
+        raise UsageError(
+            "calibration must be text alone to keep some of it aside for the comparison with a uniform choice, got "
+            "images: set compare_uniform=False (--no-compare-uniform)"
+        )
     ids, mask = calibration if isinstance(calibration, tuple) else (calibration, None)
     if len(ids) < 2:
         raise UsageError(

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from image_data import record
 from torch import nn
 
-from moesparse.errors import UnsupportedModelError
+from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.models.blocks import decoder_layers, find_moe_blocks
 from moesparse.models.stream import LayerStream
-from moesparse.testing import tiny_model
+from moesparse.testing import WRAPPERS, tiny_model
 
 # plain; shared experts with dense first layers; masks by layer type; state-space layers between; rotary per layer type
 FAMILIES = ["mixtral", "deepseek_v3", "gpt_oss", "jamba", "nemotron_h", "qwen3_next", "minimax"]
@@ -113,3 +114,51 @@ def test_a_model_whose_layers_talk_behind_the_scenes_is_refused():
         layers[position] = Whispering(layers[position], position == 0)
     with pytest.raises(UnsupportedModelError, match="cannot be run layer by layer: layer 0"):
         LayerStream(model, layers, tokens(2, 8))
+
+
+@pytest.mark.parametrize("family", sorted(WRAPPERS))
+def test_images_reach_every_layer_as_inside_the_model(family):
+    """Records of different lengths, padded; one without an image; batches of two, the last of one."""
+    kinds = {"layer_types": ["linear_attention", "full_attention", "full_attention"]} if family == "qwen3_5_moe" else {}
+    model = tiny_model(family, num_hidden_layers=3, **kinds)
+    lengths = (24, 19, 24, 21, 24)
+    ids, seen = map(list, zip(*(record(model, seed) for seed in range(5)), strict=True))
+    ids[2] = tokens(1, 24)[0]
+    seen[2] = {"mm_token_type_ids": torch.zeros(1, 24, dtype=torch.int64)}
+    mask = torch.arange(24) < torch.tensor(lengths)[:, None]
+    layers, _ = decoder_layers(model, find_moe_blocks(model))
+    stream = LayerStream(model, layers, torch.stack(ids) * mask, mask, 2, inputs=seen)
+    got = []
+    for position in range(len(layers)):
+        list(stream.run(position, keep=True))
+        got.append(torch.cat(list(stream.hidden)))
+    for number, length in enumerate(lengths):
+        inputs = seen[number] | {"mm_token_type_ids": seen[number]["mm_token_type_ids"][:, :length]}
+        with torch.no_grad():
+            want = hidden_inside(model, layers, ids[number][None, :length], inputs)
+        for position, states in enumerate(want):
+            # two orders of summation over 24 tokens and 32 channels in float32
+            torch.testing.assert_close(got[position][number, :length], states[0], rtol=1e-4, atol=1e-4)
+    if family == "qwen3_vl_moe":
+        (first, second) = (stream._calls[0][position].added for position in (1, 2))
+        assert first[0].tolist() == second[0].tolist() == [*range(3, 7), *range(24 + 4, 24 + 8)]
+        assert stream._calls[1][1].added[0].tolist() == [*range(24 + 6, 24 + 10)]
+
+
+def hidden_inside(model, layers, ids, inputs):
+    seen = []
+    handles = [layer.register_forward_hook(lambda _m, _i, out: seen.append(out)) for layer in layers]
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs)
+    for handle in handles:
+        handle.remove()
+    return [each[0] if isinstance(each, tuple) else each for each in seen]
+
+
+def test_records_that_do_not_join_are_refused_with_the_cure():
+    model = tiny_model("gemma4")
+    ids, seen = map(list, zip(*(record(model, seed) for seed in range(2)), strict=True))
+    seen[1]["pixel_values"] = torch.rand(1, 20, 48)
+    with pytest.raises(
+        UsageError, match=r"must be of one form to run together, got others in windows \[0, 1\]: give batch_size 1"
+    ):
+        LayerStream(model, decoder_layers(model, find_moe_blocks(model))[0], torch.stack(ids), None, 2, inputs=seen)

@@ -293,6 +293,12 @@ def test_a_tensor_that_is_missing_is_named(dropped: str, message: str):
         load(build(quantization()), without(dropped, stored(masked_weights(), dict.fromkeys(NAMES, "2:4"))))
 
 
+def test_blocks_in_a_wrapper_for_images_are_refused():
+    blocks = {"model.language_model.layers.0.mlp.experts": {"gate_up_proj": "2:4", "down_proj": "2:4"}}
+    with pytest.raises(UnsupportedModelError, match=r"do not run inside a wrapper for images, got model.lang"):
+        quantization(blocks=blocks)
+
+
 def test_tensors_of_another_pattern_than_the_config_says_are_refused():
     message = r"w13_weight of an expert must be floating point of shape \(96, 32\) in the folder, .* \(96, 16\)"
     with pytest.raises(CheckpointError, match=message):
