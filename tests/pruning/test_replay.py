@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from faults import assert_same
+from further_tokens import DEEPSEEK, QWEN, checkpoint
 from transformers import AutoModelForCausalLM
 
 from moesparse import Recipe, prune, prune_checkpoint
@@ -84,6 +85,19 @@ def test_weights_by_magnitude_need_no_text_either(folder, plan, tmp_path):
     assert prune(model, None, recipe).plan.kept == plan.kept
     save_pretrained(model, tmp_path / "whole", recipe=report.recipe)
     assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("family", "style"), [("deepseek_v3", DEEPSEEK), ("qwen3_next", QWEN)])
+def test_layers_that_predict_further_tokens_are_in_the_plan(family, style, tmp_path):
+    source = checkpoint(tmp_path / "source", family, style, num_hidden_layers=2)
+    recipe = {**CUT, "mtp": "prune"}
+    report = prune_checkpoint(source, tmp_path / "cut", WINDOWS, Recipe(**recipe, keep_experts=6))
+    # behind the last layer, whatever it is called in the folder: so llama.cpp counts them too
+    assert report.plan.origin.layers[-1] == 2
+    prune_checkpoint(source, tmp_path / "again", None, Recipe(**recipe, plan=report.plan))
+    assert (tmp_path / "again" / MANIFEST_FILE).read_bytes() == (tmp_path / "cut" / MANIFEST_FILE).read_bytes()
+    with pytest.raises(CalibrationError, match=r"layers with experts is [01]-2 there and"):
+        prune_checkpoint(source, tmp_path / "no", None, Recipe(**CUT, plan=report.plan))
 
 
 def test_scores_of_a_file_choose_as_their_text_does(folder, tmp_path):
