@@ -14,7 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from moesparse.calibration.statistics import ModelStatistics
-from moesparse.calibration.windows import ImageWindows, Windows, add_hashes, check_windows, ordered_hash, windows_hash
+from moesparse.calibration.windows import (
+    ImageWindows,
+    Windows,
+    add_hashes,
+    check_windows,
+    ordered_hash,
+    windows_hash,
+)
 from moesparse.errors import UsageError
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.look import Look

@@ -380,9 +380,7 @@ def _lines(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield line
         except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-            raise MoESparseError(
-                f"{path} must hold text that can be read to its end, got {reason_of(error)}"
-            ) from error
+            raise MoESparseError(f"{path} must be text that can be read to its end, got {reason_of(error)}") from error
 
 
 def _count(path: Path) -> int:

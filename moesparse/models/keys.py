@@ -87,17 +87,6 @@ def checkpoint_tensors(
     return tensors
 
 
-def layers_prefix(model: PreTrainedModel, block: MoEBlock) -> str:
-    """What stands in a checkpoint's keys before the number of a decoder layer, "model.layers."; any block will do."""
-    state = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in model.state_dict().items()
-        if name.startswith(f"{block.layer}.")
-    }
-    key = next(iter(checkpoint_tensors(model, state)))
-    return key[: key.index(f".{block.layer.rpartition('.')[2]}.") + 1]
-
-
 def _alike(held: tuple[int, ...], tensor: Tensor) -> bool:
     """Whether a stack in a folder is of matrices of the tensor's shape; there may be more of them in it."""
     return tensor.ndim == 3 and held[1:] == tuple(tensor.shape[1:])
@@ -116,3 +105,14 @@ def _turned_on_loading(model: PreTrainedModel) -> list[re.Pattern[str]]:
         if any(getattr(operation, "check_dims", False) for operation in getattr(each, "operations", ()))
         for pattern in each._original_source_patterns
     ]
+
+
+def layers_prefix(model: PreTrainedModel, block: MoEBlock) -> str:
+    """What stands in a checkpoint's keys before the number of a decoder layer, "model.layers."; any block will do."""
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in model.state_dict().items()
+        if name.startswith(f"{block.layer}.")
+    }
+    key = next(iter(checkpoint_tensors(model, state)))
+    return key[: key.index(f".{block.layer.rpartition('.')[2]}.") + 1]

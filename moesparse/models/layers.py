@@ -114,8 +114,8 @@ class Layers:
             UnsupportedModelError: running the layers one by one is not what the model does.
         """
         layers, settings = self.in_order(), (options.batch_size, options.device)
-        more: dict[str, Any] = {"inspect": inspect, "spill": spill, "processes": self.processes}
-        more |= {"behind": self.behind, "inputs": inputs}
+        more: dict[str, Any] = {"inspect": inspect, "spill": spill, "processes": self.processes, "behind": self.behind}
+        more |= {"inputs": inputs}
         return LayerStream(self.model, layers, ids, mask, *settings, hold=self.hold, **more)
 
     def waiting(self) -> dict[str, Tensor]:

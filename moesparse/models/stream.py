@@ -92,7 +92,8 @@ class LayerStream:
         windows, tokens: of all processes, padding included.
 
     Raises:
-        UnsupportedModelError: running the layers one by one does not give what the model's own forward gives.
+        UnsupportedModelError: running the layers one by one does not give what the model's own forward gives; or images
+            for a layer that predicts a further token.
         CalibrationError: a layer gives NaN or infinity for the first tokens; names the weights.
     """
 
@@ -119,6 +120,11 @@ class LayerStream:
         self._model = model
         self._hold = hold or (lambda position, device: placed(self.layers[position], device))
         self._tuple_length: list[int | None] = [None] * len(self._trunk)
+        if behind is not None and inputs is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: the layer that predicts a further token is run on text alone, got records with "
+                "images: leave it out with mtp='drop', or as it is with 'keep' (--mtp)"
+            )
         let_experts_run(model)
         self._inputs, self._adds = inputs, False
         self._probe(windows, inspect)
@@ -273,13 +279,13 @@ class LayerStream:
                     "and pass the statistics to prune instead of the windows"
                 )
         if self._behind is not None:
-            self._probe_behind(ids, start, inspect)
+            self._probe_behind(ids, inspect)
 
     @torch.no_grad()
-    def _probe_behind(self, ids: torch.Tensor, start: int, inspect: Callable[[int], None] | None) -> None:
+    def _probe_behind(self, ids: torch.Tensor, inspect: Callable[[int], None] | None) -> None:
         """Prove that the model's input and output are what a layer behind the last takes them for, and run it."""
         assert self._behind is not None
-        embedded, calls = self._trace(ids, None, start)
+        embedded, calls = self._trace(ids, None, 0)
         last, normed = self._ends
         want = self._behind.embedding(ids.to(embedded.device)), self._behind.norm(last)
         for what, got, known in zip(("embedding", "final norm"), (embedded, normed), want, strict=True):
