@@ -75,7 +75,8 @@ VLLM_REQUIREMENTS := tests/vllm_plugin/requirements.txt
 	$(@D)/bin/python -m pip install --quiet --no-deps --no-build-isolation --no-binary vllm vllm==0.33.0
 
 test-vllm: .venv-vllm-layer/.installed .venv-vllm-engine/.installed ## vLLM in environments of its own, not part of `make test`
-	VLLM_TARGET_DEVICE=cpu .venv-vllm-layer/bin/python -m pytest -p no:cacheprovider tests/vllm_plugin/test_layer.py
+	VLLM_TARGET_DEVICE=cpu .venv-vllm-layer/bin/python -m pytest -p no:cacheprovider \
+		tests/vllm_plugin/test_layer.py tests/vllm_plugin/test_results.py
 	.venv-vllm-engine/bin/python -m pytest -p no:cacheprovider --durations=8 tests/vllm_plugin
 
 .venv-transformers4/.installed: Makefile tests/transformers4/requirements.txt .ci/constraints.txt

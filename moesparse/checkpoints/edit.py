@@ -243,7 +243,7 @@ class SourceFolder:
         further = [name for name in self.shards.tensors if self.is_next_token(name)]
         copied = {*copies.values()}
         return surplus(
-            carried=[name for name in copies.values() if name in strange and not self.is_next_token(name)],
+            carried=[key for key, name in copies.items() if name in strange and not self.is_next_token(name)],
             mtp=[name for name in further if name in copied],
             mtp_pruned=[name for name in further if self._further and name not in copied and _EXPERTS.search(name)],
             dropped=dropped,
@@ -275,7 +275,8 @@ class SourceFolder:
         noted = getattr(config, CONFIG_KEY, None)
         if noted is not None:
             changes[(CONFIG_KEY,)] = _renamed(noted, self._names)
-        return json_with(file.read_text(encoding="utf-8"), changes)
+        # as bytes: reading as text would make every end of a line the same
+        return json_with(file.read_bytes().decode(), changes)
 
     def _group(self, key: str) -> str | None:
         """What a tensor belongs to that is in no decoder layer of the model; None for what is in one."""

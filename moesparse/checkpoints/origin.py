@@ -72,7 +72,7 @@ class EditedModel:
             text = json_without(text, _PACKING)
         else:
             text = json_with(text, {(_PACKING,): packed_config(self.model, self.blocks).to_dict()})
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        (folder / "config.json").write_bytes(text.encode())
         return source.became(copies, dropped, {name for key, name in copies.items() if key not in self.known})
 
 

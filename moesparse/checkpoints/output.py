@@ -170,7 +170,7 @@ class IntoFolder:
             beside: dict[str, Any] = {"card": card, "report": report, "surplus": self.surplus(), "plan": plan}
             write_companions(folder, tokenizer=tokenizer, source=self._layers.folder, **beside)
             text = self._source.config(bool(dropped), self._source.kept())
-            (folder / "config.json").write_text(text, encoding="utf-8")
+            (folder / "config.json").write_bytes(text.encode())
 
         copies, dropped = self._others()
         if len(self.run.parts) == len(self._layers):

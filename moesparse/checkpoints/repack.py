@@ -196,7 +196,7 @@ def unpack_folder(
 
 
 def _config_text(skeleton: Skeleton) -> str:
-    return (skeleton.folder / "config.json").read_text(encoding="utf-8")
+    return (skeleton.folder / "config.json").read_bytes().decode()
 
 
 def _nbytes(matrix: StoredMatrix, skeleton: Skeleton) -> int:
@@ -324,7 +324,7 @@ def _write(
             (work / "README.md").write_text(text)
         if formats:
             tell_surplus(work, {"formats": formats})
-        (work / "config.json").write_text(config, encoding="utf-8")
+        (work / "config.json").write_bytes(config.encode())
         write_manifest(work, writer.files)
         writer.write_index()
         twin, read = bare_model(skeleton.folder), read_config(skeleton.folder)

@@ -70,6 +70,8 @@ def train_blockwise(
     Raises:
         MoESparseError: a loss that is not finite; zeros that break the pattern which the student's config states.
     """
+    # positions are those of all decoder layers, in both models
+    student.in_order()
     done = len(output.notes)
     zeros = [note["zeros"] for note in output.notes]
     by_name = {pair.teacher.name: pair for pair in pairs}

@@ -76,7 +76,8 @@ def _shown(text: str, key: int, value: Any) -> str:
     space = _before(text, key)
     if "\n" not in space or not isinstance(value, dict | list):
         return json.dumps(value)
-    return json.dumps(value, indent=2).replace("\n", "\n" + space.rpartition("\n")[2])
+    end = "\r\n" if "\r\n" in space else "\n"
+    return json.dumps(value, indent=2).replace("\n", end + space.rpartition("\n")[2])
 
 
 def _members(text: str, at: int) -> Iterator[tuple[str, int, int, int]]:

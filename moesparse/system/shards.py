@@ -386,6 +386,20 @@ class Shards:
                 raise CheckpointError(f"{info.file} was changed while it was read: {name} is cut off")
         return data.view(info.torch_dtype).view(shape)
 
+    def check_plain(self, names: Iterable[str]) -> None:
+        """Refuse tensors of a model whose numbers mean nothing without scales, where its config names no quantisation.
+
+        Raises:
+            UnsupportedModelError: one of fewer than 16 bits; named.
+        """
+        for name in names:
+            info = self.tensors.get(name)
+            if info is not None and info.dtype.startswith(("F8", "F6", "F4")):
+                raise UnsupportedModelError(
+                    f"{name} in {info.file} is {info.dtype}, and config.json has no quantization_config that says by "
+                    "what it is scaled: put back the one it was published with, or take a checkpoint in bf16"
+                )
+
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system bring these tensors into its cache while this process computes; a hint that may be lost."""
         if not hasattr(os, "posix_fadvise"):
