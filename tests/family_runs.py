@@ -72,9 +72,8 @@ def train(student: Path, teacher: Path, out: Path, mode: str, way: str) -> Path:
         return out
     model = load(student)
     report = distill(model, load(teacher), windows(), mode, settings=TRAINING)
-    noted = getattr(model.config, CONFIG_KEY)["recipe"]
-    recipe = {**noted, "distillation": report.summary(4)}
-    save_pretrained(model, out, source=student, recipe=recipe, card=card(report), report=report.beside(student))
+    recipe = {**getattr(model.config, CONFIG_KEY)["recipe"], "distillation": report.summary(4)}
+    save_pretrained(model, out, source=student, recipe=recipe, card=card(report), report=report.beside(student, 4))
     return out
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moesparse.checkpoints.edit import SourceFolder, Surplus
+from moesparse.checkpoints.skeleton import open_skeleton
 from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.models.keys import checkpoint_tensors
 from moesparse.models.meta import LAYER_COUNT, bare_model, quantization_of, read_config
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from moesparse.packed.conversions import Patterns
 
-__all__ = ["EditedModel", "edited_model", "folder_of"]
+__all__ = ["EditedModel", "edited_model", "folder_of", "is_packed", "stores_other_dtypes"]
 
 _PACKING = "quantization_config"
 
@@ -36,6 +37,23 @@ def folder_of(model: Any) -> Path | None:
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     folder = Path(name) if isinstance(name, str) and name else None
     return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
+def stores_other_dtypes(source: Path, dtype: torch.dtype) -> bool:
+    """Whether a folder holds matrices of experts in another dtype than a model runs in, whose own lack bits of them."""
+    try:
+        skeleton = open_skeleton(source)
+        keys = {key for block in skeleton.blocks for matrix in skeleton.matrices(block) for key in matrix.keys}
+    except (CheckpointError, UnsupportedModelError):
+        return False
+    return any(skeleton.shards.tensors[key].torch_dtype != dtype for key in keys)
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds experts packed by moesparse."""
+    from moesparse.packed.quantizer import METHOD
+
+    return (folder / "config.json").is_file() and quantization_of(read_config(folder)) == METHOD
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from moesparse.checkpoints.history import (
     read_report,
 )
 from moesparse.checkpoints.hub import local_folder
-from moesparse.checkpoints.origin import EditedModel, edited_model, folder_of
+from moesparse.checkpoints.origin import EditedModel, edited_model, folder_of, is_packed, stores_other_dtypes
+from moesparse.checkpoints.repack import pack_folder, unpack_folder
 from moesparse.checkpoints.skeleton import open_skeleton
 from moesparse.checkpoints.tokenizer import find_tokenizer, tokenizer_files
 from moesparse.errors import CheckpointError, UnsupportedModelError, reason_of
@@ -36,7 +37,16 @@ from moesparse.models.meta import check_layer_counts, quantization_of, read_conf
 from moesparse.models.modes import let_experts_run
 from moesparse.models.opener import opener
 from moesparse.packed.model import state_in_form
-from moesparse.system.folders import JOURNAL_FILE, atomic_folder, companions, copy_companions, kept_aside, other_formats
+from moesparse.system.folders import (
+    JOURNAL_FILE,
+    atomic_folder,
+    check_output_folder,
+    companions,
+    copy_companions,
+    kept_aside,
+    other_formats,
+    scratch_folder,
+)
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
 from moesparse.system.shards import INDEX_FILE, Shards, read_json
 from moesparse.system.sizes import parse_size
@@ -193,6 +203,9 @@ def save_pretrained(
     origin = folder_of(model) if source is None else Path(source)
     if source is not None and Path(source).is_dir():
         companions(Path(source))
+    if origin is not None and (packed or is_packed(origin)) and stores_other_dtypes(origin, model.dtype):  # type: ignore[arg-type]
+        what = {"tokenizer": tokenizer, "recipe": recipe, "card": card, "report": report}
+        return _save_in_stored_dtypes(model, Path(folder), packed, origin, max_shard_size, what)
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
         with packed_metadata(model, blocks):  # type: ignore[arg-type]
@@ -233,6 +246,22 @@ def _lost_experts(model: nn.Module, source: Path | None) -> bool:
     then = read_json(file).get(CONFIG_KEY) if file is not None and file.is_file() else None
     now = getattr(getattr(model, "config", None), CONFIG_KEY, None)
     return (now or {}).get(KEPT_KEY) != (then or {}).get(KEPT_KEY)
+
+
+def _save_in_stored_dtypes(
+    model: nn.Module, folder: Path, packed: bool, source: Path, max_shard_size: str, what: dict[str, Any]
+) -> Surplus:
+    """Save a model by way of dense folders: values packed in the model's dtype are not those that the source stores."""
+    check_output_folder(folder)
+    with scratch_folder(folder) as scratch:
+        if is_packed(source):
+            unpack_folder(source, scratch / "source")
+            source = scratch / "source"
+        out = scratch / "dense" if packed else folder
+        found = save_pretrained(model, out, source=source, max_shard_size=max_shard_size, **what)
+        if packed:
+            pack_folder(out, folder, max_shard_bytes=parse_size(max_shard_size))
+    return found
 
 
 def _without_place(source: Path | None) -> list[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "flush",
     "kept_aside",
     "other_formats",
+    "scratch_folder",
 ]
 
 JOURNAL_FILE = "moesparse_journal.json"
@@ -119,6 +120,22 @@ def kept_aside(work: Path, folder: Path) -> Iterator[None]:
         work.chmod(0o755)
         os.replace(work, aside)
         raise ResultError(f"{error}. What was written is kept in {aside}") from error
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `folder` for what is needed on the way to it; it vanishes when the block ends."""
+    path = Path(folder).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work, lock = _work_folder(path)
+    # who writes a folder locks the one that it lies in, and `work` is locked
+    inside = work / "scratch"
+    try:
+        inside.mkdir()
+        yield inside
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
 
 
 def _work_folder(path: Path) -> tuple[Path, int]:
