@@ -204,7 +204,7 @@ def save_pretrained(
     if source is not None and Path(source).is_dir():
         companions(Path(source))
     if origin is not None and (packed or is_packed(origin)) and stores_other_dtypes(origin, model.dtype):  # type: ignore[arg-type]
-        what = {"tokenizer": tokenizer, "recipe": recipe, "card": card, "report": report}
+        what = {"tokenizer": tokenizer, "recipe": recipe, "card": card, "report": report, "plan": plan}
         return _save_in_stored_dtypes(model, Path(folder), packed, origin, max_shard_size, what)
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
