@@ -90,7 +90,13 @@ _TORCH_DTYPES = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+# of 8 bits, for which torch has no arithmetic: read by those who know what the codes mean
+_CODE_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+_NAMES = {dtype: name for name, dtype in (_TORCH_DTYPES | _CODE_DTYPES).items()}
 
 
 @dataclass(frozen=True)
@@ -365,15 +371,21 @@ class Shards:
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
-    def read(self, name: str, entry: int | None = None) -> Tensor:
+    def read(self, name: str, entry: int | None = None, *, codes: bool = False) -> Tensor:
         """One tensor, or its entry along the first dim; memory: that much.
+
+        Args:
+            name: of the tensor.
+            entry: along its first dim; None reads all of it.
+            codes: read also dtypes of 8 bits that torch cannot calculate with.
 
         Raises:
             UnsupportedModelError: a dtype that is only copied.
             CheckpointError: the file has gone or changed since it was opened, or cannot be read.
         """
         info = self.tensors[name]
-        if info.torch_dtype is None:
+        dtype = info.torch_dtype or (_CODE_DTYPES.get(info.dtype) if codes else None)
+        if dtype is None:
             raise UnsupportedModelError(f"{name} must be one of {', '.join(_TORCH_DTYPES)}, got {info.dtype}")
         shape, nbytes, offset = info.shape, info.nbytes, info.offset
         if entry is not None:
@@ -384,7 +396,11 @@ class Shards:
             file.seek(offset)
             if file.readinto(data.numpy().data) != nbytes:
                 raise CheckpointError(f"{info.file} was changed while it was read: {name} is cut off")
-        return data.view(info.torch_dtype).view(shape)
+        return data.view(dtype).view(shape)
+
+    def copy_to(self, name: str, out: Tensor) -> None:
+        """Read a tensor into one of its shape, in whatever dtype, on whatever device."""
+        out.copy_(self.read(name))
 
     def check_plain(self, names: Iterable[str]) -> None:
         """Refuse tensors of a model whose numbers mean nothing without scales, where its config names no quantisation.

@@ -1,0 +1,56 @@
+"""What the formats of 4-bit floats share: E2M1 codes, and a scale for every few neighbours of a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import CheckpointError
+from moesparse.models.formats.base import CODES, SCALE, Coded, Infos, Parts, expect
+from moesparse.models.formats.numbers import (
+    FP4_VALUES,
+    nearest_fp4,
+    pack_nibbles,
+    scales_of,
+    spread,
+    unpack_nibbles,
+)
+
+__all__ = ["Fp4"]
+
+
+class Fp4(Coded):
+    """E2M1 codes, two to a byte, and a scale for each `group` of a row.
+
+    Attributes:
+        group: neighbours that share a scale.
+    """
+
+    group: int
+
+    def matrix(self, infos: Infos) -> tuple[int, ...]:
+        shape = infos[CODES].shape
+        if shape[-1] * 2 % self.group:
+            raise CheckpointError(
+                f"{infos[CODES].name} must hold groups of {self.group} weights, got {shape[-1] * 2} in a row"
+            )
+        expect(infos[SCALE], (*shape[:-1], shape[-1] * 2 // self.group))
+        return (*shape[:-1], shape[-1] * 2)
+
+    def codes(self, parts: Parts) -> Tensor:
+        return unpack_nibbles(parts[CODES])
+
+    def values(self, codes: Tensor, parts: Parts) -> Tensor:
+        table = torch.tensor(FP4_VALUES, device=codes.device)
+        return table[codes.int()] * spread(self.scales(parts), self.group, codes.shape[-1], -1)
+
+    def scales(self, parts: Parts) -> Tensor:
+        """float32 (..., out, in / group)."""
+        return scales_of(parts[SCALE])
+
+    def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
+        scales = spread(self.scales(parts), self.group, weight.shape[-1], -1)
+        return nearest_fp4((weight / scales).nan_to_num(0))
+
+    def packed(self, codes: Tensor, parts: Parts) -> Tensor:
+        return pack_nibbles(codes).view(parts[CODES].dtype)

@@ -1,0 +1,79 @@
+"""What codes of 4 and 8 bits stand for, and how they lie in bytes and words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FP4_VALUES",
+    "nearest_fp4",
+    "nearest_fp8",
+    "pack_nibbles",
+    "pack_words",
+    "scales_of",
+    "spread",
+    "unpack_nibbles",
+    "unpack_words",
+]
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Of the codes 0 to 15: E2M1, the top bit is the sign (OCP Microscaling Formats 1.0, 2023)."""
+
+# halfway between one value and the next; of two equally near the one with the even code is taken
+_FP4_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+def nearest_fp4(values: Tensor) -> Tensor:
+    """float32 -> uint8 codes 0 to 15 of the nearest E2M1 numbers, those beyond 6 of 6; a zero keeps its sign."""
+    bounds = torch.tensor(_FP4_BOUNDS, device=values.device)
+    size = values.abs().contiguous()
+    code = torch.bucketize(size, bounds)
+    code += (code % 2 == 1) & (size == bounds[code.clamp(max=len(bounds) - 1)])
+    return (code + values.signbit() * 8).to(torch.uint8)
+
+
+def nearest_fp8(values: Tensor) -> Tensor:
+    """float32 -> uint8, the bytes of the nearest E4M3 numbers, those beyond 448 of 448."""
+    return values.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def unpack_nibbles(data: Tensor) -> Tensor:
+    """Bytes (..., K / 2) -> uint8 codes (..., K); the lower half of a byte comes first."""
+    data = data.view(torch.uint8)
+    return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """The way back: uint8 codes (..., K) -> bytes (..., K / 2)."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 (..., W) -> uint8 codes (..., W * 32 / bits), the lowest bits of a word first.
+
+    Args:
+        words: as safetensors holds them, little-endian.
+        bits: 4 or 8.
+    """
+    data = words.contiguous().view(torch.uint8)
+    return unpack_nibbles(data) if bits == 4 else data
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """The way back: uint8 codes (..., K) -> int32 (..., K * bits / 32)."""
+    return (pack_nibbles(codes) if bits == 4 else codes).contiguous().view(torch.int32)
+
+
+def scales_of(stored: Tensor) -> Tensor:
+    """Scales in float32, exact; bytes are E8M0: 2 to the power of the byte less 127, and 255 is NaN."""
+    if stored.dtype == torch.uint8:
+        stored = stored.view(torch.float8_e8m0fnu)
+    return stored.float()
+
+
+def spread(scale: Tensor, size: int, length: int, dim: int) -> Tensor:
+    """Every scale for `size` neighbours along a dim, the last one for what is left of `length`."""
+    return scale.repeat_interleave(size, dim).narrow(dim, 0, length)

@@ -1,0 +1,187 @@
+"""The weights of a checkpoint folder, whatever they are stored as: each under its own key, as a matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moesparse.errors import CheckpointError
+from moesparse.models.formats.base import CODES, Format
+from moesparse.models.formats.said import formats_of, said_of
+from moesparse.system.shards import Shards, TensorSpec
+
+__all__ = ["Stored", "StoredWeights"]
+
+# dtypes that stand for nothing without a scale
+_CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
+
+# ends of names that only quantised weights have
+_MARKS = ("weight_scale_inv", "weight_packed", "qweight", "_blocks", "weight_meta")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight that is stored as several tensors.
+
+    Attributes:
+        format: it is stored in.
+        names: what a tensor is for -> its name.
+        beside: names of tensors that belong to it and are not read.
+    """
+
+    format: Format
+    names: Mapping[str, str]
+    beside: Sequence[str]
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        return (*self.names.values(), *self.beside)
+
+
+class StoredWeights(Shards):
+    """Shards in which every quantised weight is one tensor under the key that a bf16 checkpoint has for it.
+
+    `read` gives the matrix. What is copied is copied from `raw`.
+
+    Args:
+        raw: the shards as they are.
+        formats: that weights may be stored in besides plain.
+        dtype: of the matrices that are read.
+        where: the folder, for errors.
+
+    Attributes:
+        raw: as given.
+        stored: key -> how it is stored, of weights that are not plain.
+
+    Raises:
+        CheckpointError: tensors that contradict the formats or each other; named.
+    """
+
+    def __init__(self, raw: Shards, formats: Sequence[Format], dtype: torch.dtype, where: str) -> None:
+        self.raw, self.files, self._dtype, self._where = raw, raw.files, dtype, where
+        self.stored: dict[str, Stored] = {}
+        for name in raw.tensors:
+            for key, stored in _weights_of(name, formats, raw):
+                if key in self.stored:
+                    raise CheckpointError(
+                        f"{where} must hold {key} in one format, got {self.stored[key].format.name} and "
+                        f"{stored.format.name}"
+                    )
+                if key in raw.tensors and key not in stored.all_names:
+                    raise CheckpointError(f"{where} must hold {key} once, got it plain and as {stored.format.name}")
+                self.stored[key] = stored
+        self._owner = {name: key for key, stored in self.stored.items() for name in stored.all_names}
+        self.tensors = {}
+        for name, info in raw.tensors.items():
+            owner = self._owner.get(name)
+            if owner is None:
+                self._check_plain(name)
+                self.tensors[name] = info
+            elif name == self.stored[owner].names[CODES]:
+                spec = TensorSpec.of(owner, dtype, self.shape_of(owner))
+                self.tensors[owner] = dataclasses.replace(info, name=owner, dtype=spec.dtype, shape=spec.shape)
+        if formats and not self.stored:
+            names = ", ".join(dict.fromkeys(each.name for each in formats))
+            raise CheckpointError(
+                f"{where} must hold tensors of {names}, as its quantization_config says, got plain ones alone"
+            )
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike[str], dtype: torch.dtype) -> StoredWeights:
+        """Of a folder, in the formats that its config.json names.
+
+        Raises:
+            CheckpointError: it is damaged, or contradicts itself. UnsupportedModelError: a format that is not known.
+        """
+        folder = Path(folder)
+        return cls(Shards.open(folder), formats_of(said_of(folder)), dtype, f"the checkpoint {folder}")
+
+    def names_of(self, key: str) -> tuple[str, ...]:
+        """The tensors that hold a weight; the key itself where it is plain."""
+        return self.stored[key].all_names if key in self.stored else (key,)
+
+    def owner_of(self, name: str) -> str | None:
+        """The key of the weight that a tensor is a part of; None where it is a plain tensor."""
+        return self._owner.get(name)
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """Of a weight that is not plain."""
+        stored = self.stored[key]
+        return stored.format.shape({what: self.raw.tensors[name] for what, name in stored.names.items()})
+
+    def is_stacked(self, key: str) -> bool:
+        """Whether a weight that is not plain is that of all experts of a layer."""
+        return len(self.tensors[key].shape) == 3
+
+    def read(self, name: str, entry: int | None = None, *, codes: bool = False) -> Tensor:
+        """One weight as a matrix; memory: its tensors, and about three times the matrix in float32 meanwhile.
+
+        Raises:
+            CheckpointError, UnsupportedModelError: as `Shards.read`; and codes that the format does not have.
+        """
+        if name not in self.stored:
+            return self.raw.read(name, entry, codes=codes)
+        stored = self.stored[name]
+        parts = {what: self.raw.read(part, entry, codes=True) for what, part in stored.names.items()}
+        try:
+            return stored.format.decode(parts, self._dtype)
+        except ValueError as error:
+            raise type(error)(f"{name} of {self._where}: {error}") from error
+
+    def copy_to(self, name: str, out: Tensor) -> None:
+        """Read a tensor into one of its shape; of a stack of experts one at a time."""
+        if name in self.stored and self.is_stacked(name):
+            for entry in range(self.tensors[name].shape[0]):
+                out[entry].copy_(self.read(name, entry))
+        else:
+            out.copy_(self.read(name))
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        self.raw.read_ahead(part for name in names for part in self.names_of(name))
+
+    def _check_plain(self, name: str) -> None:
+        info = self.raw.tensors[name]
+        codes = info.dtype in _CODES or (info.dtype in ("I8", "U8") and name.endswith(".weight"))
+        if codes or name.endswith(_MARKS):
+            raise CheckpointError(
+                f"{self._where} must say in quantization_config of config.json how {name} is stored, got {info.dtype} "
+                f"{list(info.shape)}, which nothing there explains"
+            )
+
+
+def _weights_of(name: str, formats: Sequence[Format], raw: Shards) -> list[tuple[str, Stored]]:
+    """The weight that a tensor is the mark of; nothing where it is none.
+
+    Raises:
+        CheckpointError: the tensors are of none of the formats that have such a mark; says why not of the last.
+    """
+    problem = None
+    for format in formats:
+        key = format.key_of(name)
+        if key is None:
+            continue
+        names = {what: part for what, part in format.names(key).items() if part in raw.tensors}
+        lacking = [what for what in format.tensors if what not in names and what not in format.optional]
+        if lacking:
+            problem = problem or CheckpointError(
+                f"{name} must come with {format.names(key)[lacking[0]]} to be {format.name}, got none"
+            )
+            continue
+        infos = {what: raw.tensors[part] for what, part in names.items()}
+        try:
+            format.shape(infos)
+        except CheckpointError as error:
+            # of two formats that differ in the dtype of the codes it is about the one whose dtype it is
+            problem = error if problem is None or infos[CODES].dtype in format.dtypes[CODES] else problem
+            continue
+        beside = [each for each in format.names_beside(key) if each in raw.tensors]
+        return [(key, Stored(format, names, beside))]
+    if problem is not None:
+        raise problem
+    return []
