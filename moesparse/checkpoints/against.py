@@ -23,6 +23,9 @@ from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_s
 from moesparse.errors import ResultError
 from moesparse.experts.plan_file import PLAN_FILE
 from moesparse.experts.twins import COUNT_KEY, GROUP_KEYS
+from moesparse.models.formats.expert_names import SIDE_FILE, with_kept_experts
+from moesparse.models.formats.said import PACKED
+from moesparse.models.formats.stored import Stored
 from moesparse.models.meta import bare_model, read_config
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attach, attached, find_next_token_layers
 from moesparse.packed.experts import META_SUFFIX
@@ -42,7 +45,8 @@ class Comparison:
     """What `compare_folders` found.
 
     Attributes:
-        files: "equal", "changed", "added" or "missing" -> names of those beside the weights.
+        files: "equal", "changed", "added", "missing", "renumbered" (names of experts) -> names of those beside the
+            weights.
         tensors: what became of a tensor -> names, those of the source where it is gone:
             "equal", "pruned" (zeros, and else the source's values), "updated" (other values where the recipe says so),
             "cut" (the rows of the experts that are left), "rerouted" (a table of experts), "removed" (of an expert),
@@ -75,9 +79,10 @@ def compare_folders(
         CheckpointError: one of them is damaged. UnsupportedModelError: no experts, or some that cannot be read.
     """
     found = Comparison()
-    _compare_files(Path(folder), Path(source), found)
     result, before = _Folder.of(open_skeleton(folder)), _Folder.of(open_skeleton(source))
-    _Tensors(result, before, _edit_of(result, before), found).compare(progress)
+    edit = _edit_of(result, before)
+    _compare_files(result, before, edit, found)
+    _Tensors(result, before, edit, found).compare(progress)
     return found
 
 
@@ -115,12 +120,13 @@ def check_written(folder: Path, edit: SourceFolder) -> None:
         ResultError: names the first thing that nothing explains.
     """
     found = Comparison()
-    _compare_files(folder, edit.folder, found)
     places = (folder, edit.folder)
-    if any("quantization_config" in read_json(place / "config.json") for place in places):
+    if any(_is_packed(read_json(place / "config.json")) for place in places):
         result, before = (_Folder.of(open_skeleton(place)) for place in places)
     else:
+        # also of quantised ones: then every tensor of a weight counts by itself
         result, before = map(_Folder.dense, places)
+    _compare_files(result, before, edit, found)
     found.problems += check_manifest(folder, result.shards.files, hashes=False) or []
     _Tensors(result, before, edit, found).compare_headers()
     if found.problems:
@@ -136,6 +142,7 @@ class _Folder:
         config: its config.json.
         steps: recipes, first to last.
         parts: key of an expert matrix -> how it is stored; nothing where only headers count and it is dense.
+        stored: key -> the tensors of a quantised weight.
     """
 
     folder: Path
@@ -143,12 +150,14 @@ class _Folder:
     shards: Shards
     steps: list[dict[str, Any]]
     parts: dict[str, StoredMatrix]
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     @classmethod
     def of(cls, opened: Skeleton) -> _Folder:
         parts = {key: matrix for block in opened.blocks for matrix in opened.matrices(block) for key in matrix.keys}
         steps = [*opened.earlier, opened.recipe or {}]
-        return cls(opened.folder, opened.config, opened.shards, steps, parts)
+        stored = opened.quantised.stored if opened.quantised else {}
+        return cls(opened.folder, opened.config, opened.shards, steps, parts, stored)
 
     @classmethod
     def dense(cls, folder: Path) -> _Folder:
@@ -156,13 +165,18 @@ class _Folder:
         return cls(folder, read_json(folder / "config.json"), Shards.open(folder), [], {})
 
 
-def _compare_files(folder: Path, source: Path, found: Comparison) -> None:
+def _compare_files(result: _Folder, before: _Folder, edit: SourceFolder, found: Comparison) -> None:
+    """Compare what lies beside the weights, of which one file may name experts."""
+    folder, source = result.folder, before.folder
+    renumbered = edit.side_file(edit.kept(result.config.get(CONFIG_KEY)))
     here, there = ({str(file) for file in companions(place)} - set(_OURS) for place in (folder, source))
     for name in sorted(here | there):
         if name not in there:
             what = "added"
         elif name not in here:
             what = "missing"
+        elif name == SIDE_FILE and renumbered is not None:
+            what = "renumbered" if (folder / name).read_text(encoding="utf-8") == renumbered else "changed"
         else:
             what = "equal" if (folder / name).read_bytes() == (source / name).read_bytes() else "changed"
         found.files.setdefault(what, []).append(name)
@@ -220,7 +234,8 @@ class _Tensors:
             else:
                 self._found.tensors.setdefault(what, []).append(key)
             progress(ProgressEvent("compare", done, len(keys), "tensor", name=key))
-        self._compare_missing(set(keys))
+        parts = {part for key in keys if key in self._result.stored for part in self._result.stored[key].all_names}
+        self._compare_missing({key for key in keys if key not in self._result.stored} | parts)
 
     def _became(self, key: str, name: str) -> str | None:
         """What became of a tensor of the source; None where it is another for no reason."""
@@ -230,6 +245,8 @@ class _Tensors:
         new, old = result.tensors[key], source.tensors[name]
         if new.dtype != old.dtype:
             return None
+        if key in self._result.stored or name in self._source.stored:
+            return self._stored_became(key, name)
         matrix, before = self._parts.get(key), self._parts_before.get(name)
         if matrix is not None and before is not None:
             return self._experts_became(key, name, matrix, before)
@@ -243,6 +260,33 @@ class _Tensors:
             cut = self._edit.cut(key, new.shape, self._kept)
             return "cut" if cut.shape == new.shape and cut.equal(result.read(key)) else None
         return None if new.torch_dtype.is_floating_point else "rerouted"
+
+    def _stored_became(self, key: str, name: str) -> str | None:
+        """The same for a quantised weight: all of its tensors must have their bytes, of a stack those that are left."""
+        ours, theirs = self._result.stored.get(key), self._source.stored.get(name)
+        if ours is None or theirs is None or ours.format.name != theirs.format.name:
+            return None
+        is_stack = len(self._source.shards.tensors[name].shape) == 3
+        ids = self._edit.ids_of(key, self._kept) if is_stack else None
+        if len(ours.all_names) != len(theirs.all_names):
+            return None
+        pairs = zip(ours.all_names, theirs.all_names, strict=True)
+        return "equal" if all(self._same_part(part, old, ids) for part, old in pairs) else None
+
+    def _same_part(self, part: str, old: str, ids: Sequence[int] | None) -> bool:
+        """Whether a tensor of a quantised weight has the bytes of the source's, of all entries or of those named."""
+        result, source = self._result.shards.raw, self._source.shards.raw
+        new, before = result.tensors[part], source.tensors[old]
+        if new.dtype != before.dtype:
+            return False
+        if ids is None:
+            return new.shape == before.shape and _same_bytes(result, part, source, old)
+        if new.shape != (len(ids), *before.shape[1:]):
+            return False
+        entries = (
+            (result.read(part, entry, codes=True), source.read(old, id, codes=True)) for entry, id in enumerate(ids)
+        )
+        return all(one.view(torch.uint8).equal(other.view(torch.uint8)) for one, other in entries)
 
     def _experts_became(self, key: str, name: str, matrix: StoredMatrix, before: StoredMatrix) -> str | None:
         """The same for the matrices of experts, one at a time."""
@@ -266,7 +310,7 @@ class _Tensors:
             if name not in metas:
                 self._found.problems.append(f"the tensor {name} of the source is missing")
         met = {self._edit.name_of(key, self._kept) for key in held} | {*copies.values(), *dropped} | metas
-        removed = [name for name in self._source.shards.tensors if name not in met]
+        removed = [name for name in self._source.shards.raw.tensors if name not in met]
         for what, names in (("removed", removed), ("dropped", dropped)):
             if names:
                 self._found.tensors[what] = names
@@ -275,11 +319,23 @@ class _Tensors:
         pruned, dropped = bool(self._kept), self._edit.mtp == "drop"
         for path in _differing(self._source.config, self._result.config):
             self._found.config.append(".".join(path))
-            ours = path[0] in (CONFIG_KEY, "quantization_config")
+            ours = path[0] == CONFIG_KEY or (path[0] == "quantization_config" and self._quantization_follows())
             further = path[-1] in NEXT_TOKEN_COUNTS
             count = COUNT_KEY.fullmatch(path[-1].removeprefix("mtp_")) or path[-1] in GROUP_KEYS
             if not (ours or (pruned and (count or further)) or (dropped and further) or path[-1] in meant):
                 self._found.problems.append(f"{'.'.join(path)} of config.json has another value")
+
+    def _quantization_follows(self) -> bool:
+        """Whether quantization_config is what packing, or the removal of experts that it names, makes of it."""
+        if _is_packed(self._source.config) or _is_packed(self._result.config):
+            return True
+        said = with_kept_experts(self._source.config.get("quantization_config"), self._kept)
+        return self._result.config.get("quantization_config") == said
+
+
+def _is_packed(config: Mapping[str, Any]) -> bool:
+    said = config.get("quantization_config")
+    return isinstance(said, dict) and said.get("quant_method") == PACKED
 
 
 def _dense(piece: Piece, matrix: StoredMatrix, shards: Shards) -> Tensor:

@@ -20,6 +20,8 @@ from moesparse.errors import UnsupportedModelError
 from moesparse.experts.surgery import KEPT_KEY
 from moesparse.experts.twins import COUNT_KEY
 from moesparse.models.blocks import decoder_layers, find_moe_blocks
+from moesparse.models.formats.expert_names import SIDE_FILE, with_kept_experts
+from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.keys import layers_prefix
 from moesparse.models.meta import bare_model
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attached, is_next_token
@@ -35,6 +37,8 @@ __all__ = ["CONFIG_KEY", "SourceFolder", "Surplus", "say_surplus", "surplus"]
 CONFIG_KEY = "moesparse"
 """Where a checkpoint's config.json says how it was pruned: {"version": ..., "recipe": {...}}."""
 
+_QUANTIZATION = "quantization_config"
+
 _EXPERTS = re.compile(r"\bexperts\b")
 _ONE_EXPERT = re.compile(r"(.*?\bexperts\.)(\d+)(\..*)")
 
@@ -45,7 +49,7 @@ _NOT_OF_THE_FOLDER = {
     "architectures",
     "dtype",
     "model_type",
-    "quantization_config",
+    _QUANTIZATION,
     "torch_dtype",
     "transformers_version",
 }
@@ -85,7 +89,7 @@ class SourceFolder:
     """The checkpoint folder that a result is an edit of.
 
     Args:
-        folder: a checkpoint that is not quantised.
+        folder: a checkpoint.
         model: that was read from the folder.
         config: as transformers reads it there.
         shards: of the folder, when they are open.
@@ -105,7 +109,10 @@ class SourceFolder:
         mtp: str | None = None,
     ) -> None:
         self.folder, self.mtp = Path(folder), mtp
-        self.shards = shards or Shards.open(self.folder)
+        self._weights = (
+            shards if isinstance(shards, StoredWeights) else StoredWeights.of_folder(self.folder, model.dtype)
+        )
+        self.shards = self._weights.raw
         self._model, self._before = model, config.to_dict()
         self._noted = self._before.get(CONFIG_KEY)
         self.blocks = find_moe_blocks(model)
@@ -157,7 +164,8 @@ class SourceFolder:
 
         Those of the model's and the folder's one dtype are the views themselves. In another dtype an entry is the
         folder's where the model still holds what was read, and the model's value where it does not; such a tensor is in
-        memory twice.
+        memory twice. A quantised weight is the folder's own, whatever the model holds; of a stack of experts those that
+        are left are read, and one of a single expert is not here but among the `others`.
 
         Args:
             views: key in the checkpoint -> tensor of the model, as it is now.
@@ -166,9 +174,12 @@ class SourceFolder:
         Returns:
             Key -> tensor, of the keys that the folder has.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
         for key, view in views.items():
             name = self.name_of(key, kept)
+            if name in self._weights.stored:
+                found |= self._stacked(name, kept)
+                continue
             info = self.shards.tensors.get(name)
             if info is None:
                 continue
@@ -179,7 +190,7 @@ class SourceFolder:
 
     def missing(self, keys: Collection[str], kept: Mapping[int, Sequence[int]]) -> list[str]:
         """Keys of a model that the folder does not have."""
-        return [key for key in keys if self.name_of(key, kept) not in self.shards.tensors]
+        return [key for key in keys if self.name_of(key, kept) not in self._weights.tensors]
 
     def others(self, held: Collection[str], kept: Mapping[int, Sequence[int]]) -> tuple[dict[str, str], list[str]]:
         """What of the folder is in the result besides the tensors that the model holds.
@@ -272,11 +283,33 @@ class SourceFolder:
                         changes[(*where, key)] = 0
         cut = [len(kept[number]) for number in self._further.values() if number in kept]
         changes |= {path: cut[0] for path in self.counts_apart if cut}
+        said = held.get(_QUANTIZATION)
+        if isinstance(said, dict):
+            named = with_kept_experts(said, kept)
+            changes |= {(_QUANTIZATION, key): named[key] for key in said if named.get(key) != said[key]}
         noted = getattr(config, CONFIG_KEY, None)
         if noted is not None:
             changes[(CONFIG_KEY,)] = _renamed(noted, self._names)
         # as bytes: reading as text would make every end of a line the same
         return json_with(file.read_bytes().decode(), changes)
+
+    def side_file(self, kept: Mapping[int, Sequence[int]]) -> str | None:
+        """The text of the file that says again how weights are quantised, where it names experts; None elsewhere."""
+        file = self.folder / SIDE_FILE
+        said = read_json(file) if kept and file.is_file() else {}
+        named = with_kept_experts(said, kept)
+        changes: dict[tuple[str, ...], Any] = {(key,): named[key] for key in said if named.get(key) != said[key]}
+        return json_with(file.read_text(encoding="utf-8"), changes) if changes else None
+
+    def _stacked(self, name: str, kept: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
+        """The tensors of a stack of quantised experts, of those that are left."""
+        ids = self.ids_of(name, kept)
+        if ids is None or not self._weights.is_stacked(name):
+            return {}
+        return {
+            part: self.shards.read(part, codes=True).index_select(0, torch.tensor(list(ids)))
+            for part in self._weights.names_of(name)
+        }
 
     def _group(self, key: str) -> str | None:
         """What a tensor belongs to that is in no decoder layer of the model; None for what is in one."""

@@ -58,7 +58,7 @@ class Inspection:
     """What `inspect_folder` found.
 
     Attributes:
-        format: "packed" when any block is, else "dense".
+        format: "packed" when any block is, else "dense", or the formats that quantised weights are stored in.
         blocks: in forward order.
         expert_parameters, other_parameters: of the dense model.
         expert_bytes, other_bytes: on the disk.
@@ -103,8 +103,7 @@ def inspect_folder(folder: str | os.PathLike[str], *, verify: bool = False, prog
         UnsupportedModelError: a model without experts that fit.
     """
     skeleton = open_skeleton(folder)
-    form = "packed" if skeleton.packing and skeleton.packing.blocks else "dense"
-    result = Inspection(form, recipe=skeleton.recipe, earlier=skeleton.earlier)
+    result = Inspection(_format(skeleton), recipe=skeleton.recipe, earlier=skeleton.earlier)
     index_bytes = 0
     total = sum(len(block.matrices) for block in skeleton.blocks)
     progress(ProgressEvent("inspect", 0, total, "matrix"))
@@ -132,13 +131,13 @@ def inspect_folder(folder: str | os.PathLike[str], *, verify: bool = False, prog
     result.other_parameters = skeleton.dense_parameters - result.expert_parameters
     result.expert_bytes = sum(tensor.bytes for tensor in every)
     result.dense_expert_bytes = sum(tensor.dense_bytes for tensor in every)
-    result.other_bytes = skeleton.shards.nbytes - result.expert_bytes
+    result.other_bytes = skeleton.shards.raw.nbytes - result.expert_bytes
     if verify:
         hashes = check_manifest(skeleton.folder, skeleton.shards.files)
         result.problems += hashes or []
         result.problems += skeleton.plan.would_not_load
         result.verified = {
-            "tensors": len(skeleton.shards.tensors),
+            "tensors": len(skeleton.shards.raw.tensors),
             **({"not the model's": len(skeleton.plan.unexpected)} if skeleton.plan.unexpected else {}),
             "shards hashed": len(skeleton.shards.files) if hashes is not None else f"none, there is no {MANIFEST_FILE}",
             "index bytes": index_bytes,
@@ -157,9 +156,16 @@ def _dense(matrix: StoredMatrix, skeleton: Skeleton) -> tuple[TensorFacts, list[
             problems, check = [problem], None
     patterns = finder.patterns()
     pattern = str(patterns[0]) if patterns else ("unstructured" if finder.zeros else "dense")
-    size = sum(shards.tensors[key].nbytes for key in matrix.keys)
+    size = sum(shards.stored_bytes(key) for key in matrix.keys)
+    dense = sum(shards.tensors[key].nbytes for key in matrix.keys)
     sparsity = finder.zeros / max(finder.numel, 1)
-    return TensorFacts(matrix.name, matrix.shape, sparsity, pattern, False, size, size), problems
+    return TensorFacts(matrix.name, matrix.shape, sparsity, pattern, False, size, dense), problems
+
+
+def _format(skeleton: Skeleton) -> str:
+    if skeleton.quantised is not None:
+        return ", ".join(skeleton.quantised.formats)
+    return "packed" if skeleton.packing and skeleton.packing.blocks else "dense"
 
 
 def _claim(matrix: StoredMatrix, skeleton: Skeleton) -> Callable[[torch.Tensor, str], str | None] | None:

@@ -17,6 +17,7 @@ from moesparse.checkpoints.against import check_written
 from moesparse.checkpoints.edit import SourceFolder, Surplus
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
 from moesparse.experts.plan_file import ExpertPlan
+from moesparse.models.formats.expert_names import SIDE_FILE
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import ProgressEvent
@@ -171,6 +172,9 @@ class IntoFolder:
             write_companions(folder, tokenizer=tokenizer, source=self._layers.folder, **beside)
             text = self._source.config(bool(dropped), self._source.kept())
             (folder / "config.json").write_bytes(text.encode())
+            side = self._source.side_file(self._source.kept())
+            if side is not None:
+                (folder / SIDE_FILE).write_text(side, encoding="utf-8")
 
         copies, dropped = self._others()
         if len(self.run.parts) == len(self._layers):

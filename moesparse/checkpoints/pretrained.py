@@ -33,6 +33,7 @@ from moesparse.checkpoints.tokenizer import find_tokenizer, tokenizer_files
 from moesparse.errors import CheckpointError, UnsupportedModelError, reason_of
 from moesparse.experts.plan_file import PLAN_FILE, ExpertPlan
 from moesparse.experts.surgery import KEPT_KEY
+from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.meta import check_layer_counts, quantization_of, read_config
 from moesparse.models.modes import let_experts_run
 from moesparse.models.opener import opener
@@ -114,8 +115,8 @@ def load_model(source: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
             besides = f", but {_some(strange)}, which the model has no place for" if strange else ""
             raise CheckpointError(f"{whose} {what} {_some(loading[keys])}{besides}")
     if quantization_of(config) is None:
-        shards = Shards.open(source)
-        shards.check_plain(name for name in shards.tensors if name not in loading["unexpected_keys"])
+        # codes that nothing explains are refused
+        StoredWeights.of_folder(source, model.dtype)
     if loading["unexpected_keys"]:
         warnings.warn(
             f"{whose} holds what the model has no place for: {_some(loading['unexpected_keys'])}", stacklevel=2

@@ -94,6 +94,11 @@ def pack_folder(
     skeleton = open_skeleton(source)
     if skeleton.packing is not None:
         raise CheckpointError(f"IN must be a dense checkpoint, got {source}, which is packed already")
+    if skeleton.quantised is not None:
+        raise UnsupportedModelError(
+            f"IN must hold plain weights, got {source} in {', '.join(skeleton.quantised.formats)}: n:m weights of "
+            "quantised values are not packed yet"
+        )
     report = FolderReport()
     matrices = {block.name: skeleton.matrices(block) for block in skeleton.blocks}
     report.bytes_before = sum(_nbytes(matrix, skeleton) for group in matrices.values() for matrix in group)

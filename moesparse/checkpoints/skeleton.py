@@ -17,6 +17,8 @@ from torch import Tensor
 
 from moesparse.errors import CheckpointError, MoESparseError, UnsupportedModelError, reason_of
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
+from moesparse.models.formats.said import said_of
+from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.meta import bare_model, check_layer_counts
 from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES, MatrixLayout
 from moesparse.system.shards import Shards, read_json
@@ -109,6 +111,11 @@ class Skeleton:
     plan: LoadPlan
 
     @property
+    def quantised(self) -> StoredWeights | None:
+        """Its weights, where some are quantised by another method than ours."""
+        return self.shards if isinstance(self.shards, StoredWeights) and self.shards.stored else None
+
+    @property
     def recipe(self) -> dict[str, Any] | None:
         """How config.json says the model was pruned."""
         recipe = self._noted.get("recipe")
@@ -188,9 +195,12 @@ def _is_transposed(block: MoEBlock, target: Target, stored: tuple[int, ...]) -> 
 def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
     """Open a checkpoint folder, dense or packed. Reads no weights and runs no code of it.
 
+    Of a quantised checkpoint the shards are `StoredWeights`: its weights are read as matrices.
+
     Raises:
-        CheckpointError: a file is missing, damaged or hostile, or config.json describes no model or another one.
-        UnsupportedModelError: a model without experts that fit, or quantised by another method.
+        CheckpointError: a file is missing, damaged or hostile, or config.json describes no model or another one, or the
+            tensors contradict it.
+        UnsupportedModelError: a model without experts that fit, or quantised in a way that is not known.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -203,14 +213,10 @@ def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
     config = read_json(folder / "config.json")
     shards = Shards.open(folder)
     check_layer_counts(config, folder, len(shards.tensors))
-    quantization = config.get("quantization_config")
-    if quantization is not None and (not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"{folder} must be dense or packed by moesparse, got a model quantised by {method!r}"
-        )
+    said = said_of(folder)
+    packed = said is not None and said.get("quant_method") == METHOD
     try:
-        packing = None if quantization is None else MoESparseConfig(**quantization)
+        packing = MoESparseConfig(**said) if said is not None and packed else None
     except MoESparseError:
         raise
     except Exception as error:  # whatever is said to a hostile entry
@@ -221,5 +227,7 @@ def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
     blocks = find_moe_blocks(model) if packing is None else insert_packed(model, packing)
     if packing is not None:
         conversions = packed_conversions(conversions, packing.blocks)
+    else:
+        shards = StoredWeights.of_folder(folder, model.dtype)
     plan = plan_loading(model, conversions, {name: info.shape for name, info in shards.tensors.items()})
     return Skeleton(folder, config, shards, model, blocks, parameters, packing, conversions, plan)

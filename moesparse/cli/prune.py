@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesparse.cli import options
-from moesparse.cli.console import print_json, quiet_libraries
+from moesparse.cli.console import console, print_json, quiet_libraries
 from moesparse.cli.job import job, refuse_several
 from moesparse.cli.model import ModelOnDisk, WholeModel, at_work
 from moesparse.cli.plan import planned_windows, tell_plan
@@ -27,6 +27,8 @@ HELP = """Prune the experts of a Mixture-of-Experts model and write an ordinary 
 MODEL is calibrated on a small text, block by block; every expert matrix is pruned to the pattern, its kept weights
 are re-solved, and the result is saved dense with zeros under the standard names: plain transformers loads it.
 Router, attention, norms, embeddings and shared experts stay as they were.
+
+Of a quantised checkpoint experts are removed alone: what stays is copied byte for byte, in its format.
 
 Weights are pruned and experts removed layer by layer from the checkpoint's files: the model need not fit in memory,
 and a run that was stopped goes on with --resume. --target-bytes, --refine-experts and --demonstrations-from-model
@@ -140,7 +142,19 @@ def prune(
     machine: dict[str, Any] = {"batch_size": batch_size, "device": options.resolve_device(device)}
     text = TextOptions(calibration or [], samples, length, seed or 0, **written, **machine)
     run = _Run(
-        model, out, recipe, text, statistics or [], seed, allow_pruned, resume, dry_run, max_memory, whole, as_json
+        model,
+        out,
+        recipe,
+        text,
+        statistics or [],
+        seed,
+        allow_pruned,
+        resume,
+        dry_run,
+        max_memory,
+        whole,
+        as_json,
+        bool(update),
     )
     run.check(report)
     with quiet_libraries():
@@ -220,6 +234,7 @@ class _Run:
     max_memory: str
     whole: bool
     as_json: bool
+    names_update: bool
 
     @property
     def loads(self) -> list[str]:
@@ -273,10 +288,11 @@ class _Run:
             check_run_folder(self.out)
         model = ModelOnDisk(self.model)
         companions(model.folder)
-        prepare_next_token_layers(model.layers, self.recipe, saved=saved is not None)
+        recipe = self._recipe_of(model)
+        prepare_next_token_layers(model.layers, recipe, saved=saved is not None)
         network, blocks = model.network, model.layers.blocks
         text = self.text if self.reads else replace(self.text, samples=0, length=1)
-        plan = plan_run(network, blocks, self.recipe, **planned_windows(network, text))
+        plan = plan_run(network, blocks, recipe, **planned_windows(network, text))
         if tell_plan(plan, self.text.device, dry_run=self.dry_run, as_json=self.as_json):
             return None
         with at_work(self.out, lambda: what_is_left(self.out), self.text.device, whole=False) as progress:
@@ -285,7 +301,7 @@ class _Run:
                 model.layers,
                 self.out,
                 saved if found is None else found.windows,
-                self.recipe,
+                recipe,
                 domains=None if found is None else found.domains,
                 card=lambda report: model_card(self.model, report),
                 complete=lambda report: _with_sources(report, found),
@@ -297,6 +313,20 @@ class _Run:
                 progress=progress,
             )
         return report if job.rank == 0 else None
+
+    def _recipe_of(self, model: ModelOnDisk) -> Recipe:
+        """The recipe; without a refit where the model is quantised and none was asked for."""
+        from moesparse.pruning.quantised import check_quantised
+
+        recipe = self.recipe
+        if model.layers.said is not None and recipe.refits_experts and not self.names_update:
+            recipe = replace(recipe, update="none")
+            if not self.as_json:
+                console.print(
+                    "The checkpoint is quantised: experts that stay are copied byte for byte, and not refitted."
+                )
+        check_quantised(model.layers, recipe)
+        return recipe
 
     def on_whole_model(self) -> Report | None:
         """Load the model, prune it and save it; or only show how a number of bytes would be met."""

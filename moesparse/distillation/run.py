@@ -35,7 +35,7 @@ from moesparse.distillation.report import DistillReport, count_zeros
 from moesparse.distillation.settings import Settings, resolve_settings
 from moesparse.distillation.state import StateFile
 from moesparse.distillation.whole import train_whole
-from moesparse.errors import UsageError
+from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.models.layers import LayersInMemory, RunOptions
 from moesparse.models.meta import vocabulary_size
@@ -237,6 +237,11 @@ def distill_checkpoint(
     numbers = resolve_settings(settings, "blockwise")
     started = time.perf_counter()
     ours, theirs = LayersOnDisk.of(student), LayersOnDisk.of(teacher)
+    for name, layers in (("student", ours), ("teacher", theirs)):
+        if layers.said is not None:
+            raise UnsupportedModelError(
+                f"{name} must hold plain weights, got {layers.folder}, quantised by {layers.said.get('quant_method')!r}"
+            )
     pairs = pair_blocks(ours.model, theirs.model)
     seen = windows if isinstance(windows, ImageWindows) else None
     text = FromText(*check_windows(windows, vocabulary_size(theirs.model)), seen=seen)

@@ -70,6 +70,10 @@ class Layers:
         """Have one layer in memory for the body, on a device (None: where it is, or the CPU)."""
         raise NotImplementedError
 
+    def hold_to_cut(self, position: int) -> AbstractContextManager[Any]:
+        """The same for experts to be cut out: what is copied as bytes need not be there."""
+        return self.hold(position)
+
     def in_order(self) -> Sequence[nn.Module]:
         """The decoder layers in the order of the forward, one for each position."""
         raise NotImplementedError

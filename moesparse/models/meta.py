@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError, reason_of
+from moesparse.models.formats.said import PACKED, formats_of, said_of
 from moesparse.models.opener import opener
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json
 
@@ -41,15 +42,18 @@ def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
         dtype: of the weights; "auto" takes that of the config, then that of the shards where there are any.
 
     Raises:
-        CheckpointError: no config that transformers knows. UnsupportedModelError: a quantized checkpoint.
-        UsageError: a dtype that is none.
+        CheckpointError: no config that transformers knows. UnsupportedModelError: a packed checkpoint, or one quantised
+            in a way that is not known. UsageError: a dtype that is none.
     """
     config = read_config(folder)
-    method = quantization_of(config)
-    if method is not None:
+    if quantization_of(config) == PACKED:
         raise UnsupportedModelError(
-            f"{folder} is quantized ({method}), and such a model is not read layer by layer: give it in bf16"
+            f"{folder} is packed, and such a model is not read layer by layer: make it dense with `moesparse unpack`"
         )
+    formats_of(said_of(Path(folder)))
+    if quantization_of(config) is not None:
+        # the weights are dequantised when they are read
+        del config.quantization_config
     if dtype == "auto":
         dtype = config.dtype or _stored_dtype(Path(folder))
     if not isinstance(dtype, torch.dtype):
@@ -171,7 +175,9 @@ def _stored_dtype(folder: Path) -> torch.dtype:
         named = getattr(torch, str(noted.get("dtype")), None) if isinstance(noted, dict) else None
         if isinstance(named, torch.dtype):
             return named
-    return get_state_dict_dtype(load_state_dict(shards.files[0], map_location="meta"))
+    found = get_state_dict_dtype(load_state_dict(shards.files[0], map_location="meta"))
+    # codes of 8 bits are no dtype to calculate in
+    return found if found.itemsize > 1 else torch.bfloat16
 
 
 def check_layer_counts(config: dict[str, Any], folder: Path, tensors: int) -> None:

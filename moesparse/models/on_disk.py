@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from moesparse.errors import CheckpointError, NotInPiecesError
 from moesparse.models.blocks import decoder_layers
+from moesparse.models.formats.said import said_of
+from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.keys import checkpoint_views
 from moesparse.models.layers import Layers
 from moesparse.models.meta import meta_model
@@ -36,13 +38,15 @@ class LayersOnDisk(Layers):
 
     Making it takes config.json alone. `open`, or the first layer that is held, looks at the shards and loads what lies
     outside of the layers. From then on that is in memory, with the layer held at the moment, and while one is filled
-    one tensor of the checkpoint beside it. A fused parameter is filled expert by expert.
+    one tensor of the checkpoint beside it. A fused parameter is filled expert by expert. Quantised weights are
+    dequantised while they are read.
 
     Attributes:
         model: the transformers model in eval mode; parameters of layers that are not held are on the meta device.
         blocks: its MoE blocks.
         layers: its decoder layers.
         outside: names in the state dict of what lies outside of them.
+        said: how weights are quantised, quantization_config; None when none are. Which of them are, `shards` knows.
         surplus: tensors of the folder that the model has no place for, once it was opened.
     """
 
@@ -62,7 +66,8 @@ class LayersOnDisk(Layers):
         self.folder = Path(folder)
         self.model = meta_model(self.folder, dtype)
         self.surplus: list[str] = []
-        self._shards: Shards | None = None
+        self._shards: StoredWeights | None = None
+        self.said = said_of(self.folder)
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -85,13 +90,13 @@ class LayersOnDisk(Layers):
         """Look at the headers of the shards and load what lies outside of the layers, once.
 
         Raises:
-            CheckpointError: a tensor is missing or of another shape. NotInPiecesError: it has another name than
-                transformers would save it under; transformers may still load such a checkpoint.
+            CheckpointError: a tensor is missing or of another shape, or contradicts quantization_config.
+            NotInPiecesError: it has another name than transformers would save it under; transformers may still load
+                such a checkpoint.
         """
         if self._shards is None:
-            shards = Shards.open(self.folder)
+            shards = StoredWeights.of_folder(self.folder, self.model.dtype)
             self._check_keys(shards)
-            shards.check_plain(name for name in shards.tensors if name not in self.surplus)
             self._fill(self.outside, None, shards)
             self.model.tie_weights()
             self._shards = shards
@@ -107,7 +112,7 @@ class LayersOnDisk(Layers):
             UnsupportedModelError: one is like no layer of the model, or cannot be run; named.
         """
         if attached(self.model) is None:
-            shards = self._shards or Shards.open(self.folder)
+            shards = self._shards or StoredWeights.of_folder(self.folder, self.model.dtype)
             found = find_next_token_layers(self.model, {name: info.shape for name, info in shards.tensors.items()})
             if found is None:
                 return
@@ -128,7 +133,7 @@ class LayersOnDisk(Layers):
         return Behind(self.layers[found.trunk], found.layers[0].template, embedding, norm)
 
     @property
-    def shards(self) -> Shards:
+    def shards(self) -> StoredWeights:
         """Of the folder."""
         shards = self.open()._shards
         assert shards is not None
@@ -194,6 +199,16 @@ class LayersOnDisk(Layers):
         if position + 1 < len(self.layers):
             self.shards.read_ahead(key for key in self.checkpoint_tensors(position + 1) if key in self.shards.tensors)
         yield
+        self._drop(position)
+
+    @contextlib.contextmanager
+    def hold_to_cut(self, position: int) -> Iterator[None]:
+        """The same without parameters whose bytes are copied from quantised tensors: they stay on the meta device."""
+        self._fill(self._inside[position], None, self.shards, quantised=False)
+        yield
+        self._drop(position)
+
+    def _drop(self, position: int) -> None:
         # not behind an exception: whatever was interrupted may still hold a parameter, and then it cannot be swapped
         self._place({name: torch.empty_like(each, device="meta") for name, each in self.state(position).items()})
         return_free_memory()
@@ -212,7 +227,7 @@ class LayersOnDisk(Layers):
         """Hash of the config, of name, dtype and shape of every tensor, and of 256 bytes out of each."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         by_file: dict[Path, list[TensorInfo]] = {}
-        for info in self.shards.tensors.values():
+        for info in self.shards.raw.tensors.values():
             by_file.setdefault(info.file, []).append(info)
         for path, infos in by_file.items():
             with reading(path) as file:
@@ -222,14 +237,15 @@ class LayersOnDisk(Layers):
                     digest.update(file.read(min(256, info.nbytes - info.nbytes // 2)))
         return digest.hexdigest()[:32]
 
-    def _check_keys(self, shards: Shards) -> None:
+    def _check_keys(self, shards: StoredWeights) -> None:
         """The checkpoint must hold what the model needs, in the form that transformers saves it."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
         views = self._views(self.model.state_dict(), shards)
         held = {name: info.shape for name, info in shards.tensors.items()}
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_unexpected or ()]
-        self.surplus = [key for key in held if key not in views]
-        strange = [key for key in self.surplus if not any(each.search(key) for each in ignored)]
+        surplus = [key for key in held if key not in views]
+        self.surplus = [name for key in surplus for name in shards.names_of(key)]
+        strange = [key for key in surplus if not any(each.search(key) for each in ignored)]
         for key, view in views.items():
             if key in held and held[key] != tuple(view.shape):
                 raise CheckpointError(
@@ -241,15 +257,32 @@ class LayersOnDisk(Layers):
                 raise kind(f"the checkpoint {self.folder} must hold {key}, got none{other}")
 
     @torch.no_grad()
-    def _fill(self, names: Sequence[str], device: torch.device | None, shards: Shards) -> None:
+    def _fill(
+        self, names: Sequence[str], device: torch.device | None, shards: Shards, *, quantised: bool = True
+    ) -> None:
         state = self.model.state_dict(keep_vars=True)
+        waiting = set() if quantised else self._quantised(names)
         # by identity: tied weights are one tensor under two names, stored under one of them
-        empty = {id(state[name]): torch.empty_like(state[name].data, device=device or "cpu") for name in names}
+        empty = {
+            id(state[name]): torch.empty_like(state[name].data, device="meta" if name in waiting else device or "cpu")
+            for name in names
+        }
         new = {name: empty[id(state[name])] for name in names}
         for key, view in self._views(new, shards).items():
-            if key in shards.tensors:
-                view.copy_(shards.read(key))
+            if key in shards.tensors and not view.is_meta:
+                shards.copy_to(key, view)
         self._place(new)
+
+    def _quantised(self, names: Sequence[str]) -> set[str]:
+        """Those of which every tensor in the folder is quantised."""
+        state = self.model.state_dict(keep_vars=True)
+        held = {name: torch.empty_like(state[name].data, device="meta") for name in names}
+        plain = {
+            view.untyped_storage()._cdata
+            for key, view in self._views(held, self.shards).items()
+            if key not in self.shards.stored
+        }
+        return {name for name, tensor in held.items() if tensor.untyped_storage()._cdata not in plain}
 
     def _place(self, tensors: Mapping[str, Tensor]) -> None:
         placed: set[int] = set()

@@ -184,7 +184,7 @@ def remove_and_refit(
         names = {block.name for block in layers.blocks_at(position)}
         here = [number for number, block in enumerate(plan.blocks) if block.name in names]
         options.progress(ProgressEvent("remove experts", position, len(layers), "layer"))
-        with layers.hold(position, options.device if stream is not None else None):
+        with layers.hold_to_cut(position) if stream is None else layers.hold(position, options.device):
             notes = list(output.notes[position]) if position < done else []
             for number in here:
                 if position < done or stream is None:

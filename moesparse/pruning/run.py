@@ -33,6 +33,7 @@ from moesparse.progress import Progress, silent
 from moesparse.pruning.driver import both_steps, carry_out, carry_out_in_place, check_work
 from moesparse.pruning.next_token import check_in_memory, prepare_next_token_layers
 from moesparse.pruning.plan import plan_run
+from moesparse.pruning.quantised import check_plain_routers, check_quantised
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import Report
 from moesparse.pruning.to_budget import prune_to_budget
@@ -113,6 +114,9 @@ def prune_checkpoint(
     Holds what lies outside of the decoder layers, one layer with its sums (see `moesparse.prune`) and the hidden
     states of the calibration set; nothing that grows with the number of layers. Reads the source twice.
 
+    Of a quantised checkpoint experts can be removed without a refit: a layer is dequantised while it is run, and what
+    stays is copied byte for byte, in its format.
+
     A recipe that removes experts needs besides a few numbers of every expert and window, and while a block is refitted
     `memory_for_refit`; with weights to prune as well the smaller model lies beside the output, in a folder of its name
     with ".experts" behind it, until the output is whole.
@@ -147,7 +151,8 @@ def prune_checkpoint(
         UsageError: a recipe that needs the whole model, a pattern that does not divide a matrix, layers that predict
             further tokens and cannot be kept, or a `max_memory` below what the run needs, which is named.
         CheckpointError: the source cannot be read, `out` cannot be written, is in use, or holds another run.
-        UnsupportedModelError: the model cannot be handled layer by layer; named.
+        UnsupportedModelError: the model cannot be handled layer by layer; named. A quantised
+            checkpoint, the weights of which would change.
         CalibrationError: the windows do not fit the model, or it was pruned before.
     """
     recipe = recipe or Recipe()
@@ -155,8 +160,10 @@ def prune_checkpoint(
     _check_layered(calibration, recipe)
     layers = LayersOnDisk.of(source)
     data = calibration_of(calibration, layers.model, domains)
+    check_quantised(layers, recipe)
     prepare_next_token_layers(layers, recipe, saved=isinstance(data, Saved))
     check_work(layers, data, recipe)
+    check_plain_routers(layers, recipe)
     work = _Work(data, recipe, options, tokenizer, card, read_report(layers.folder))
     if not (recipe.removes_experts and recipe.prunes_weights):
         return work.carry_out(layers, Path(out), recipe, complete)

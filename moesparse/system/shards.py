@@ -368,8 +368,17 @@ class Shards:
         return shards
 
     @property
+    def raw(self) -> Shards:
+        """The shards as they lie on the disk: these."""
+        return self
+
+    @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
+
+    def stored_bytes(self, name: str) -> int:
+        """Of a tensor, on the disk."""
+        return self.tensors[name].nbytes
 
     def read(self, name: str, entry: int | None = None, *, codes: bool = False) -> Tensor:
         """One tensor, or its entry along the first dim; memory: that much.
@@ -401,20 +410,6 @@ class Shards:
     def copy_to(self, name: str, out: Tensor) -> None:
         """Read a tensor into one of its shape, in whatever dtype, on whatever device."""
         out.copy_(self.read(name))
-
-    def check_plain(self, names: Iterable[str]) -> None:
-        """Refuse tensors of a model whose numbers mean nothing without scales, where its config names no quantisation.
-
-        Raises:
-            UnsupportedModelError: one of fewer than 16 bits; named.
-        """
-        for name in names:
-            info = self.tensors.get(name)
-            if info is not None and info.dtype.startswith(("F8", "F6", "F4")):
-                raise UnsupportedModelError(
-                    f"{name} in {info.file} is {info.dtype}, and config.json has no quantization_config that says by "
-                    "what it is scaled: put back the one it was published with, or take a checkpoint in bf16"
-                )
 
     def read_ahead(self, names: Iterable[str]) -> None:
         """Have the system bring these tensors into its cache while this process computes; a hint that may be lost."""

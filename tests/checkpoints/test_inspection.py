@@ -257,7 +257,7 @@ def test_a_missing_expert_is_not_filled_with_random_numbers(packed: Path):
         ({"num_local_experts": 10**9}, "does not fit its config.json"),
         ({"vocab_size": 10**9}, "does not fit its config.json"),
         ({"num_attention_heads": 0}, "does not fit its config.json"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq|GPTQ|optimum"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq|GPTQ|optimum|bits of quantization_config"),
         ({"model_type": "no_such_model"}, "no_such_model"),
     ],
 )
@@ -270,10 +270,11 @@ def test_a_config_of_another_model_is_refused(changes: dict, message: str, packe
 
 
 def test_models_quantised_by_others_are_refused_by_name(dense: Path):
+    edit_json(dense / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(UnsupportedModelError, match=r"quant_method of .* must be 'fp8' or .*, got 'bitsandbytes'"):
+        inspect_folder(dense)
     edit_json(dense / "config.json", quantization_config={"quant_method": "awq"})
-    with pytest.raises(
-        UnsupportedModelError, match="must be dense or packed by moesparse, got a model quantised by 'awq'"
-    ):
+    with pytest.raises(CheckpointError, match="must hold tensors of awq, as its quantization_config says"):
         inspect_folder(dense)
 
 

@@ -1,164 +1,75 @@
-"""Checkpoints that others have quantised are refused before any work; bf16 copies of such are dense."""
+"""The commands on a quantised checkpoint: the embedded model in FP8 blocks."""
 
 import json
-import re
-from pathlib import Path
+import shutil
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from small_text import make_tokenizer
-from typer.testing import CliRunner
+from quantised_folders import fp8_blocks, quantise_folder
 
-from moesparse.cli import app
-from moesparse.errors import MoESparseError
-from moesparse.models.stream import LayerStream
-from moesparse.pruning import weights
-from moesparse.testing import tiny_model
+from moesparse import demo
+from moesparse.cli import main
 
-SMALL = ("--samples", "4", "--length", "32")
-QUICK = ("--saliency", "wanda", "--update", "none")
-WAYS = {
-    "by layer": QUICK,
-    "whole": (*QUICK, "--whole"),
-    "to a size": (*QUICK, "--target-bytes", "0.7"),
-    "magnitude": ("--saliency", "magnitude", "--update", "none"),
-    "experts": ("--experts", "0.25", "--update", "none"),
-}
-INT4 = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "type": "int"}
+TEXT = ("--samples", "8", "--length", "64")
 
 
-def checkpoint(folder: Path, family: str) -> dict[str, torch.Tensor]:
-    tiny_model(family, vocab_size=320).to(torch.bfloat16).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "fp8"
+    shutil.copytree(demo.model_path(), path)
+    quantise_folder(
+        path,
+        lambda key, tensor: tensor.ndim == 2 and "embed" not in key and ".gate." not in key,
+        lambda key, tensor: fp8_blocks(key, tensor, [32, 32]),
+        {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
+    )
+    return path
 
 
-def finish(folder: Path, tensors: dict[str, torch.Tensor], **config) -> Path:
-    save_file({key: each.contiguous() for key, each in tensors.items()}, folder / "model.safetensors")
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    return folder
+def run(monkeypatch, capsys, *arguments):
+    """Exit code, standard output and standard error without the breaks of lines."""
+    monkeypatch.setattr("sys.argv", ["moesparse", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    return stop.value.code, out, " ".join(err.split())
 
 
-def fp8(folder: Path, **config) -> Path:
-    """As DeepSeek publishes: fp8 matrices with a scale for each block of 128 by 128."""
-    tensors = {}
-    for key, each in checkpoint(folder, "deepseek_v3").items():
-        if each.ndim == 2 and "_proj" in key:
-            scale = each.abs().max().float() / 448
-            tensors[key] = (each.float() / scale).to(torch.float8_e4m3fn)
-            tensors[f"{key}_scale_inv"] = scale.reshape(1, 1)
-        else:
-            tensors[key] = each
-    return finish(folder, tensors, **config)
+def test_calibrate_prune_and_inspect(source, tmp_path, monkeypatch, capsys):
+    sums, out = tmp_path / "sums.safetensors", tmp_path / "out"
+    text = demo.text_path("calibration", "novel")
+    code, _, err = run(monkeypatch, capsys, "calibrate", source, sums, "--calibration", text, *TEXT)
+    assert code == 0, err
+    code, _, err = run(monkeypatch, capsys, "prune", source, out, "--experts", "0.25", "--statistics", sums)
+    assert code == 0, err
+    assert "The checkpoint is quantised: experts that stay are copied byte for byte, and not refitted." in err
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_local_experts"] == 12 and config["moesparse"]["recipe"]["update"] == "none"
+    code, printed, err = run(monkeypatch, capsys, "inspect", out, "--against", source, "--verify", "--json")
+    assert code == 0, err
+    found = json.loads(printed)
+    assert found["format"] == "fp8_block" and found["problems"] == []
+    # 4 layers, 4 of 16 experts, 3 matrices, each with its scales
+    assert len(found["against"]["tensors"]["removed"]) == 4 * 4 * 3 * 2
+    assert len(found["against"]["tensors"]["cut"]) == 4
 
 
-def fp8_named(folder: Path) -> Path:
-    method = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    return fp8(folder, quantization_config=method)
-
-
-def mxfp4(folder: Path) -> Path:
-    """As gpt-oss is published: 4-bit blocks of 32 along the inputs, and the exponent of each."""
-    tensors = {}
-    for key, each in checkpoint(folder, "gpt_oss").items():
-        if "experts" in key and key.endswith("proj"):
-            experts, inputs, outputs = each.shape
-            tensors[f"{key}_blocks"] = torch.randint(0, 255, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
-            tensors[f"{key}_scales"] = torch.randint(120, 130, (experts, outputs, inputs // 32), dtype=torch.uint8)
-        else:
-            tensors[key] = each
-    return finish(folder, tensors, quantization_config={"quant_method": "mxfp4"})
-
-
-def int4(folder: Path) -> Path:
-    """A config of Kimi-K2, over tensors that are none."""
-    groups = {"group_0": {"input_activations": None, "targets": ["Linear"], "weights": INT4}}
-    method = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
-    return finish(folder, checkpoint(folder, "deepseek_v3"), quantization_config=method)
-
-
-def awq(folder: Path) -> Path:
-    method = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
-    return finish(folder, checkpoint(folder, "qwen3_moe"), quantization_config=method)
-
-
-NAMED = {
-    fp8_named: "fp8",
-    fp8: "_proj.weight in .* is F8_E4M3, and config.json has no quantization_config",
-    mxfp4: "mxfp4",
-    int4: "compressed-tensors",
-    awq: "awq",
-}
-
-
-def command(*arguments):
-    return CliRunner().invoke(app, [str(each) for each in arguments])
-
-
-def text(folder: Path) -> Path:
-    file = folder / "text.txt"
-    file.write_text("the quick brown fox over the lazy dog while owls sleep in old trees\n" * 100)
-    return file
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", [fp8_named, fp8, mxfp4, int4, awq])
-def test_quantised_weights_are_refused_before_any_work(make, way, tmp_path, monkeypatch):
-    """No run ends in a defect, and none begins that cannot end."""
-    begun = []
-    monkeypatch.setattr(LayerStream, "run", lambda *_, **__: begun.append("a layer was run"))
-    monkeypatch.setattr(weights, "prune_block", lambda *_, **__: begun.append("a block was pruned"))
-    source, out = make(tmp_path / "in"), tmp_path / "out"
-    calibration = () if way == "magnitude" else ("--calibration", text(tmp_path), *SMALL)
-    result = command("prune", source, out, *WAYS[way], *calibration)
-    assert result.exit_code == 1 and isinstance(result.exception, MoESparseError), result.output
-    assert re.search(NAMED[make], str(result.exception)), result.exception
-    assert not begun and not out.exists()
-
-
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-
-
-def rounded_to_mxfp4(weight: torch.Tensor) -> torch.Tensor:
-    """In blocks of 32 along the inputs [.., in, out], by the OCP specification; values and signs of zeros as bf16."""
-    blocks = weight.float().transpose(-1, -2).unflatten(-1, (-1, 32))
-    scale = torch.exp2(blocks.abs().amax(-1, keepdim=True).clamp_min(1e-20).log2().floor() - 2)
-    codes = (blocks / scale).clamp(-6, 6)
-    near = E2M1[(codes.abs()[..., None] - E2M1).abs().argmin(-1)] * codes.sign()
-    return (near * scale).flatten(-2).transpose(-1, -2).to(torch.bfloat16)
-
-
-def rounded_to_int4(weight: torch.Tensor) -> torch.Tensor:
-    blocks = weight.float().unflatten(-1, (-1, 32))
-    scale = blocks.abs().amax(-1, keepdim=True) / 7
-    return ((blocks / scale).round().clamp(-8, 7) * scale).flatten(-2).to(torch.bfloat16)
-
-
-@pytest.mark.parametrize("way", ["by layer", "whole", "experts"])
 @pytest.mark.parametrize(
-    ("family", "rounded", "matrix"),
+    ("arguments", "message"),
     [
-        ("gpt_oss", rounded_to_mxfp4, re.compile(r"experts\.(gate_up|down)_proj$")),
-        ("deepseek_v3", rounded_to_int4, re.compile(r"mlp\.experts\.\d+\.\w+\.weight$")),
+        ((), "weights must be none for a checkpoint quantised by 'fp8', got 2:4"),
+        (
+            ("--experts", "0.25", "--update", "least-squares"),
+            "update must be 'none' for a checkpoint quantised by 'fp8'",
+        ),
+        (
+            ("--experts", "0.25", "--dry-run", "--weights", "2:4"),
+            "weights must be none for a checkpoint quantised by 'fp8'",
+        ),
+        (("--experts", "0.25", "--whole"), "the model must not be quantised, got one by 'fp8'"),
     ],
-    ids=["mxfp4", "int4"],
 )
-def test_bf16_copies_of_4_bit_weights_are_dense(family, rounded, matrix, way, tmp_path):
-    """Their zeros are what rounding leaves: pruned without --allow-pruned."""
-    source, out = tmp_path / "in", tmp_path / "out"
-    tensors = checkpoint(source, family)
-    experts = [key for key in tensors if matrix.search(key)]
-    tensors |= {key: rounded(tensors[key]) for key in experts}
-    finish(source, tensors)
-    zeros = sum(int((tensors[key] == 0).sum()) for key in experts) / sum(tensors[key].numel() for key in experts)
-    assert 0.05 < zeros < 0.15
-    result = command("prune", source, out, *WAYS[way], "--calibration", text(tmp_path), *SMALL)
-    assert result.exit_code == 0, result.output
-    assert command("inspect", out, "--against", source).exit_code == 0
-    if way != "experts":
-        after = {key: each for file in out.glob("*.safetensors") for key, each in load_file(file).items()}
-        for key in experts:
-            kept = after[key] != 0
-            assert kept.any() and after[key][kept].equal(tensors[key][kept])
+def test_what_cannot_be_done_is_said_before_the_plan(arguments, message, source, tmp_path, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "prune", source, tmp_path / "out", *TEXT, *arguments)
+    assert code == 1 and message in err and "calibration tokens" not in err
+    assert not (tmp_path / "out").exists()

@@ -377,6 +377,20 @@ def test_zero_is_exact_and_the_other_codes_keep_their_bits(name, dtype):
     assert all(written[what] is parts[what] for what in parts if what != CODES)
 
 
+def test_codes_under_a_scale_of_zero_keep_their_bits():
+    parts = {CODES: fp8(16, 32), SCALE: torch.zeros(1, 1)}
+    written = Fp8Block((16, 32)).encode(torch.zeros(16, 32, dtype=BF16), parts)
+    assert torch.equal(written[CODES].view(torch.uint8), parts[CODES].view(torch.uint8))
+
+
+def test_a_zero_is_zero_where_the_value_was_too_small_for_bf16():
+    # 448 * 2 ** -143 is less than half of 2 ** -133, the smallest number of bf16
+    parts = {CODES: fp8(16, 32), SCALE: torch.full((1, 1), 2.0**-143)}
+    weight = Fp8Block((16, 32)).decode(parts, BF16)
+    assert not weight.any() and Fp8Block((16, 32)).decode(parts, F32).any()
+    assert not Fp8Block((16, 32)).decode(Fp8Block((16, 32)).encode(weight, parts), F32).any()
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_other_values_get_the_nearest_code(name):
     format, parts = EXAMPLES[name]

@@ -114,10 +114,13 @@ def test_another_shape_is_named(tmp_path):
         LayersOnDisk(altered(tmp_path, lambda tensors: tensors.update({KEY: torch.ones(2, 2)}))).open()
 
 
-def test_a_quantized_checkpoint_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "message"), [("moesparse", "is packed, .* `moesparse unpack`"), ("bitsandbytes", "got 'bitsandbytes'")]
+)
+def test_packed_checkpoints_and_unknown_formats_are_refused(method, message, tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": method}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="is quantized \\(fp8\\)"):
+    with pytest.raises(UnsupportedModelError, match=message):
         LayersOnDisk(tmp_path)

@@ -42,7 +42,9 @@ class Fp4(Coded):
 
     def values(self, codes: Tensor, parts: Parts) -> Tensor:
         table = torch.tensor(FP4_VALUES, device=codes.device)
-        return table[codes.int()] * spread(self.scales(parts), self.group, codes.shape[-1], -1)
+        # indexing with a tensor takes twice the time of index_select
+        values = table.index_select(0, codes.flatten().int()).view(codes.shape)
+        return values.mul_(spread(self.scales(parts), self.group, codes.shape[-1], -1))
 
     def scales(self, parts: Parts) -> Tensor:
         """float32 (..., out, in / group)."""

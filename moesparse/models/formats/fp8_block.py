@@ -42,7 +42,7 @@ class Fp8Block(Coded):
         return parts[CODES].view(torch.uint8)
 
     def values(self, codes: Tensor, parts: Parts) -> Tensor:
-        return codes.view(torch.float8_e4m3fn).float() * self._scales(codes, parts)
+        return codes.view(torch.float8_e4m3fn).float().mul_(self._scales(codes, parts))
 
     def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
         return nearest_fp8((weight / self._scales(weight, parts)).nan_to_num(0))

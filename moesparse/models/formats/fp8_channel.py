@@ -29,7 +29,7 @@ class Fp8Channel(Coded):
         return parts[CODES].view(torch.uint8)
 
     def values(self, codes: Tensor, parts: Parts) -> Tensor:
-        return codes.view(torch.float8_e4m3fn).float() * scales_of(parts[SCALE])
+        return codes.view(torch.float8_e4m3fn).float().mul_(scales_of(parts[SCALE]))
 
     def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
         return nearest_fp8((weight / scales_of(parts[SCALE])).nan_to_num(0))

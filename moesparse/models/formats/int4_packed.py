@@ -60,7 +60,7 @@ class Int4Packed(Coded):
 
     def values(self, codes: Tensor, parts: Parts) -> Tensor:
         scale, zero = self._scale_and_zero(parts, codes.shape[-1])
-        return (codes.float() - zero) * scale
+        return codes.float().sub_(zero).mul_(scale)
 
     def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
         scale, zero = self._scale_and_zero(parts, weight.shape[-1])

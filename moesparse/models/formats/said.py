@@ -21,7 +21,10 @@ from moesparse.models.formats.nvfp4 import Nvfp4, Nvfp4ModelOpt
 from moesparse.models.formats.packed_nm import PackedNm
 from moesparse.system.shards import read_json
 
-__all__ = ["formats_of", "said_of"]
+__all__ = ["PACKED", "formats_of", "said_of"]
+
+PACKED = "moesparse"
+"""quant_method of a checkpoint with packed n:m weights."""
 
 Said = Mapping[str, Any]
 
@@ -192,5 +195,5 @@ _METHODS: Mapping[Any, Callable[[Said], Iterator[Format]]] = {
     "modelopt": _modelopt,
     "awq": _awq,
     "gptq": _gptq,
-    "moesparse": _moesparse,
+    PACKED: _moesparse,
 }

@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesparse.errors import CheckpointError
 from moesparse.models.formats.base import CODES, Format
-from moesparse.models.formats.said import formats_of, said_of
+from moesparse.models.formats.said import PACKED, formats_of, said_of
 from moesparse.system.shards import Shards, TensorSpec
 
 __all__ = ["Stored", "StoredWeights"]
@@ -21,8 +22,8 @@ __all__ = ["Stored", "StoredWeights"]
 # dtypes that stand for nothing without a scale
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
 
-# ends of names that only quantised weights have
-_MARKS = ("weight_scale_inv", "weight_packed", "qweight", "_blocks", "weight_meta")
+# ends of names that only codes have; scales may be left over
+_MARKS = ("weight_packed", "qweight", "_blocks")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Stored:
 class StoredWeights(Shards):
     """Shards in which every quantised weight is one tensor under the key that a bf16 checkpoint has for it.
 
-    `read` gives the matrix. What is copied is copied from `raw`.
+    `read` gives the matrix. `raw` has the tensors as they lie on the disk, to be copied.
 
     Args:
         raw: the shards as they are.
@@ -56,15 +57,17 @@ class StoredWeights(Shards):
         where: the folder, for errors.
 
     Attributes:
-        raw: as given.
         stored: key -> how it is stored, of weights that are not plain.
+        said: quantization_config of the folder, or None.
 
     Raises:
         CheckpointError: tensors that contradict the formats or each other; named.
     """
 
+    said: Mapping[str, Any] | None = None
+
     def __init__(self, raw: Shards, formats: Sequence[Format], dtype: torch.dtype, where: str) -> None:
-        self.raw, self.files, self._dtype, self._where = raw, raw.files, dtype, where
+        self._raw, self.files, self._dtype, self._where = raw, raw.files, dtype, where
         self.stored: dict[str, Stored] = {}
         for name in raw.tensors:
             for key, stored in _weights_of(name, formats, raw):
@@ -94,13 +97,31 @@ class StoredWeights(Shards):
 
     @classmethod
     def of_folder(cls, folder: str | os.PathLike[str], dtype: torch.dtype) -> StoredWeights:
-        """Of a folder, in the formats that its config.json names.
+        """Of a folder, in the formats that its config.json names; packed n:m weights stay the tensors that they are.
 
         Raises:
             CheckpointError: it is damaged, or contradicts itself. UnsupportedModelError: a format that is not known.
         """
         folder = Path(folder)
-        return cls(Shards.open(folder), formats_of(said_of(folder)), dtype, f"the checkpoint {folder}")
+        said = said_of(folder)
+        formats = () if said is not None and said.get("quant_method") == PACKED else formats_of(said)
+        weights = cls(Shards.open(folder), formats, dtype, f"the checkpoint {folder}")
+        weights.said = said
+        return weights
+
+    @property
+    def raw(self) -> Shards:
+        """The shards as they lie on the disk."""
+        return self._raw
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the formats that weights are stored in, besides plain."""
+        return sorted({stored.format.name for stored in self.stored.values()})
+
+    def stored_bytes(self, name: str) -> int:
+        """Of all tensors of a weight, on the disk."""
+        return sum(self._raw.tensors[each].nbytes for each in self.names_of(name))
 
     def names_of(self, key: str) -> tuple[str, ...]:
         """The tensors that hold a weight; the key itself where it is plain."""
@@ -127,20 +148,25 @@ class StoredWeights(Shards):
         """
         if name not in self.stored:
             return self.raw.read(name, entry, codes=codes)
+        return self._decoded(name, entry, self._dtype)
+
+    def _decoded(self, name: str, entry: int | None, dtype: torch.dtype) -> Tensor:
         stored = self.stored[name]
         parts = {what: self.raw.read(part, entry, codes=True) for what, part in stored.names.items()}
         try:
-            return stored.format.decode(parts, self._dtype)
+            return stored.format.decode(parts, dtype)
         except ValueError as error:
             raise type(error)(f"{name} of {self._where}: {error}") from error
 
     def copy_to(self, name: str, out: Tensor) -> None:
-        """Read a tensor into one of its shape; of a stack of experts one at a time."""
-        if name in self.stored and self.is_stacked(name):
+        """Read a tensor into one of its shape, rounded once to its dtype; of a stack of experts one at a time."""
+        if name not in self.stored:
+            super().copy_to(name, out)
+        elif self.is_stacked(name):
             for entry in range(self.tensors[name].shape[0]):
-                out[entry].copy_(self.read(name, entry))
+                out[entry].copy_(self._decoded(name, entry, out.dtype))
         else:
-            out.copy_(self.read(name))
+            out.copy_(self._decoded(name, None, out.dtype))
 
     def read_ahead(self, names: Iterable[str]) -> None:
         self.raw.read_ahead(part for name in names for part in self.names_of(name))

@@ -38,7 +38,7 @@ class Words(Coded):
     def values(self, codes: Tensor, parts: Parts) -> Tensor:
         groups = self.group_of(parts, codes.shape[-1])
         zero, scale = (each.mT[..., groups] for each in (self.zeros(parts), scales_of(parts[SCALE])))
-        return (codes.float() - zero) * scale
+        return codes.float().sub_(zero).mul_(scale)
 
     def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
         groups = self.group_of(parts, weight.shape[-1])

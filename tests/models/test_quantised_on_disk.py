@@ -1,0 +1,54 @@
+"""A quantised checkpoint read layer by layer is the model that transformers dequantises, to the bit."""
+
+import pytest
+import torch
+from quantised_folders import write_quantised
+from transformers import AutoModelForCausalLM
+
+from moesparse.models.on_disk import LayersOnDisk
+
+# where transformers reads the format on a CPU, alone or with compressed-tensors; of NVFP4 it drops the global scale
+BY_TRANSFORMERS = ["fp8 deepseek", "fp8 qwen", "mxfp4", "fp4 deepseek"]
+BY_COMPRESSED_TENSORS = ["int4", "fp8 channel", "mxfp4 packed"]
+
+
+def whole(folder):
+    """The state of a folder, read layer by layer."""
+    layers = LayersOnDisk(folder).open()
+    state = {name: layers.model.state_dict()[name] for name in layers.outside}
+    for position in range(len(layers)):
+        with layers.hold(position):
+            state |= {name: tensor.clone() for name, tensor in layers.state(position).items()}
+    return state
+
+
+def dequantised(folder):
+    """As transformers loads it."""
+    from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+
+    kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config, "compressed-tensors": CompressedTensorsConfig}
+    said = LayersOnDisk(folder).said
+    wanted = kinds[said["quant_method"]](dequantize=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", quantization_config=wanted, output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["mismatched_keys"]
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", BY_TRANSFORMERS + BY_COMPRESSED_TENSORS)
+def test_the_layers_are_those_that_transformers_dequantises(case, tmp_path):
+    if case in BY_COMPRESSED_TENSORS:
+        pytest.importorskip("compressed_tensors")
+    folder = write_quantised(tmp_path / "model", case)
+    model, ours = dequantised(folder), whole(folder)
+    theirs = model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    ids = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(ids).logits
+        model.load_state_dict(ours)
+        assert model(ids).logits.equal(want)
+        assert want.isfinite().all()
