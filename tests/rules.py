@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from planted import EXPERT, Planted, is_matrix, layer_of
 
-OURS = {"README.md", "config.json", "moesparse_report.json", "moesparse_manifest.json"}
+OURS = {"README.md", "config.json", "moesparse_report.json", "moesparse_manifest.json", "moesparse_plan.json"}
 NOTES = {"moesparse", "quantization_config"}
 COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"}
 GROUPS = {"n_group", "num_expert_group"}

@@ -115,8 +115,8 @@ def load_model(source: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
             besides = f", but {_some(strange)}, which the model has no place for" if strange else ""
             raise CheckpointError(f"{whose} {what} {_some(loading[keys])}{besides}")
     if quantization_of(config) is None:
-        # codes that nothing explains are refused
-        StoredWeights.of_folder(source, model.dtype)
+        weights = StoredWeights.of_folder(source, model.dtype)
+        weights.check_plain(name for name in weights.tensors if name not in loading["unexpected_keys"])
     if loading["unexpected_keys"]:
         warnings.warn(
             f"{whose} holds what the model has no place for: {_some(loading['unexpected_keys'])}", stacklevel=2

@@ -141,21 +141,9 @@ def prune(
     written: dict[str, Any] = {"from_model": demonstrations_from_model, "temperature": temperature, "chat": chat}
     machine: dict[str, Any] = {"batch_size": batch_size, "device": options.resolve_device(device)}
     text = TextOptions(calibration or [], samples, length, seed or 0, **written, **machine)
-    run = _Run(
-        model,
-        out,
-        recipe,
-        text,
-        statistics or [],
-        seed,
-        allow_pruned,
-        resume,
-        dry_run,
-        max_memory,
-        whole,
-        as_json,
-        bool(update),
-    )
+    same = ("model", "out", "seed", "allow_pruned", "resume", "dry_run", "max_memory", "whole", "as_json")
+    how: dict[str, Any] = {name: asked[name] for name in same}
+    run = _Run(recipe=recipe, text=text, statistics=statistics or [], names_update=bool(update), **how)
     run.check(report)
     with quiet_libraries():
         found = run.on_whole_model() if run.loads else run.layer_by_layer()

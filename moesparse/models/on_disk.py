@@ -97,6 +97,7 @@ class LayersOnDisk(Layers):
         if self._shards is None:
             shards = StoredWeights.of_folder(self.folder, self.model.dtype)
             self._check_keys(shards)
+            shards.check_plain(name for name in shards.tensors if name not in self.surplus)
             self._fill(self.outside, None, shards)
             self.model.tie_weights()
             self._shards = shards

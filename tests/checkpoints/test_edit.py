@@ -15,13 +15,14 @@ from moesparse.checkpoints.inspection import inspect_folder
 from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
 from moesparse.checkpoints.repack import pack_folder, unpack_folder
 from moesparse.errors import CalibrationError, CheckpointError, UnsupportedModelError
+from moesparse.experts.plan_file import PLAN_FILE
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.system.json_text import json_with
 from moesparse.system.manifest import MANIFEST_FILE
 from moesparse.system.shards import Shards
 from moesparse.testing import tiny_model
 
-OWN = {"config.json", MANIFEST_FILE, REPORT_FILE, "README.md"}
+OWN = {"config.json", MANIFEST_FILE, PLAN_FILE, REPORT_FILE, "README.md"}
 EXPERT = re.compile(r"(.*layers\.(\d+)\..*\bexperts\.)(\d+)(\..*)")
 
 

@@ -167,11 +167,10 @@ def without(tensors, name):
     ("said", "tensors", "match"),
     [
         # its quantization_config was deleted
-        (None, block(), "must say in quantization_config of config.json how x.weight_scale_inv is stored, got F32"),
+        (None, block(), "must say in quantization_config of config.json how x.weight is stored, got F8_E4M3"),
         (None, int4(), "must say in quantization_config .* how x.weight_packed is stored, got I32"),
         # the config is of another method than the tensors
         (FP8, gptq(), "how x.qweight is stored"),
-        (GPTQ, block(), "how x.weight_scale_inv is stored, got F32"),
         (FP8, {"x.weight": z(24, 64, dtype=BF16)}, "must hold tensors of fp8_block, fp4_deepseek, as its"),
         # one of the tensors is missing
         (FP8, without(block(), "x.weight_scale_inv") | {"y.weight": z(2, dtype=BF16)}, "how x.weight is stored"),
@@ -191,7 +190,8 @@ def without(tensors, name):
 )
 def test_contradictions_are_refused_by_name(tmp_path, said, tensors, match):
     with pytest.raises(CheckpointError, match=match):
-        found(tmp_path, said, tensors)
+        weights = found(tmp_path, said, tensors)
+        weights.check_plain(weights.tensors)
 
 
 def test_a_shape_that_the_words_do_not_have_is_refused_when_it_is_read(tmp_path):

@@ -84,7 +84,8 @@ class StoredWeights(Shards):
         for name, info in raw.tensors.items():
             owner = self._owner.get(name)
             if owner is None:
-                self._check_plain(name)
+                if name.endswith(_MARKS):
+                    raise self._unexplained(name)
                 self.tensors[name] = info
             elif name == self.stored[owner].names[CODES]:
                 spec = TensorSpec.of(owner, dtype, self.shape_of(owner))
@@ -171,14 +172,25 @@ class StoredWeights(Shards):
     def read_ahead(self, names: Iterable[str]) -> None:
         self.raw.read_ahead(part for name in names for part in self.names_of(name))
 
-    def _check_plain(self, name: str) -> None:
+    def check_plain(self, names: Iterable[str]) -> None:
+        """Refuse plain tensors of a model that hold codes: without scales they mean nothing.
+
+        Raises:
+            CheckpointError: names one, and what it is.
+        """
+        for name in names:
+            info = self.raw.tensors.get(name)
+            if info is None or name in self.stored:
+                continue
+            if info.dtype in _CODES or (info.dtype in ("I8", "U8") and name.endswith(".weight")):
+                raise self._unexplained(name)
+
+    def _unexplained(self, name: str) -> CheckpointError:
         info = self.raw.tensors[name]
-        codes = info.dtype in _CODES or (info.dtype in ("I8", "U8") and name.endswith(".weight"))
-        if codes or name.endswith(_MARKS):
-            raise CheckpointError(
-                f"{self._where} must say in quantization_config of config.json how {name} is stored, got {info.dtype} "
-                f"{list(info.shape)}, which nothing there explains"
-            )
+        return CheckpointError(
+            f"{self._where} must say in quantization_config of config.json how {name} is stored, got {info.dtype} "
+            f"{list(info.shape)}, which nothing there explains"
+        )
 
 
 def _weights_of(name: str, formats: Sequence[Format], raw: Shards) -> list[tuple[str, Stored]]:
