@@ -122,8 +122,8 @@ class LayerStream:
         self._tuple_length: list[int | None] = [None] * len(self._trunk)
         if behind is not None and inputs is not None:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: the layer that predicts a further token is run on text alone, got records "
-                "with images: leave it out with mtp='drop', or as it is with 'keep' (--mtp)"
+                f"{type(model).__name__}: the layer that predicts a further token is run on text alone, got images: "
+                "leave it out with mtp='drop', or as it is with 'keep' (--mtp)"
             )
         let_experts_run(model)
         self._inputs, self._adds = inputs, False

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import moesparse
 from moesparse.calibration.data import text_of
+from moesparse.calibration.windows import ImageWindows
 from moesparse.checkpoints.against import compare_folders
 from moesparse.checkpoints.inspection import inspect_folder
 from moesparse.checkpoints.repack import pack_folder, unpack_folder
@@ -184,6 +186,38 @@ def test_distilled_experts_are_trained_and_towers_are_not(family, form, mode, tm
     assert compare_folders(tmp_path / "new", source).problems == []
 
 
+@pytest.mark.parametrize("form", ["saved", "fused"])
+def test_a_layer_that_predicts_a_further_token_goes_with_the_text_model(form, tmp_path):
+    """As Qwen3.5 has it: mtp.* beside the wrapper, its count in text_config."""
+    source, out = folder_of("qwen3_5_moe", form, tmp_path / "in"), tmp_path / "out"
+    file, prefix = source / "model.safetensors", "model.language_model.layers.1."
+    tensors = load_file(file)
+    further = {key.replace(prefix, "mtp.layers.0."): each * 1.5 for key, each in tensors.items() if prefix in key}
+    norm = tensors[f"{prefix}input_layernorm.weight"]
+    further |= {f"mtp.{name}.weight": norm + 0.5 for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    save_file(tensors | further | {"mtp.fc.weight": torch.randn(32, 64).bfloat16()}, file, metadata={"format": "pt"})
+    config = source / "config.json"
+    config.write_text(json_with(config.read_text(), {("text_config", "mtp_num_hidden_layers"): 1}))
+
+    moesparse.prune_checkpoint(source, out, windows(), replace(BOTH, mtp="prune"))
+    assert compare_folders(out, source).problems == []
+    after = tensors_of(out)
+    if form == "saved":
+        assert sum("mtp.layers.0.mlp.experts." in key for key in after) == 3 * 6
+    else:
+        assert len(after["mtp.layers.0.mlp.experts.down_proj"]) == 6
+    assert json.loads((out / "config.json").read_text())["text_config"]["mtp_num_hidden_layers"] == 1
+
+    ids, seen = map(list, zip(*(record(tiny_model("qwen3_5_moe"), seed) for seed in range(4)), strict=True))
+    ids = torch.stack(ids)
+    images = ImageWindows(ids, torch.ones_like(ids).bool(), seen, [""] * 4, torch.zeros_like(ids).bool(), 4)
+    with pytest.raises(UnsupportedModelError, match=r"run on text alone, got images: leave it out with mtp='drop'"):
+        moesparse.prune_checkpoint(source, tmp_path / "seen", images, replace(BOTH, mtp="prune"))
+    moesparse.prune_checkpoint(source, tmp_path / "left", images, replace(BOTH, mtp="drop"))
+    assert not any(key.startswith("mtp.") for key in tensors_of(tmp_path / "left"))
+    assert compare_folders(tmp_path / "left", source).problems == []
+
+
 def test_a_text_model_taken_out_of_a_wrapper_is_saved_into_its_folder(tmp_path):
     """transformers gives the text model alone to who asks for a causal one; its settings lie in text_config."""
     source, out = folder_of("qwen3_5_moe", "saved", tmp_path / "in"), tmp_path / "out"
@@ -242,8 +276,6 @@ def test_text_alone_is_warned_of_where_there_is_a_tower():
 
 
 def test_images_are_refused_by_a_model_without_eyes():
-    from moesparse.calibration.windows import ImageWindows
-
     ids = windows()
     seen = ImageWindows(ids, torch.ones_like(ids).bool(), [{}] * 4, [""] * 4, torch.zeros_like(ids).bool(), 0)
     with pytest.raises(UsageError, match="text alone for MixtralForCausalLM, which takes no images"):
