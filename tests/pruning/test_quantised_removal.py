@@ -1,9 +1,11 @@
 """Experts removed from quantised checkpoints: what stays has its bytes, and the result is the dense model cut alike."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from further_tokens import checkpoint
 from quantised_folders import CASES, fp8_blocks, quantise_folder, write_quantised
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -161,17 +163,27 @@ def test_a_byte_that_differs_is_found(tmp_path):
     ]
 
 
-def test_layers_that_predict_further_tokens_go_with_their_scales(tmp_path):
-    source = write_quantised(tmp_path / "source", "fp8 deepseek")
-    from safetensors.torch import load_file, save_file
-
-    held = load_file(source / "model.safetensors")
-    more = {name.replace("layers.1.", "layers.2."): each.clone() for name, each in held.items() if "layers.1." in name}
-    save_file(held | more, source / "model.safetensors", metadata={"format": "pt"})
-    report = prune_checkpoint(source, tmp_path / "out", WINDOWS, CUT, batch_size=4)
-    assert sorted(report.surplus["dropped"]) == sorted(more)
+@pytest.mark.parametrize("mtp", [None, "prune"])
+def test_layers_that_predict_further_tokens_are_in_their_own_format(mtp, tmp_path):
+    source = checkpoint(tmp_path / "source", "deepseek_v3", dtype=torch.bfloat16)
+    _, is_quantised, quantise, said = CASES["fp8 deepseek"]
+    quantise_folder(source, lambda key, tensor: is_quantised(key, tensor) and "eh_proj" not in key, quantise, said)
+    further = {name: each for name, each in raw(source).items() if name.startswith("model.layers.2.")}
+    recipe = replace(CUT, mtp=mtp)
+    report = prune_checkpoint(source, tmp_path / "out", WINDOWS, recipe, batch_size=4)
     assert compare_folders(tmp_path / "out", source).problems == []
-    calibrate_checkpoint(source, tmp_path / "sums", WINDOWS, batch_size=4)
+    after = {name: each for name, each in raw(tmp_path / "out").items() if name.startswith("model.layers.2.")}
+    if mtp is None:
+        assert not after and sorted(report.surplus["dropped"]) == sorted(further)
+        return
+    # the layer has lost as many experts as the others, codes and scales
+    kept = kept_in(tmp_path / "out")
+    names = {new: name for name in further if (new := renamed(name, kept)) is not None}
+    assert len(kept[2]) == 6 and after.keys() == names.keys()
+    assert {new for new, name in names.items() if after[new] != further[name]} == {
+        "model.layers.2.mlp.gate.weight",
+        "model.layers.2.mlp.gate.e_score_correction_bias",
+    }
 
 
 def test_saved_statistics_choose_as_the_text_does(tmp_path):
