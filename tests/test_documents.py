@@ -55,7 +55,7 @@ def test_gzip_and_byte_order_marks_change_no_token(tmp_path, tokenizer, suffix, 
     content = documents[0] if suffix == ".txt" else "".join(json.dumps({"text": each}) + "\n" for each in documents)
     plain = write(tmp_path / ("plain.txt" if suffix == ".txt" else "plain.jsonl"), content)
     encoded = content.encode(codec)
-    file = write(tmp_path / f"c4{suffix}{'.gz' if packed else ''}", gzip.compress(encoded) if packed else encoded)
+    file = write(tmp_path / f"c4{suffix}{'.gz' if packed else ''}", gzip.compress(encoded, mtime=0) if packed else encoded)
     found: list[SourceRead] = []
     assert torch.equal(stream(file, tokenizer, found=found), stream(plain, tokenizer))
     assert found == [SourceRead(file, 1 if suffix == ".txt" else 2)]
@@ -79,7 +79,7 @@ def test_a_file_of_utf_16_in_many_blocks_is_one_document(tmp_path, tokenizer, mo
     [
         (
             "cut.jsonl.gz",
-            gzip.compress(b'{"text": "old owls"}' * 99)[:-9],
+            gzip.compress(b'{"text": "old owls"}' * 99, mtime=0)[:-9],
             r"must be a whole gzip file, got a cut or dama",
         ),
         ("a.txt.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\0\xff\xff\xff", "must be a whole gzip file, got a cut or damaged one"),
@@ -87,7 +87,7 @@ def test_a_file_of_utf_16_in_many_blocks_is_one_document(tmp_path, tokenizer, mo
         ("a.jsonl.xz", b"\xfd7zXZ\0rest", "got xz data: unpack it"),
         ("odd.txt", "trees".encode("utf-16")[:-1], "must be UTF-16-LE text, got byte"),
         ("bare.txt", "trees".encode("utf-16-le"), "got binary data .*; UTF-16 is known by its byte-order mark"),
-        ("inner.txt.gz", gzip.compress(b"\x7fELF\0\0"), "must be text, got binary data"),
+        ("inner.txt.gz", gzip.compress(b"\x7fELF\0\0", mtime=0), "must be text, got binary data"),
         ("a.json", '[\n{"text": "a"}]', "must have one JSON object a line, got an array; this writes it so: python -c"),
         ("b.json", '{\n"text": "a"}', r"b\.json line 1 must be a JSON object, got \{"),
     ],
