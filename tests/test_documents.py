@@ -55,7 +55,9 @@ def test_gzip_and_byte_order_marks_change_no_token(tmp_path, tokenizer, suffix, 
     content = documents[0] if suffix == ".txt" else "".join(json.dumps({"text": each}) + "\n" for each in documents)
     plain = write(tmp_path / ("plain.txt" if suffix == ".txt" else "plain.jsonl"), content)
     encoded = content.encode(codec)
-    file = write(tmp_path / f"c4{suffix}{'.gz' if packed else ''}", gzip.compress(encoded, mtime=0) if packed else encoded)
+    file = write(
+        tmp_path / f"c4{suffix}{'.gz' if packed else ''}", gzip.compress(encoded, mtime=0) if packed else encoded
+    )
     found: list[SourceRead] = []
     assert torch.equal(stream(file, tokenizer, found=found), stream(plain, tokenizer))
     assert found == [SourceRead(file, 1 if suffix == ".txt" else 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from moesparse.packed.conversions import Patterns
 
-__all__ = ["EditedModel", "edited_model", "folder_of", "is_packed", "stores_other_dtypes"]
+__all__ = ["EditedModel", "edited_model", "folder_of", "is_packed", "other_dtype", "stores_other_dtypes"]
 
 _PACKING = "quantization_config"
 
@@ -129,6 +130,24 @@ def edited_model(
         return problem
     known = {*tensors, *(getattr(model, "all_tied_weights_keys", None) or {})}
     return EditedModel(model, edit, tensors, known, blocks)
+
+
+def other_dtype(source: Path, dtype: torch.dtype) -> str | None:
+    """In words, that a model is in another dtype than its folder is stored in; None where it is not.
+
+    Most of the bytes count: a few tensors are kept in float32 beside weights in bf16.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    try:
+        for info in Shards.open(source).tensors.values():
+            if info.torch_dtype is not None and info.torch_dtype.is_floating_point:
+                sizes[info.torch_dtype] += info.nbytes
+    except CheckpointError:
+        return None
+    stored = sizes.most_common(1)[0][0] if sizes else dtype
+    if stored == dtype:
+        return None
+    return f"it is stored in {stored} and the model is in {dtype}; source= names it all the same"
 
 
 def _dense_twin(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

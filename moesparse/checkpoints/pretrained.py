@@ -26,7 +26,14 @@ from moesparse.checkpoints.history import (
     read_report,
 )
 from moesparse.checkpoints.hub import local_folder
-from moesparse.checkpoints.origin import EditedModel, edited_model, folder_of, is_packed, stores_other_dtypes
+from moesparse.checkpoints.origin import (
+    EditedModel,
+    edited_model,
+    folder_of,
+    is_packed,
+    other_dtype,
+    stores_other_dtypes,
+)
 from moesparse.checkpoints.repack import pack_folder, unpack_folder
 from moesparse.checkpoints.skeleton import open_skeleton
 from moesparse.checkpoints.tokenizer import find_tokenizer, tokenizer_files
@@ -167,11 +174,11 @@ def save_pretrained(
 ) -> Surplus:
     """Write a model as a checkpoint: as the folder it came from, edited, or as transformers writes one.
 
-    The folder is `source`, or the local one that the model was loaded from, where that still holds its tensors. Every
-    file and every tensor of it is in the result as it was, but for what was pruned, trained, packed or removed: tensors
-    keep their dtypes, config.json its text, and what the model has no place for is carried over. A model that came from
-    nowhere, or from a folder that holds other tensors, is as transformers writes it; of the second a warning says why.
-    The report says which it was, under "written".
+    The folder is `source`, or the local one that the model was loaded from, where that still holds its tensors, and in
+    the dtype that the model is in. Every file and every tensor of it is in the result as it was, but for what was
+    pruned, trained, packed or removed: tensors keep their dtypes, config.json its text, and what the model has no place
+    for is carried over. A model that came from nowhere, or from a folder that holds other tensors, is as transformers
+    writes it; of the second a warning says why. The report says which it was, under "written".
 
     Args:
         model: a transformers model, pruned or not, packed or not; it is left as it is.
@@ -204,14 +211,16 @@ def save_pretrained(
     origin = folder_of(model) if source is None else Path(source)
     if source is not None and Path(source).is_dir():
         companions(Path(source))
-    if origin is not None and (packed or is_packed(origin)) and stores_other_dtypes(origin, model.dtype):  # type: ignore[arg-type]
+    # the values would be rounded to the folder's dtype, and nobody asked for it
+    other = other_dtype(origin, model.dtype) if source is None and origin is not None else None  # type: ignore[arg-type]
+    if origin is not None and not other and (packed or is_packed(origin)) and stores_other_dtypes(origin, model.dtype):  # type: ignore[arg-type]
         what = {"tokenizer": tokenizer, "recipe": recipe, "card": card, "report": report, "plan": plan}
         return _save_in_stored_dtypes(model, Path(folder), packed, origin, max_shard_size, what)
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
         with packed_metadata(model, blocks):  # type: ignore[arg-type]
             mtp = (recipe or {}).get("mtp")
-            edited = None if origin is None else edited_model(model, state, blocks, origin, mtp)  # type: ignore[arg-type]
+            edited = None if origin is None else other or edited_model(model, state, blocks, origin, mtp)  # type: ignore[arg-type]
         if isinstance(edited, str):
             warnings.warn(f"{origin} is not edited, for {edited}: the model is written {_WRITTEN_ANEW}", stacklevel=2)
             # who did not name the folder did not ask for its files

@@ -84,7 +84,8 @@ def demo(
                 best = (measured["perplexity"], pruned, report)
         progress(ProgressEvent("save and reload the best", steps, steps))
         _, pruned, report = best
-        # in float32, as it was measured: without a source, whose bf16 it would be stored in
+        # in float32, as it was measured: not as the embedded folder, edited, whose bf16 it would be stored in
+        pruned.config._name_or_path = ""
         save_pretrained(
             pruned,
             folder,

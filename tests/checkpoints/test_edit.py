@@ -296,6 +296,14 @@ def test_packed_in_memory_it_is_the_folder_too(tmp_path):
     assert "reward_head.weight" in (tmp_path / "out" / "README.md").read_text()
     assert files_of(tmp_path / "out") == files_of(source)
 
+    # in another dtype, with the folder named: its own is stored
+    again, _ = load_whole(tmp_path / "dense")
+    save_pretrained(again.float(), tmp_path / "wider", packed=True, source=source, recipe=report.recipe)
+    got, want = tensors_of(tmp_path / "wider"), tensors_of(tmp_path / "packed")
+    assert got.keys() == want.keys()
+    for name in want:
+        assert_same(got[name], want[name], name)
+
     # a model that is packed in memory, from a packed folder; and dense again
     with pytest.warns(UserWarning, match="has no place for"):
         again, _ = load_pretrained(tmp_path / "out")
@@ -348,6 +356,10 @@ def other_model(source, model):
     file.write_text(json_with(file.read_text(), {("model_type",): "olmoe"}))
 
 
+def another_dtype(source, model):
+    model.float()
+
+
 def a_link(source, model):
     (source / "notes").symlink_to("/etc/hostname")
 
@@ -359,6 +371,7 @@ def a_link(source, model):
         (other_layers, "it has another num_hidden_layers"),
         (other_tensors, r"it holds no model\.norm\.weight"),
         (other_model, "it holds a olmoe"),
+        (another_dtype, r"it is stored in torch\.bfloat16 and the model is in torch\.float32; source= names it"),
         (a_link, "notes must not lead out of its folder"),
     ],
 )

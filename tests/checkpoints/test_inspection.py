@@ -133,7 +133,7 @@ def test_the_command_ends_with_1_and_names_what_is_off(packed: Path):
     assert "looked at, and not all of it holds: tensors" in run.stdout
     assert "verified" not in run.stdout
     shard.unlink()
-    with pytest.raises(CheckpointError, match=f"must hold {shard.name}, which .* names, got a folder"):
+    with pytest.raises(CheckpointError, match=f"must hold {shard.name}, which .* names, got a folder without it"):
         CliRunner().invoke(app, ["inspect", str(packed)], catch_exceptions=False)
 
 
