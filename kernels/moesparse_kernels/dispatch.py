@@ -1,5 +1,6 @@
 """Which code runs an expert layer: the backends, what each needs, and the choice between them.
 
+    native           packed weights of any pattern in row order (or dense weights) through the compiled CPU kernels
     triton           packed 2:4 weights in fragment order (or dense weights) through the grouped GEMMs of this package
     semi_structured  packed 2:4 weights through torch's sparse tensor-core GEMMs, expert by expert
     unpack           packed weights of any pattern made dense in a scratch, then the dense layer
@@ -7,8 +8,8 @@
     reference        plain torch, any device
 
 The choice depends on the average number of rows per expert, the shape, the dtype and the device: from the device's
-measured table (tuning.py) where it has the shape, else from `_SPARSE_ROWS`. Where no sparse form wins, the layer
-runs dense.
+measured table (tuning.py) where it has the shape, else from `_SPARSE_ROWS`; on a CPU from `_NATIVE_ROWS`. Where no
+sparse form wins, the layer runs dense.
 """
 
 from __future__ import annotations
@@ -16,19 +17,27 @@ from __future__ import annotations
 import torch
 
 from .layout import NMWeight
+from .native_library import library, reason_without
 from .semi_structured import reason_unavailable
 from .tuning import backend_from_table
 
 __all__ = ["DENSE_BACKENDS", "NM_BACKENDS", "choose_dense_backend", "choose_nm_backend"]
 
-NM_BACKENDS = ("auto", "triton", "semi_structured", "unpack", "reference")
-DENSE_BACKENDS = ("auto", "triton", "grouped_mm", "reference")
+NM_BACKENDS = ("auto", "native", "triton", "semi_structured", "unpack", "reference")
+DENSE_BACKENDS = ("auto", "native", "triton", "grouped_mm", "reference")
 
 # rows per expert up to which reading half the weight should outweigh decoding it for every block of rows: an estimate
 # from instruction counts, used only where nothing was measured
 _SPARSE_ROWS = 256
 # rows per expert up to which the fused Triton layer is taken for dense experts, likewise
 _FUSED_DENSE_ROWS = 64
+# Rows per expert up to which the compiled kernels are faster than torch's products, by instruction path and dtype, of
+# packed weights (torch unpacks them first) and of dense ones.
+_NATIVE_ROWS: dict[str, dict[torch.dtype, tuple[int, int]]] = {
+    "avx512_bf16": {torch.bfloat16: (192, 64), torch.float16: (64, 16), torch.float32: (64, 16)},
+    "avx512": {torch.bfloat16: (64, 16), torch.float16: (64, 16), torch.float32: (64, 16)},
+    "avx2": {torch.bfloat16: (32, 8), torch.float16: (32, 8), torch.float32: (32, 8)},
+}
 
 
 def _on_gpu_or_interpreted(device: torch.device) -> bool:
@@ -41,7 +50,7 @@ def _on_gpu_or_interpreted(device: torch.device) -> bool:
 
 def _check_triton(device: torch.device, dtype: torch.dtype, order: str = "fragment") -> None:
     if not _on_gpu_or_interpreted(device):
-        raise ValueError(f'backend must be "auto" or "reference" on {device.type} tensors, got "triton"')
+        raise ValueError(f'backend must be "auto", "native" or "reference" on {device.type} tensors, got "triton"')
     if dtype.itemsize != 2:
         raise ValueError(f'backend "triton" must have bf16 or fp16 weights, got {dtype}; use "reference"')
     if order != "fragment":
@@ -49,6 +58,30 @@ def _check_triton(device: torch.device, dtype: torch.dtype, order: str = "fragme
             f'backend "triton" must have packed weights in "fragment" order, got {order!r}; '
             f'repack once with weight.to_order("fragment")'
         )
+
+
+def _reason_not_native(weight: NMWeight | torch.Tensor, device: torch.device) -> str | None:
+    """Why the compiled kernels cannot run a weight, None when they can."""
+    if device.type != "cpu":
+        return f"weights on a CPU are wanted, got {device.type}"
+    if isinstance(weight, NMWeight) and weight.order != "row":
+        return f'packed weights in "row" order are wanted, got {weight.order!r}; weight.to_order("row") once'
+    return reason_without()
+
+
+def _check_native(weight: NMWeight | torch.Tensor, device: torch.device) -> None:
+    reason = _reason_not_native(weight, device)
+    if reason is not None:
+        raise ValueError(f'backend "native" must fit the weight and the machine: {reason}')
+
+
+def _native_wins(weight: NMWeight | torch.Tensor, device: torch.device, rows: int) -> bool:
+    """Whether the compiled kernels can run a weight and are the fastest for so many rows."""
+    native = library()
+    if native is None or native.path is None or _reason_not_native(weight, device) is not None:
+        return False
+    packed, dense = _NATIVE_ROWS[native.path][weight.dtype]
+    return rows <= max(weight.shape[0], 1) * (packed if isinstance(weight, NMWeight) else dense)
 
 
 def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, intermediate: int) -> str:
@@ -65,6 +98,9 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
         ValueError: a forced backend cannot run this weight on this device.
     """
     device, E = weight.values.device, weight.shape[0]
+    if backend == "native":
+        _check_native(weight, device)
+        return backend
     if backend == "triton":
         _check_triton(device, weight.dtype, weight.order)
         return backend
@@ -75,6 +111,8 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
         return backend
     if backend != "auto":
         return backend
+    if device.type == "cpu" and _native_wins(weight, device, rows):
+        return "native"
     if device.type != "cuda" or weight.dtype.itemsize != 2:
         return "reference"
     if weight.order != "fragment":
@@ -92,6 +130,8 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
 
 def choose_dense_backend(backend: str, weight: torch.Tensor, rows: int) -> str:
     """The backend that will run a dense weight (E, N, K): `backend` itself, checked, unless it is "auto"."""
+    if backend == "native":
+        _check_native(weight, weight.device)
     if backend == "triton":
         _check_triton(weight.device, weight.dtype)
     has_grouped_mm = hasattr(torch.nn.functional, "grouped_mm") and weight.dtype == torch.bfloat16
@@ -102,6 +142,8 @@ def choose_dense_backend(backend: str, weight: torch.Tensor, rows: int) -> str:
         )
     if backend != "auto":
         return backend
+    if weight.device.type == "cpu" and _native_wins(weight, weight.device, rows):
+        return "native"
     if weight.device.type != "cuda" or weight.dtype.itemsize != 2:
         return "reference"
     aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0

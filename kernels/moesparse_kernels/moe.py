@@ -6,8 +6,8 @@
 Numerics of every backend but "reference" and "semi_structured": products accumulate in fp32; bias and activation are
 fp32; h is rounded once to the dtype of x; gates are applied and summed in fp32; y is rounded once. A row of the down
 projection is rounded to the dtype of x before the gate, unless its reduction was split, when it stays fp32.
-"reference", "semi_structured" and "grouped_mm" also round [gate | up], as torch's matrix products return it. No
-atomics anywhere: the same input gives the same bits.
+"native" never rounds such a row. "reference", "semi_structured" and "grouped_mm" also round [gate | up], as torch's
+matrix products return it. No atomics anywhere: the same input gives the same bits.
 
 The functions check arguments and call a torch op each (`torch.ops.moesparse.*`), so that
 torch.compile(fullgraph=True), torch.export and fake tensors see one node; ops take the tensors of an `NMWeight`
@@ -23,7 +23,8 @@ import torch
 
 from .dispatch import DENSE_BACKENDS, NM_BACKENDS, choose_dense_backend, choose_nm_backend
 from .layout import NMWeight
-from .moe_reference import ACTIVATIONS, down_reference, up_reference
+from .moe_native import down_native, layer_native, up_native
+from .moe_reference import ACTIVATIONS, activate_torch, down_reference, up_reference
 from .ops import route_inside
 from .schedule import Routings
 from .unpack import unpack
@@ -51,20 +52,22 @@ def moe_nm(
     """Run the experts of one layer on packed n:m weights.
 
     Args:
-        x: (T, H) tokens; bf16 or fp16, fp32 with the "reference" backend.
+        x: (T, H) tokens; bf16 or fp16, fp32 with the "native" and the "reference" backend.
         top_k_index: (T, top_k) int32 or int64, the experts of each token. Ids outside 0..E-1 are dropped.
         top_k_weights: (T, top_k), any float dtype: the gates, used as they are.
         gate_up: (E, 2 * I, H), gate rows then up rows; (E, I, H) when not gated. Dtype of x.
         down: (E, H, I), dtype of x.
-        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" or "none", fused into the first GEMM; or a function
-            from the (R, 2 * I) first projection to (R, I), for gates of another form. Rows of dropped slots hold
-            anything.
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" or "none", fused into the first GEMM; "swigluoai",
+            gpt-oss's: gate and up in alternating rows, (clamp(up) + 1) * gate * sigmoid(1.702 * gate) with gate clamped
+            to at most 7 and up to -7..7, fused by "native" alone; or a function from the (R, 2 * I) first projection to
+            (R, I), for gates of another form. Rows of dropped slots hold anything.
         gated: multiply the activated gate by up. Not looked at when `activation` is a function.
         gate_up_bias: (E, 2 * I) or (E, I), or None.
         down_bias: (E, H) or None.
-        backend: "auto" chooses by rows per expert, shape, dtype and device (dispatch.py). "triton" wants 2:4 weights
-            in fragment order; "semi_structured" 2:4 on an NVIDIA GPU, and waits for the device; "unpack" and
-            "reference" run any pattern. "reference" waits for the device on a GPU.
+        backend: "auto" chooses by rows per expert, shape, dtype and device (dispatch.py). "native", the compiled
+            kernels, wants a CPU and row order; "triton" wants 2:4 weights in fragment order; "semi_structured" 2:4 on
+            an NVIDIA GPU, and waits for the device; "unpack" and "reference" run any pattern. "reference" waits for the
+            device on a GPU.
 
     Returns:
         (T, H), dtype of x. No gradient: call under torch.no_grad().
@@ -116,7 +119,7 @@ def moe_dense(
     Args:
         gate_up: (E, 2 * I, H), gate rows then up rows; (E, I, H) when not gated. Last dim contiguous.
         down: (E, H, I), last dim contiguous.
-        backend: "auto", "triton", "grouped_mm" (bf16, torch's grouped GEMM) or "reference".
+        backend: "auto", "native" (a CPU), "triton", "grouped_mm" (bf16, torch's grouped GEMM) or "reference".
 
     The other arguments, the result and the errors are those of `moe_nm`.
     """
@@ -181,6 +184,8 @@ def _check_layer(
         raise ValueError(f"top_k_weights must be floating point, got {top_k_weights.dtype}")
     if isinstance(activation, str):
         _check_choice("activation", activation, ACTIVATIONS)
+        if activation == "swigluoai" and not gated:
+            raise ValueError('activation "swigluoai" must be gated, got gated=False')
     for name, weight in (("gate_up", gate_up), ("down", down)):
         if len(weight.shape) != 3:
             raise ValueError(f"{name} must be 3-D (experts, rows, columns), got shape {tuple(weight.shape)}")
@@ -242,6 +247,8 @@ def _up(
     """(T, H) -> (R, I) when gated, else (R, N), expert-sorted."""
     _, N, H = weight.shape
     backend, weight = _choose(backend, weight, top_k_index.numel(), H, N // 2 if gated else N)
+    if backend == "native":
+        return activate_torch(up_native(x, top_k_index, weight, bias), activation, gated)
     if backend == "reference":
         return up_reference(x, routings.rows(), weight, bias, activation, gated)
     # here, because a machine that only ever takes the reference needs no triton
@@ -262,6 +269,8 @@ def _down(
     """(R, I), expert-sorted -> (T, H)."""
     _, H, K = weight.shape
     backend, weight = _choose(backend, weight, top_k_index.numel(), H, K)
+    if backend == "native":
+        return down_native(rows, top_k_index, top_k_weights, weight, bias)
     if backend == "reference":
         return down_reference(rows, routings.rows(), top_k_weights, weight, bias)
     from .moe_gpu import down_gpu
@@ -299,9 +308,19 @@ def _layer(
     backend: str,
 ) -> torch.Tensor:
     """(T, H) -> (T, H): both projections on one routing."""
+    _, H, I = down.shape
+    if x.device.type == "cpu" and all(
+        _choose(backend, weight, top_k_index.numel(), H, I)[0] == "native" for weight in (gate_up, down)
+    ):
+        return layer_native(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated)
     with torch.cuda.device_of(x):
         routings = Routings(top_k_index, gate_up.shape[0], route_inside)
-        hidden = _up(x, top_k_index, gate_up, gate_up_bias, activation, gated, backend, routings)
+        if activation == "swigluoai":
+            # no other backend fuses it
+            rows = _up(x, top_k_index, gate_up, gate_up_bias, "none", False, backend, routings)
+            hidden = activate_torch(rows, activation, gated)
+        else:
+            hidden = _up(x, top_k_index, gate_up, gate_up_bias, activation, gated, backend, routings)
         return _down(hidden, top_k_index, top_k_weights, down, down_bias, backend, routings)
 
 

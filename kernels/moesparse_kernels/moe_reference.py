@@ -29,11 +29,22 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-ACTIVATIONS = tuple(_ACTIVATIONS)
+ACTIVATIONS = (*_ACTIVATIONS, "swigluoai")
+
+
+def _swigluoai(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(min=-7.0, max=7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
 
 def activate_torch(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
-    """act(gate) * up of x = [gate | up], or act(x) when not gated; fp32, rounded once to the dtype of x."""
+    """act(gate) * up of x = [gate | up], or act(x) when not gated; fp32, rounded once to the dtype of x.
+
+    "swigluoai" is gpt-oss's own: gate and up in alternating columns, clamped, and computed in the dtype of x as
+    transformers does.
+    """
+    if activation == "swigluoai":
+        return _swigluoai(x)
     function = _ACTIVATIONS[activation]
     if not gated:
         return x if activation == "none" else function(x.float()).to(x.dtype)

@@ -8,6 +8,8 @@ in the tables depends on the pattern:
 m = 4, 8         A byte holds a fixed number of weights: its table entry is the list of their columns, and whole rows
                  are one gather or scatter.
 m = 16, 32       The number varies from byte to byte: the bits are expanded and the weights selected by mask.
+
+On a CPU the compiled kernels write the dense rows where they are, the same bits.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from functools import cache
 from itertools import combinations
 
 import torch
+
+from .native_library import unpack_rows
 
 __all__ = ["as_bits", "count_kept", "decode_rows", "encode_rows", "pack_bits", "row_blocks", "unpack_bits"]
 
@@ -151,6 +155,8 @@ def decode_rows(values: torch.Tensor, index: torch.Tensor, n: int, m: int, out: 
     N, K = out.shape
     if not K:
         # a view as wider words asks where the storage begins, also for rows of no columns
+        return
+    if unpack_rows(values, index, n, m, out):
         return
     values, out = as_bits(values), as_bits(out)
     for rows in row_blocks(N, K, out.device):

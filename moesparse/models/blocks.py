@@ -164,7 +164,8 @@ class MoEBlock:
 
     @cached_property
     def activation_name(self) -> str | None:
-        """Name of the f in `f(gate) * up` on concatenated halves, or in `f(up)` without a gate; None if neither.
+        """Name of the f in `f(gate) * up` on concatenated halves, or in `f(up)` without a gate; "swigluoai" for what
+        gpt-oss computes of alternating columns; None if neither.
 
         Decided by what `activation` computes, so that a clamp or another order of the halves is never taken for silu.
         """
@@ -389,7 +390,15 @@ def _name_activation(block: MoEBlock) -> str | None:
             expected = function(probe)
         if actual.shape == expected.shape and torch.allclose(actual.double(), expected, rtol=1e-6, atol=1e-7):
             return name
+    if block.has_gate and torch.allclose(actual.double(), _swigluoai(probe), rtol=1e-6, atol=1e-7):
+        return "swigluoai"
     return None
+
+
+def _swigluoai(x: Tensor) -> Tensor:
+    """gpt-oss's gate with the constants that its models were trained with; another alpha or limit is another curve."""
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(min=-7.0, max=7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 def _expert_tensors(model: nn.Module, blocks: list[MoEBlock]) -> Iterator[tuple[str, Tensor, str]]:

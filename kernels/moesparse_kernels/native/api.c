@@ -1,0 +1,89 @@
+// The choice of an instruction path, and what the layer, the product and the unpacking share.
+#include <stddef.h>
+#include <string.h>
+
+#include "cpu.h"
+#include "path.h"
+#include "threads.h"
+
+#define MAX_PATHS 4
+
+static const path *paths[MAX_PATHS + 1]; // that this CPU has, best first
+static const path *in_use;
+
+#if defined(__x86_64__)
+static path path_avx512_bf16;
+#endif
+
+__attribute__((constructor)) static void find_paths(void) {
+  const cpu_features cpu = detect_cpu();
+  int count = 0;
+#if defined(__x86_64__)
+  path_avx512_bf16 = path_avx512;
+  path_avx512_bf16.name = "avx512_bf16";
+  path_avx512_bf16.kernels[MOESPARSE_BF16] = kernel_bf16_dot;
+  if (cpu.avx512_bf16) paths[count++] = &path_avx512_bf16;
+  if (cpu.avx512_vbmi2) paths[count++] = &path_avx512;
+  if (cpu.avx2) paths[count++] = &path_avx2;
+#endif
+  (void)cpu;
+  in_use = count ? paths[0] : NULL;
+}
+
+const path *current_path(void) { return in_use; }
+
+int32_t moesparse_abi(void) { return MOESPARSE_ABI; }
+
+const char *moesparse_sources(void) { return MOESPARSE_SOURCES; }
+
+const char *moesparse_path(int32_t index) {
+  return index >= 0 && index < MAX_PATHS && paths[index] ? paths[index]->name : NULL;
+}
+
+int32_t moesparse_force_path(const char *name) {
+  for (int i = 0; paths[i]; i++)
+    if (name == NULL || strcmp(paths[i]->name, name) == 0) {
+      in_use = paths[i];
+      return 1;
+    }
+  return 0;
+}
+
+matrix matrix_of(const moesparse_weight *w, int64_t expert, int dtype) {
+  const int dense = w->index == NULL;
+  matrix of = {
+      .values = (const uint8_t *)w->values + expert * w->value_expert,
+      .value_row = w->value_row,
+      .rows = w->rows,
+      .columns = w->columns,
+      .step_bytes = STEP * dtype_bytes(dtype),
+      .form = dense ? DENSE : w->n == 2 && w->m == 4 ? TWO_FOUR : ANY_NM,
+  };
+  // a dense matrix has no bitmask; its address is moved like the others but never read
+  of.index = dense ? of.values : (const uint8_t *)w->index + expert * w->index_expert;
+  if (!dense) {
+    of.index_row = w->index_row;
+    of.step_bytes = of.step_bytes / w->m * w->n;
+  }
+  return of;
+}
+
+// ---- memory reads, for benchmarks
+
+typedef struct {
+  const char *data;
+  uint64_t sum;
+} reading;
+
+static void read_pages(int64_t begin, int64_t end, void *context) {
+  reading *r = context;
+  uint64_t sum = 0;
+  for (int64_t page = begin; page < end; page++) sum += in_use->read_page(r->data + page * 4096);
+  __atomic_fetch_add(&r->sum, sum, __ATOMIC_RELAXED);
+}
+
+uint64_t moesparse_read(const void *data, int64_t bytes) {
+  reading r = {.data = data};
+  if (in_use) share_items(bytes / 4096, 64, read_pages, &r);
+  return r.sum;
+}
