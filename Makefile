@@ -14,7 +14,9 @@ TRITON_NEWEST := 3.9.0
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml .ci/constraints.txt
+NATIVE := kernels/moesparse_kernels/native
+
+$(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard $(NATIVE)/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moesparse needs Python >= 3.11, got " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -35,6 +37,16 @@ gpu: ## GPU tests, benchmarks, figures: PART="tests decode ..." SHAPES=... LIMIT
 	PYTHONPATH=.:kernels:$(PYTHONPATH) $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu \
 		$(if $(PART),--parts $(PART)) $(if $(SHAPES),--shapes $(SHAPES)) $(if $(AGAIN),--again) $(if $(LIMIT),--limit $(LIMIT)) \
 		$(if $(DRY),--dry --results $(or $(RESULTS),out/gpu-dry-run),$(if $(RESULTS),--results $(RESULTS)))
+
+native: ## the compiled CPU kernels, into the source tree (an install makes them too)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) setup.py --quiet build_ext --inplace
+
+# no leak check: nothing is freed by the guard pages' own allocator at the end
+test-native-sanitized: ## the compiled CPU kernels under the address and the undefined-behaviour sanitizer
+	mkdir -p build
+	$(CC) -std=gnu11 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DMOESPARSE_SOURCES='"sanitized"' \
+		-I $(NATIVE) -o build/native-sanitized tests/kernels/native/driver.c $(NATIVE)/*.c -lm
+	build/native-sanitized
 
 peers: $(STAMP) ## side by side with llm-compressor and plain baselines, in environments of their own
 	$(BIN)/python -m benchmarks.peers
@@ -102,4 +114,4 @@ format: $(STAMP) ## ruff's fixes and layout
 clean: ## remove what the targets made
 	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test test-triton test-vllm gpu peers lint format clean
+.PHONY: help demo test native test-native-sanitized test-triton test-vllm gpu peers lint format clean

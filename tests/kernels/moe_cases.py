@@ -25,6 +25,15 @@ def prune_2_4(weight: torch.Tensor) -> torch.Tensor:
     return groups.where(torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, keep, True), 0).flatten(-2).contiguous()
 
 
+def gated_hidden(activation: str, projected: torch.Tensor) -> torch.Tensor:
+    """act(gate) * up of [gate | up]; "swigluoai" has them in alternating columns, clamped."""
+    if activation == "swigluoai":
+        gate, up = projected[..., ::2].clamp(max=7.0), projected[..., 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    gate, up = projected.chunk(2, dim=-1)
+    return ACTIVATE[activation](gate) * up
+
+
 @dataclass
 class Layer:
     """One call of the expert layer, dense weights with 2:4 zeros."""
@@ -124,8 +133,7 @@ def oracle(layer: Layer, compute: torch.dtype, rounded: bool) -> torch.Tensor:
             if layer.gate_up_bias is not None:
                 hidden = hidden + layer.gate_up_bias[e].to(compute)
             if layer.gated:
-                gate, up = hidden.chunk(2)
-                hidden = ACTIVATE[layer.activation](gate) * up
+                hidden = gated_hidden(layer.activation, hidden)
             else:
                 hidden = ACTIVATE[layer.activation](hidden)
             row = layer.down[e].to(compute) @ stored(hidden)

@@ -172,8 +172,8 @@ ERRORS = {
         lambda a: a.update(top_k_index=a["top_k_index"].to("meta")),
         r"top_k_index must be on the device of x, cpu, got meta",
     ),
-    "backend": (lambda a: a.update(backend="cuda"), r"backend must be one of auto, triton, .*, got 'cuda'"),
-    "triton on cpu": (lambda a: a.update(backend="triton"), r'backend must be "auto" or "reference" on cpu tensors'),
+    "backend": (lambda a: a.update(backend="cuda"), r"backend must be one of auto, native, triton, .*, got 'cuda'"),
+    "triton on cpu": (lambda a: a.update(backend="triton"), r'backend must be "auto", "native" or "reference" on cpu tensors'),
 }
 
 

@@ -1,0 +1,431 @@
+"""The compiled CPU kernels: every instruction path this machine has, in turn, against fp64 and against plain torch."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moe_cases import ACTIVATE, SHAPES, Layer, assert_layer, gated_hidden, make_layer, prune_2_4
+
+from moesparse_kernels import dispatch, native_library, row_order
+from moesparse_kernels.layout import NMWeight
+from moesparse_kernels.moe import moe_dense, moe_nm
+from moesparse_kernels.moe_native import gemm_native
+
+NATIVE = native_library.library()
+pytestmark = pytest.mark.skipif(NATIVE is None, reason=str(native_library.reason_without()))
+PATHS = NATIVE.paths if NATIVE is not None else ()
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# every group size; few, half, most and all kept; 2:4 has code of its own
+PATTERNS = ((2, 4), (1, 4), (3, 4), (4, 4), (3, 8), (4, 8), (5, 16), (8, 16), (1, 32), (16, 32), (29, 32))
+ANYHOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    NATIVE.force_path(request.param)
+    yield request.param
+    NATIVE.force_path(None)
+
+
+def bits(tensor):
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+def random_mask(E, N, K, n, m, generator):
+    keep = torch.rand(E, N, K // m, m, generator=generator).topk(n, dim=-1).indices
+    return torch.zeros(E, N, K // m, m, dtype=torch.bool).scatter_(-1, keep, True).flatten(-2)
+
+
+def random_packed(E, N, K, n, m, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(E, N, K, generator=generator) * K**-0.5).to(dtype)
+    return NMWeight.pack(weight, random_mask(E, N, K, n, m, generator), n, m)
+
+
+def packed(layer, n=2, m=4):
+    return NMWeight.pack(layer.gate_up, n=n, m=m), NMWeight.pack(layer.down, n=n, m=m)
+
+
+def plain(monkeypatch):
+    """The process as it is without the library."""
+    monkeypatch.setattr(native_library, "_loaded", lambda: (None, "for a test"))
+
+
+# K that is no multiple of the 32 columns of a step, less than one, and more than a piece that stays in L1;
+# N around a group of 4 rows and around tiles of 32 and 64; T around every block size and tier
+columns = st.sampled_from((8, 24, 32, 40, 64, 96, 1000, 1056, 2080))
+sizes = st.tuples(
+    st.sampled_from(PATTERNS),
+    columns,
+    st.sampled_from((1, 3, 4, 5, 31, 64, 65, 130)),
+    st.sampled_from((0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 17, 23, 24, 29, 200)),
+    st.sampled_from(DTYPES),
+)
+
+
+@ANYHOW
+@given(size=sizes, seed=st.integers(0, 2**16))
+def test_product_against_fp64(path, size, seed):
+    (n, m), K, N, T, dtype = size
+    K = K // max(m, 8) * max(m, 8) or m
+    weight = random_packed(1, N, K, n, m, dtype, seed)
+    x = torch.randn(T, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    dense = weight.unpack()
+    product = gemm_native(x, weight, 0)
+    exact = x.double() @ dense[0].double().T
+    # the result is rounded once, half a unit in the last place (subnormals of fp16: half their step); a lane adds at
+    # most K / 8 products and what the lanes and pieces give, each addition rounding to fp32
+    terms = x.double().abs() @ dense[0].double().abs().T
+    bound = exact.abs() * torch.finfo(dtype).eps / 2 * 1.01 + terms * (K / 8 + 16) * 2.0**-24 + 2.0**-25
+    assert ((product.double() - exact).abs() <= bound).all()
+    # zeros of a dense weight change no sum, and the order of the products is the same
+    assert torch.equal(product, gemm_native(x, dense, 0))
+
+
+@ANYHOW
+@given(
+    sizes=st.tuples(
+        st.integers(0, 40),
+        st.integers(1, 4),
+        st.sampled_from((4, 7)),
+        st.sampled_from((40, 64, 96)),
+        st.sampled_from((8, 40, 72, 160)),
+    ),
+    dtype=st.sampled_from(DTYPES),
+    activation=st.sampled_from((*ACTIVATE, "swigluoai")),
+    gated=st.booleans(),
+    bias=st.booleans(),
+    routing=st.sampled_from(("spread", "one", "sentinels")),
+    ids=st.sampled_from((torch.int32, torch.int64)),
+    gates=st.sampled_from((torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+    seed=st.integers(0, 2**16),
+)
+def test_layer_against_fp64(path, sizes, dtype, activation, gated, bias, routing, ids, gates, seed):
+    if routing == "sentinels" and sizes[0] == 0:
+        routing = "spread"
+    options = {"bias": bias, "gated": gated or activation == "swigluoai", "routing": routing, "seed": seed}
+    layer = make_layer(*sizes, dtype=dtype, activation=activation, **options)
+    layer = replace(layer, top_k_index=layer.top_k_index.to(ids), top_k_weights=layer.top_k_weights.to(gates))
+    out = moe_nm(*layer.routed, *packed(layer), **layer.options, backend="native")
+    assert_layer(out, layer, "native")
+    dense = moe_dense(*layer.routed, layer.gate_up, layer.down, **layer.options, backend="native")
+    assert torch.equal(out, dense)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes_with_a_reason(path, shape, dtype):
+    *sizes, options = shape
+    layer = make_layer(*sizes, dtype=dtype, **options)
+    assert_layer(moe_nm(*layer.routed, *packed(layer), **layer.options, backend="native"), layer, "native")
+
+
+def test_tokens_of_more_than_one_tile(path):
+    # 420 tokens on one expert are three tiles of results, the last one small
+    layer = make_layer(420, 1, 2, 96, 72, routing="one", dtype=torch.float32)
+    assert_layer(moe_nm(*layer.routed, *packed(layer), backend="native"), layer, "native")
+
+
+def test_two_patterns_in_a_layer(path):
+    layer = make_layer(5, 2, 3, 64, 32, dtype=torch.float32)
+    mask = random_mask(3, 64, 32, 1, 4, torch.Generator().manual_seed(0))
+    layer = replace(layer, down=layer.down.where(mask, 0))
+    down = NMWeight.pack(layer.down, mask, 1, 4)
+    assert_layer(moe_nm(*layer.routed, packed(layer)[0], down, backend="native"), layer, "native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [*ACTIVATE, "swigluoai"])
+def test_activations_over_the_whole_range(path, activation, dtype):
+    # weights that let every value through: what comes out is the activation itself
+    values = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e4, -100.0, -88.0, -0.0, 0.0, 88.0, 100.0, 1e4])])
+    x = torch.zeros(values.numel(), 8)
+    x[:, 0], x[:, 1] = values, 0.75
+    x = x.to(dtype)
+    gate_up = torch.zeros(1, 16, 8, dtype=dtype)
+    # gate of hidden value 0 is the value, its up is 0.75; in alternating rows up is row 1
+    gate_up[0, 0, 0] = gate_up[0, 1 if activation == "swigluoai" else 8, 1] = 1
+    down = torch.zeros(1, 8, 8, dtype=dtype)
+    down[0, 0, 0] = 1
+    ids, gates = torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1)
+    out = moe_dense(x, ids, gates, gate_up, down, activation=activation, backend="native")[:, 0].double()
+    projected = torch.stack([x[:, 0], x[:, 1]], -1).double()
+    exact = gated_hidden(activation, projected).squeeze(-1)
+    eps = torch.finfo(dtype).eps
+    # rounded once, to infinity where fp16 ends; the functions in fp32 are off by at most 1e-6 of their argument, where
+    # they are a difference of ones times it
+    argument = projected[:, 0].abs().clamp(max=20) * (projected[:, 1].abs() + 1)
+    exact = exact.where(exact.abs() < torch.finfo(dtype).max, torch.inf)
+    close = (out - exact).abs() <= exact.abs() * (eps / 2 + 1e-6) + argument * 1e-6
+    assert (close | (out == exact)).all(), values[~(close | (out == exact))]
+
+
+def test_a_function_as_activation(path):
+    layer = make_layer(5, 2, 3, 64, 32, dtype=torch.float32, bias=True, activation="swigluoai")
+    weights = packed(layer)
+    biases = {"gate_up_bias": layer.gate_up_bias, "down_bias": layer.down_bias}
+    out = moe_nm(
+        *layer.routed, *weights, activation=lambda rows: gated_hidden("swigluoai", rows), backend="native", **biases
+    )
+    assert_layer(out, layer, "a function")
+    # the same rows in the same order as the other backends give and take
+    rows = []
+    for backend in ("native", "reference"):
+        kept = lambda projected: rows.append(projected) or projected[:, :32].contiguous()  # noqa: E731
+        moe_nm(*layer.routed, *weights, activation=kept, backend=backend, **biases)
+    torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5)
+
+
+@ANYHOW
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    K=columns,
+    N=st.sampled_from((1, 3, 70)),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_unpack_any_bit_pattern(path, pattern, K, N, dtype, seed):
+    n, m = pattern
+    K = K // max(m, 8) * max(m, 8) or m
+    weight = random_packed(2, N, K, n, m, dtype, seed)
+    # NaN with any payload, infinities, -0.0 and subnormals are among them
+    random = torch.Generator().manual_seed(seed)
+    half = torch.randint(-(2**15), 2**15, (2, *bits(weight.values).shape), generator=random)
+    bits(weight.values).copy_(half[0] if dtype.itemsize == 2 else half[0] << 16 | half[1] & 0xFFFF)
+    wanted = torch.zeros(N, K, dtype=bits(weight.values).dtype)
+    wanted[weight.mask()[1]] = bits(weight.values)[1].reshape(-1)
+    # one element behind the result, which must stay
+    room = torch.full((N * K + 1,), 7, dtype=wanted.dtype)
+    out = room[:-1].view(dtype).view(N, K)
+    assert native_library.unpack_rows(weight.values[1], weight.index[1], n, m, out)
+    assert torch.equal(bits(out), wanted) and room[-1] == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_unpack_past_the_caches(path, dtype):
+    # large enough for streaming stores; rows of 8,200 bytes do not all begin at a cache line
+    weight = random_packed(1, 2100, 4104, 2, 4, dtype)
+    wanted = torch.zeros(2100, 4104, dtype=bits(weight.values).dtype)
+    wanted[weight.mask()[0]] = bits(weight.values).reshape(-1)
+    assert torch.equal(bits(weight.unpack())[0], wanted)
+
+
+def test_unpack_is_what_plain_torch_writes(monkeypatch):
+    for n, m in PATTERNS:
+        weight = random_packed(1, 9, 320, n, m, torch.float16)
+        here = weight.unpack()
+        with monkeypatch.context() as without:
+            plain(without)
+            assert torch.equal(bits(weight.unpack()), bits(here)), (n, m)
+
+
+def test_special_values(path):
+    weight = torch.zeros(1, 8, 64, dtype=torch.bfloat16)
+    weight[0, :, 0], weight[0, :, 5] = 1.0, 2.0
+    weight[0, 1, 5], weight[0, 2, 5], weight[0, 3, 5] = torch.nan, torch.inf, -torch.inf
+    weight[0, 4, 0] = weight[0, 4, 5] = -0.0
+    x = torch.rand(3, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16) + 0.5
+    # the third token has a NaN where every row is pruned, and the second an infinity at a weight of -0.0
+    x[2, 3], x[1, 5] = torch.nan, torch.inf
+    out, wanted = gemm_native(x, NMWeight.pack(weight), 0), F.linear(x, weight[0])
+    for same in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(same(out), same(wanted)), same.__name__
+    assert out[2].isnan().all() and out[0, 4] == 0
+
+
+def test_subnormal_weights(path):
+    weight = torch.zeros(1, 8, 64)
+    weight[0, :, 0] = 1e-39
+    x = torch.zeros(1, 64)
+    x[0, 0] = 1e30
+    for dtype in (torch.bfloat16, torch.float32):
+        stored = weight.to(dtype)
+        out = gemm_native(x.to(dtype), NMWeight.pack(stored), 0)
+        exact = (x.to(dtype).double() @ stored[0].double().T).to(dtype)
+        # bf16 products of AVX-512 flush them, those of fp32 do not
+        flushed = path == "avx512_bf16" and dtype == torch.bfloat16
+        assert torch.equal(out, torch.zeros_like(exact) if flushed else exact), dtype
+
+
+def test_dropped_slots_add_nothing(path):
+    layer = make_layer(5, 3, 4, 64, 32, dtype=torch.float32)
+    wanted = moe_nm(*layer.routed, *packed(layer), backend="native")
+    # a fourth choice of every token outside of the experts, with a gate that would spoil every sum
+    outside = torch.tensor([[-1], [4], [2**31], [-(2**40)], [1000]])
+    index = torch.cat([outside, layer.top_k_index], dim=1)
+    gates = torch.cat([torch.full((5, 1), torch.nan), layer.top_k_weights], dim=1)
+    assert torch.equal(moe_nm(layer.x, index, gates, *packed(layer), backend="native"), wanted)
+    nothing = torch.full((5, 3), 4)
+    assert torch.equal(
+        moe_nm(layer.x, nothing, layer.top_k_weights * torch.nan, *packed(layer), backend="native"),
+        torch.zeros(5, 64),
+    )
+
+
+def test_dense_rows_with_any_stride(path):
+    layer = make_layer(5, 2, 3, 64, 32)
+    wanted = moe_dense(*layer.routed, layer.gate_up, layer.down, backend="native")
+    wide = [torch.cat([weight, weight], dim=-1)[..., : weight.shape[-1]] for weight in (layer.gate_up, layer.down)]
+    assert not wide[0].is_contiguous()
+    assert torch.equal(moe_dense(*layer.routed, *wide, backend="native"), wanted)
+    # a dense matrix may have any number of columns
+    x = torch.randn(3, 45, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(1, 6, 45, generator=torch.Generator().manual_seed(1))
+    for dtype in DTYPES:
+        product = gemm_native(x.to(dtype), weight.to(dtype), 0)
+        exact = x.to(dtype).double() @ weight[0].to(dtype).double().T
+        torch.testing.assert_close(product.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("T", [1, 7, 40, 300])
+def test_threads_change_no_bit(path, T):
+    # chunks of 64 rows for one thread, of 32 for more; dropped rows, an empty expert, several tiles
+    layer = make_layer(T, 2, 8, 200, 136, routing="sentinels")
+    weights, results = packed(layer), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(moe_nm(*layer.routed, *weights, backend="native"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_the_same_bits_without_torch_threads(path):
+    layer = make_layer(40, 2, 8, 200, 136)
+    wanted = moe_nm(*layer.routed, *packed(layer), backend="native")
+    assert NATIVE.threads
+    NATIVE._library.moesparse_set_threads(None, None)
+    try:
+        assert torch.equal(moe_nm(*layer.routed, *packed(layer), backend="native"), wanted)
+    finally:
+        NATIVE._use_torch_threads()
+
+
+def test_compiles_and_exports():
+    layer = make_layer(5, 2, 3, 64, 32)
+    weights = packed(layer)
+
+    class Experts(torch.nn.Module):
+        def forward(self, x, index, gates):
+            return moe_nm(x, index, gates, *weights, backend="native") + 1
+
+    wanted = Experts()(*layer.routed)
+    compiled = torch.compile(Experts(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*layer.routed), wanted)
+    exported = torch.export.export(Experts(), layer.routed)
+    assert torch.equal(exported.module()(*layer.routed), wanted)
+
+
+def test_auto_takes_it_where_it_wins(monkeypatch):
+    layer = make_layer(1, 1, 1, 64, 32)
+    weight, _ = packed(layer)
+    for rows, wanted in ((1, "native"), (192, "native"), (10**6, "reference")):
+        assert dispatch.choose_nm_backend("auto", weight, rows, 64, 32) == wanted
+    assert dispatch.choose_dense_backend("auto", layer.gate_up, 1) == "native"
+    assert dispatch.choose_dense_backend("auto", layer.gate_up, 10**6) == "reference"
+    fragment = weight.to_order("fragment")
+    assert dispatch.choose_nm_backend("auto", fragment, 1, 64, 32) == "reference"
+    with pytest.raises(ValueError, match=r'backend "native" must fit .* "row" order are wanted, got \'fragment\''):
+        dispatch.choose_nm_backend("native", fragment, 1, 64, 32)
+    plain(monkeypatch)
+    assert dispatch.choose_nm_backend("auto", weight, 1, 64, 32) == "reference"
+    with pytest.raises(ValueError, match=r'backend "native" must fit the weight and the machine: for a test'):
+        dispatch.choose_dense_backend("native", layer.gate_up, 1)
+
+
+def test_every_path_has_its_numbers():
+    # neon is measured nowhere yet, and takes those of the path that is most like it
+    assert set(PATHS) <= dispatch._NATIVE_ROWS.keys()
+    for numbers in dispatch._NATIVE_ROWS.values():
+        assert numbers.keys() == set(DTYPES)
+
+
+def test_swigluoai_wants_a_gate():
+    layer = make_layer(1, 1, 1, 64, 32, gated=False, activation="relu")
+    with pytest.raises(ValueError, match=r'activation "swigluoai" must be gated, got gated=False'):
+        moe_nm(*layer.routed, *packed(layer), activation="swigluoai", gated=False)
+
+
+def test_without_the_library_nothing_is_as_before(monkeypatch):
+    layer = make_layer(5, 2, 3, 64, 32, bias=True)
+    wanted = moe_nm(*layer.routed, *packed(layer), **layer.options, backend="reference")
+    assert not torch.equal(moe_nm(*layer.routed, *packed(layer), **layer.options), wanted)
+    plain(monkeypatch)
+    assert torch.equal(moe_nm(*layer.routed, *packed(layer), **layer.options), wanted)
+
+
+def test_environment_turns_it_off_and_chooses_a_path(monkeypatch):
+    monkeypatch.setenv("MOESPARSE_NATIVE", "0")
+    assert native_library._load(native_library.LIBRARY) == (None, "MOESPARSE_NATIVE=0 turns it off")
+    monkeypatch.delenv("MOESPARSE_NATIVE")
+    for name in PATHS:
+        monkeypatch.setenv("MOESPARSE_NATIVE_PATH", name)
+        assert native_library._load(native_library.LIBRARY)[0].path == name
+    NATIVE.force_path(None)
+    monkeypatch.setenv("MOESPARSE_NATIVE_PATH", "mmx")
+    with pytest.raises(ValueError, match=r"MOESPARSE_NATIVE_PATH: path must be one this CPU has, .*, got 'mmx'"):
+        native_library._load(native_library.LIBRARY)
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path):
+    digest = native_library.source_digest().encode()
+    content = native_library.LIBRARY.read_bytes()
+    assert content.count(digest) == 1
+    other = tmp_path / "_native.so"
+    other.write_bytes(content.replace(digest, b"0" * 16))
+    with pytest.warns(UserWarning, match=r"are not used: .* must be built from the sources of this package .*0{16}"):
+        assert native_library._load(other)[0] is None
+
+
+def test_a_library_of_another_interface_is_refused(monkeypatch):
+    monkeypatch.setattr(native_library, "ABI", 0)
+    with pytest.warns(UserWarning, match=r"\(interface 0, sources \w{16}\), got interface 1, sources \w{16}"):
+        assert native_library._load(native_library.LIBRARY)[0] is None
+
+
+def test_what_is_no_library_is_refused(tmp_path):
+    nothing, text = tmp_path / "none.so", tmp_path / "text.so"
+    assert native_library._load(nothing)[1] == (
+        "none.so is not beside the package: it was installed without its compiled part"
+    )
+    text.write_text("no library")
+    with pytest.warns(UserWarning, match="the compiled CPU kernels are not used: .*text.so"):
+        assert native_library._load(text)[0] is None
+
+
+def test_structures_are_those_of_the_header():
+    # what ctypes lays out must be what the compiler does: names in order, and no name of the other
+    header = (Path(native_library.__file__).parent / "native" / "moesparse_native.h").read_text()
+    for structure, name in (("Weight", "weight"), ("Layer", "layer"), ("Gemm", "gemm"), ("Unpack", "unpack")):
+        body = header.split(f"}} moesparse_{name};")[0].rpartition("typedef struct {")[2]
+        told = [line.partition("//")[0].strip() for line in body.splitlines()]
+        fields = [
+            field.strip(" *;").split()[-1].lstrip("*")
+            for line in told
+            if line
+            for field in line.replace("const ", "").partition(";")[0].split(",")
+        ]
+        assert fields == [field for field, _ in getattr(native_library, structure)._fields_], structure
+
+
+def test_importing_the_package_loads_no_library():
+    code = "import moesparse_kernels.native_library as n; print(n._loaded.cache_info().currsize)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+
+
+def test_rows_of_a_real_layout():
+    # what every test here stands on: the bitmask's bits are columns, lowest first
+    weight = prune_2_4(torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0)))
+    layer = Layer(None, None, None, weight, weight, None, None, "silu", True)
+    assert torch.equal(gemm_native(torch.eye(32), packed(layer)[0], 0), weight[0].T)
+    assert row_order.unpack_bits(packed(layer)[0].index[0]).sum() == 64
