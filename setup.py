@@ -16,11 +16,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 SOURCES = runpy.run_path(str(Path(__file__).parent / "kernels/moesparse_kernels/native_sources.py"))
 LIBRARY = "moesparse_kernels._native"
 MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+STANDARD = ("-std=gnu11", "-g0", "-fvisibility=hidden")
 
 
 def relative(file: Path) -> str:
@@ -40,12 +41,9 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(ext)
-        except BaseError as error:
-            print(
-                f"moesparse: its CPU kernels were not compiled, packed experts will run in plain torch there ({error})",
-                file=sys.stderr,
-            )
-            raise
+        except (BaseError, CCompilerError) as error:
+            message = "its CPU kernels were not compiled, packed experts will run in plain torch there"
+            print(f"moesparse: {message} ({error})", file=sys.stderr)
 
 
 class PlatformWheel(bdist_wheel):
@@ -66,7 +64,8 @@ def extensions() -> list[Extension]:
             sources=[relative(file) for file in SOURCES["sources"]()],
             depends=[relative(file) for file in SOURCES["headers"]()],
             define_macros=[("MOESPARSE_SOURCES", f'"{SOURCES["source_digest"]()}"')],
-            extra_compile_args=["-std=gnu11", "-O3", "-g0", "-fvisibility=hidden"],
+            # a level in CFLAGS stands
+            extra_compile_args=[*STANDARD, *([] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"])],
             extra_link_args=[] if sys.platform == "darwin" else ["-s"],
             optional=True,
         )

@@ -20,11 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {"moesparse", "moesparse_kernels"}
 
 
-def run(command: list[str], folder: Path) -> str:
-    """Run outside the source tree, with nothing of it on the path."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+def run(command: list[str], folder: Path, **variables: str) -> str:
+    """Run outside the source tree, with nothing of it on the path; what was printed, errors too."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | variables
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
     return done.stdout
 
 
@@ -33,19 +35,24 @@ def build_leftovers() -> set[Path]:
     return {path for folder in folders for name in ("build", "dist", "*.egg-info") for path in folder.glob(name)}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that no build/ and no *.egg-info is left in the source tree."""
+def build_wheel(copy: Path, out: Path, **variables: str) -> tuple[Path, str]:
+    """The wheel of this source tree and what building it printed; from a copy, so that nothing is left in the tree."""
     before = build_leftovers()
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("moesparse", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)], out)
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_native.so"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+    said = run(command, out, **variables)
     assert build_leftovers() == before
     (built,) = out.glob("*.whl")
-    return built
+    return built, said
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    # a quick compilation: what the code does is tested elsewhere
+    return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"), CFLAGS="-O0")[0]
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +96,28 @@ def test_every_file_of_the_packages_is_in_the_wheel(names):
     # modules, the kernels' configs, and the embedded model with its texts
     for folder, prefix in ((ROOT, "moesparse"), (ROOT / "kernels", "moesparse_kernels")):
         files = {path.relative_to(folder).as_posix() for path in (folder / prefix).rglob("*") if path.is_file()}
-        missing = {name for name in files if "__pycache__" not in name} - names
+        missing = {name for name in files if "__pycache__" not in name and not name.endswith("_native.so")} - names
         assert not missing, f"not shipped: {sorted(missing)}"
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler here")
+def test_the_compiled_kernels_are_in_a_wheel_for_every_python(wheel, names, installed, tmp_path):
+    assert "moesparse_kernels/_native.so" in names
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    code = "import moesparse_kernels.native_library as n; print(n.library() is not None or n.reason_without())"
+    said = run([str(installed[0] / "python"), "-W", "error", "-c", code], tmp_path).strip()
+    assert said in ("True", "this CPU has none of its instruction paths")
+
+
+def test_a_compiler_that_fails_leaves_the_pure_wheel(tmp_path_factory):
+    folders = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    built, said = build_wheel(*folders, CC="false")
+    assert built.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(built).namelist()
+    assert "moesparse_kernels/native_library.py" in names and "moesparse_kernels/_native.so" not in names
+    told = [line for line in said.splitlines() if line.startswith("moesparse: ")]
+    wanted = "moesparse: its CPU kernels were not compiled, packed experts will run in plain torch there ("
+    assert [line[: len(wanted)] for line in told] == [wanted]
 
 
 def test_the_licences_are_in_the_wheel(names):

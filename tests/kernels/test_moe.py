@@ -173,7 +173,10 @@ ERRORS = {
         r"top_k_index must be on the device of x, cpu, got meta",
     ),
     "backend": (lambda a: a.update(backend="cuda"), r"backend must be one of auto, native, triton, .*, got 'cuda'"),
-    "triton on cpu": (lambda a: a.update(backend="triton"), r'backend must be "auto", "native" or "reference" on cpu tensors'),
+    "triton on cpu": (
+        lambda a: a.update(backend="triton"),
+        r'backend must be "auto", "native" or "reference" on cpu tensors',
+    ),
 }
 
 

@@ -145,7 +145,9 @@ def test_two_patterns_in_a_layer(path):
 @pytest.mark.parametrize("activation", [*ACTIVATE, "swigluoai"])
 def test_activations_over_the_whole_range(path, activation, dtype):
     # weights that let every value through: what comes out is the activation itself
-    values = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e4, -100.0, -88.0, -0.0, 0.0, 88.0, 100.0, 1e4])])
+    values = torch.cat(
+        [torch.linspace(-20, 20, 4001), torch.tensor([-1e4, -100.0, -88.0, -0.0, 0.0, 88.0, 100.0, 1e4])]
+    )
     x = torch.zeros(values.numel(), 8)
     x[:, 0], x[:, 1] = values, 0.75
     x = x.to(dtype)

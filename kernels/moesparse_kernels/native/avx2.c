@@ -221,24 +221,30 @@ INLINE void multiply_decoded(const int T, const __m256 *w, const float *x, int64
   finish(sums, out, rows, T, add_to);
 }
 
+// decoded steps of a group times all blocks of a tile; the same for every dtype
+static TARGET void multiply_blocks(const tile *t, const __m256 *w, int64_t row, int64_t k0, int64_t k1) {
+  const int64_t steps = ceil_div(t->w->columns, STEP), rows = t->row1 - row;
+  for (int64_t first = 0; first < t->tokens; first += t->block) {
+    const int64_t tokens = min_of(t->block, t->tokens - first);
+    const float *x = (const float *)t->x + (first * steps + k0 * tokens) * STEP;
+    float *out = t->out + first * TILE_LD + (row - t->row0);
+    switch (tokens) {
+      case 1: multiply_decoded(1, w, x, k1 - k0, out, rows, k0 > 0); break;
+      case 2: multiply_decoded(2, w, x, k1 - k0, out, rows, k0 > 0); break;
+      default: multiply_decoded(3, w, x, k1 - k0, out, rows, k0 > 0);
+    }
+  }
+}
+
 INLINE void multiply_many(const int kind, const int form, const tile *t) {
   __m256 decoded[DECODED_STEPS * BYTES * ROWS];
   const int64_t steps = ceil_div(t->w->columns, STEP);
   for (int64_t row = t->row0; row < t->row1; row += ROWS) {
     group g = group_at(t, kind, row);
     for (int64_t k0 = 0; k0 < steps; k0 += DECODED_STEPS) {
-      const int64_t k1 = min_of(k0 + DECODED_STEPS, steps), rows = t->row1 - row;
+      const int64_t k1 = min_of(k0 + DECODED_STEPS, steps);
       decode_group(kind, form, t->w, &g, k0, k1, decoded);
-      for (int64_t first = 0; first < t->tokens; first += t->block) {
-        const int64_t tokens = min_of(t->block, t->tokens - first);
-        const float *x = (const float *)t->x + (first * steps + k0 * tokens) * STEP;
-        float *out = t->out + first * TILE_LD + (row - t->row0);
-        switch (tokens) {
-          case 1: multiply_decoded(1, decoded, x, k1 - k0, out, rows, k0 > 0); break;
-          case 2: multiply_decoded(2, decoded, x, k1 - k0, out, rows, k0 > 0); break;
-          default: multiply_decoded(3, decoded, x, k1 - k0, out, rows, k0 > 0);
-        }
-      }
+      multiply_blocks(t, decoded, row, k0, k1);
     }
   }
 }

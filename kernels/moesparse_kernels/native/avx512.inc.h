@@ -138,11 +138,11 @@ INLINE group group_at(const tile *t, int64_t row, const int R, int64_t steps_on)
 
 INLINE void prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
-// two steps of every row of a group
+// a step of every row of a group; where two steps are within a cache line, both at the first
 INLINE void prefetch_ahead(const group *g, const int form, const int R, int64_t step_bytes, int64_t k) {
   for (int r = 0; r < R; r++) {
-    for (int64_t line = 0; line < 2 * step_bytes; line += 64)
-      prefetch(g->values[r] + g->values_ahead + step_bytes * k + line);
+    if (step_bytes > 32 || k % 2 == 0) prefetch(g->values[r] + g->values_ahead + step_bytes * k);
+    if (step_bytes > 64) prefetch(g->values[r] + g->values_ahead + step_bytes * k + 64);
     if (form != DENSE && k % 16 == 0) prefetch(g->index[r] + g->index_ahead + 4 * k);
   }
 }
@@ -204,12 +204,10 @@ INLINE void multiply(const int kind, const int form, const int R, const int T, c
   const int64_t step_bytes = step_bytes_of(kind, form, w);
   const int64_t whole = min_of(w->columns / STEP, k1);
   int64_t k = k0;
-  for (; k + 2 <= whole; k += 2) {
+  for (; k < whole; k++) {
     prefetch_ahead(g, form, R, step_bytes, k);
     multiply_step(kind, form, R, T, w, g, x, k, 0, sums);
-    multiply_step(kind, form, R, T, w, g, x, k + 1, 0, sums);
   }
-  if (k < whole) multiply_step(kind, form, R, T, w, g, x, k++, 0, sums);
   if (k < k1) multiply_step(kind, form, R, T, w, g, x, k, w->columns % STEP, sums);
   finish(sums, out, rows, R, T, k0 > 0);
 }
@@ -269,7 +267,7 @@ INLINE void decode_group(const int kind, const int form, const tile *t, const gr
   const int64_t whole = min_of(w->columns / STEP, k1);
   for (int64_t k = k0; k < k1; k++) {
     const int rest = k < whole ? 0 : (int)(w->columns % STEP);
-    if ((k - k0) % 2 == 0) prefetch_ahead(g, form, ROWS, w->step_bytes, k);
+    prefetch_ahead(g, form, ROWS, w->step_bytes, k);
     for (int r = 0; r < ROWS; r++) {
       const uint8_t *values = g->values[r] + w->step_bytes * k;
       const uint32_t mask = rest ? mask_of_rest(form, g->index[r], k, rest) : mask_at(form, g->index[r], k);

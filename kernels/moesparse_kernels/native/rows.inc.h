@@ -204,15 +204,16 @@ static TARGET void add(float *to, const float *from, int64_t n) {
 }
 
 static TARGET uint64_t read_page(const void *page) {
-  vu sum[4] = {{0}};
-  for (const char *p = page, *end = p + 4096; p < end; p += sizeof sum) {
-    vu next[4];
-    for (uint64_t line = 0; line < sizeof sum; line += 64) __builtin_prefetch(p + 8192 + line, 0, 2);
-    memcpy(next, p, sizeof next);
-    for (int i = 0; i < 4; i++) sum[i] += next[i];
+  vu a = {0}, b = {0}, c = {0}, d = {0}, next;
+  for (const char *p = page, *end = p + 4096; p < end; p += 4 * sizeof next) {
+    for (uint64_t line = 0; line < 4 * sizeof next; line += 64) __builtin_prefetch(p + 8192 + line, 0, 2);
+    memcpy(&next, p, sizeof next), a += next;
+    memcpy(&next, p + sizeof next, sizeof next), b += next;
+    memcpy(&next, p + 2 * sizeof next, sizeof next), c += next;
+    memcpy(&next, p + 3 * sizeof next, sizeof next), d += next;
   }
+  const vu sum = a + b + c + d;
   uint64_t total = 0;
-  for (int i = 0; i < 4; i++)
-    for (int lane = 0; lane < LANES; lane++) total += sum[i][lane];
+  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
   return total;
 }
