@@ -48,6 +48,9 @@ test-native-sanitized: ## the compiled CPU kernels under the address and the und
 		-I $(NATIVE) -o build/native-sanitized tests/kernels/native/driver.c $(NATIVE)/*.c -lm
 	build/native-sanitized
 
+bench-cpu: $(STAMP) ## the expert layer on this CPU, packed beside every dense layer: ARGS="--shapes OLMoE-1B-7B --threads 1"
+	$(BIN)/python -m benchmarks.speed.bench_cpu $(ARGS)
+
 peers: $(STAMP) ## side by side with llm-compressor and plain baselines, in environments of their own
 	$(BIN)/python -m benchmarks.peers
 
@@ -114,4 +117,4 @@ format: $(STAMP) ## ruff's fixes and layout
 clean: ## remove what the targets made
 	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test native test-native-sanitized test-triton test-vllm gpu peers lint format clean
+.PHONY: help demo test native test-native-sanitized bench-cpu test-triton test-vllm gpu peers lint format clean

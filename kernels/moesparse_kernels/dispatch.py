@@ -14,6 +14,8 @@ sparse form wins, the layer runs dense.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .layout import NMWeight
@@ -31,13 +33,16 @@ DENSE_BACKENDS = ("auto", "native", "triton", "grouped_mm", "reference")
 _SPARSE_ROWS = 256
 # rows per expert up to which the fused Triton layer is taken for dense experts, likewise
 _FUSED_DENSE_ROWS = 64
-# Rows per expert up to which the compiled kernels are faster than torch's products, by instruction path and dtype, of
-# packed weights (torch unpacks them first) and of dense ones.
-_NATIVE_ROWS: dict[str, dict[torch.dtype, tuple[int, int]]] = {
-    "avx512_bf16": {torch.bfloat16: (192, 64), torch.float16: (64, 16), torch.float32: (64, 16)},
-    "avx512": {torch.bfloat16: (64, 16), torch.float16: (64, 16), torch.float32: (64, 16)},
-    "avx2": {torch.bfloat16: (32, 8), torch.float16: (32, 8), torch.float32: (32, 8)},
+# Rows per expert up to which the compiled kernels are faster than torch's products, by instruction path and dtype: of
+# packed weights, which torch must have unpacked, and of dense ones. Measured on an AMD Zen 4, the last two paths with
+# torch held to their instructions; without bf16 or fp16 instructions torch multiplies these in plain loops.
+_NATIVE_ROWS: dict[str, dict[torch.dtype, tuple[float, float]]] = {
+    "avx512_bf16": {torch.bfloat16: (192, 64), torch.float16: (math.inf, math.inf), torch.float32: (256, 128)},
+    "avx512": {torch.bfloat16: (math.inf, math.inf), torch.float16: (math.inf, math.inf), torch.float32: (256, 128)},
+    "avx2": {torch.bfloat16: (math.inf, math.inf), torch.float16: (math.inf, math.inf), torch.float32: (128, 64)},
 }
+# where torch has better instructions for the dtype than these kernels, AMX above all: an estimate, measured nowhere
+_NATIVE_ROWS_BESIDE_BETTER = (16, 8)
 
 
 def _on_gpu_or_interpreted(device: torch.device) -> bool:
@@ -81,6 +86,8 @@ def _native_wins(weight: NMWeight | torch.Tensor, device: torch.device, rows: in
     if native is None or native.path is None or _reason_not_native(weight, device) is not None:
         return False
     packed, dense = _NATIVE_ROWS[native.path][weight.dtype]
+    if native.torch_has_better(weight.dtype):
+        packed, dense = _NATIVE_ROWS_BESIDE_BETTER
     return rows <= max(weight.shape[0], 1) * (packed if isinstance(weight, NMWeight) else dense)
 
 

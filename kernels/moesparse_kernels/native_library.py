@@ -12,12 +12,13 @@ Environment, read when the library is first wanted:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ __all__ = [
     "matrices",
     "native_path",
     "reason_without",
+    "turned_off",
     "unpack_rows",
 ]
 
@@ -184,6 +186,14 @@ class Native:
             raise ValueError(f"path must be one this CPU has, {', '.join(self.paths) or 'none'}, got {name!r}")
         self.path = name or self.paths[0]
 
+    @functools.cached_property
+    def _better(self) -> frozenset[torch.dtype]:
+        return frozenset(dtype for dtype, code in DTYPES.items() if self._library.moesparse_better_elsewhere(code))
+
+    def torch_has_better(self, dtype: torch.dtype) -> bool:
+        """Whether the CPU multiplies matrices of a dtype by instructions that torch uses and these kernels do not."""
+        return dtype in self._better
+
     def run_layer(self, layer: Layer) -> None:
         _check_status(self._library.moesparse_run_layer(layer))
 
@@ -232,8 +242,26 @@ def _load(file: Path) -> tuple[Native | None, str | None]:
 
 
 @functools.cache
-def _loaded() -> tuple[Native | None, str | None]:
+def _load_once() -> tuple[Native | None, str | None]:
     return _load(LIBRARY)
+
+
+_turned_off = False
+
+
+def _loaded() -> tuple[Native | None, str | None]:
+    return (None, "turned_off() turns it off") if _turned_off else _load_once()
+
+
+@contextlib.contextmanager
+def turned_off() -> Iterator[None]:
+    """Plain torch inside, as without the library: for comparisons, in one thread."""
+    global _turned_off
+    before, _turned_off = _turned_off, True
+    try:
+        yield
+    finally:
+        _turned_off = before
 
 
 def library() -> Native | None:

@@ -90,7 +90,7 @@ class ExpertLayer:
         """Keyword arguments of moe_nm and moe_dense."""
         activation = self.shape.activation
         return {
-            "activation": "silu" if activation == "silu" else _GATES[activation],
+            "activation": "swigluoai" if activation == "gpt_oss" else activation,
             "gate_up_bias": self.gate_up_bias,
             "down_bias": self.down_bias,
         }
@@ -305,11 +305,13 @@ def _transformers(name: str) -> Callable[[RoutedCall], Callable[[], torch.Tensor
 
 
 CONTENDERS: tuple[Contender, ...] = (
-    Contender("moe_nm", ("cuda",), True, _ours("moe_nm", "auto"), slack=2.0),
+    Contender("moe_nm", ("cuda", "cpu"), True, _ours("moe_nm", "auto"), slack=2.0),
+    Contender("moe_nm native", ("cpu",), True, _ours("moe_nm", "native")),
     Contender("moe_nm triton", ("cuda",), True, _ours("moe_nm", "triton")),
     Contender("moe_nm unpack", ("cuda",), True, _ours("moe_nm", "unpack"), slack=2.0),
     Contender("moe_nm semi_structured", ("cuda",), True, _ours("moe_nm", "semi_structured"), slack=2.0, graph=False),
     Contender("moe_nm reference", ("cpu",), True, _ours("moe_nm", "reference"), slack=2.0),
+    Contender("moe_dense native", ("cpu",), False, _ours("moe_dense", "native")),
     Contender("moe_dense triton", ("cuda",), False, _ours("moe_dense", "triton")),
     Contender("moe_dense grouped_mm", ("cuda",), False, _ours("moe_dense", "grouped_mm"), slack=2.0),
     Contender("moe_dense reference", ("cpu",), False, _ours("moe_dense", "reference"), slack=2.0),

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from moesparse_kernels.native_library import native_path
+
 __all__ = ["Ceilings", "Timing", "environment", "measure_ceilings", "time_call"]
 
 _MIN_REPEATS, _MAX_REPEATS = 10, 100
@@ -211,7 +213,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
     }
     if device.type != "cuda":
-        return record | {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
+        threads, load = torch.get_num_threads(), round(os.getloadavg()[0], 1)
+        return record | {"threads": threads, "load": load, "native_path": native_path()}
     properties = torch.cuda.get_device_properties(device)
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     query = _output(

@@ -45,6 +45,7 @@ def bench(
 
     from moesparse.benchmarking import SHAPES, bench_layer, contenders_for, environment, measure_ceilings
     from moesparse.benchmarking.layer import ROUTINGS, make_layer
+    from moesparse_kernels.native_library import native_path, reason_without
 
     if shape == "list":
         _show_shapes(list(SHAPES.values()), as_json)
@@ -64,6 +65,10 @@ def bench(
             soft_wrap=True,
             highlight=False,
         )
+    if target.type == "cpu":
+        without = reason_without()
+        kernels = f"compiled CPU kernels: {native_path()}" if without is None else f"no compiled CPU kernels: {without}"
+        console.print(kernels, soft_wrap=True, highlight=False)
     rows: list[dict[str, Any]] = []
     with quiet_libraries(), torch.no_grad():
         ceilings = measure_ceilings(target)

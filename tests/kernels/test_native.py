@@ -53,11 +53,6 @@ def packed(layer, n=2, m=4):
     return NMWeight.pack(layer.gate_up, n=n, m=m), NMWeight.pack(layer.down, n=n, m=m)
 
 
-def plain(monkeypatch):
-    """The process as it is without the library."""
-    monkeypatch.setattr(native_library, "_loaded", lambda: (None, "for a test"))
-
-
 # K that is no multiple of the 32 columns of a step, less than one, and more than a piece that stays in L1;
 # N around a group of 4 rows and around tiles of 32 and 64; T around every block size and tier
 columns = st.sampled_from((8, 24, 32, 40, 64, 96, 1000, 1056, 2080))
@@ -219,12 +214,11 @@ def test_unpack_past_the_caches(path, dtype):
     assert torch.equal(bits(weight.unpack())[0], wanted)
 
 
-def test_unpack_is_what_plain_torch_writes(monkeypatch):
+def test_unpack_is_what_plain_torch_writes():
     for n, m in PATTERNS:
         weight = random_packed(1, 9, 320, n, m, torch.float16)
         here = weight.unpack()
-        with monkeypatch.context() as without:
-            plain(without)
+        with native_library.turned_off():
             assert torch.equal(bits(weight.unpack()), bits(here)), (n, m)
 
 
@@ -328,20 +322,27 @@ def test_compiles_and_exports():
 
 
 def test_auto_takes_it_where_it_wins(monkeypatch):
+    NATIVE.force_path(None)
+    rows = {NATIVE.path: dict.fromkeys(DTYPES, (192, 64))}
+    monkeypatch.setattr(dispatch, "_NATIVE_ROWS", rows)
+    monkeypatch.setattr(type(NATIVE), "torch_has_better", lambda self, dtype: False)
     layer = make_layer(1, 1, 1, 64, 32)
     weight, _ = packed(layer)
-    for rows, wanted in ((1, "native"), (192, "native"), (10**6, "reference")):
+    for rows, wanted in ((1, "native"), (192, "native"), (193, "reference")):
         assert dispatch.choose_nm_backend("auto", weight, rows, 64, 32) == wanted
-    assert dispatch.choose_dense_backend("auto", layer.gate_up, 1) == "native"
-    assert dispatch.choose_dense_backend("auto", layer.gate_up, 10**6) == "reference"
+    for rows, wanted in ((1, "native"), (64, "native"), (65, "reference")):
+        assert dispatch.choose_dense_backend("auto", layer.gate_up, rows) == wanted
+    with monkeypatch.context() as better:
+        better.setattr(type(NATIVE), "torch_has_better", lambda self, dtype: dtype == torch.bfloat16)
+        assert dispatch.choose_nm_backend("auto", weight, 17, 64, 32) == "reference"
     fragment = weight.to_order("fragment")
     assert dispatch.choose_nm_backend("auto", fragment, 1, 64, 32) == "reference"
     with pytest.raises(ValueError, match=r'backend "native" must fit .* "row" order are wanted, got \'fragment\''):
         dispatch.choose_nm_backend("native", fragment, 1, 64, 32)
-    plain(monkeypatch)
-    assert dispatch.choose_nm_backend("auto", weight, 1, 64, 32) == "reference"
-    with pytest.raises(ValueError, match=r'backend "native" must fit the weight and the machine: for a test'):
-        dispatch.choose_dense_backend("native", layer.gate_up, 1)
+    with native_library.turned_off():
+        assert dispatch.choose_nm_backend("auto", weight, 1, 64, 32) == "reference"
+        with pytest.raises(ValueError, match=r'backend "native" must fit the weight and the machine: turned_off\(\)'):
+            dispatch.choose_dense_backend("native", layer.gate_up, 1)
 
 
 def test_every_path_has_its_numbers():
@@ -357,12 +358,12 @@ def test_swigluoai_wants_a_gate():
         moe_nm(*layer.routed, *packed(layer), activation="swigluoai", gated=False)
 
 
-def test_without_the_library_nothing_is_as_before(monkeypatch):
+def test_without_the_library_all_is_as_before():
     layer = make_layer(5, 2, 3, 64, 32, bias=True)
     wanted = moe_nm(*layer.routed, *packed(layer), **layer.options, backend="reference")
     assert not torch.equal(moe_nm(*layer.routed, *packed(layer), **layer.options), wanted)
-    plain(monkeypatch)
-    assert torch.equal(moe_nm(*layer.routed, *packed(layer), **layer.options), wanted)
+    with native_library.turned_off():
+        assert torch.equal(moe_nm(*layer.routed, *packed(layer), **layer.options), wanted)
 
 
 def test_environment_turns_it_off_and_chooses_a_path(monkeypatch):
@@ -420,7 +421,7 @@ def test_structures_are_those_of_the_header():
 
 
 def test_importing_the_package_loads_no_library():
-    code = "import moesparse_kernels.native_library as n; print(n._loaded.cache_info().currsize)"
+    code = "import moesparse_kernels.native_library as n; print(n._load_once.cache_info().currsize)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
 

@@ -49,6 +49,12 @@ int32_t moesparse_force_path(const char *name) {
   return 0;
 }
 
+int32_t moesparse_better_elsewhere(int32_t dtype) {
+  const cpu_features cpu = detect_cpu();
+  if (dtype == MOESPARSE_BF16) return cpu.amx_bf16;
+  return dtype == MOESPARSE_FP16 && (cpu.amx_fp16 || cpu.avx512_fp16);
+}
+
 matrix matrix_of(const moesparse_weight *w, int64_t expert, int dtype) {
   const int dense = w->index == NULL;
   matrix of = {

@@ -38,6 +38,9 @@ cpu_features detect_cpu(void) {
   if ((saved & zmm) != zmm || !all(more.ebx, avx512) || !all(more.ecx, bit_AVX512VBMI2)) return found;
   found.avx512_vbmi2 = 1;
   found.avx512_bf16 = all(rest.eax, bit_AVX512BF16);
+  found.avx512_fp16 = more.edx >> 23 & 1;
+  found.amx_bf16 = more.edx >> 22 & 1;
+  found.amx_fp16 = rest.eax >> 21 & 1;
   return found;
 }
 

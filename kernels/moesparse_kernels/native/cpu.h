@@ -9,6 +9,8 @@ typedef struct {
   int avx2;
   int neon;
   int neon_bf16;
+  // what the paths leave to others
+  int amx_bf16, amx_fp16, avx512_fp16;
 } cpu_features;
 
 cpu_features detect_cpu(void);

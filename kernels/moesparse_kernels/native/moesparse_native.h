@@ -97,6 +97,9 @@ MOESPARSE_API const char *moesparse_path(int32_t index);
 // takes that path from now on, NULL the best one; 1 when this CPU has it. For tests: not while a call is running.
 MOESPARSE_API int32_t moesparse_force_path(const char *name);
 
+// 1 where this CPU multiplies matrices of a dtype by instructions that no path here uses: AMX, fp16 of AVX-512
+MOESPARSE_API int32_t moesparse_better_elsewhere(int32_t dtype);
+
 // torch_parallel_for and torch_get_num_threads of torch's stable C interface; without them one thread does all
 MOESPARSE_API void moesparse_set_threads(void *parallel_for, void *num_threads);
 
