@@ -48,6 +48,14 @@ test-native-sanitized: ## the compiled CPU kernels under the address and the und
 		-I $(NATIVE) -o build/native-sanitized tests/kernels/native/driver.c $(NATIVE)/*.c -lm
 	build/native-sanitized
 
+# Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user
+ARM_CC ?= aarch64-linux-gnu-gcc
+test-native-neon: ## the compiled CPU kernels for Arm, in an emulator
+	mkdir -p build
+	$(ARM_CC) -std=gnu11 -O2 -static -DMOESPARSE_SOURCES='"neon"' -I $(NATIVE) -o build/native-neon \
+		tests/kernels/native/driver.c $(NATIVE)/*.c -lm
+	qemu-aarch64 -cpu max build/native-neon
+
 bench-cpu: $(STAMP) ## the expert layer on this CPU, packed beside every dense layer: ARGS="--shapes OLMoE-1B-7B --threads 1"
 	$(BIN)/python -m benchmarks.speed.bench_cpu $(ARGS)
 
@@ -117,4 +125,4 @@ format: $(STAMP) ## ruff's fixes and layout
 clean: ## remove what the targets made
 	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test native test-native-sanitized bench-cpu test-triton test-vllm gpu peers lint format clean
+.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu test-triton test-vllm gpu peers lint format clean

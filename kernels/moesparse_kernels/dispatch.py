@@ -40,6 +40,9 @@ _NATIVE_ROWS: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "avx512_bf16": {torch.bfloat16: (192, 64), torch.float16: (math.inf, math.inf), torch.float32: (256, 128)},
     "avx512": {torch.bfloat16: (math.inf, math.inf), torch.float16: (math.inf, math.inf), torch.float32: (256, 128)},
     "avx2": {torch.bfloat16: (math.inf, math.inf), torch.float16: (math.inf, math.inf), torch.float32: (128, 64)},
+    # estimates: no Arm was at hand
+    "neon_bf16": {torch.bfloat16: (32, 8), torch.float16: (32, 8), torch.float32: (32, 8)},
+    "neon": {torch.bfloat16: (32, 8), torch.float16: (32, 8), torch.float32: (32, 8)},
 }
 # where torch has better instructions for the dtype than these kernels, AMX above all: an estimate, measured nowhere
 _NATIVE_ROWS_BESIDE_BETTER = (16, 8)

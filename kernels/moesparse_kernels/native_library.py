@@ -275,7 +275,7 @@ def reason_without() -> str | None:
 
 
 def native_path() -> str | None:
-    """The instruction path in use: "avx512_bf16", "avx512", "avx2"; None where plain torch runs."""
+    """The instruction path in use: "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon"; None without."""
     native = library()
     return None if native is None else native.path
 
@@ -314,6 +314,7 @@ def unpack_rows(values: torch.Tensor, index: torch.Tensor, n: int, m: int, out: 
     native = library() if real and out.device.type == "cpu" else None
     if native is None:
         return False
-    weight = matrices(values.unsqueeze(0), index.unsqueeze(0), *out.shape, n, m)
+    N, K = out.shape
+    weight = matrices(values.unsqueeze(0), index.unsqueeze(0), N, K, n, m)
     native.run_unpack(Unpack(weight, out.data_ptr(), out.element_size()))
     return True

@@ -11,23 +11,34 @@
 static const path *paths[MAX_PATHS + 1]; // that this CPU has, best first
 static const path *in_use;
 
-#if defined(__x86_64__)
-static path path_avx512_bf16;
-#endif
+// a path with another kernel for bf16
+static path with_bf16;
+
+static void add_path(const path *p) {
+  int count = 0;
+  while (paths[count]) count++;
+  paths[count] = p;
+}
+
+static void add_path_with(const path *p, const char *name, const kernel *bf16) {
+  with_bf16 = *p;
+  with_bf16.name = name;
+  with_bf16.kernels[MOESPARSE_BF16] = *bf16;
+  add_path(&with_bf16);
+}
 
 __attribute__((constructor)) static void find_paths(void) {
   const cpu_features cpu = detect_cpu();
-  int count = 0;
-#if defined(__x86_64__)
-  path_avx512_bf16 = path_avx512;
-  path_avx512_bf16.name = "avx512_bf16";
-  path_avx512_bf16.kernels[MOESPARSE_BF16] = kernel_bf16_dot;
-  if (cpu.avx512_bf16) paths[count++] = &path_avx512_bf16;
-  if (cpu.avx512_vbmi2) paths[count++] = &path_avx512;
-  if (cpu.avx2) paths[count++] = &path_avx2;
-#endif
   (void)cpu;
-  in_use = count ? paths[0] : NULL;
+#if defined(__x86_64__)
+  if (cpu.avx512_bf16) add_path_with(&path_avx512, "avx512_bf16", &kernel_bf16_avx512);
+  if (cpu.avx512_vbmi2) add_path(&path_avx512);
+  if (cpu.avx2) add_path(&path_avx2);
+#elif defined(__aarch64__)
+  if (cpu.neon_bf16) add_path_with(&path_neon, "neon_bf16", &kernel_bf16_neon);
+  if (cpu.neon) add_path(&path_neon);
+#endif
+  in_use = paths[0];
 }
 
 const path *current_path(void) { return in_use; }

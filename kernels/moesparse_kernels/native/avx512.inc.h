@@ -11,8 +11,6 @@
 
 #include "path.h"
 
-#define INLINE static inline __attribute__((always_inline)) TARGET
-
 #define ROWS 4        // of a group
 #define AHEAD 8192    // bytes
 #define PIECE 24576   // bytes of packed x that stay in L1 while all rows of a tile pass

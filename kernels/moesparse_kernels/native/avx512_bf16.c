@@ -9,7 +9,7 @@
 
 DEFINE_KIND(bf16, BF16_DOT, SIZES_TO_12)
 
-const kernel kernel_bf16_dot = {
+const kernel kernel_bf16_avx512 = {
     .x_bytes = 2, .few_block = 12, .many_block = 6, .many_from = 24, .few = bf16_few, .many = bf16_many};
 
 #endif

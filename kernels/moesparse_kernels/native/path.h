@@ -10,6 +10,10 @@
 
 #include "moesparse_native.h"
 
+// how every function of a kernel is declared; the file that includes this defines TARGET, the attribute that allows its
+// path's instructions
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
 #define STEP 32       // columns that the kernels take at a time
 #define CHUNK 64      // most rows of a tile
 #define TILE_LD (2 * CHUNK)
@@ -70,8 +74,8 @@ typedef struct {
 
 extern const path path_avx512, path_avx2, path_neon;
 
-// bf16 products on a CPU that has them, in the place of path_avx512's
-extern const kernel kernel_bf16_dot;
+// bf16 products on a CPU that has them, in the place of path_avx512's and path_neon's
+extern const kernel kernel_bf16_avx512, kernel_bf16_neon;
 
 // the path in use, NULL when this CPU has none
 const path *current_path(void);

@@ -8,10 +8,6 @@
 
 #include "path.h"
 
-#ifndef INLINE
-#define INLINE static inline __attribute__((always_inline)) TARGET
-#endif
-
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
