@@ -62,7 +62,8 @@ def prune(planted: Planted, source: Path, out: Path, recipe: moesparse.Recipe, w
         # whose layers hand on more than hidden states: what is measured in its own forward takes their place
         data = moesparse.calibrate(model, text)
     report = moesparse.prune(model, data, recipe)
-    save_pretrained(model, out, source=source, recipe=report.recipe, card=card(report), report=report.to_dict())
+    files = {"card": card(report), "report": report.to_dict(), "plan": report.plan}
+    save_pretrained(model, out, source=source, recipe=report.recipe, **files)
     return out
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from planted import EXPERT, Planted, is_matrix, layer_of
 
-OURS = {"README.md", "config.json", "moesparse_report.json", "moesparse_manifest.json", "moesparse_plan.json"}
+ALWAYS = {"README.md", "config.json", "moesparse_report.json", "moesparse_manifest.json"}
+OURS = ALWAYS | {"moesparse_plan.json"}
 NOTES = {"moesparse", "quantization_config"}
 COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"}
 GROUPS = {"n_group", "num_expert_group"}
@@ -108,7 +109,7 @@ def check_files(source: Path, result: Path) -> None:
     weights = {name for name in there if name.endswith((".safetensors", ".safetensors.index.json", ".bin"))}
     shards = set(map(str, read_shards(result)))
     assert here.keys() - OURS - shards == there.keys() - OURS - weights
-    assert here.keys() >= OURS
+    assert here.keys() >= ALWAYS
     for name in there.keys() - OURS - weights:
         assert here[name].read_bytes() == there[name].read_bytes(), name
         assert not here[name].is_symlink(), name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from moesparse.checkpoints.edit import SourceFolder, Surplus
 from moesparse.checkpoints.skeleton import open_skeleton
 from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.models.keys import checkpoint_tensors
-from moesparse.models.meta import LAYER_COUNT, bare_model, quantization_of, read_config
+from moesparse.models.meta import LAYER_COUNT, bare_model, dtype_of, quantization_of, read_config
 from moesparse.packed.experts import META_SUFFIX
 from moesparse.packed.model import packed_blocks
 from moesparse.system.folders import companions
@@ -133,21 +132,12 @@ def edited_model(
 
 
 def other_dtype(source: Path, dtype: torch.dtype) -> str | None:
-    """In words, that a model is in another dtype than its folder is stored in; None where it is not.
-
-    Most of the bytes count: a few tensors are kept in float32 beside weights in bf16.
-    """
-    sizes: Counter[torch.dtype] = Counter()
+    """In words, that a model is in another dtype than transformers loads its folder in; None where it is not."""
     try:
-        for info in Shards.open(source).tensors.values():
-            if info.torch_dtype is not None and info.torch_dtype.is_floating_point:
-                sizes[info.torch_dtype] += info.nbytes
-    except CheckpointError:
+        own = dtype_of(source, read_config(source))
+    except (CheckpointError, UnsupportedModelError):
         return None
-    stored = sizes.most_common(1)[0][0] if sizes else dtype
-    if stored == dtype:
-        return None
-    return f"it is stored in {stored} and the model is in {dtype}; source= names it all the same"
+    return None if own == dtype else f"it is loaded in {own} and the model is in {dtype}; source= names it all the same"
 
 
 def _dense_twin(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -23,6 +23,7 @@ __all__ = [
     "bare_model",
     "check_layer_counts",
     "context_length",
+    "dtype_of",
     "meta_model",
     "quantization_of",
     "read_config",
@@ -55,7 +56,7 @@ def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
         # the weights are dequantised when they are read
         del config.quantization_config
     if dtype == "auto":
-        dtype = config.dtype or _stored_dtype(Path(folder))
+        dtype = dtype_of(folder, config)
     if not isinstance(dtype, torch.dtype):
         raise UsageError(f"dtype must be a torch.dtype or 'auto', got {dtype!r}")
     model = _on_meta(config, dtype=dtype)
@@ -157,6 +158,13 @@ def _on_meta(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
             f"config.json must describe a model that transformers can build, got one of type {config.model_type!r}, to "
             f"which it says: {reason_of(error)}"
         ) from error
+
+
+def dtype_of(folder: str | os.PathLike[str], config: PreTrainedConfig) -> torch.dtype:
+    """In which transformers loads a folder that is asked for in "auto"."""
+    found = config.dtype or _stored_dtype(Path(folder))
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -336,6 +336,22 @@ def test_a_model_from_a_folder_is_saved_as_that_folder(tmp_path):
     assert json.loads((tmp_path / "new" / REPORT_FILE).read_text())["written"] == "as transformers writes a model"
 
 
+def test_a_folder_of_several_dtypes_is_edited_as_it_is_loaded(tmp_path):
+    """Most bytes may be in another dtype than the one that config.json names and the model runs in."""
+    source = planted("mixtral", tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if "experts" in name]:
+        tensors[name] = tensors[name].float()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_whole(source)
+    assert model.dtype == torch.bfloat16
+    moesparse.prune(model, None, moesparse.Recipe(saliency="magnitude", update="none"))
+    save_pretrained(model, tmp_path / "out", report={"seconds": 1.0})
+    assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["written"] == "as its source folder, edited"
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert tensor.dtype == tensors[name].dtype, name
+
+
 def another_shape(source, model):
     model.resize_token_embeddings(70)
 
@@ -371,7 +387,7 @@ def a_link(source, model):
         (other_layers, "it has another num_hidden_layers"),
         (other_tensors, r"it holds no model\.norm\.weight"),
         (other_model, "it holds a olmoe"),
-        (another_dtype, r"it is stored in torch\.bfloat16 and the model is in torch\.float32; source= names it"),
+        (another_dtype, r"it is loaded in torch\.bfloat16 and the model is in torch\.float32; source= names it"),
         (a_link, "notes must not lead out of its folder"),
     ],
 )
