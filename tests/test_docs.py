@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import moesparse
+import moesparse_kernels
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -112,9 +113,10 @@ def test_the_commands_on_a_page_exist(page):
 
 
 def messages():
-    """Every string of the package as its constant parts in order, f-strings and joined ones too."""
+    """Every string of the packages as its constant parts in order, f-strings and joined ones too."""
     found = []
-    for file in Path(moesparse.__file__).parent.rglob("*.py"):
+    folders = [Path(package.__file__).parent for package in (moesparse, moesparse_kernels)]
+    for file in (file for folder in folders for file in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
                 found.append([part.value for part in node.values if isinstance(part, ast.Constant)])

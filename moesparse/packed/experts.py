@@ -62,7 +62,8 @@ class SparseExperts(nn.Module):
     """The experts of one MoE block with packed n:m weights, for inference.
 
     Called as the dense experts are: (hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]. Expert
-    ids outside 0..E-1 are dropped. On a CPU one expert at a time is unpacked; on a GPU the kernels read packed weights.
+    ids outside 0..E-1 are dropped. The kernels read packed weights; on a CPU without the
+    compiled ones, one expert at a time is unpacked.
 
     Casts between bf16, fp16 and fp32 give what casting the dense weights would. Attributes of the dense module
     (num_experts, config, has_gate, ...) are all there.

@@ -112,7 +112,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
     """Creates, loads and runs one expert layer on packed n:m weights.
 
     On a GPU, 2:4 weights of 16 bits are reordered for the kernels once, after loading; other patterns stay in row order
-    and are made dense, layer by layer, in a scratch. A CPU unpacks one expert at a time.
+    and are made dense, layer by layer, in a scratch. On a CPU the compiled kernels read row order.
 
     Args:
         moe: vLLM's description of the layer.
