@@ -71,7 +71,12 @@ sizes = st.tuples(
 def test_product_against_fp64(path, size, seed):
     (n, m), K, N, T, dtype = size
     K = K // max(m, 8) * max(m, 8) or m
-    weight = random_packed(1, N, K, n, m, dtype, seed)
+    assert_product(random_packed(1, N, K, n, m, dtype, seed), T, seed)
+
+
+def assert_product(weight, T, seed):
+    _, _, K = weight.shape
+    dtype = weight.dtype
     x = torch.randn(T, K, generator=torch.Generator().manual_seed(seed)).to(dtype)
     dense = weight.unpack()
     product = gemm_native(x, weight, 0)
@@ -83,6 +88,14 @@ def test_product_against_fp64(path, size, seed):
     assert ((product.double() - exact).abs() <= bound).all()
     # zeros of a dense weight change no sum, and the order of the products is the same
     assert torch.equal(product, gemm_native(x, dense, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", [(2, 4), (3, 8)])
+# blocks of few tokens whose piece of x is 32 and 54 steps of columns; tokens that share decoded weights, 16 or 32 steps
+@pytest.mark.parametrize("T", [7, 12, 30])
+def test_columns_of_several_pieces(path, T, pattern, dtype):
+    assert_product(random_packed(1, 9, 2104, *pattern, dtype), T, seed=0)
 
 
 def sum_error(terms: torch.Tensor, count: int) -> torch.Tensor:
