@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moesparse.system.shards import ShardWriter
+from moesparse.system.shard_writer import ShardWriter
 
 ENOSPC = OSError(28, "No space left on device")
 
@@ -28,7 +28,8 @@ class Watch:
 
     def __init__(self, patch, note, calls=()):
         self.note = note
-        put, replace, fsync, unlink, text = ShardWriter._put, os.replace, os.fsync, os.unlink, Path.write_text
+        put, replace, fsync, unlink = ShardWriter._put, os.replace, os.fsync, os.unlink
+        text, data_of = Path.write_text, Path.write_bytes
 
         def write_shard(writer, info, at, data):
             note(f"write {short(info.file)}")
@@ -37,6 +38,10 @@ class Watch:
         def write_text(path, *args, **options):
             note(f"write {short(path)}")
             return text(path, *args, **options)
+
+        def write_bytes(path, data):
+            note(f"write {short(path)}")
+            return data_of(path, data)
 
         def rename(source, target, **options):
             note(f"rename {short(target)}")
@@ -53,6 +58,7 @@ class Watch:
 
         patch.setattr(ShardWriter, "_put", write_shard)
         patch.setattr(Path, "write_text", write_text)
+        patch.setattr(Path, "write_bytes", write_bytes)
         patch.setattr(os, "replace", rename)
         patch.setattr(os, "fsync", flush)
         patch.setattr(os, "unlink", remove)

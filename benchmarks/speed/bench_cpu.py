@@ -2,6 +2,7 @@
 
     make bench-cpu                                           # the shapes below, one thread and two
     python -m benchmarks.speed.bench_cpu --shapes OLMoE-1B-7B --tokens 1 16 --threads 1
+    python -m benchmarks.speed.bench_cpu --table             # of the results there are, as in docs/performance.md
 
 Contenders take turns in one process, each turn with another routing (16 of them), so that weights come from memory and
 a disturbance hits all alike. Each is compared with fp64 first. A row holds the best and the median of its turns: by the
@@ -193,6 +194,34 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Packed layers in Markdown by their best times, a row for each shape and number of threads."""
+    default = ("transformers eager", "transformers grouped_mm")
+    dense = tuple(name for name, (_, is_dense) in CONTENDERS.items() if is_dense)
+    kept = [row for row in rows if row["routing"] == "uniform"]
+    tokens = sorted({row["tokens"] for row in kept})
+    lines = [
+        f"| a whole layer, {' / '.join(map(str, tokens))} tokens | threads | packed, ms "
+        "| times the fastest default dense | times the fastest dense, oneDNN off too | times our own dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape, threads in dict.fromkeys((row["shape"], row["threads"]) for row in kept):
+        best = {
+            (row["tokens"], row["contender"]): row["best_us"]
+            for row in kept
+            if (row["shape"], row["threads"]) == (shape, threads)
+        }
+        columns: list[list[str]] = [[], [], [], []]
+        for count in tokens:
+            own = best.get((count, "packed"))
+            for column, names in zip(columns, ((), default, dense, ("dense native",)), strict=True):
+                found = [best[count, name] for name in names if (count, name) in best]
+                value = own / 1e3 if own and not names else min(found) / own if own and found else None
+                column.append("-" if value is None else f"{value:#.3g}".rstrip("."))
+        lines.append(f"| {shape} | {threads} | " + " | ".join(" / ".join(column) for column in columns) + " |")
+    return "\n".join(lines)
+
+
 def fitted(shape: Shape, gigabytes: float) -> Shape:
     """The shape with as many experts as fit; fewer change what a call reads once tokens reach them all."""
     per_expert = 3 * shape.hidden * shape.intermediate * _BYTES_PER_WEIGHT
@@ -214,11 +243,17 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--seconds", type=float, default=2.0, help="for each contender of a row")
     options.add_argument("--memory", type=float, default=16.0, help="GB; shapes get fewer experts to stay within")
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
+    options.add_argument("--table", action="store_true", help="print the results there are, and measure nothing")
     chosen = options.parse_args(arguments)
+    # a row says itself how many threads it had
+    machine = {name: value for name, value in environment(CPU).items() if name != "threads"}
+    results = ResultFile(device_folder(chosen.results, CPU) / "bench_cpu.json", machine)
+    if chosen.table:
+        print(table(results.rows))
+        return
     native = library()
     if native is None:
         raise SystemExit(f"there are no compiled kernels to measure: {reason_without()}")
-    results = ResultFile(device_folder(chosen.results, CPU) / "bench_cpu.json", environment(CPU))
     for name in chosen.shapes:
         layer = make_layer(fitted(SHAPES[name], chosen.memory), torch.bfloat16, CPU)
         for threads in chosen.threads:

@@ -70,7 +70,8 @@ def make_checkpoint(
     from transformers import AutoModelForCausalLM
 
     from moesparse.models.keys import checkpoint_views
-    from moesparse.system.shards import ShardWriter, TensorSpec
+    from moesparse.system.shard_writer import ShardWriter
+    from moesparse.system.shards import TensorSpec
 
     config = make_config(folder, layers, hidden, intermediate, dtype=dtype, **sizes)
     with torch.device("meta"):

@@ -29,7 +29,8 @@ from moesparse.progress import Progress, silent
 from moesparse.system.folders import check_writable
 from moesparse.system.processes import device_at_work
 from moesparse.system.run_folder import RunFolder
-from moesparse.system.shards import MAX_SHARD_BYTES, SINGLE_FILE, Shards, ShardWriter, TensorSpec
+from moesparse.system.shard_writer import MAX_SHARD_BYTES, ShardWriter
+from moesparse.system.shards import SINGLE_FILE, Shards, TensorSpec
 
 __all__ = ["calibrate_checkpoint", "check_statistics_file", "unfinished_folder"]
 

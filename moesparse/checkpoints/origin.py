@@ -20,7 +20,8 @@ from moesparse.packed.experts import META_SUFFIX
 from moesparse.packed.model import packed_blocks
 from moesparse.system.folders import companions
 from moesparse.system.json_text import json_with, json_without
-from moesparse.system.shards import Shards, write_shards
+from moesparse.system.shard_writer import write_shards
+from moesparse.system.shards import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,7 +23,7 @@ from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import ProgressEvent
 from moesparse.system.folders import companions, other_formats
 from moesparse.system.run_folder import RunFolder
-from moesparse.system.shards import MAX_SHARD_BYTES
+from moesparse.system.shard_writer import MAX_SHARD_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,46 +207,81 @@ def save_pretrained(
         MoESparseError: packed, and no block holds an n:m pattern.
         ResultError: what was written is not the source with the changes that were meant; it is kept beside `folder`.
     """
-    from moesparse.packed.quantizer import packed_metadata
-
     origin = folder_of(model) if source is None else Path(source)
     if source is not None and Path(source).is_dir():
         companions(Path(source))
     # the values would be rounded to the folder's dtype, and nobody asked for it
     other = other_dtype(origin, model.dtype) if source is None and origin is not None else None  # type: ignore[arg-type]
+    what = _Beside(tokenizer, recipe, card, report, plan, parse_size(max_shard_size))
+    out = Path(folder)
     if origin is not None and not other and (packed or is_packed(origin)) and stores_other_dtypes(origin, model.dtype):  # type: ignore[arg-type]
-        what = {"tokenizer": tokenizer, "recipe": recipe, "card": card, "report": report, "plan": plan}
-        return _save_in_stored_dtypes(model, Path(folder), packed, origin, max_shard_size, what)
+        return _save_in_stored_dtypes(model, out, packed, origin, what)
+    return _save(model, out, packed, origin, what, other=other, named=source is not None, kept_as=out)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What is written with a model; see `save_pretrained`."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    recipe: dict[str, Any] | None
+    card: str | None
+    report: dict[str, Any] | None
+    plan: ExpertPlan | None
+    max_shard_bytes: int
+
+
+def _save(
+    model: nn.Module,
+    folder: Path,
+    packed: bool,
+    origin: Path | None,
+    what: _Beside,
+    *,
+    other: str | None = None,
+    named: bool = True,
+    kept_as: Path,
+) -> Surplus:
+    """`save_pretrained` into one folder.
+
+    Args:
+        origin: the folder the model came from, or None.
+        other: why that is not edited; None where nothing is known that speaks against it.
+        named: by the caller, who wants its files also when it is not edited.
+        kept_as: the folder beside which a result that fails its check is kept.
+    """
+    from moesparse.packed.quantizer import packed_metadata
+
+    report = what.report
     with atomic_folder(folder) as work:
         state, blocks = state_in_form(model, packed)
         with packed_metadata(model, blocks):  # type: ignore[arg-type]
-            mtp = (recipe or {}).get("mtp")
+            mtp = (what.recipe or {}).get("mtp")
             edited = None if origin is None else other or edited_model(model, state, blocks, origin, mtp)  # type: ignore[arg-type]
         if isinstance(edited, str):
-            warnings.warn(f"{origin} is not edited, for {edited}: the model is written {_WRITTEN_ANEW}", stacklevel=2)
-            # who did not name the folder did not ask for its files
-            origin = None if source is None else origin
+            warnings.warn(f"{origin} is not edited, for {edited}: the model is written {_WRITTEN_ANEW}", stacklevel=3)
+            origin = origin if named else None
         if report is not None and origin is not None:
             report = following(read_report(origin), report)
-        if recipe is not None:
-            note_recipe(model, recipe, report)
+        if what.recipe is not None:
+            note_recipe(model, what.recipe, report)
         with packed_metadata(model, blocks):  # type: ignore[arg-type]
             if isinstance(edited, EditedModel):
-                found = edited.write(work, parse_size(max_shard_size))
+                found = edited.write(work, what.max_shard_bytes)
             else:
-                model.save_pretrained(work, state_dict=state, max_shard_size=max_shard_size)  # type: ignore[operator]
+                model.save_pretrained(work, state_dict=state, max_shard_size=what.max_shard_bytes)  # type: ignore[operator]
                 found = surplus(left=_without_place(origin))
         if origin is not None and (formats := other_formats(origin)):
             found["formats"] = formats
-        written = _EDITED if isinstance(edited, EditedModel) else _WRITTEN_ANEW
-        files: dict[str, Any] = {"card": card, "report": report, "surplus": found, "written": written, "plan": plan}
-        write_companions(work, tokenizer=tokenizer, source=origin, **files)
-        if plan is None and _lost_experts(model, origin):
+        files: dict[str, Any] = {"card": what.card, "report": report, "surplus": found, "plan": what.plan}
+        files["written"] = _EDITED if isinstance(edited, EditedModel) else _WRITTEN_ANEW
+        write_companions(work, tokenizer=what.tokenizer, source=origin, **files)
+        if what.plan is None and _lost_experts(model, origin):
             # the source's own tells of an earlier removal only
             (work / PLAN_FILE).unlink(missing_ok=True)
         write_manifest(work, list(work.glob("*.safetensors")))
         if isinstance(edited, EditedModel):
-            with kept_aside(work, Path(folder)):
+            with kept_aside(work, kept_as):
                 check_written(work, edited.source)
     return found
 
@@ -258,9 +294,7 @@ def _lost_experts(model: nn.Module, source: Path | None) -> bool:
     return (now or {}).get(KEPT_KEY) != (then or {}).get(KEPT_KEY)
 
 
-def _save_in_stored_dtypes(
-    model: nn.Module, folder: Path, packed: bool, source: Path, max_shard_size: str, what: dict[str, Any]
-) -> Surplus:
+def _save_in_stored_dtypes(model: nn.Module, folder: Path, packed: bool, source: Path, what: _Beside) -> Surplus:
     """Save a model by way of dense folders: values packed in the model's dtype are not those that the source stores."""
     check_output_folder(folder)
     with scratch_folder(folder) as scratch:
@@ -268,9 +302,9 @@ def _save_in_stored_dtypes(
             unpack_folder(source, scratch / "source")
             source = scratch / "source"
         out = scratch / "dense" if packed else folder
-        found = save_pretrained(model, out, source=source, max_shard_size=max_shard_size, **what)
+        found = _save(model, out, False, source, what, kept_as=folder)
         if packed:
-            pack_folder(out, folder, max_shard_bytes=parse_size(max_shard_size))
+            pack_folder(out, folder, max_shard_bytes=what.max_shard_bytes)
     return found
 
 

@@ -30,7 +30,8 @@ from moesparse.progress import Progress, ProgressEvent, silent
 from moesparse.system.folders import atomic_folder, check_output_folder, copy_companions, other_formats
 from moesparse.system.json_text import json_with, json_without
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
-from moesparse.system.shards import MAX_SHARD_BYTES, ShardWriter, TensorInfo, TensorSpec
+from moesparse.system.shard_writer import MAX_SHARD_BYTES, ShardWriter
+from moesparse.system.shards import TensorInfo, TensorSpec
 from moesparse.weights.patterns import Pattern, PatternFinder
 from moesparse_kernels import NMWeight
 

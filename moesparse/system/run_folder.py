@@ -28,7 +28,8 @@ from moesparse.errors import CheckpointError, MoESparseError, ResultError, Usage
 from moesparse.system.folders import JOURNAL_FILE, check_output_folder, flush
 from moesparse.system.manifest import file_hash, write_manifest_entries
 from moesparse.system.processes import Processes
-from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json, write_shards
+from moesparse.system.shard_writer import write_shards
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json
 
 __all__ = ["Part", "RunFolder", "check_inputs", "check_run_folder", "claimed", "locked", "what_is_kept"]
 

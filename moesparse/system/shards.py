@@ -1,23 +1,20 @@
-"""Safetensors shards: checked before anything is allocated, read one tensor at a time, written in a stream.
+"""Safetensors shards: checked before anything is allocated, and read one tensor at a time; shard_writer.py writes them.
 
 A checkpoint folder comes from anywhere, so nothing in it is believed: file names in the index lead nowhere else,
 headers must describe the file they stand in to the byte, and only then is memory taken, never more than one tensor's.
-safetensors' own library writes whole dictionaries; `ShardWriter` writes the header first and then each tensor as it
-comes, which is what keeps a model out of memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import shlex
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedReader, BufferedWriter
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,6 @@ __all__ = [
     "INDEX_FILE",
     "SINGLE_FILE",
     "WEIGHT_SUFFIXES",
-    "ShardWriter",
     "Shards",
     "TensorInfo",
     "TensorSpec",
@@ -39,11 +35,7 @@ __all__ = [
     "read_json",
     "read_weight_map",
     "reading",
-    "write_shards",
 ]
-
-MAX_SHARD_BYTES = 5 * 10**9
-"""Of one file of the output, as transformers writes them."""
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -112,8 +104,17 @@ class TensorSpec:
         return cls(name, _NAMES[dtype], tuple(shape))
 
     @property
+    def bits(self) -> int:
+        """Of one element."""
+        return _BITS[self.dtype]
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _BITS[self.dtype] // 8
+        return math.prod(self.shape) * self.bits // 8
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor's dtype is this one; its shape may be another."""
+        return _NAMES.get(tensor.dtype) == self.dtype
 
 
 @dataclass(frozen=True)
@@ -440,179 +441,3 @@ class Shards:
                     raise CheckpointError(f"{info.file} was changed while it was read: {name} is cut off")
                 left -= len(data)
                 yield data
-
-
-class ShardWriter:
-    """Writes tensors of known shapes as safetensors shards: header first, then each tensor when it comes, in any order.
-
-    Nothing is held between calls. A shard is flushed to the disk and closed when its last byte is written. A context
-    manager: leaving it makes sure that all was written; the index comes after that.
-
-    Args:
-        folder: an existing folder without weights.
-        specs: all tensors, in the order in which they are shared out to shards.
-        max_shard_bytes: of the tensors in one file; a larger tensor has a file of its own.
-        metadata: of every file; None says that they are of torch, as transformers does.
-
-    Raises:
-        ValueError: two tensors have one name.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        specs: Sequence[TensorSpec],
-        max_shard_bytes: int,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self._folder = folder
-        self._metadata = {"format": "pt"} if metadata is None else dict(metadata)
-        groups: list[list[TensorSpec]] = [[]]
-        room = max_shard_bytes
-        for spec in specs:
-            if groups[-1] and spec.nbytes > room:
-                groups.append([])
-                room = max_shard_bytes
-            groups[-1].append(spec)
-            room -= spec.nbytes
-        self._places: dict[str, TensorInfo] = {}
-        self._headers: dict[Path, bytes] = {}
-        for number, group in enumerate(groups, start=1):
-            name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            self._lay_out(folder / name, group)
-        if len(self._places) < len(specs):
-            raise ValueError("specs must name every tensor once")
-        self._missing = {name: info.nbytes for name, info in self._places.items()}
-        self._left = dict.fromkeys(self._headers, 0)
-        for info in self._places.values():
-            self._left[info.file] += info.nbytes
-        self._open: dict[Path, BufferedWriter] = {}
-
-    @property
-    def files(self) -> list[Path]:
-        return list(self._headers)
-
-    def _lay_out(self, file: Path, specs: Sequence[TensorSpec]) -> None:
-        # as safetensors does it: larger items first, so that each tensor starts at a multiple of its item
-        ordered = sorted(specs, key=lambda spec: -_BITS[spec.dtype])
-        entries: dict[str, Any] = {"__metadata__": self._metadata}
-        at = 0
-        for spec in ordered:
-            entries[spec.name] = {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
-                "data_offsets": [at, at + spec.nbytes],
-            }
-            at += spec.nbytes
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self._headers[file] = len(header).to_bytes(8, "little") + header
-        for spec in ordered:
-            start = 8 + len(header) + entries[spec.name]["data_offsets"][0]
-            self._places[spec.name] = TensorInfo(spec.name, spec.dtype, spec.shape, file, start)
-
-    def write(self, name: str, tensor: Tensor, entry: int | None = None) -> None:
-        """Write a tensor, or its entry along the first dim; each exactly once.
-
-        Raises:
-            ValueError: another shape or dtype than announced, or more than there is room for.
-        """
-        info = self._places[name]
-        shape = info.shape if entry is None else info.shape[1:]
-        if tuple(tensor.shape) != shape or _NAMES.get(tensor.dtype) != info.dtype:
-            raise ValueError(f"{name} must be {info.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        self._put(info, (entry or 0) * data.numel(), data.numpy().data)
-
-    def copy(self, name: str, chunks: Iterator[bytes]) -> None:
-        """Write a tensor of any dtype from its bytes."""
-        at = 0
-        for data in chunks:
-            self._put(self._places[name], at, data)
-            at += len(data)
-
-    def _put(self, info: TensorInfo, at: int, data: bytes | memoryview) -> None:
-        if not len(data):
-            return
-        if len(data) > self._missing[info.name]:
-            raise ValueError(
-                f"{info.name} must be written once, got {len(data) - self._missing[info.name]} bytes too many"
-            )
-        file = self._file(info.file)
-        file.seek(info.offset + at)
-        file.write(data)
-        self._missing[info.name] -= len(data)
-        self._left[info.file] -= len(data)
-        if not self._left[info.file]:
-            self._close(info.file)
-
-    def _file(self, path: Path) -> BufferedWriter:
-        if path not in self._open:
-            self._open[path] = path.open("xb")
-            self._open[path].write(self._headers[path])
-        return self._open[path]
-
-    def _close(self, path: Path) -> None:
-        file = self._open.pop(path)
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close the shards.
-
-        Raises:
-            ValueError: a tensor was not written in full.
-        """
-        if kind is not None:
-            for file in self._open.values():
-                file.close()
-            return
-        for name, missing in self._missing.items():
-            if missing:
-                raise ValueError(f"{name} must be written in full, {missing} bytes are missing")
-        for path, left in self._left.items():
-            # a shard of tensors without bytes
-            if not left and not path.exists():
-                self._file(path)
-                self._close(path)
-
-    def write_index(self) -> None:
-        """Write the index, where there are several shards: the last file of a checkpoint."""
-        if len(self._headers) > 1:
-            total = sum(info.nbytes for info in self._places.values())
-            weight_map: Mapping[str, str] = {name: info.file.name for name, info in sorted(self._places.items())}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_shards(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    max_shard_bytes: int,
-    copies: tuple[Mapping[str, str], Shards] | None = None,
-) -> ShardWriter:
-    """Write tensors one after the other, without an index.
-
-    Args:
-        folder: to write to.
-        tensors: name -> tensor on any device, strided in any way.
-        max_shard_bytes: of one file.
-        copies: name -> name in other shards, of tensors to be copied as bytes behind those; and those shards.
-
-    Returns:
-        The writer, finished.
-    """
-    names, source = copies or ({}, None)
-    copied = [(name, source.tensors[other], source) for name, other in names.items() if source is not None]
-    specs = [TensorSpec.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    specs += [dataclasses.replace(info, name=name) for name, info, _ in copied]
-    with ShardWriter(folder, specs, max_shard_bytes) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor.cpu())
-        for name, info, shards in copied:
-            writer.copy(name, shards.chunks(info.name))
-    return writer

@@ -270,3 +270,9 @@ def test_a_run_that_ends_otherwise_than_meant_is_not_called_done(source, tmp_pat
         with pytest.raises(ResultError, match=rf"What was written is kept in .*saved\.unfinished{number}$"):
             save_pretrained(model, tmp_path / "saved", source=tmp_path / "in")
     assert not (tmp_path / "saved").exists() and load_pretrained(tmp_path / "saved.unfinished1")
+    # and what was to be packed behind it
+    (tmp_path / "in" / "LICENSE").write_text("mine\n")
+    other = torch.float16 if model.dtype == torch.bfloat16 else torch.bfloat16
+    with pytest.raises(ResultError, match=r"What was written is kept in .*packed\.unfinished$"):
+        save_pretrained(model.to(other), tmp_path / "packed", packed=True, source=tmp_path / "in")
+    assert not (tmp_path / "packed").exists() and load_pretrained(tmp_path / "packed.unfinished")

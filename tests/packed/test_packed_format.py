@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from moesparse.packed.quantizer import FORMAT_VERSION, METHOD
-from moesparse.system.shards import ShardWriter, TensorSpec
+from moesparse.system.shard_writer import ShardWriter
+from moesparse.system.shards import TensorSpec
 from moesparse_kernels import NMWeight
 
 PAGE = (Path(__file__).parents[2] / "docs/packed-format.md").read_text()

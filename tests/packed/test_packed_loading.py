@@ -113,7 +113,8 @@ def test_loading_takes_the_packed_size_and_one_block(tmp_path: Path):
         from moesparse.packed.conversions import conversions_of, packed_conversions
         from moesparse.packed.quantizer import MoESparseConfig, insert_packed
         from moesparse.packed.model import packed_blocks
-        from moesparse.system.shards import ShardWriter, TensorSpec
+        from moesparse.system.shard_writer import ShardWriter
+        from moesparse.system.shards import TensorSpec
         from moesparse.testing import prune_by_magnitude, tiny_model
 
         folder = Path(sys.argv[1])

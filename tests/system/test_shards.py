@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.system.shards import INDEX_FILE, Shards, ShardWriter, TensorSpec, read_header, read_json
+from moesparse.system.shard_writer import ShardWriter
+from moesparse.system.shards import INDEX_FILE, Shards, TensorSpec, read_header, read_json
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8)
 
