@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 import warnings
+from pathlib import Path
 
 import typer
 from rich.markup import escape
@@ -30,7 +31,7 @@ from moesparse.cli.prune import HELP as PRUNE_HELP
 from moesparse.cli.prune import prune
 from moesparse.cli.report import report
 from moesparse.cli.serve import serve
-from moesparse.errors import MoESparseError, UsageError
+from moesparse.errors import MoESparseError, UsageError, reason_of
 from moesparse.system.memory import bound_compiled_products
 
 _INTERRUPTED = 130
@@ -105,9 +106,22 @@ def main() -> None:
                 # a full disk, a folder that went away: the system names the file and the reason
                 text = f"[bold red]error:[/] {job.name}{escape(f'{error.filename}: {error.strerror}')}"
             else:
-                text = (
-                    f"[bold red]unexpected {type(error).__name__}:[/] {job.name}{escape(str(error))}\n"
-                    "This is a defect of moesparse; MOESPARSE_TRACEBACK=1 shows where it happened."
-                )
+                kind = f"[bold red]unexpected {type(error).__name__}:[/] {job.name}"
+                text = f"{kind}{escape(_unexpected(error))}; MOESPARSE_TRACEBACK=1 shows where it happened."
             console.print(text, highlight=False, soft_wrap=True)
             sys.exit(1)
+
+
+def _unexpected(error: Exception) -> str:
+    """What happened, and whose fault it may be: the innermost of our and of transformers' functions tells."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        parts = Path(frame.filename).parts
+        if "transformers" in parts:
+            where = f"{frame.name} of transformers' {Path(frame.filename).name}"
+            return (
+                f"{reason_of(error)}\nIt was raised in {where}: a config.json whose values contradict each other, "
+                "or a defect of transformers or moesparse"
+            )
+        if "moesparse" in parts:
+            break
+    return f"{error}\nThis is a defect of moesparse"

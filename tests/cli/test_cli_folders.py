@@ -7,8 +7,9 @@ from small_text import WORDS, make_tokenizer
 from typer.testing import CliRunner
 
 from moesparse.checkpoints.history import REPORT_FILE
-from moesparse.cli import app
+from moesparse.cli import app, main
 from moesparse.errors import MoESparseError
+from moesparse.models.on_disk import LayersOnDisk
 from moesparse.system.shards import Shards
 from moesparse.testing import tiny_model
 
@@ -134,3 +135,27 @@ def test_other_formats_are_named_by_pack(source, text, tmp_path):
     assert "model-q4.gguf: not copied" in told.output
     held = json.loads((tmp_path / "packed" / REPORT_FILE).read_text())
     assert held["surplus"] == {"formats": ["model-q4.gguf"]}
+
+
+def test_an_error_of_transformers_is_not_called_ours(tmp_path, text, monkeypatch, capsys):
+    """A config.json that contradicts itself, which transformers sees in its forward."""
+    tiny_model("glm4v_moe", vocab_size=320).save_pretrained(tmp_path / "in")
+    make_tokenizer().save_pretrained(tmp_path / "in")
+    file = tmp_path / "in" / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["rope_parameters"]["mrope_section"] = [8, 12, 12]
+    file.write_text(json.dumps(config))
+    arguments = ["prune", tmp_path / "in", tmp_path / "out", *QUICK, *text]
+    monkeypatch.setattr("sys.argv", ["moesparse", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert stop.value.code == 1 and not (tmp_path / "out" / "config.json").exists()
+    assert "It was raised in" in said and "of transformers' modeling_glm4v_moe.py" in said
+    assert "This is a defect of moesparse" not in said
+
+    # and one of ours is
+    monkeypatch.setattr(LayersOnDisk, "open", lambda *_: [][1])
+    with pytest.raises(SystemExit):
+        main()
+    assert "list index out of range This is a defect of moesparse" in " ".join(capsys.readouterr().err.split())
