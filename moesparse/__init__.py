@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from moesparse.pruning.recipe import Recipe
     from moesparse.pruning.report import Report
     from moesparse.pruning.run import prune, prune_checkpoint
+    from moesparse.system.installation import info
 
 _HOMES = {
     "calibrate_checkpoint": "calibration.checkpoint",
@@ -63,6 +64,7 @@ _HOMES = {
     "Report": "pruning.report",
     "prune": "pruning.run",
     "prune_checkpoint": "pruning.run",
+    "info": "system.installation",
 }
 _MODULES = ("demo", "evaluate", "text")
 
@@ -86,6 +88,7 @@ __all__ = [
     "evaluate",
     "expert_scores",
     "find_moe_blocks",
+    "info",
     "load_pretrained",
     "pack",
     "prune",

@@ -15,15 +15,16 @@ sparse form wins, the layer runs dense.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from .layout import NMWeight
-from .native_library import library, reason_without
+from .native_library import Native, library, reason_without
 from .semi_structured import reason_unavailable
 from .tuning import backend_from_table
 
-__all__ = ["DENSE_BACKENDS", "NM_BACKENDS", "choose_dense_backend", "choose_nm_backend"]
+__all__ = ["DENSE_BACKENDS", "NM_BACKENDS", "Auto", "auto_on", "choose_dense_backend", "choose_nm_backend"]
 
 NM_BACKENDS = ("auto", "native", "triton", "semi_structured", "unpack", "reference")
 DENSE_BACKENDS = ("auto", "native", "triton", "grouped_mm", "reference")
@@ -83,15 +84,68 @@ def _check_native(weight: NMWeight | torch.Tensor, device: torch.device) -> None
         raise ValueError(f'backend "native" must fit the weight and the machine: {reason}')
 
 
+def _native_rows(native: Native, dtype: torch.dtype) -> tuple[float, float]:
+    """Rows per expert up to which the compiled kernels win, of packed weights and of dense ones."""
+    if native.torch_has_better(dtype):
+        return _NATIVE_ROWS_BESIDE_BETTER
+    assert native.path is not None, "the library is used only where the CPU has one of its paths"
+    return _NATIVE_ROWS[native.path][dtype]
+
+
 def _native_wins(weight: NMWeight | torch.Tensor, device: torch.device, rows: int) -> bool:
     """Whether the compiled kernels can run a weight and are the fastest for so many rows."""
     native = library()
-    if native is None or native.path is None or _reason_not_native(weight, device) is not None:
+    if native is None or _reason_not_native(weight, device) is not None:
         return False
-    packed, dense = _NATIVE_ROWS[native.path][weight.dtype]
-    if native.torch_has_better(weight.dtype):
-        packed, dense = _NATIVE_ROWS_BESIDE_BETTER
+    packed, dense = _native_rows(native, weight.dtype)
     return rows <= max(weight.shape[0], 1) * (packed if isinstance(weight, NMWeight) else dense)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """What backend "auto" of an op takes on a device, weights being packed in the order that serves it.
+
+    Attributes:
+        op: "moe_nm" or "moe_dense".
+        dtype: of x and of the weights.
+        backend: taken up to `rows` rows per expert.
+        rows: None where `backend` is taken for any number.
+        beyond: the backend for more rows; None where `rows` is.
+        reason: why.
+    """
+
+    op: str
+    dtype: torch.dtype
+    backend: str
+    rows: int | None
+    beyond: str | None
+    reason: str
+
+
+def _auto_on_cpu(op: str, dtype: torch.dtype) -> Auto:
+    native = library()
+    if native is None:
+        return Auto(op, dtype, "reference", None, None, f"no compiled CPU kernels: {reason_without()}")
+    rows = _native_rows(native, dtype)[op == "moe_dense"]
+    if math.isinf(rows):
+        reason = f"on {native.path} CPUs torch's products of it are not faster"
+        return Auto(op, dtype, "native", None, None, reason)
+    return Auto(op, dtype, "native", int(rows), "reference", "for more rows torch's products are faster")
+
+
+def auto_on(device: torch.device, dtype: torch.dtype) -> tuple[Auto, Auto]:
+    """What "auto" takes on a device for packed and for dense experts; a GPU's measured table may say otherwise."""
+    if device.type == "cpu":
+        return _auto_on_cpu("moe_nm", dtype), _auto_on_cpu("moe_dense", dtype)
+    if device.type != "cuda" or dtype.itemsize != 2:
+        reason = f"there are no kernels for {dtype} on {device.type}"
+        packed, dense = (Auto(op, dtype, "reference", None, None, reason) for op in ("moe_nm", "moe_dense"))
+        return packed, dense
+    reason = "an estimate, where nothing was measured for a shape"
+    packed = Auto("moe_nm", dtype, "triton", _SPARSE_ROWS, "unpack", reason)
+    if dtype == torch.bfloat16 and hasattr(torch.nn.functional, "grouped_mm"):
+        return packed, Auto("moe_dense", dtype, "triton", _FUSED_DENSE_ROWS, "grouped_mm", reason)
+    return packed, Auto("moe_dense", dtype, "triton", None, None, "torch has no grouped GEMM of this dtype")
 
 
 def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, intermediate: int) -> str:

@@ -118,7 +118,10 @@ class Native:
     """The loaded library.
 
     Attributes:
+        file: where it lies.
+        sources: digest of the sources it was built from.
         paths: the instruction paths this CPU has, best first.
+        path: the one in use.
         threads: whether torch's threads share the work; else one does all.
     """
 
@@ -129,8 +132,9 @@ class Native:
             OSError: it cannot be loaded.
             ValueError: it was built from other sources.
         """
+        self.file = file
         self._library = ctypes.CDLL(str(file))
-        self._check_version(file)
+        self.sources = self._check_version(file)
         for name, argument in (("layer", Layer), ("gemm", Gemm), ("unpack", Unpack)):
             function = getattr(self._library, f"moesparse_run_{name}")
             function.argtypes, function.restype = (ctypes.POINTER(argument),), _I32
@@ -143,7 +147,7 @@ class Native:
         self.path = self.paths[0] if self.paths else None
         self.threads = self._use_torch_threads()
 
-    def _check_version(self, file: Path) -> None:
+    def _check_version(self, file: Path) -> str:
         try:
             abi = int(self._library.moesparse_abi())
             self._library.moesparse_sources.restype = ctypes.c_char_p
@@ -156,6 +160,7 @@ class Native:
                 f"{file} must be built from the sources of this package (interface {ABI}, sources {wanted}), "
                 f"got interface {abi}, sources {sources}; install the package again, or in a clone run make native"
             )
+        return sources
 
     def _find_paths(self) -> tuple[str, ...]:
         names, index = [], 0

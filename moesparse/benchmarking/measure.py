@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moesparse.system.installation import installed_version
 from moesparse_kernels.native_library import native_path
 
 __all__ = ["Ceilings", "Timing", "environment", "measure_ceilings", "time_call"]
@@ -183,13 +183,6 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 @cache
 def _commit() -> str:
     """$MOESPARSE_COMMIT, else git's last commit to the code, "-dirty" when it differs, else "unknown"."""
@@ -207,8 +200,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     record: dict[str, Any] = {
         "device": platform.machine() + " CPU",
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": installed_version("triton"),
+        "transformers": installed_version("transformers"),
         "python": platform.python_version(),
         "commit": _commit(),
     }

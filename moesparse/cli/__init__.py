@@ -24,6 +24,7 @@ from moesparse.cli.demo import demo
 from moesparse.cli.distill import HELP as DISTILL_HELP
 from moesparse.cli.distill import distill
 from moesparse.cli.evaluate import evaluate
+from moesparse.cli.info import info
 from moesparse.cli.inspect import inspect
 from moesparse.cli.job import job, one_voice
 from moesparse.cli.pack import pack, unpack
@@ -58,6 +59,7 @@ app.command(help=paragraphs(unpack.__doc__))(unpack)
 app.command(help=paragraphs(inspect.__doc__))(inspect)
 app.command(help=paragraphs(report.__doc__))(report)
 app.command(help=paragraphs(bench.__doc__))(bench)
+app.command(help=paragraphs(info.__doc__))(info)
 app.command(
     # all arguments go on to a parser with transformers' options
     add_help_option=False,

@@ -45,7 +45,7 @@ def bench(
 
     from moesparse.benchmarking import SHAPES, bench_layer, contenders_for, environment, measure_ceilings
     from moesparse.benchmarking.layer import ROUTINGS, make_layer
-    from moesparse_kernels.native_library import native_path, reason_without
+    from moesparse.system.installation import kernels_in_words
 
     if shape == "list":
         _show_shapes(list(SHAPES.values()), as_json)
@@ -66,9 +66,7 @@ def bench(
             highlight=False,
         )
     if target.type == "cpu":
-        without = reason_without()
-        kernels = f"compiled CPU kernels: {native_path()}" if without is None else f"no compiled CPU kernels: {without}"
-        console.print(kernels, soft_wrap=True, highlight=False)
+        console.print(kernels_in_words(), soft_wrap=True, highlight=False)
     rows: list[dict[str, Any]] = []
     with quiet_libraries(), torch.no_grad():
         ceilings = measure_ceilings(target)

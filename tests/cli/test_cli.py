@@ -15,6 +15,7 @@ import torch
 from moesparse import demo
 from moesparse.cli import main
 from moesparse.models import on_disk
+from moesparse.system.installation import kernels_in_words
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -156,6 +157,7 @@ def test_bench_says_what_it_measured(monkeypatch, capsys):
     code, out, err = in_process(monkeypatch, capsys, *words)
     assert code in (0, None), err
     assert "says nothing about a GPU" in err
+    assert f"\n{kernels_in_words()}\n" in err
     result = json.loads(out)
     assert 16 * result["packed_bytes"] == 9 * result["dense_bytes"]
     runs = {row["contender"]: row for row in result["rows"]}
@@ -283,7 +285,7 @@ def test_ctrl_c_leaves_no_output(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["demo", "prune", "eval", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["demo", "prune", "eval", "inspect", "bench", "info"])
 def test_help_teaches(command, monkeypatch, capsys):
     code, out, _ = in_process(monkeypatch, capsys, command, "--help")
     assert code == 0
