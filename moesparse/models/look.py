@@ -37,15 +37,18 @@ class Look:
         layers: of the model.
         options: `allow_pruned`, and `progress`, called with every layer.
         dense: refuse experts that were pruned before; what reads no text may go on from there.
+        values: of all weights are wanted; else those of quantised experts, which are only to be copied, are not read.
 
     Attributes:
         samples: `fingerprint_sample` of every tensor that waits on the disk, once it was seen.
         routers: block name -> `router_sketch` of its router, once it was seen; none where no matrix is its router's.
+        complete: no weight was left unread, so that there is a `fingerprint`.
     """
 
-    def __init__(self, layers: Layers, options: RunOptions, *, dense: bool = True) -> None:
+    def __init__(self, layers: Layers, options: RunOptions, *, dense: bool = True, values: bool = True) -> None:
         self._layers, self._progress = layers, options.progress
         self._dense = dense and not options.allow_pruned
+        self._values, self.complete = values, True
         self.samples = room_for_samples(layers.waiting())
         self.routers: dict[str, Tensor] = {}
 
@@ -62,17 +65,21 @@ class Look:
             check_dense(here)
         self.routers |= sketches(here)
         for name, tensor in self._layers.state(position).items():
-            self.samples[name].copy_(fingerprint_sample(tensor))
+            if tensor.is_meta:
+                self.complete = False
+            else:
+                self.samples[name].copy_(fingerprint_sample(tensor))
 
     def at_all(self) -> None:
         """Look at every layer, where nothing else holds them one after the other."""
         for position in range(len(self._layers)):
-            with self._layers.hold(position):
+            with self._layers.hold(position) if self._values else self._layers.hold_to_cut(position):
                 self(position)
 
     @property
     def fingerprint(self) -> str:
         """`model_fingerprint`, once every layer was seen; of the model that transformers loads."""
+        assert self.complete
         found = attached(self._layers.model)
         beside = () if found is None else tuple(f"{layer.name}." for layer in found.layers)
         return model_fingerprint(self._layers.model, self.samples, beside)
@@ -85,14 +92,14 @@ def sketches(blocks: Sequence[MoEBlock]) -> dict[str, Tensor]:
 
 
 def check_finite(blocks: Sequence[MoEBlock]) -> None:
-    """Refuse experts with a NaN or an infinity.
+    """Refuse experts with a NaN or an infinity, of those that are in memory.
 
     Raises:
         MoESparseError: names the matrix.
     """
     for block in blocks:
         for matrix in block.matrices:
-            if not all_finite(matrix.parameter):
+            if not matrix.parameter.is_meta and not all_finite(matrix.parameter):
                 raise MoESparseError(f"{block.name}.{matrix.name} must hold finite weights, got NaN or infinity")
 
 

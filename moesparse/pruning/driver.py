@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from moesparse._version import __version__
-from moesparse.calibration.data import Calibration, FromText, Saved
+from moesparse.calibration.data import Calibration, FromText, Nothing, Saved
 from moesparse.checkpoints.history import following
 from moesparse.checkpoints.output import InPlace, Output
 from moesparse.errors import CalibrationError, UnsupportedModelError
@@ -46,18 +46,19 @@ def carry_out(layers: Layers, output: Output, calibration: Calibration, recipe: 
         UnsupportedModelError: text cannot be run through the model layer by layer.
     """
     started = time.perf_counter()
-    look = Look(layers, options, dense=isinstance(calibration, FromText))
+    values = not recipe.removes_experts or not isinstance(calibration, Nothing)
+    look = Look(layers, options, dense=isinstance(calibration, FromText), values=values)
     stream = calibration.stream(layers, options, look, output.spill)
-    fingerprint, before = look.fingerprint, expert_sizes(layers.model, layers.blocks)
+    before, fingerprint = expert_sizes(layers.model, layers.blocks), look.fingerprint if look.complete else None
     experts, blocks, plan = None, [], None
     if recipe.removes_experts:
         origin = Origin.of(layers.model, layers.blocks, look.routers)
-        removed, plan = remove_experts(layers, output, stream, calibration, recipe, options, fingerprint, origin)
+        removed, plan = remove_experts(layers, output, stream, calibration, recipe, options, look, origin)
         layers.find_blocks()
         experts = removed.to_dict()
     else:
         if isinstance(calibration, Saved):
-            calibration.only.check_fingerprint(fingerprint)
+            calibration.only.check_fingerprint(look.fingerprint)
         blocks = prune_weights(layers, output, stream, calibration, recipe, options)
     return Report(
         recipe=recipe.to_dict(),

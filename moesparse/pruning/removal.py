@@ -27,6 +27,7 @@ from moesparse.experts.refit import DEFAULT_RIDGE, RefitReport, check_refit, rem
 from moesparse.experts.surgery import RemovalPlan, SurgeryReport, plan_removal
 from moesparse.experts.swaps import RefineReport, refine_choice
 from moesparse.models.layers import Layers, RunOptions
+from moesparse.models.look import Look
 from moesparse.models.stream import LayerStream
 from moesparse.progress import ProgressEvent
 from moesparse.pruning.plan import any_choice
@@ -93,7 +94,7 @@ def remove_experts(
     calibration: Calibration,
     recipe: Recipe,
     options: RunOptions,
-    fingerprint: str,
+    look: Look,
     origin: Origin,
 ) -> tuple[ExpertReport, ExpertPlan]:
     """Remove the experts that matter least from every block.
@@ -105,7 +106,7 @@ def remove_experts(
         calibration: text, or saved statistics of this model or of its domains.
         recipe: of the experts.
         options: the device to refit on, and `progress`.
-        fingerprint: of the model.
+        look: that was had at every layer.
         origin: of the model, with its routers.
 
     Returns:
@@ -122,7 +123,7 @@ def remove_experts(
         recipe.scores.check(origin)
         choice = choose_from_scores(layers.blocks, recipe.scores, recipe.expert_rule)
     else:
-        choice = _choose(layers, output, stream, calibration, recipe, options, fingerprint)
+        choice = _choose(layers, output, stream, calibration, recipe, options, look)
     kept, swaps = choice.kept, list[RefineReport]()
     if recipe.refine_experts:
         assert isinstance(calibration, FromText)
@@ -143,16 +144,16 @@ def _choose(
     calibration: Calibration,
     recipe: Recipe,
     options: RunOptions,
-    fingerprint: str,
+    look: Look,
 ) -> Choice:
     if isinstance(calibration, Saved):
-        return choose_from_domains(layers.blocks, fingerprint, calibration.parts, recipe.expert_rule)
+        return choose_from_domains(layers.blocks, look.fingerprint, calibration.parts, recipe.expert_rule)
     assert isinstance(calibration, FromText)
     assert stream is not None
     for position, recorders in record_layers(layers, stream, options.progress, start=len(output.aside)):
         output.keep_aside(f"statistics-{position:05d}", named_sums(recorders, by_column=False))
     sums, by_window = read_sums(output.aside, len(calibration.ids))
-    statistics = ModelStatistics(sums, fingerprint, "", None, calibration.ids.numel())
+    statistics = ModelStatistics(sums, look.fingerprint, "", None, calibration.ids.numel())
     return choose_from_windows(layers.blocks, statistics, by_window, recipe.expert_rule, calibration.domains)
 
 

@@ -79,7 +79,8 @@ class Report:
         calibration: windows, length and tokens, or the hash and tokens of the statistics.
         seconds: of the whole run.
         experts: `ExpertReport.to_dict` when experts were removed.
-        fingerprint: `model_fingerprint` of the model before: statistics of it can be shown beside the result.
+        fingerprint: `model_fingerprint` of the model before: statistics of it can be shown beside the result. None
+            where experts were removed from a quantised checkpoint by a file, and their weights not read.
         sizes: see `expert_sizes`, before ("before") and after ("after").
         budget: `BudgetReport.to_dict` when bytes were given.
         surplus: tensors of the source that the model has no place for, by what became of them, see

@@ -184,7 +184,7 @@ class RunFolder:
             shutil.rmtree(left, ignore_errors=True)
         work.mkdir()
         writer = write_shards(work, tensors, max_shard_bytes, copies)
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": file_hash(file)} for file in writer.files}
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": writer.hash_of(file)} for file in writer.files}
         flush(work)
         os.replace(work, home)
         part = Part(name, files, note, aside)

@@ -6,6 +6,7 @@ safetensors' own library writes whole dictionaries; this keeps a model out of me
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesparse.system.manifest import file_hash
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, TensorInfo, TensorSpec
 
 __all__ = ["MAX_SHARD_BYTES", "ShardWriter", "write_shards"]
@@ -69,10 +71,26 @@ class ShardWriter:
         for info in self._places.values():
             self._left[info.file] += info.nbytes
         self._open: dict[Path, BufferedWriter] = {}
+        # of what has come so far without a gap, and how many bytes that are
+        self._digests = {path: hashlib.sha256(header) for path, header in self._headers.items()}
+        self._hashed = {path: len(header) for path, header in self._headers.items()}
 
     @property
     def files(self) -> list[Path]:
         return list(self._headers)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors, as they lie in the files: written in this order they are hashed on the way."""
+        return list(self._places)
+
+    def hash_of(self, file: Path) -> str:
+        """sha256 of a finished shard: of the bytes that were written, or of the file where they came in another order.
+
+        Args:
+            file: one of `files`.
+        """
+        return self._digests[file].hexdigest() if self._hashed[file] == file.stat().st_size else file_hash(file)
 
     def _lay_out(self, file: Path, specs: Sequence[TensorSpec]) -> None:
         # as safetensors does it: larger items first, so that each tensor starts at a multiple of its item
@@ -123,6 +141,9 @@ class ShardWriter:
         file = self._file(info.file)
         file.seek(info.offset + at)
         file.write(data)
+        if self._hashed[info.file] == info.offset + at:
+            self._digests[info.file].update(data)
+            self._hashed[info.file] += len(data)
         self._missing[info.name] -= len(data)
         self._left[info.file] -= len(data)
         if not self._left[info.file]:
@@ -177,7 +198,7 @@ def write_shards(
     max_shard_bytes: int,
     copies: tuple[Mapping[str, str], Shards] | None = None,
 ) -> ShardWriter:
-    """Write tensors one after the other, without an index.
+    """Write tensors one after the other as they lie in the files, without an index.
 
     Args:
         folder: to write to.
@@ -189,12 +210,13 @@ def write_shards(
         The writer, finished.
     """
     names, source = copies or ({}, None)
-    copied = [(name, source.tensors[other], source) for name, other in names.items() if source is not None]
     specs = [TensorSpec.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    specs += [dataclasses.replace(info, name=name) for name, info, _ in copied]
+    if source is not None:
+        specs += [dataclasses.replace(source.tensors[other], name=name) for name, other in names.items()]
     with ShardWriter(folder, specs, max_shard_bytes) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor.cpu())
-        for name, info, shards in copied:
-            writer.copy(name, shards.chunks(info.name))
+        for name in writer.names:
+            if name in tensors:
+                writer.write(name, tensors[name].cpu())
+            elif source is not None:
+                writer.copy(name, source.chunks(names[name]))
     return writer

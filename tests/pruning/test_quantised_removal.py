@@ -18,6 +18,7 @@ from moesparse.checkpoints.repack import pack_folder
 from moesparse.distillation.run import distill_checkpoint
 from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.experts.surgery import remove_experts
+from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.pruning.run import prune_checkpoint
 from moesparse.testing import tiny_model
@@ -110,6 +111,26 @@ def test_what_stays_has_its_bytes_and_computes_what_the_cut_model_does(case, tmp
     looked = inspect_folder(tmp_path / "out", verify=True)
     assert looked.problems == [] and looked.expert_bytes < looked.dense_expert_bytes
     assert looked.format == ", ".join(quantised.formats)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_by_a_plan_no_weight_is_dequantised(case, tmp_path, monkeypatch):
+    source = write_quantised(tmp_path / "source", case)
+    report = prune_checkpoint(source, tmp_path / "text", WINDOWS, CUT, batch_size=4)
+    layers = LayersOnDisk(source).open()
+    outside = set(layers.checkpoint_tensors(None))
+    decoded = StoredWeights._decoded
+
+    def outside_alone(self, name, *args):
+        assert name in outside, f"{name} was dequantised"
+        return decoded(self, name, *args)
+
+    monkeypatch.setattr(StoredWeights, "_decoded", outside_alone)
+    replayed = prune_checkpoint(source, tmp_path / "plan", None, Recipe(weights=None, update="none", plan=report.plan))
+    assert raw(tmp_path / "plan") == raw(tmp_path / "text")
+    # what tells models apart is a sample of all weights: nothing is said of those that were not read
+    assert (replayed.fingerprint, replayed.plan.kept) == (None, report.plan.kept)
+    assert report.fingerprint is not None
 
 
 def test_blocks_that_the_end_of_a_matrix_cuts_off(tmp_path):

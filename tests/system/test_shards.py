@@ -1,5 +1,6 @@
 """Shards: what is written is what safetensors reads; what is read was checked first."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moesparse.errors import CheckpointError, UnsupportedModelError
-from moesparse.system.shard_writer import ShardWriter
+from moesparse.system.shard_writer import ShardWriter, write_shards
 from moesparse.system.shards import INDEX_FILE, Shards, TensorSpec, read_header, read_json
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8)
@@ -55,6 +56,7 @@ def test_safetensors_reads_what_is_written(shapes, room, tmp_path_factory):
     assert sorted(folder.glob("*.safetensors")) == sorted(writer.files)
     read = {}
     for file in writer.files:
+        assert writer.hash_of(file) == hashlib.sha256(file.read_bytes()).hexdigest()
         part = load_file(file)
         assert len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= room
         with safe_open(file, "pt") as shard:
@@ -103,6 +105,23 @@ def test_tensors_of_dtypes_without_torch_are_copied_as_bytes(tmp_path):
     with ShardWriter(tmp_path / "copy", [shards.tensors["x"]], 10**9) as writer:
         writer.copy("x", shards.chunks("x"))
     assert b"".join(Shards.open(tmp_path / "copy").chunks("x")) == data
+
+
+def test_shards_that_are_written_in_order_are_hashed_without_being_read_again(tmp_path, monkeypatch):
+    write(tmp_path, {"a": random_bits((4, 3), torch.bfloat16), "b": random_bits((5,), torch.uint8)})
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("moesparse.system.shard_writer.file_hash", None)
+    tensors = {"x": random_bits((7,), torch.uint8), "y": random_bits((2, 2), torch.float64).T}
+    # more than one file, items of all sizes, a tensor without bytes
+    copies = {"c": "a", "d": "b", "e": "a"}
+    tensors |= {"z": torch.empty(0)}
+    writer = write_shards(tmp_path / "out", tensors, 40, (copies, Shards.open(tmp_path)))
+    assert len(writer.files) == 3
+    for file in writer.files:
+        assert writer.hash_of(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+    read = Shards(writer.files)
+    assert all(same(read.read(name), tensor) for name, tensor in tensors.items())
+    assert all(same(read.read(new), Shards.open(tmp_path).read(old)) for new, old in copies.items())
 
 
 def test_a_writer_that_was_not_given_all_says_so(tmp_path):

@@ -1,0 +1,99 @@
+"""What the benchmarks of whole files share: random bytes, a cold page cache, the copy that others are measured by."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["copy_runs", "drop_from_cache", "random_bytes", "watched"]
+
+Run = tuple[Path, int, int]
+"""Bytes of a file: first, and behind the last."""
+
+_POOL_BYTES, _AT_ONCE, _BUFFER = 2**26, 2**26, 2**24
+# how often the memory of a process is read, in seconds
+_EVERY = 0.02
+
+
+def random_bytes(count: int, start: int, pool: list[bytes]) -> Iterator[bytes]:
+    """So many bytes out of a pool of 64 MiB that is drawn once; another start gives other bytes.
+
+    Two bits are always zero: read as FP8 or bfloat16 the numbers are finite, and so are their products.
+    """
+    if not pool:
+        pool.append((np.random.default_rng(0).integers(0, 256, _POOL_BYTES, np.uint8) & 0xBE).tobytes())
+    while count:
+        at = start * 4099 % (_POOL_BYTES // 2)
+        data = pool[0][at : at + min(count, _POOL_BYTES // 2)]
+        yield data
+        count, start = count - len(data), start + 1
+
+
+def drop_from_cache(files: Iterable[Path]) -> None:
+    """Have the system forget what it holds of these files, which were flushed: the next reading is the disk's."""
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_runs(runs: Sequence[Run], out: Path) -> float:
+    """Seconds to copy bytes into one new file and flush it, within the kernel as `cp` does."""
+    started = time.perf_counter()
+    with out.open("xb", buffering=0) as new:
+        for path, start, stop in joined(runs):
+            with path.open("rb", buffering=0) as old:
+                while start < stop:
+                    done = os.copy_file_range(old.fileno(), new.fileno(), min(stop - start, _AT_ONCE), start)
+                    if not done:
+                        raise OSError(f"{path} has become shorter")
+                    start += done
+        os.fsync(new.fileno())
+    return time.perf_counter() - started
+
+
+def joined(runs: Iterable[Run]) -> list[Run]:
+    """The same bytes with those that lie side by side as one run."""
+    found: list[Run] = []
+    for path, start, stop in sorted(runs):
+        if found and found[-1][0] == path and found[-1][2] == start:
+            found[-1] = (path, found[-1][1], stop)
+        else:
+            found.append((path, start, stop))
+    return found
+
+
+def watched(command: Sequence[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run a command; its seconds, CPU seconds, and the most memory it had.
+
+    Returns:
+        "seconds", "cpu_seconds", and bytes: "resident" at most (VmHWM), and of what was sampled every 20 ms the most
+        that was its own ("anonymous") and that was mapped from files ("mapped").
+
+    Raises:
+        RuntimeError: the command failed; with what it said.
+    """
+    peaks = {"VmHWM": 0, "RssAnon": 0, "RssFile": 0}
+    before, started = os.times(), time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (environment or {})
+    ) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            for line in status.read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name in peaks:
+                    peaks[name] = max(peaks[name], int(value.split()[0]) * 1024)
+            time.sleep(_EVERY)
+        out, error = process.communicate()
+    seconds, after = time.perf_counter() - started, os.times()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {error or out}")
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    memory = {"resident": peaks["VmHWM"], "anonymous": peaks["RssAnon"], "mapped": peaks["RssFile"]}
+    return {"seconds": seconds, "cpu_seconds": used, **memory}
