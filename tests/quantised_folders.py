@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from moesparse.models.on_disk import LayersOnDisk
 from moesparse.testing import tiny_model
 
 Tensors = dict[str, Tensor]
 
 BLOCK = [8, 8]
+# where transformers reads the format on a CPU, alone or with compressed-tensors; of NVFP4 it drops the global scale
+BY_TRANSFORMERS = ["fp8 deepseek", "fp8 qwen", "mxfp4", "fp4 deepseek"]
+BY_COMPRESSED_TENSORS = ["int4", "fp8 channel", "mxfp4 packed"]
 # names of the families' published checkpoints; the routers and what lies outside of the layers are never quantised
 _PLAIN = ("embed_tokens", "head.weight", "mlp.gate.", "ffn.gate.", "norm", "indexer")
 
@@ -269,3 +275,42 @@ def quantise_folder(
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": said}, indent=2))
+
+
+def raw(folder):
+    """Name -> (dtype, shape, bytes) of every tensor, by safetensors."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                tensor = shard.get_tensor(name)
+                flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+                found[name] = (tensor.dtype, tuple(tensor.shape), flat.numpy().tobytes())
+    return found
+
+
+def whole_model(folder):
+    """A folder's weights, dequantised, in a model of plain ones."""
+    layers = LayersOnDisk(folder).open()
+    state = {name: layers.model.state_dict()[name] for name in layers.outside}
+    for position in range(len(layers)):
+        with layers.hold(position):
+            state |= {name: tensor.clone() for name, tensor in layers.state(position).items()}
+    model = AutoModelForCausalLM.from_config(layers.model.config, dtype=torch.bfloat16).eval()
+    # also what stays in float32 there
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def dequantised(folder):
+    """As transformers loads it."""
+    from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+
+    kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config, "compressed-tensors": CompressedTensorsConfig}
+    said = LayersOnDisk(folder).said
+    wanted = kinds[said["quant_method"]](dequantize=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", quantization_config=wanted, output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["mismatched_keys"]
+    return model.eval()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moesparse.checkpoints.against_stored import became, same_bytes
 from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder
 from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
@@ -25,7 +25,7 @@ from moesparse.experts.plan_file import PLAN_FILE
 from moesparse.experts.twins import COUNT_KEY, GROUP_KEYS
 from moesparse.models.formats.expert_names import SIDE_FILE, with_kept_experts
 from moesparse.models.formats.said import PACKED
-from moesparse.models.formats.stored import Stored
+from moesparse.models.formats.stored import Stored, StoredWeights
 from moesparse.models.meta import bare_model, read_config
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attach, attached, find_next_token_layers
 from moesparse.packed.experts import META_SUFFIX
@@ -49,8 +49,9 @@ class Comparison:
             weights.
         tensors: what became of a tensor -> names, those of the source where it is gone:
             "equal", "pruned" (zeros, and else the source's values), "updated" (other values where the recipe says so),
-            "cut" (the rows of the experts that are left), "rerouted" (a table of experts), "removed" (of an expert),
-            "dropped" (of a layer that predicts further tokens); "held" where only headers were looked at.
+            "requantised" (the same of a quantised weight), "cut" (the rows of the experts that are left), "rerouted" (a
+            table of experts), "removed" (of an expert), "dropped" (of a layer that predicts further tokens); "held"
+            where only headers were looked at.
         config: keys of config.json with another value.
         problems: what nothing explains, one sentence each.
     """
@@ -192,6 +193,7 @@ class _Tensors:
         self._kept = edit.kept(result.config.get(CONFIG_KEY))
         trained = [step["distillation"] for step in result.steps if step.get("distillation")]
         self._updates = bool(trained) or any(step.get("update", "none") != "none" for step in result.steps)
+        self._prunes = any(step.get("weights") or step.get("patterns") for step in result.steps)
         self._trains_all = any(each.get("train") == "all" for each in trained)
         self._parts, self._parts_before = result.parts, source.parts
 
@@ -250,7 +252,7 @@ class _Tensors:
         matrix, before = self._parts.get(key), self._parts_before.get(name)
         if matrix is not None and before is not None:
             return self._experts_became(key, name, matrix, before)
-        if new.shape == old.shape and _same_bytes(result, key, source, name):
+        if new.shape == old.shape and same_bytes(result, key, source, name):
             return "equal"
         if self._trains_all and new.shape == old.shape:
             return "updated"
@@ -262,31 +264,16 @@ class _Tensors:
         return None if new.torch_dtype.is_floating_point else "rerouted"
 
     def _stored_became(self, key: str, name: str) -> str | None:
-        """The same for a quantised weight: all of its tensors must have their bytes, of a stack those that are left."""
-        ours, theirs = self._result.stored.get(key), self._source.stored.get(name)
-        if ours is None or theirs is None or ours.format.name != theirs.format.name:
+        """The same for a quantised weight."""
+        result, source = self._result.shards, self._source.shards
+        if not isinstance(result, StoredWeights) or not isinstance(source, StoredWeights):
             return None
-        is_stack = len(self._source.shards.tensors[name].shape) == 3
-        ids = self._edit.ids_of(key, self._kept) if is_stack else None
-        if len(ours.all_names) != len(theirs.all_names):
-            return None
-        pairs = zip(ours.all_names, theirs.all_names, strict=True)
-        return "equal" if all(self._same_part(part, old, ids) for part, old in pairs) else None
-
-    def _same_part(self, part: str, old: str, ids: Sequence[int] | None) -> bool:
-        """Whether a tensor of a quantised weight has the bytes of the source's, of all entries or of those named."""
-        result, source = self._result.shards.raw, self._source.shards.raw
-        new, before = result.tensors[part], source.tensors[old]
-        if new.dtype != before.dtype:
-            return False
-        if ids is None:
-            return new.shape == before.shape and _same_bytes(result, part, source, old)
-        if new.shape != (len(ids), *before.shape[1:]):
-            return False
-        entries = (
-            (result.read(part, entry, codes=True), source.read(old, id, codes=True)) for entry, id in enumerate(ids)
-        )
-        return all(one.view(torch.uint8).equal(other.view(torch.uint8)) for one, other in entries)
+        is_stack = len(source.tensors[name].shape) == 3
+        found = became(result, key, source, name, self._edit.ids_of(key, self._kept) if is_stack else None)
+        if found == "equal" or (found == "pruned" and self._prunes):
+            return found
+        # zeros come by rounding, too
+        return "requantised" if found and self._updates and key in self._parts else None
 
     def _experts_became(self, key: str, name: str, matrix: StoredMatrix, before: StoredMatrix) -> str | None:
         """The same for the matrices of experts, one at a time."""
@@ -357,10 +344,6 @@ def _dense_shape(info: TensorInfo, matrix: StoredMatrix | None) -> tuple[int, ..
     if matrix.layout is not None:
         columns = columns // matrix.layout.n * matrix.layout.m
     return (*outer, columns, rows) if matrix.transposed else (*outer, rows, columns)
-
-
-def _same_bytes(one: Shards, key: str, other: Shards, name: str) -> bool:
-    return all(a == b for a, b in zip_longest(one.chunks(key), other.chunks(name)))
 
 
 def _differing(

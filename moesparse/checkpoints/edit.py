@@ -88,6 +88,10 @@ def say_surplus(found: Surplus) -> list[str]:
 class SourceFolder:
     """The checkpoint folder that a result is an edit of.
 
+    Attributes:
+        weights: of the folder, quantised ones as matrices.
+        shards: its tensors as they lie there.
+
     Args:
         folder: a checkpoint.
         model: that was read from the folder.
@@ -109,10 +113,10 @@ class SourceFolder:
         mtp: str | None = None,
     ) -> None:
         self.folder, self.mtp = Path(folder), mtp
-        self._weights = (
+        self.weights = (
             shards if isinstance(shards, StoredWeights) else StoredWeights.of_folder(self.folder, model.dtype)
         )
-        self.shards = self._weights.raw
+        self.shards = self.weights.raw
         self._model, self._before = model, config.to_dict()
         self._noted = self._before.get(CONFIG_KEY)
         self.blocks = find_moe_blocks(model)
@@ -177,7 +181,7 @@ class SourceFolder:
         found: dict[str, Tensor] = {}
         for key, view in views.items():
             name = self.name_of(key, kept)
-            if name in self._weights.stored:
+            if name in self.weights.stored:
                 found |= self._stacked(name, kept)
                 continue
             info = self.shards.tensors.get(name)
@@ -188,9 +192,35 @@ class SourceFolder:
                 found[key] = self._as_stored(key, view.cpu(), kept)
         return found
 
+    def untouched(
+        self, views: Mapping[str, Tensor], held: Collection[str], kept: Mapping[int, Sequence[int]]
+    ) -> dict[str, str]:
+        """The tensors of quantised weights that are as they were, for a layer to lie together.
+
+        Args:
+            views: key in the checkpoint -> tensor of the model; those on the meta device count not.
+            held: names in the result that are written otherwise.
+            kept: as `kept` gives it.
+
+        Returns:
+            Name in the result -> name in the folder, to be copied.
+        """
+        names = [self.name_of(key, kept) for key, view in views.items() if not view.is_meta]
+        parts = [part for name in names if name in self.weights.stored for part in self.weights.names_of(name)]
+        found = {self._key_of(part, kept): part for part in parts}
+        return {key: part for key, part in found.items() if key is not None and key not in held}
+
+    def _key_of(self, name: str, kept: Mapping[int, Sequence[int]]) -> str | None:
+        """What a tensor of the folder is called in the result; None where its expert is gone. See `name_of`."""
+        expert, ids = _ONE_EXPERT.fullmatch(name), self.ids_of(name, kept)
+        if expert is None or ids is None:
+            return name
+        number = int(expert[2])
+        return f"{expert[1]}{list(ids).index(number)}{expert[3]}" if number in ids else None
+
     def missing(self, keys: Collection[str], kept: Mapping[int, Sequence[int]]) -> list[str]:
         """Keys of a model that the folder does not have."""
-        return [key for key in keys if self.name_of(key, kept) not in self._weights.tensors]
+        return [key for key in keys if self.name_of(key, kept) not in self.weights.tensors]
 
     def others(self, held: Collection[str], kept: Mapping[int, Sequence[int]]) -> tuple[dict[str, str], list[str]]:
         """What of the folder is in the result besides the tensors that the model holds.
@@ -205,15 +235,8 @@ class SourceFolder:
         Returns:
             Key in the result -> name in the folder, to be copied; and names of the folder that cannot stay.
         """
-        copies: dict[str, str] = {}
-        for name in self.shards.tensors:
-            key: str | None = name
-            expert, ids = _ONE_EXPERT.fullmatch(name), self.ids_of(name, kept)
-            if expert and ids is not None:
-                number = int(expert[2])
-                key = f"{expert[1]}{list(ids).index(number)}{expert[3]}" if number in ids else None
-            if key is not None and key not in held:
-                copies[key] = name
+        found = {self._key_of(name, kept): name for name in self.shards.tensors}
+        copies = {key: name for key, name in found.items() if key is not None and key not in held}
         dropped = self._dropped(copies, bool(kept))
         for key in dropped:
             del copies[key]
@@ -304,11 +327,11 @@ class SourceFolder:
     def _stacked(self, name: str, kept: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
         """The tensors of a stack of quantised experts, of those that are left."""
         ids = self.ids_of(name, kept)
-        if ids is None or not self._weights.is_stacked(name):
+        if ids is None or not self.weights.is_stacked(name):
             return {}
         return {
             part: self.shards.read(part, codes=True).index_select(0, torch.tensor(list(ids)))
-            for part in self._weights.names_of(name)
+            for part in self.weights.names_of(name)
         }
 
     def _group(self, key: str) -> str | None:

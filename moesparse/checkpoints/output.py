@@ -16,14 +16,17 @@ from moesparse.calibration.layers import Stored, from_shards
 from moesparse.checkpoints.against import check_written
 from moesparse.checkpoints.edit import SourceFolder, Surplus
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
+from moesparse.checkpoints.requantised import requantise
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.models.formats.expert_names import SIDE_FILE
+from moesparse.models.formats.rounding import Rounding
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import ProgressEvent
 from moesparse.system.folders import companions, other_formats
 from moesparse.system.run_folder import RunFolder
 from moesparse.system.shard_writer import MAX_SHARD_BYTES
+from moesparse.system.shards import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +56,18 @@ class InPlace:
     def refill(self, position: int, device: torch.device | None) -> None:
         """The same for a layer that is held and has the shapes by now that the run left."""
 
+    def round(self, position: int, kept: Sequence[Sequence[int]] = ()) -> Rounding | None:
+        """Give the experts of the layer that is held the values that will be stored, before anything is run on them.
+
+        Args:
+            position: of the layer.
+            kept: as for `keep`.
+
+        Returns:
+            How much that has changed; None where they are stored as they are.
+        """
+        return None
+
     def keep(self, position: int, note: list[Any] | dict[str, Any], kept: Sequence[Sequence[int]] = ()) -> None:
         """The layer that is held is finished.
 
@@ -80,6 +95,7 @@ class IntoFolder:
     def __init__(self, run: RunFolder, layers: LayersOnDisk, source: SourceFolder, *, spill: bool) -> None:
         self.run, self._layers, self._source = run, layers, source
         self.spill = run.path if spill else None
+        self._rounded: dict[str, Tensor] = {}
 
     @classmethod
     @contextlib.contextmanager
@@ -119,16 +135,32 @@ class IntoFolder:
         return [part.note for part in self.run.parts[: len(self._layers)]]
 
     def hold(self, position: int, device: torch.device | None) -> AbstractContextManager[Any]:
-        return self._layers.hold(position, device, self.run.read(self.run.parts[position]))
+        return self._layers.hold(position, device, self._written(position))
 
     def refill(self, position: int, device: torch.device | None) -> None:
-        self._layers.refill(position, device, self.run.read(self.run.parts[position]))
+        self._layers.refill(position, device, self._written(position))
+
+    def _written(self, position: int) -> Shards:
+        return self._layers.shards.like(self.run.read(self.run.parts[position]))
+
+    def round(self, position: int, kept: Sequence[Sequence[int]] = ()) -> Rounding | None:
+        ids, blocks = self._ids(position, kept), self._layers.blocks_at(position)
+        if not blocks:
+            return None
+        views = self._layers.checkpoint_tensors(position)
+        self._rounded, rounding = requantise(self._source, blocks[0], views, ids)
+        return rounding
 
     def keep(self, position: int, note: list[Any] | dict[str, Any], kept: Sequence[Sequence[int]] = ()) -> None:
+        ids, views = self._ids(position, kept), self._layers.checkpoint_tensors(position)
+        tensors = self._source.changed(views, ids) | self._rounded
+        self._rounded = {}
+        others = (self._source.untouched(views, tensors, ids), self._source.shards)
+        self.run.write(f"layer-{position:05d}", tensors, note, max_shard_bytes=MAX_SHARD_BYTES, copies=others)
+
+    def _ids(self, position: int, kept: Sequence[Sequence[int]]) -> dict[int, Sequence[int]]:
         # a source with several blocks in a layer was refused when it was opened
-        ids = {position: kept[0]} if kept else {}
-        tensors = self._source.changed(self._layers.checkpoint_tensors(position), ids)
-        self.run.write(f"layer-{position:05d}", tensors, note, max_shard_bytes=MAX_SHARD_BYTES)
+        return {position: kept[0]} if kept else {}
 
     @property
     def aside(self) -> Sequence[Stored]:

@@ -28,7 +28,8 @@ MODEL is calibrated on a small text, block by block; every expert matrix is prun
 are re-solved, and the result is saved dense with zeros under the standard names: plain transformers loads it.
 Router, attention, norms, embeddings and shared experts stay as they were.
 
-Of a quantised checkpoint experts are removed alone: what stays is copied byte for byte, in its format.
+A quantised checkpoint stays in its format: experts that stay are copied byte for byte, with --update none the codes
+of pruned weights alone change, and a rule that solves for weights has them quantised again.
 
 Weights are pruned and experts removed layer by layer from the checkpoint's files: the model need not fit in memory,
 and a run that was stopped goes on with --resume. --target-bytes, --refine-experts and --demonstrations-from-model
@@ -58,6 +59,11 @@ Examples:
 
   torchrun --nproc-per-node 8 -m moesparse prune mixtral/ out/mixtral --calibration c4.jsonl
 """
+QUANTISED = "The checkpoint is quantised: experts that stay are copied byte for byte, and not refitted."
+QUANTISED_PRUNED = (
+    "The checkpoint is quantised: experts that stay are not refitted, and of their codes those of pruned weights alone "
+    "change; --update names a rule that quantises them again."
+)
 _CHOICES = "drop,2:4,3:8,4:8,5:8,6:8,dense"
 _SEED_HELP = "Seed of the choice of windows, 0 when left out; with --statistics it must be theirs."
 _REPORT_HELP = "Also write the report as JSON to this file."
@@ -310,9 +316,7 @@ class _Run:
         if model.layers.said is not None and recipe.refits_experts and not self.names_update:
             recipe = replace(recipe, update="none")
             if not self.as_json:
-                console.print(
-                    "The checkpoint is quantised: experts that stay are copied byte for byte, and not refitted."
-                )
+                console.print(QUANTISED_PRUNED if recipe.prunes_weights else QUANTISED)
         check_quantised(model.layers, recipe)
         return recipe
 

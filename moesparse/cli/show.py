@@ -90,6 +90,13 @@ def show_pruned(result: Report, out: Path) -> None:
     if result.blocks:
         _show_weights(result)
         wrote += f": {100 * result.sparsity:.1f}% of the expert weights are zero"
+    if result.rounding:
+        console.print(
+            "quantised again in the formats of the checkpoint: squared error "
+            f"{result.rounding:.2g} of the weights' squares",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         f"{wrote}\nnext: moesparse eval {out}   |   moesparse inspect {out}   |   moesparse report {out}",
         highlight=False,

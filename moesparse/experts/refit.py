@@ -72,6 +72,8 @@ class RefitReport:
         after: the same with the new down projections, as stored in the model's dtype.
         tokens: fitted on.
         iterations: of conjugate gradients; 0 where the whole matrix was factorised.
+        rounding: what quantising the new down projections has cost, `moesparse.models.formats.rounding.Rounding` as
+            JSON; None where they are stored as they were solved for.
     """
 
     name: str
@@ -79,6 +81,7 @@ class RefitReport:
     after: float
     tokens: int
     iterations: int
+    rounding: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

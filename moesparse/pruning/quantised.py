@@ -1,4 +1,4 @@
-"""What may be done to a quantised checkpoint: its experts can be removed, for then every byte that stays is a copy."""
+"""What cannot be done to a quantised checkpoint, refused by name before any work."""
 
 from __future__ import annotations
 
@@ -13,29 +13,17 @@ __all__ = ["check_plain_routers", "check_quantised"]
 
 
 def check_quantised(layers: LayersOnDisk, recipe: Recipe) -> None:
-    """Refuse what would have to quantise weights again, before any work and from config.json alone.
+    """Refuse what config.json alone says that a recipe would leave wrong, before any work.
 
     Args:
         layers: of any checkpoint.
         recipe: all of it.
 
     Raises:
-        UnsupportedModelError: it prunes or changes weights, or the folder names single experts by patterns.
+        UnsupportedModelError: the folder names single experts, of which some would go, by patterns.
     """
-    if layers.said is None:
-        return
-    method = layers.said.get("quant_method")
-    if recipe.prunes_weights:
-        raise UnsupportedModelError(
-            f"weights must be none for a checkpoint quantised by {method!r}, got {recipe.weights or 'patterns'}: "
-            "experts are removed from it, and its weights are not pruned yet"
-        )
-    if recipe.refits_experts:
-        raise UnsupportedModelError(
-            f"update must be 'none' for a checkpoint quantised by {method!r}, got {recipe.update!r}: what is refitted "
-            "would have to be quantised again"
-        )
-    check_expert_names(layers.said, "quantization_config")
+    if layers.said is not None and recipe.removes_experts:
+        check_expert_names(layers.said, "quantization_config")
 
 
 def check_plain_routers(layers: LayersOnDisk, recipe: Recipe) -> None:

@@ -6,6 +6,8 @@ refitted block is fitted to the inputs it will really get.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from moesparse.calibration.data import Calibration, FromText, Saved
 from moesparse.calibration.layers import named_sums, read_sums, record_layers
 from moesparse.calibration.statistics import ModelStatistics
@@ -195,6 +197,8 @@ def remove_and_refit(
             if stream is not None and done < len(layers):
                 if position < done:
                     output.refill(position, options.device)
+                elif (rounding := output.round(position, [plan.kept[number].tolist() for number in here])) is not None:
+                    notes = [{**note, "rounding": asdict(rounding)} for note in notes]
                 for _ in stream.run(position, keep=True):
                     pass
             if position >= done:

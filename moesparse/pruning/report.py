@@ -13,6 +13,7 @@ from torch import nn
 
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.models.blocks import MoEBlock
+from moesparse.models.formats.rounding import Rounding
 from moesparse.pruning.budget import DENSE, matrix_sizes, packed_bytes
 from moesparse.pruning.recipe import Recipe
 
@@ -47,7 +48,11 @@ class TensorReport:
 
 @dataclass
 class BlockReport:
-    """One MoE block: its tensors, the tokens each expert saw, time and memory."""
+    """One MoE block: its tensors, the tokens each expert saw, time and memory.
+
+    Attributes:
+        rounding: what quantising its weights again has cost; None where they are stored as they were solved for.
+    """
 
     name: str
     experts: int
@@ -56,6 +61,7 @@ class BlockReport:
     rescale: list[float] | None
     seconds: float
     peak_bytes: int
+    rounding: Rounding | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -65,7 +71,8 @@ class BlockReport:
     def from_dict(cls, entry: dict[str, Any]) -> BlockReport:
         """What `to_dict` gave, also read from JSON."""
         tensors = [TensorReport(**{**each, "shape": tuple(each["shape"])}) for each in entry["tensors"]]
-        return cls(**{**entry, "tensors": tensors})
+        rounding = entry.get("rounding")
+        return cls(**{**entry, "tensors": tensors, "rounding": None if rounding is None else Rounding(**rounding)})
 
 
 @dataclass
@@ -114,10 +121,21 @@ class Report:
         """(block, tensor, expert) for every expert that fell back to magnitude."""
         return [(b.name, t.name, expert) for b in self.blocks for t in b.tensors for expert in t.fallbacks]
 
+    @property
+    def rounding(self) -> float | None:
+        """What quantising again has cost: squared error as a share, over all weights that were pruned or refitted.
+
+        Of both where experts were removed first it is that of the weights. None for a model that is not quantised.
+        """
+        fits = [] if self.experts is None else [each.get("rounding") for each in self.experts["refit"]]
+        found = [block.rounding for block in self.blocks] or [each and Rounding(**each) for each in fits]
+        known = [each for each in found if each is not None]
+        return sum(known, Rounding()).relative if known else None
+
     def to_dict(self) -> dict[str, Any]:
         found = dataclasses.asdict(dataclasses.replace(self, plan=None))
         del found["plan"]
-        return {**found, "sparsity": self.sparsity}
+        return {**found, "sparsity": self.sparsity, "rounding": self.rounding}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

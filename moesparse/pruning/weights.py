@@ -81,6 +81,7 @@ def prune_weights(
                 options.progress(ProgressEvent(f"prune {block.name}", position, len(layers), "layer"))
                 found = sums.get(block.name)
                 measured.append(prune_block(block, found, recipe, recipe.update, processes=layers.processes))
+            _round(output, position, layers.blocks_at(position), measured)
             output.keep(position, [report.to_dict() for report in measured])
         reports += measured
     return reports
@@ -110,12 +111,12 @@ class _LayerPass:
         reports = []
         for position in self.positions:
             with self.stream.on_device(position):
-                measured = self._layer(position, self.layers.blocks_at(position))
+                measured = self._layer(position, self.layers.blocks_at(position), output)
                 output.keep(position, [report.to_dict() for report in measured])
             reports += measured
         return reports
 
-    def _layer(self, position: int, blocks: Sequence[MoEBlock]) -> list[BlockReport]:
+    def _layer(self, position: int, blocks: Sequence[MoEBlock], output: Output) -> list[BlockReport]:
         if not blocks:
             self._send(position, f"layer {position}", keep=True)
             return []
@@ -146,6 +147,7 @@ class _LayerPass:
             for block, report, before, recorder in zip(blocks, measured, dense, recorders, strict=True):
                 recorder.statistics.combine(self.stream.processes)
                 report.rescale = _rescale(block, before, recorder.statistics)
+        _round(output, position, blocks, measured)
         if outputs is not None:
             self.stream.hidden = outputs
         elif position < self.positions[-1]:
@@ -192,3 +194,14 @@ def _rescale(block: MoEBlock, dense: ExpertStatistics, pruned: ExpertStatistics)
     down = block.matrices[-1]
     down.weight.mul_(factor.to(down.weight).view(-1, 1, 1))
     return factor.tolist()
+
+
+def _round(output: Output, position: int, blocks: Sequence[MoEBlock], reports: Sequence[BlockReport]) -> None:
+    """Have a layer hold what will be stored of it; rounding a weight to zero is one more zero in the reports."""
+    rounding = output.round(position)
+    if rounding is None:
+        return
+    for block, report in zip(blocks, reports, strict=True):
+        report.rounding = rounding
+        for matrix, tensor in zip(block.matrices, report.tensors, strict=True):
+            tensor.sparsity = 1 - int(matrix.weight.count_nonzero()) / max(matrix.weight.numel(), 1)

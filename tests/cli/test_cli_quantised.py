@@ -54,19 +54,36 @@ def test_calibrate_prune_and_inspect(source, tmp_path, monkeypatch, capsys):
     assert len(found["against"]["tensors"]["cut"]) == 4
 
 
+def test_weights_and_experts_in_their_format(source, tmp_path, monkeypatch, capsys):
+    text, out = ("--calibration", demo.text_path("calibration", "novel")), tmp_path / "out"
+    code, _, err = run(monkeypatch, capsys, "prune", source, out, "--experts", "0.25", "--weights", "2:4", *text, *TEXT)
+    assert code == 0, err
+    assert "not refitted, and of their codes those of pruned weights alone change; --update names a rule" in err
+    assert "rounding" not in err
+    code, printed, err = run(monkeypatch, capsys, "inspect", out, "--against", source, "--verify", "--json")
+    assert code == 0, err
+    found = json.loads(printed)["against"]["tensors"]
+    assert len(found["pruned"]) == 4 * 12 * 3 and "requantised" not in found
+
+
+def test_what_is_solved_for_says_its_rounding(source, tmp_path, monkeypatch, capsys):
+    text, out = ("--calibration", demo.text_path("calibration", "novel")), tmp_path / "out"
+    code, _, err = run(monkeypatch, capsys, "prune", source, out, *text, *TEXT)
+    assert code == 0, err
+    report = json.loads((out / "moesparse_report.json").read_text())
+    said = f"{report['rounding']:.2g}"
+    assert f"quantised again in the formats of the checkpoint: squared error {said} of the weights' squares" in err
+    assert f"| rounding to the formats, squared error | {said} |" in (out / "README.md").read_text()
+    assert [block["rounding"]["relative"] for block in report["blocks"]] and 0 < report["rounding"] < 1e-3
+    code, printed, err = run(monkeypatch, capsys, "inspect", out, "--against", source)
+    assert code == 0 and "tensors requantised" in printed, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "weights must be none for a checkpoint quantised by 'fp8', got 2:4"),
-        (
-            ("--experts", "0.25", "--update", "least-squares"),
-            "update must be 'none' for a checkpoint quantised by 'fp8'",
-        ),
-        (
-            ("--experts", "0.25", "--dry-run", "--weights", "2:4"),
-            "weights must be none for a checkpoint quantised by 'fp8'",
-        ),
         (("--experts", "0.25", "--whole"), "the model must not be quantised, got one by 'fp8'"),
+        (("--target-bytes", "0.7"), "the model must not be quantised, got one by 'fp8'"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_plan(arguments, message, source, tmp_path, monkeypatch, capsys):

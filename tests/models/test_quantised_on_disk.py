@@ -2,14 +2,9 @@
 
 import pytest
 import torch
-from quantised_folders import write_quantised
-from transformers import AutoModelForCausalLM
+from quantised_folders import BY_COMPRESSED_TENSORS, BY_TRANSFORMERS, dequantised, write_quantised
 
 from moesparse.models.on_disk import LayersOnDisk
-
-# where transformers reads the format on a CPU, alone or with compressed-tensors; of NVFP4 it drops the global scale
-BY_TRANSFORMERS = ["fp8 deepseek", "fp8 qwen", "mxfp4", "fp4 deepseek"]
-BY_COMPRESSED_TENSORS = ["int4", "fp8 channel", "mxfp4 packed"]
 
 
 def whole(folder):
@@ -20,20 +15,6 @@ def whole(folder):
         with layers.hold(position):
             state |= {name: tensor.clone() for name, tensor in layers.state(position).items()}
     return state
-
-
-def dequantised(folder):
-    """As transformers loads it."""
-    from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
-
-    kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config, "compressed-tensors": CompressedTensorsConfig}
-    said = LayersOnDisk(folder).said
-    wanted = kinds[said["quant_method"]](dequantize=True)
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", quantization_config=wanted, output_loading_info=True
-    )
-    assert not loading["missing_keys"] and not loading["mismatched_keys"]
-    return model.eval()
 
 
 @pytest.mark.parametrize("case", BY_TRANSFORMERS + BY_COMPRESSED_TENSORS)

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from further_tokens import checkpoint
-from quantised_folders import CASES, fp8_blocks, quantise_folder, write_quantised
+from quantised_folders import CASES, fp8_blocks, quantise_folder, raw, whole_model, write_quantised
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from moesparse import Recipe
 from moesparse.calibration.checkpoint import calibrate_checkpoint
@@ -25,18 +24,6 @@ from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))
 CUT = Recipe(weights=None, experts=0.25, update="none")
-
-
-def raw(folder):
-    """Name -> (dtype, shape, bytes) of every tensor, by safetensors."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                tensor = shard.get_tensor(name)
-                flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-                found[name] = (tensor.dtype, tuple(tensor.shape), flat.numpy().tobytes())
-    return found
 
 
 def kept_in(out):
@@ -57,18 +44,6 @@ def renamed(name, kept):
         return None
     parts[at] = str(kept[layer].index(int(parts[at])))
     return ".".join(parts)
-
-
-def whole_model(folder):
-    """A folder's weights, dequantised, in a model of plain ones."""
-    layers = LayersOnDisk(folder).open()
-    state = {name: layers.model.state_dict()[name] for name in layers.outside}
-    for position in range(len(layers)):
-        with layers.hold(position):
-            state |= {name: tensor.clone() for name, tensor in layers.state(position).items()}
-    model = AutoModelForCausalLM.from_config(layers.model.config, dtype=torch.bfloat16).eval()
-    model.load_state_dict(state)
-    return model
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -213,27 +188,6 @@ def test_saved_statistics_choose_as_the_text_does(tmp_path):
     prune_checkpoint(source, tmp_path / "text", WINDOWS, CUT, batch_size=4)
     prune_checkpoint(source, tmp_path / "saved", statistics, CUT)
     assert raw(tmp_path / "text") == raw(tmp_path / "saved")
-
-
-@pytest.mark.parametrize(
-    ("recipe", "match"),
-    [
-        (Recipe(weights="2:4"), "weights must be none for a checkpoint quantised by 'fp8', got 2:4"),
-        (
-            Recipe(weights="2:4", experts=0.25, update="none"),
-            "weights must be none for a checkpoint quantised by 'fp8'",
-        ),
-        (
-            Recipe(weights=None, experts=0.25),
-            "update must be 'none' for a checkpoint quantised by 'fp8', got 'least-sq",
-        ),
-    ],
-)
-def test_what_would_quantise_again_is_refused_before_any_work(recipe, match, tmp_path):
-    source = write_quantised(tmp_path / "source", "fp8 qwen")
-    with pytest.raises(UnsupportedModelError, match=match):
-        prune_checkpoint(source, tmp_path / "out", WINDOWS, recipe)
-    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_done_with_quantised_folders_is_refused_by_name(tmp_path):

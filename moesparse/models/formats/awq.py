@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moesparse.errors import CheckpointError
 from moesparse.models.formats.base import CODES, SCALE, Infos, Parts, expect
+from moesparse.models.formats.integers import ZERO
 from moesparse.models.formats.numbers import pack_words, unpack_words
-from moesparse.models.formats.words import ZERO, Words
+from moesparse.models.formats.words import Words
 
 __all__ = ["Awq"]
 
@@ -27,7 +29,7 @@ class Awq(Words):
     bits = 4
 
     def __init__(self, group: int, has_zeros: bool = True) -> None:
-        self.group, self.has_zeros = group, has_zeros
+        self.group, self.symmetric = group, not has_zeros
         self.tensors = {CODES: ".qweight", SCALE: ".scales"} | ({ZERO: ".qzeros"} if has_zeros else {})
         self.dtypes = {CODES: ("I32",), SCALE: ("F16", "BF16"), ZERO: ("I32",)}
 
@@ -45,14 +47,21 @@ class Awq(Words):
         return _unpack(parts[CODES]).mT
 
     def zeros(self, parts: Parts) -> Tensor:
-        if not self.has_zeros:
-            return parts[SCALE].new_full((), 8.0).float().expand(parts[SCALE].shape)
+        if self.symmetric:
+            return torch.tensor(8.0, device=parts[SCALE].device)
         return _unpack(parts[ZERO]).float()
 
     def packed(self, codes: Tensor, parts: Parts) -> Tensor:
-        order = [_PLACES.index(place) for place in range(8)]
-        return pack_words(codes.mT.unflatten(-1, (-1, 8))[..., order].flatten(-2), self.bits)
+        return _pack(codes.mT)
+
+    def packed_zeros(self, zeros: Tensor, parts: Parts) -> Tensor:
+        return _pack(zeros.to(torch.uint8))
 
 
 def _unpack(words: Tensor) -> Tensor:
     return unpack_words(words, 4).unflatten(-1, (-1, 8))[..., list(_PLACES)].flatten(-2)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    order = [_PLACES.index(place) for place in range(8)]
+    return pack_words(codes.unflatten(-1, (-1, 8))[..., order].flatten(-2), 4)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from moesparse.errors import CheckpointError
+from moesparse.models.formats.numbers import where_stored
 from moesparse.system.shards import TensorInfo
 
 __all__ = ["CODES", "SCALE", "Coded", "Format", "Infos", "Parts", "expect"]
@@ -99,6 +100,10 @@ class Format(ABC):
             parts: from which it was decoded.
         """
 
+    def requantise(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """The same, under scales made anew where that is nearer to the weight; a format without scales has none."""
+        return self.encode(weight, parts)
+
 
 class Coded(Format):
     """A format in which every weight has a code, and its value is that of the code, less a zero point, times a scale.
@@ -125,7 +130,39 @@ class Coded(Format):
         values = self.values(codes, parts)
         # a zero may be asked for where the value is only too small for the dtype of the weight
         held = (values.to(weight.dtype) == weight) & ((weight != 0) | (values == 0))
-        return {**parts, CODES: self.packed(torch.where(held, codes, self.nearest(weight.float(), parts)), parts)}
+        # + 0.0: a zero that comes to be is the positive one
+        nearest = self.nearest(weight.float() + 0.0, parts)
+        return {**parts, CODES: self.packed(torch.where(held, codes, nearest), parts)}
+
+    def requantise(self, weight: Tensor, parts: Parts) -> dict[str, Tensor]:
+        """The weight back in its tensors, zeros exact, under scales that are held or made anew.
+
+        Weights that share a scale keep it, and their codes, where each of them is as `decode` gives it or zero.
+        Elsewhere they get the one of `remade` under which their squared error is smallest, if it is smaller than under
+        the scale that they have. Zero points go with the scales.
+        """
+        matrix = weight.mT if self.transposed else weight
+        before = self.values(self.codes(parts), parts).to(matrix.dtype)
+        changed = self.reduced(((matrix != before) & (matrix != 0)).float(), parts, "amax") > 0
+        best: Parts = parts
+        if changed.any():
+            error = self._squared_error(weight, parts)
+            for made in self.remade(matrix.float(), parts):
+                tried = self._squared_error(weight, {**parts, **made})
+                better = changed & (tried < error)
+                best, error = self.mixed(better, {**parts, **made}, best), torch.where(better, tried, error)
+        return self.encode(weight, best)
+
+    def _squared_error(self, weight: Tensor, parts: Parts) -> Tensor:
+        """float64, of the weights that share a scale."""
+        written = self.encode(weight, parts)
+        matrix = weight.mT if self.transposed else weight
+        off = self.values(self.codes(written), written).double() - matrix.double()
+        return self.reduced(off.square_(), parts, "sum")
+
+    def mixed(self, first: Tensor, one: Parts, other: Parts) -> dict[str, Tensor]:
+        """Scales of one where `first` is True, of the other elsewhere."""
+        return {**other, SCALE: where_stored(first, one[SCALE], other[SCALE])}
 
     @abstractmethod
     def codes(self, parts: Parts) -> Tensor:
@@ -138,6 +175,23 @@ class Coded(Format):
     @abstractmethod
     def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
         """Codes for float32 weights (..., out, in)."""
+
+    @abstractmethod
+    def reduced(self, matrix: Tensor, parts: Parts, how: str) -> Tensor:
+        """The sum, the largest or the smallest ("sum", "amax", "amin") of the weights that share a scale.
+
+        Args:
+            matrix: (..., out, in); the largest is of what is not negative, the smallest of what is not positive.
+            parts: of the weight.
+            how: one of the three.
+
+        Returns:
+            The shape of the scales.
+        """
+
+    @abstractmethod
+    def remade(self, weight: Tensor, parts: Parts) -> Iterator[Parts]:
+        """Scales, and zero points, that suit a float32 weight (..., out, in): one or two proposals for all of them."""
 
     @abstractmethod
     def packed(self, codes: Tensor, parts: Parts) -> Tensor:

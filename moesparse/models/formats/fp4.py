@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from moesparse.models.formats.numbers import (
     FP4_VALUES,
     nearest_fp4,
     pack_nibbles,
+    reduced,
+    scales_near,
     scales_of,
     spread,
     unpack_nibbles,
@@ -53,6 +57,19 @@ class Fp4(Coded):
     def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
         scales = spread(self.scales(parts), self.group, weight.shape[-1], -1)
         return nearest_fp4((weight / scales).nan_to_num(0))
+
+    def reduced(self, matrix: Tensor, parts: Parts, how: str) -> Tensor:
+        return reduced(matrix, (1, self.group), how)
+
+    def remade(self, weight: Tensor, parts: Parts) -> Iterator[Parts]:
+        """The largest weight is the largest code."""
+        wanted = self.reduced(weight.abs(), parts, "amax") / max(FP4_VALUES)
+        for scale in scales_near(self.stored_scales(wanted, parts), parts[SCALE]):
+            yield {SCALE: scale}
+
+    def stored_scales(self, scales: Tensor, parts: Parts) -> Tensor:
+        """float32, what is to be stored for `scales` to give these."""
+        return scales
 
     def packed(self, codes: Tensor, parts: Parts) -> Tensor:
         return pack_nibbles(codes).view(parts[CODES].dtype)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from moesparse.models.formats.base import CODES, SCALE, Coded, Infos, Parts, expect
-from moesparse.models.formats.numbers import nearest_fp8, scales_of, spread
+from moesparse.models.formats.base import CODES, SCALE, Infos, Parts, expect
+from moesparse.models.formats.fp8 import Fp8
 
 __all__ = ["Fp8Block"]
 
 
-class Fp8Block(Coded):
+class Fp8Block(Fp8):
     """E4M3 codes [out, in] and a scale for each block of them; the last blocks may be cut off by the matrix's end.
 
     Args:
@@ -38,21 +37,5 @@ class Fp8Block(Coded):
             expect(infos[SCALE], (1,))
         return shape
 
-    def codes(self, parts: Parts) -> Tensor:
-        return parts[CODES].view(torch.uint8)
-
-    def values(self, codes: Tensor, parts: Parts) -> Tensor:
-        return codes.view(torch.float8_e4m3fn).float().mul_(self._scales(codes, parts))
-
-    def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
-        return nearest_fp8((weight / self._scales(weight, parts)).nan_to_num(0))
-
-    def packed(self, codes: Tensor, parts: Parts) -> Tensor:
-        return codes.view(torch.float8_e4m3fn)
-
-    def _scales(self, matrix: Tensor, parts: Parts) -> Tensor:
-        scale = scales_of(parts[SCALE])
-        if self.block is None:
-            return scale
-        rows, columns = self.block
-        return spread(spread(scale, rows, matrix.shape[-2], -2), columns, matrix.shape[-1], -1)
+    def block_of(self, shape: torch.Size, parts: Parts) -> tuple[int, int]:
+        return self.block or (shape[-2], shape[-1])

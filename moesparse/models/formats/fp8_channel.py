@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from moesparse.models.formats.base import CODES, SCALE, Coded, Infos, Parts, expect
-from moesparse.models.formats.numbers import nearest_fp8, scales_of
+from moesparse.models.formats.base import CODES, SCALE, Infos, Parts, expect
+from moesparse.models.formats.fp8 import Fp8
 
 __all__ = ["Fp8Channel"]
 
 
-class Fp8Channel(Coded):
+class Fp8Channel(Fp8):
     """E4M3 codes [out, in] and scales [out, 1], or one for the matrix [1]."""
 
     name = "fp8_channel"
@@ -25,14 +24,5 @@ class Fp8Channel(Coded):
             expect(infos[SCALE], (*shape[:-1], 1))
         return shape
 
-    def codes(self, parts: Parts) -> Tensor:
-        return parts[CODES].view(torch.uint8)
-
-    def values(self, codes: Tensor, parts: Parts) -> Tensor:
-        return codes.view(torch.float8_e4m3fn).float().mul_(scales_of(parts[SCALE]))
-
-    def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
-        return nearest_fp8((weight / scales_of(parts[SCALE])).nan_to_num(0))
-
-    def packed(self, codes: Tensor, parts: Parts) -> Tensor:
-        return codes.view(torch.float8_e4m3fn)
+    def block_of(self, shape: torch.Size, parts: Parts) -> tuple[int, int]:
+        return (1 if parts[SCALE].ndim > 1 else shape[-2]), shape[-1]

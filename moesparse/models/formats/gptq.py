@@ -7,8 +7,9 @@ from torch import Tensor
 
 from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.models.formats.base import CODES, SCALE, Infos, Parts, expect
+from moesparse.models.formats.integers import ZERO
 from moesparse.models.formats.numbers import pack_words, unpack_words
-from moesparse.models.formats.words import ZERO, Words
+from moesparse.models.formats.words import Words
 
 __all__ = ["Gptq"]
 
@@ -26,12 +27,14 @@ class Gptq(Words):
         group: inputs that share a scale; -1 is all of them.
         ordered: `g_idx` must be there (desc_act).
         version: 1 ("gptq") or 2 ("gptq_v2").
+        symmetric: every zero point is half of the number of codes (sym); there are kernels that take it for that.
     """
 
     name = "gptq"
 
-    def __init__(self, bits: int, group: int, ordered: bool, version: int = 1) -> None:
-        self.bits, self.group, self.version = bits, group, version
+    def __init__(self, bits: int, group: int, ordered: bool, version: int = 1, symmetric: bool = True) -> None:
+        self.bits, self.group, self.version, self.symmetric = bits, group, version, symmetric
+        self.lowest_zero = 1 if version == 1 else 0
         self.tensors = {CODES: ".qweight", SCALE: ".scales", ZERO: ".qzeros", _GROUPS: ".g_idx"}
         self.dtypes = {CODES: ("I32",), SCALE: ("F16", "BF16", "F32"), ZERO: ("I32",), _GROUPS: ("I32", "I64")}
         self.optional = () if ordered else (_GROUPS,)
@@ -70,3 +73,8 @@ class Gptq(Words):
 
     def packed(self, codes: Tensor, parts: Parts) -> Tensor:
         return pack_words(codes, self.bits).mT.contiguous()
+
+    def packed_zeros(self, zeros: Tensor, parts: Parts) -> Tensor:
+        held = unpack_words(parts[ZERO], self.bits)
+        held[..., : zeros.shape[-1]] = (zeros - (self.version == 1)).to(torch.uint8)
+        return pack_words(held, self.bits)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = [
     "FP4_VALUES",
+    "FP8_MAX",
     "nearest_fp4",
     "nearest_fp8",
     "pack_nibbles",
     "pack_words",
+    "reduced",
+    "scales_near",
     "scales_of",
     "spread",
     "unpack_nibbles",
     "unpack_words",
+    "where_stored",
 ]
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -23,7 +30,7 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 # halfway between one value and the next; of two equally near the one with the even code is taken
 _FP4_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
-_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def nearest_fp4(values: Tensor) -> Tensor:
@@ -37,7 +44,7 @@ def nearest_fp4(values: Tensor) -> Tensor:
 
 def nearest_fp8(values: Tensor) -> Tensor:
     """float32 -> uint8, the bytes of the nearest E4M3 numbers, those beyond 448 of 448."""
-    return values.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    return values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def unpack_nibbles(data: Tensor) -> Tensor:
@@ -77,3 +84,41 @@ def scales_of(stored: Tensor) -> Tensor:
 def spread(scale: Tensor, size: int, length: int, dim: int) -> Tensor:
     """Every scale for `size` neighbours along a dim, the last one for what is left of `length`."""
     return scale.repeat_interleave(size, dim).narrow(dim, 0, length)
+
+
+def reduced(matrix: Tensor, size: tuple[int, int], how: str) -> Tensor:
+    """The sum, the largest or the smallest of every block of a matrix; the way back of `spread`.
+
+    Args:
+        matrix: (..., out, in).
+        size: rows and columns of a block. Those that the end of the matrix cuts off are filled up with zeros.
+        how: "sum", "amax" or "amin".
+
+    Returns:
+        (..., blocks along out, blocks along in).
+    """
+    (rows, columns), (out, inputs) = size, matrix.shape[-2:]
+    whole = pad(matrix, (0, -inputs % columns, 0, -out % rows))
+    blocks = whole.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+    return getattr(torch, how)(blocks, (-3, -1))
+
+
+def scales_near(wanted: Tensor, like: Tensor) -> Iterator[Tensor]:
+    """Scales as a checkpoint stores them, near those that are wanted: powers of two on both sides, or the nearest.
+
+    Args:
+        wanted: float32, not negative.
+        like: stored scales, for their dtype.
+    """
+    if like.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+        yield wanted.clamp(max=torch.finfo(like.dtype).max).to(like.dtype)
+        return
+    for exponent in (wanted.frexp().exponent - 1, wanted.frexp().exponent):
+        # the byte is the exponent and 127; 255 would be NaN
+        yield (exponent + 127).clamp(0, 254).to(torch.uint8).view(like.dtype)
+
+
+def where_stored(first: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """`torch.where` for the bytes of two tensors of any one dtype."""
+    dtype, ints = one.dtype, {1: torch.uint8, 2: torch.int16, 4: torch.int32}[one.element_size()]
+    return torch.where(first, one.view(ints), other.view(ints)).view(dtype)

@@ -13,7 +13,11 @@ _WHOLE = "whole"
 
 
 class Nvfp4(Fp4):
-    """compressed-tensors ("nvfp4-pack-quantized"): the scale of 16 weights is `weight_scale / weight_global_scale`."""
+    """compressed-tensors ("nvfp4-pack-quantized"): the scale of 16 weights is `weight_scale / weight_global_scale`.
+
+    The global scale is held, because engines ask for one that gate and up of an expert share: a scale that would lie
+    beyond E4M3's reach is the largest there.
+    """
 
     name = "nvfp4"
     tensors = {CODES: ".weight_packed", SCALE: ".weight_scale", _WHOLE: ".weight_global_scale"}  # noqa: RUF012
@@ -31,6 +35,9 @@ class Nvfp4(Fp4):
     def scales(self, parts: Parts) -> Tensor:
         return super().scales(parts) / parts[_WHOLE]
 
+    def stored_scales(self, scales: Tensor, parts: Parts) -> Tensor:
+        return scales * parts[_WHOLE]
+
 
 class Nvfp4ModelOpt(Nvfp4):
     """ModelOpt: the scale of 16 weights is `weight_scale * weight_scale_2`."""
@@ -41,3 +48,6 @@ class Nvfp4ModelOpt(Nvfp4):
 
     def scales(self, parts: Parts) -> Tensor:
         return Fp4.scales(self, parts) * parts[_WHOLE]
+
+    def stored_scales(self, scales: Tensor, parts: Parts) -> Tensor:
+        return scales / parts[_WHOLE]

@@ -181,7 +181,9 @@ def _gptq(said: Said) -> Iterator[Format]:
     version = _one_of(said, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     bits, group = _one_of(said, "bits", (4, 8)), said.get("group_size", 128)
     size = group if group == -1 else _size(said, "group_size", 128)
-    yield Gptq(bits, size, bool(said.get("desc_act", False)), 1 if version == "gptq" else 2)
+    yield Gptq(
+        bits, size, bool(said.get("desc_act", False)), 1 if version == "gptq" else 2, bool(said.get("sym", True))
+    )
 
 
 def _moesparse(_said: Said) -> Iterator[Format]:

@@ -68,6 +68,7 @@ class StoredWeights(Shards):
 
     def __init__(self, raw: Shards, formats: Sequence[Format], dtype: torch.dtype, where: str) -> None:
         self._raw, self.files, self._dtype, self._where = raw, raw.files, dtype, where
+        self._formats = formats
         self.stored: dict[str, Stored] = {}
         for name in raw.tensors:
             for key, stored in _weights_of(name, formats, raw):
@@ -90,11 +91,6 @@ class StoredWeights(Shards):
             elif name == self.stored[owner].names[CODES]:
                 spec = TensorSpec.of(owner, dtype, self.shape_of(owner))
                 self.tensors[owner] = dataclasses.replace(info, name=owner, dtype=spec.dtype, shape=spec.shape)
-        if formats and not self.stored:
-            names = ", ".join(dict.fromkeys(each.name for each in formats))
-            raise CheckpointError(
-                f"{where} must hold tensors of {names}, as its quantization_config says, got plain ones alone"
-            )
 
     @classmethod
     def of_folder(cls, folder: str | os.PathLike[str], dtype: torch.dtype) -> StoredWeights:
@@ -106,9 +102,19 @@ class StoredWeights(Shards):
         folder = Path(folder)
         said = said_of(folder)
         formats = () if said is not None and said.get("quant_method") == PACKED else formats_of(said)
-        weights = cls(Shards.open(folder), formats, dtype, f"the checkpoint {folder}")
+        where = f"the checkpoint {folder}"
+        weights = cls(Shards.open(folder), formats, dtype, where)
+        if formats and not weights.stored:
+            names = ", ".join(dict.fromkeys(each.name for each in formats))
+            raise CheckpointError(
+                f"{where} must hold tensors of {names}, as its quantization_config says, got plain ones alone"
+            )
         weights.said = said
         return weights
+
+    def like(self, raw: Shards) -> StoredWeights:
+        """Other shards of the same checkpoint, in its formats."""
+        return StoredWeights(raw, self._formats, self._dtype, self._where)
 
     @property
     def raw(self) -> Shards:
@@ -152,12 +158,14 @@ class StoredWeights(Shards):
         return self._decoded(name, entry, self._dtype)
 
     def _decoded(self, name: str, entry: int | None, dtype: torch.dtype) -> Tensor:
-        stored = self.stored[name]
-        parts = {what: self.raw.read(part, entry, codes=True) for what, part in stored.names.items()}
         try:
-            return stored.format.decode(parts, dtype)
+            return self.stored[name].format.decode(self.parts_of(name, entry), dtype)
         except ValueError as error:
             raise type(error)(f"{name} of {self._where}: {error}") from error
+
+    def parts_of(self, name: str, entry: int | None = None) -> dict[str, Tensor]:
+        """The tensors of a weight that is not plain, or their entries along the first dim: what for -> tensor."""
+        return {what: self.raw.read(part, entry, codes=True) for what, part in self.stored[name].names.items()}
 
     def copy_to(self, name: str, out: Tensor) -> None:
         """Read a tensor into one of its shape, rounded once to its dtype; of a stack of experts one at a time."""
