@@ -59,6 +59,15 @@ test-native-neon: ## the compiled CPU kernels for Arm, in an emulator
 bench-cpu: $(STAMP) ## the expert layer on this CPU, packed beside every dense layer: ARGS="--shapes OLMoE-1B-7B --threads 1"
 	$(BIN)/python -m benchmarks.speed.bench_cpu $(ARGS)
 
+bench-llama: $(STAMP) ## the same layer by llama.cpp, which is built first, and by ours: ARGS="--tokens 1 16 --threads 1"
+	$(BIN)/python -m benchmarks.speed.bench_llama $(ARGS)
+
+bench-generate-cpu: $(STAMP) ## tokens a second of whole models on this CPU, llama.cpp beside: ARGS="--models large --threads 1"
+	$(BIN)/python -m benchmarks.speed.bench_generate_cpu $(ARGS)
+
+bench-serve-cpu: $(STAMP) ## `moesparse serve` on this CPU under eight clients: ARGS="--models embedded --threads 1"
+	$(BIN)/python -m benchmarks.speed.bench_serve_cpu $(ARGS)
+
 peers: $(STAMP) ## side by side with llm-compressor and plain baselines, in environments of their own
 	$(BIN)/python -m benchmarks.peers
 
@@ -125,4 +134,4 @@ format: $(STAMP) ## ruff's fixes and layout
 clean: ## remove what the targets made
 	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu test-triton test-vllm gpu peers lint format clean
+.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu test-triton test-vllm gpu peers lint format clean

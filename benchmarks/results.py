@@ -15,7 +15,7 @@ __all__ = ["RESULTS", "ResultFile", "device_folder"]
 RESULTS = Path(__file__).with_name("results")
 
 # what makes a row another measurement: a second run at the same commit skips it, any other replaces it
-KEY = ("part", "shape", "op", "dtype", "tokens", "routing", "seed", "contender")
+KEY = ("part", "shape", "op", "dtype", "tokens", "routing", "seed", "threads", "contender")
 
 
 def device_folder(results: Path, device: torch.device) -> Path:
@@ -25,7 +25,10 @@ def device_folder(results: Path, device: torch.device) -> Path:
 
 
 class ResultFile:
-    """Rows of one benchmark on one device; every row holds the record of the machine that made it."""
+    """Rows of one benchmark on one device; every row holds the record of the machine that made it.
+
+    Where a row and the record have a key in common, such as `threads`, the row's value stands.
+    """
 
     def __init__(self, path: Path, environment: dict[str, Any]) -> None:
         self.path = path
@@ -46,7 +49,7 @@ class ResultFile:
 
     def put(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows in place of those with the same key, and write the file, whole or not at all."""
-        fresh = [{**row, **self._environment} for row in rows]
+        fresh = [{**self._environment, **row} for row in rows]
         keys = {self._key(row) for row in fresh}
         self.rows = [row for row in self.rows if self._key(row) not in keys] + fresh
         lines = ",\n".join(json.dumps(row) for row in self.rows)

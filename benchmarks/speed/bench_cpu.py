@@ -1,19 +1,22 @@
 """The expert layer on a CPU: packed 2:4 weights by the compiled kernels beside every dense layer there is.
 
     make bench-cpu                                           # the shapes below, one thread and two
-    python -m benchmarks.speed.bench_cpu --shapes OLMoE-1B-7B --tokens 1 16 --threads 1
-    python -m benchmarks.speed.bench_cpu --table             # of the results there are, as in docs/performance.md
+    make bench-cpu ARGS="--shapes OLMoE-1B-7B --tokens 1 16 --threads 1 --routing uniform"
+    python -m benchmarks.speed.cpu_tables                    # of the results there are, as in README and docs
 
 Contenders take turns in one process, each turn with another routing (16 of them), so that weights come from memory and
 a disturbance hits all alike. Each is compared with fp64 first. A row holds the best and the median of its turns: by the
 clock, or with one thread by the thread's own CPU time, which can be compared on a busy machine too. `ratio` is the
 fastest dense layer's time over the contender's, in the turns that both had. `read` is a plain read of the packed bytes
-of the experts that have tokens. Losses are printed like wins.
+of the experts that have tokens. Rows that were measured together have the same `run`. Losses are printed like wins.
+
+A run that was cut off goes on where it stopped: what this commit has measured is left out, unless --again is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -32,11 +35,11 @@ from moesparse.benchmarking.layer import ROUTINGS, ExpertLayer, RoutedCall, make
 from moesparse_kernels import moe_dense, moe_nm
 from moesparse_kernels.native_library import Native, library, reason_without, turned_off
 
-__all__ = ["main"]
+__all__ = ["CALLS", "CONTENDERS", "CPU", "main", "threads_of_torch"]
 
 CPU = torch.device("cpu")
 DEFAULT_SHAPES = ("Qwen3-30B-A3B", "OLMoE-1B-7B", "DeepSeek-V2-Lite", "gpt-oss-20b", "Mixtral-8x7B")
-TOKENS = (1, 4, 16, 64, 512)
+TOKENS = (1, 4, 16, 64, 256, 512)
 CALLS = 16
 # dense and packed weights of a layer, and what making them takes for a moment
 _BYTES_PER_WEIGHT = 2 + 9 / 8 + 1
@@ -102,7 +105,7 @@ CONTENDERS: dict[str, tuple[Run, bool]] = {
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads_of_torch(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -128,6 +131,7 @@ def measure(
     layer: ExpertLayer, tokens: int, law: str, threads: int, seconds: float, wanted: list[str], native: Native
 ) -> list[dict[str, Any]]:
     """Rows of one shape, number of tokens, law of routing and number of threads."""
+    run = round(time.time())
     calls = [RoutedCall.make(layer, tokens, law, seed) for seed in range(CALLS)]
     errors = {}
     for name in wanted:
@@ -143,9 +147,9 @@ def measure(
             break
         call = calls[turn % CALLS]
         for name in due:
-            run = (lambda call: _read_experts(native, call)) if name == "read" else CONTENDERS[name][0]
+            do = (lambda call: _read_experts(native, call)) if name == "read" else CONTENDERS[name][0]
             clock, own = time.perf_counter(), time.thread_time()
-            run(call)
+            do(call)
             turns[name].append((time.perf_counter() - clock, time.thread_time() - own))
             spent[name] += turns[name][-1][0]
     moved = {True: calls[0].moved(True), False: calls[0].moved(False)}
@@ -162,7 +166,7 @@ def measure(
             "routing": law,
             "threads": threads,
             "contender": name,
-            "part": f"{threads} threads",
+            "run": run,
             "clock": "thread time" if kind else "wall",
             "best_us": min(times[name]) * 1e6,
             "median_us": statistics.median(times[name]) * 1e6,
@@ -194,34 +198,6 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Packed layers in Markdown by their best times, a row for each shape and number of threads."""
-    default = ("transformers eager", "transformers grouped_mm")
-    dense = tuple(name for name, (_, is_dense) in CONTENDERS.items() if is_dense)
-    kept = [row for row in rows if row["routing"] == "uniform"]
-    tokens = sorted({row["tokens"] for row in kept})
-    lines = [
-        f"| a whole layer, {' / '.join(map(str, tokens))} tokens | threads | packed, ms "
-        "| times the fastest default dense | times the fastest dense, oneDNN off too | times our own dense |",
-        "|---|---|---|---|---|---|",
-    ]
-    for shape, threads in dict.fromkeys((row["shape"], row["threads"]) for row in kept):
-        best = {
-            (row["tokens"], row["contender"]): row["best_us"]
-            for row in kept
-            if (row["shape"], row["threads"]) == (shape, threads)
-        }
-        columns: list[list[str]] = [[], [], [], []]
-        for count in tokens:
-            own = best.get((count, "packed"))
-            for column, names in zip(columns, ((), default, dense, ("dense native",)), strict=True):
-                found = [best[count, name] for name in names if (count, name) in best]
-                value = own / 1e3 if own and not names else min(found) / own if own and found else None
-                column.append("-" if value is None else f"{value:#.3g}".rstrip("."))
-        lines.append(f"| {shape} | {threads} | " + " | ".join(" / ".join(column) for column in columns) + " |")
-    return "\n".join(lines)
-
-
 def fitted(shape: Shape, gigabytes: float) -> Shape:
     """The shape with as many experts as fit; fewer change what a call reads once tokens reach them all."""
     per_expert = 3 * shape.hidden * shape.intermediate * _BYTES_PER_WEIGHT
@@ -238,32 +214,28 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--shapes", nargs="*", default=DEFAULT_SHAPES, choices=SHAPES, metavar="NAME")
     options.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
     options.add_argument("--threads", nargs="*", type=int, default=sorted({1, min(2, os.cpu_count() or 1)}))
-    options.add_argument("--routing", nargs="*", default=["uniform"], choices=ROUTINGS)
+    options.add_argument("--routing", nargs="*", default=ROUTINGS, choices=ROUTINGS)
     options.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
     options.add_argument("--seconds", type=float, default=2.0, help="for each contender of a row")
     options.add_argument("--memory", type=float, default=16.0, help="GB; shapes get fewer experts to stay within")
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
-    options.add_argument("--table", action="store_true", help="print the results there are, and measure nothing")
+    options.add_argument("--again", action="store_true", help="measure also what this commit has measured already")
     chosen = options.parse_args(arguments)
-    # a row says itself how many threads it had
-    machine = {name: value for name, value in environment(CPU).items() if name != "threads"}
-    results = ResultFile(device_folder(chosen.results, CPU) / "bench_cpu.json", machine)
-    if chosen.table:
-        print(table(results.rows))
-        return
+    results = ResultFile(device_folder(chosen.results, CPU) / "bench_cpu.json", environment(CPU))
     native = library()
     if native is None:
         raise SystemExit(f"there are no compiled kernels to measure: {reason_without()}")
     for name in chosen.shapes:
-        layer = make_layer(fitted(SHAPES[name], chosen.memory), torch.bfloat16, CPU)
-        for threads in chosen.threads:
-            for law in chosen.routing:
-                for tokens in chosen.tokens:
-                    with torch.inference_mode(), _threads(threads):
-                        rows = measure(layer, tokens, law, threads, chosen.seconds, chosen.contenders, native)
-                    results.put(rows)
-                    show(rows)
-        del layer
+        shape, layer = fitted(SHAPES[name], chosen.memory), None
+        for threads, law, tokens in itertools.product(chosen.threads, chosen.routing, chosen.tokens):
+            key = {"shape": shape.name, "threads": threads, "routing": law, "tokens": tokens}
+            if results.has(contenders=chosen.contenders, **key) and not chosen.again:
+                continue
+            layer = layer or make_layer(shape, torch.bfloat16, CPU)
+            with torch.inference_mode(), threads_of_torch(threads):
+                rows = measure(layer, tokens, law, threads, chosen.seconds, chosen.contenders, native)
+            results.put(rows)
+            show(rows)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,18 @@
-"""The table of the expert layer on a CPU, and one measured row of it."""
+"""Measured rows of the expert layer on a CPU: what they say of themselves, and that a run goes on where it stopped."""
 
 import json
 
 import pytest
 
-from benchmarks.speed import bench_cpu
+from benchmarks.speed import bench_cpu, cpu_tables
+from moesparse.benchmarking import Shape
 from moesparse_kernels.native_library import library
-
-TIMES = {
-    "packed": 2000.0,
-    "dense native": 3000.0,
-    "transformers eager": 9000.0,
-    "transformers grouped_mm": 8000.0,
-    "eager, oneDNN off": 5000.0,
-}
-
-
-def rows(tokens: int, scale: float = 1.0, **more):
-    same = {"shape": "S", "threads": 1, "routing": "uniform", "tokens": tokens} | more
-    return [same | {"contender": name, "best_us": time * scale} for name, time in TIMES.items()]
-
-
-def test_the_table_names_the_fastest_dense_layer_of_each_kind():
-    held = [*rows(1), *rows(4, 10), *rows(1, 100, routing="skewed"), *rows(1, threads=2)[:2]]
-    lines = bench_cpu.table(held).splitlines()
-    assert lines[0].startswith("| a whole layer, 1 / 4 tokens | threads |")
-    assert lines[2] == "| S | 1 | 2.00 / 20.0 | 4.00 / 4.00 | 2.50 / 2.50 | 1.50 / 1.50 |"
-    # not measured is no number
-    assert lines[3] == "| S | 2 | 2.00 / - | - / - | - / - | 1.50 / - |"
 
 
 @pytest.mark.skipif(library() is None, reason="no compiled CPU kernels here")
-def test_rows_say_how_many_threads_they_had(tmp_path, capsys):
+def test_rows_say_how_many_threads_they_had(tmp_path):
     asked = ["--shapes", "Qwen3-30B-A3B", "--tokens", "1", "--threads", "1", "--seconds", "0", "--memory", "0.2"]
+    asked += ["--routing", "uniform"]
     bench_cpu.main([*asked, "--contenders", "packed", "transformers eager", "--results", str(tmp_path)])
     held = json.loads((tmp_path / "cpu" / "bench_cpu.json").read_text())["rows"]
     assert [(row["contender"], row["threads"], row["turns"]) for row in held] == [
@@ -40,5 +20,36 @@ def test_rows_say_how_many_threads_they_had(tmp_path, capsys):
         ("transformers eager", 1, 3),
         ("read", 1, 3),
     ]
-    bench_cpu.main(["--table", "--results", str(tmp_path)])
-    assert "| Qwen3-30B-A3B (10 experts) | 1 |" in capsys.readouterr().out
+    assert len({row["run"] for row in held}) == 1
+    assert cpu_tables.layers(tmp_path).splitlines()[2].startswith("| Qwen3-30B-A3B (10 experts) | 1 | uniform |")
+
+
+@pytest.mark.skipif(library() is None, reason="no compiled CPU kernels here")
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
+    # one commit, also in a tree that is being changed
+    monkeypatch.setattr(bench_cpu, "environment", lambda device: {"commit": "abc1234", "threads": 8})
+    monkeypatch.setattr(bench_cpu, "SHAPES", {"Qwen3-30B-A3B": Shape("tiny", 4, 2, 64, 32)})
+    monkeypatch.setattr(bench_cpu, "show", lambda rows: None)
+    calls = []
+
+    def stub(layer, tokens, law, threads, seconds, wanted, native):
+        calls.append((tokens, law, threads))
+        same = {"shape": layer.shape.name, "tokens": tokens, "routing": law, "threads": threads}
+        return [same | {"contender": name} for name in (*wanted, "read")]
+
+    monkeypatch.setattr(bench_cpu, "measure", stub)
+    asked = ["--shapes", "Qwen3-30B-A3B", "--contenders", "packed", "--tokens", "1", "--results", str(tmp_path)]
+
+    def measured(*more):
+        calls.clear()
+        bench_cpu.main([*asked, *more])
+        return calls
+
+    assert measured("--threads", "1", "--routing", "uniform") == [(1, "uniform", 1)]
+    # another number of threads is another row of the same file, whatever the process has
+    assert measured("--threads", "1", "2", "--routing", "uniform") == [(1, "uniform", 2)]
+    assert measured("--threads", "1", "2", "--routing", "uniform", "skewed") == [(1, "skewed", 1), (1, "skewed", 2)]
+    assert measured("--threads", "1", "2") == []
+    assert measured("--threads", "2", "--routing", "skewed", "--again") == [(1, "skewed", 2)]
+    held = json.loads((tmp_path / "cpu" / "bench_cpu.json").read_text())["rows"]
+    assert len(held) == 8 and {row["threads"] for row in held} == {1, 2}
