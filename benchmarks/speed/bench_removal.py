@@ -163,6 +163,7 @@ def measure(work: Path, gigabytes: float) -> dict[str, Any]:
         drop_from_cache(shards.files)
         seconds = copy_runs(runs, work / "copy")
         (work / "copy").unlink()
+        print(f"copied in {seconds:.1f} s", flush=True)
         return seconds
 
     def pruned(folder: Path, out: Path, file: Path) -> dict[str, Any]:
@@ -174,8 +175,11 @@ def measure(work: Path, gigabytes: float) -> dict[str, Any]:
     drop_from_cache(shards.files)
     load = os.getloadavg()[0]
     found = pruned(source, work / "out", plan_file)
-    after = copied()
+    print(f"removed in {found['seconds']:.1f} s", flush=True)
     equal = check(shards, work / "out", plan)
+    # there may be no room for both
+    shutil.rmtree(work / "out")
+    after = copied()
     copies = [before, after]
     return {
         "layers": layers,

@@ -56,6 +56,10 @@ def calibrate(
         float | None, options.option(CHOICE, "Also show which experts would stay if this share went, per domain too.")
     ] = None,
     keep_experts: Annotated[int | None, options.option(CHOICE, "Or: if this many of every block stayed.")] = None,
+    divisible_by: Annotated[
+        int | None,
+        options.option(CHOICE, "How many stay must be a multiple of this, see moesparse prune.", metavar="N"),
+    ] = None,
     expert_saliency: Annotated[str, options.option(CHOICE, "Criterion of that choice, see moesparse prune.")] = "reap",
     mix: Annotated[str, options.option(CHOICE, options.MIX_HELP)] = "pooled",
     budget: Annotated[
@@ -104,7 +108,8 @@ def calibrate(
     from moesparse.calibration.statistics import check_moments
 
     check_moments(moments)
-    chosen = _Choice.asked(expert_saliency, mix, seed, keep_experts, experts, budget, expert_floor)
+    count: dict[str, Any] = {"keep": keep_experts, "remove": experts, "divisible_by": divisible_by}
+    chosen = _Choice.asked(expert_saliency, mix, seed, count, budget, expert_floor)
     _check_files(plan, scores, chosen)
     check_statistics_file(statistics)
     made = demonstrations_from_model
@@ -155,8 +160,7 @@ class _Choice:
         criterion: str,
         mix: str,
         seed: int,
-        keep: int | None,
-        remove: float | None,
+        count: dict[str, Any],
         budget: str,
         floor: int | None,
     ) -> _Choice | None:
@@ -167,14 +171,19 @@ class _Choice:
 
         check_criterion(criterion)  # type: ignore[arg-type]
         check_mix(mix)
-        check_removal(remove, keep)
-        chooses = remove is not None or keep is not None
-        for option, given in (("--budget global", budget != "per-layer"), ("--expert-floor", floor is not None)):
+        check_removal(count["remove"], count["keep"])
+        chooses = count["remove"] is not None or count["keep"] is not None
+        given_beside = {
+            "--budget global": budget != "per-layer",
+            "--expert-floor": floor is not None,
+            "--divisible-by": count["divisible_by"] is not None,
+        }
+        for option, given in given_beside.items():
             if given and not chooses:
                 raise UsageError(
                     f"{option} must come with --experts or --keep-experts, whose choice it shows, got neither"
                 )
-        rule = {"keep": keep, "remove": remove, "budget": budget, "floor": floor}
+        rule = {**count, "budget": budget, "floor": floor}
         return cls(criterion, mix, seed, rule) if chooses else None
 
     def for_blocks(self, blocks: Any) -> Callable[[Tensor], list[Tensor]]:

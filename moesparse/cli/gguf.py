@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect_gguf", "prune_gguf_file"]
 
-TAKEN = ("model", "out", "plan", "scores", "experts", "keep_experts", "expert_saliency", "report", "as_json")
+TAKEN = (
+    "model",
+    "out",
+    "plan",
+    "scores",
+    "experts",
+    "keep_experts",
+    "divisible_by",
+    "expert_saliency",
+    "report",
+    "as_json",
+)
 """Parameters of `moesparse prune` that a GGUF model has a use for."""
 
 
@@ -30,6 +41,7 @@ def prune_gguf_file(
     scores: Path | None,
     experts: float | None,
     keep_experts: int | None,
+    divisible_by: int | None,
     expert_saliency: str,
     as_json: bool,
 ) -> GGUFReport:
@@ -39,6 +51,7 @@ def prune_gguf_file(
         model, out: files.
         plan, scores: files, one of them.
         experts, keep_experts, expert_saliency: beside scores.
+        divisible_by: what the experts that stay in a layer must be a multiple of.
         as_json: print the report as JSON.
     """
     from moesparse.checkpoints.gguf import GGUFFiles, output_files
@@ -62,9 +75,11 @@ def prune_gguf_file(
     source = GGUFModel(files)
     if plan is not None:
         kept = ExpertPlan.load(plan)
+        kept.check_divisible(divisible_by)
     else:
         held, name = load_scores(scores, expert_saliency)
-        kept = plan_from_scores(source, held, name, keep=keep_experts, remove=experts)
+        count: dict[str, Any] = {"keep": keep_experts, "remove": experts, "divisible_by": divisible_by}
+        kept = plan_from_scores(source, held, name, **count)
     with saying_what_is_left(lambda: ""), progress_bar() as progress:
         found = prune_gguf(source, out, kept, progress=progress)
     if as_json:

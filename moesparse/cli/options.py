@@ -79,6 +79,15 @@ Propagate = Annotated[
 
 Experts = Annotated[float | None, option(EXPERTS, "Remove this share of the experts of every block, for example 0.25.")]
 KeepExperts = Annotated[int | None, option(EXPERTS, "Or: how many experts of every block stay.")]
+DivisibleBy = Annotated[
+    int | None,
+    option(
+        EXPERTS,
+        "How many stay must be a multiple of this, such as the size of an expert-parallel group. --experts is rounded "
+        "so that fewer go; another count of --keep-experts or of --plan is refused.",
+        metavar="N",
+    ),
+]
 ExpertSaliency = Annotated[
     str,
     option(

@@ -58,6 +58,7 @@ class Rule:
         mix: how several domains become one choice, one of moesparse.experts.domains.MIXES.
         protect_super: super-experts stay whatever their score, see moesparse.experts.criteria.super_experts.
         seed: of the "random" criterion.
+        divisible_by: the count that stays is a multiple of it, as in `choose_experts`.
     """
 
     criterion: Criterion = "reap"
@@ -66,6 +67,7 @@ class Rule:
     mix: str = DEFAULT_MIX
     protect_super: bool = False
     seed: int = 0
+    divisible_by: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def choose_from_scores(blocks: Sequence[MoEBlock], scores: ExpertScores, rule: R
         UsageError: a criterion that they do not hold, or counts that cannot be.
     """
     values = scores.by(str(rule.criterion))
-    choose = choose_rule(blocks, keep=rule.keep, remove=rule.remove)
+    choose = choose_rule(blocks, keep=rule.keep, remove=rule.remove, divisible_by=rule.divisible_by)
     dead = [(row == -math.inf).nonzero().flatten().tolist() for row in values]
     return Choice(choose(values), rule.criterion, dead, None, [], values, None)
 
@@ -187,7 +189,8 @@ def _choose(
     rule: Rule,
 ) -> Choice:
     protected = super_experts(statistics) if rule.protect_super else []
-    choose = choose_rule(blocks, keep=rule.keep, remove=rule.remove, protect=protected)
+    count: dict[str, Any] = {"keep": rule.keep, "remove": rule.remove, "divisible_by": rule.divisible_by}
+    choose = choose_rule(blocks, **count, protect=protected)
     found = survey(sums, rule.criterion, choose, rule.mix, seed=rule.seed)
     tokens = torch.stack([each.tokens.cpu() for each in statistics.blocks.values()])
     return Choice(choose(scores), rule.criterion, dead_experts(statistics), found, protected, scores, tokens)
@@ -282,6 +285,7 @@ def choose_rule(
     budget: str = "per-layer",
     floor: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
+    divisible_by: int | None = None,
 ) -> Callable[[Tensor], list[Tensor]]:
     """`choose_experts` with all but the scores fixed: top_k and groups are those of the blocks' routers."""
     counts = {block.num_experts for block in blocks}
@@ -298,4 +302,5 @@ def choose_rule(
         budget=budget,
         floor=floor,
         protect=protect,
+        divisible_by=divisible_by,
     )

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse.errors import CalibrationError
+from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.origin import Origin, read_layers, write_layers
+from moesparse.experts.selection import check_divisor
 
 __all__ = ["PLAN_FILE", "ExpertPlan"]
 
@@ -70,6 +71,20 @@ class ExpertPlan:
             CalibrationError: names what does not match.
         """
         self.origin.check(found, "plan")
+
+    def check_divisible(self, divisible_by: int | None) -> None:
+        """Refuse a plan of which some layer keeps another count than a multiple of a number; None takes any.
+
+        Raises:
+            UsageError: names the layer and its count.
+        """
+        check_divisor(divisible_by)
+        for layer, ids in zip(self.origin.layers, self.kept, strict=True):
+            if divisible_by is not None and len(ids) % divisible_by:
+                raise UsageError(
+                    f"plan must keep a multiple of divisible_by={divisible_by} experts in every layer, got {len(ids)} "
+                    f"in layer {layer}"
+                )
 
     def tensors(self) -> list[Tensor]:
         """The ids as `plan_removal` takes them."""

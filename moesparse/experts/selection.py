@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from moesparse.errors import UsageError
 from moesparse.experts.surgery import RouterGroups
 
-__all__ = ["BUDGETS", "choose_experts"]
+__all__ = ["BUDGETS", "check_divisor", "choose_experts"]
 
 BUDGETS = ("per-layer", "global")
 
@@ -25,6 +26,7 @@ def choose_experts(
     budget: str = "per-layer",
     floor: int | None = None,
     protect: Iterable[tuple[int, int]] = (),
+    divisible_by: int | None = None,
 ) -> list[Tensor]:
     """Choose which experts stay.
 
@@ -41,6 +43,8 @@ def choose_experts(
             configs cannot say that, so it is for analysis and for formats of your own.
         floor: fewest experts a block keeps under the global budget; top_k when None.
         protect: (block, expert) pairs that stay whatever their score, super-experts for example.
+        divisible_by: the count that stays is a multiple of it, and of the router's groups: with `remove` the next one
+            above what the share would leave, so that no more go than were asked for.
 
     Returns:
         For each block the kept ids, ascending int64.
@@ -58,7 +62,10 @@ def choose_experts(
     blocks, E = scores.shape
     protected = _protected(protect, blocks, E)
     ranked = scores.double().masked_fill(protected, torch.inf)
+    check_divisor(divisible_by)
     if budget == "global":
+        if divisible_by is not None:
+            raise UsageError(f"divisible_by must be left out with budget='global', got {divisible_by}")
         if groups is not None:
             raise UsageError("budget must be 'per-layer' for a router with groups, got 'global'")
         least = max(top_k, floor or 0)
@@ -68,7 +75,7 @@ def choose_experts(
         raise UsageError(f"floor must be left out with budget='per-layer', got {floor}")
     parts = 1 if groups is None else groups.count
     least = top_k if groups is None else groups.minimum(top_k)
-    count = _count(keep, remove, E, least, parts=parts)
+    count = _count(keep, remove, E, least, parts=parts, divisor=divisible_by)
     _check_protected(protected, count, parts)
     # stable, so that of equal scores the lower id comes first
     order = ranked.view(blocks, parts, E // parts).argsort(dim=-1, descending=True, stable=True)
@@ -76,13 +83,30 @@ def choose_experts(
     return list(chosen.flatten(1).sort(dim=1).values.cpu())
 
 
-def _count(keep: int | None, remove: float | None, E: int, least: int, blocks: int = 1, parts: int = 1) -> int:
+def check_divisor(divisible_by: int | None) -> None:
+    """Raise UsageError for what no count can be a multiple of."""
+    whole = isinstance(divisible_by, int) and not isinstance(divisible_by, bool)
+    if divisible_by is not None and not (whole and divisible_by > 0):
+        raise UsageError(f"divisible_by must be a positive number of experts, got {divisible_by!r}")
+
+
+def _count(
+    keep: int | None,
+    remove: float | None,
+    E: int,
+    least: int,
+    blocks: int = 1,
+    parts: int = 1,
+    divisor: int | None = None,
+) -> int:
     """Experts to keep in `blocks` blocks of `E` together."""
     if keep is not None:
         if isinstance(keep, bool) or not isinstance(keep, int) or not 0 < keep <= E:
             raise UsageError(f"keep must be between 1 and the {E} experts of a block, got {keep}")
         if keep % parts:
             raise UsageError(f"keep must be a multiple of the router's {parts} groups, got {keep}")
+        if divisor is not None and keep % divisor:
+            raise UsageError(f"keep must be a multiple of divisible_by={divisor}, got {keep}")
         count = keep
     else:
         assert remove is not None
@@ -94,13 +118,26 @@ def _count(keep: int | None, remove: float | None, E: int, least: int, blocks: i
             if kept < least * blocks:
                 raise UsageError(f"remove must leave at least {least} of {E} experts per block, got {remove}")
             return kept
-        count = kept
+        count = kept if divisor is None else _next_multiple(kept, divisor, parts, E)
     if count < least:
         raise UsageError(
             f"at least {least} experts of a block must stay (top_k, and the router's groups), got "
             + (f"keep={keep}" if keep is not None else f"remove={remove}, which leaves {count} of {E}")
         )
     return count * blocks
+
+
+def _next_multiple(kept: int, divisor: int, parts: int, E: int) -> int:
+    """The least count from `kept` on that a divisor and the router's groups divide."""
+    step = math.lcm(divisor, parts)
+    count = -(-kept // step) * step
+    if count >= E:
+        of = f"{divisor}" if parts == 1 else f"{divisor} and of the router's {parts} groups"
+        raise UsageError(
+            f"divisible_by must divide a count from the {kept} experts that would stay up to {E - 1} of {E}, got "
+            f"{divisor}: the next multiple of {of} is {count}; remove a larger share"
+        )
+    return count
 
 
 def _protected(pairs: Iterable[tuple[int, int]], blocks: int, E: int) -> Tensor:

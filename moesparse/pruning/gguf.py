@@ -204,7 +204,13 @@ def values_of(tensor: ReaderTensor) -> np.ndarray[Any, Any]:
 
 
 def plan_from_scores(
-    model: GGUFModel, scores: ExpertScores, criterion: str, *, keep: int | None = None, remove: float | None = None
+    model: GGUFModel,
+    scores: ExpertScores,
+    criterion: str,
+    *,
+    keep: int | None = None,
+    remove: float | None = None,
+    divisible_by: int | None = None,
 ) -> ExpertPlan:
     """A plan for a GGUF model from scores of a file.
 
@@ -212,7 +218,7 @@ def plan_from_scores(
         model: they are of.
         scores: of the model or of a copy of it.
         criterion: one of theirs.
-        keep, remove: as in `choose_experts`.
+        keep, remove, divisible_by: as in `choose_experts`.
 
     Raises:
         CalibrationError: scores of another model.
@@ -220,7 +226,8 @@ def plan_from_scores(
     """
     origin = model.origin(model.layers)
     scores.check(origin)
-    kept = choose_experts(scores.by(criterion), keep=keep, remove=remove, top_k=model.used, groups=model.groups)
+    count: dict[str, Any] = {"keep": keep, "remove": remove, "divisible_by": divisible_by}
+    kept = choose_experts(scores.by(criterion), **count, top_k=model.used, groups=model.groups)
     return ExpertPlan.of(scores.origin, kept, criterion, scores.statistics)
 
 

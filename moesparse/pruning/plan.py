@@ -162,5 +162,5 @@ def any_choice(blocks: Sequence[MoEBlock], recipe: Recipe) -> list[Tensor]:
     """
     if recipe.plan is not None:
         return recipe.plan.tensors()
-    choose = choose_rule(blocks, keep=recipe.keep_experts, remove=recipe.experts)
+    choose = choose_rule(blocks, keep=recipe.keep_experts, remove=recipe.experts, divisible_by=recipe.divisible_by)
     return choose(torch.zeros(len(blocks), blocks[0].num_experts))

@@ -13,9 +13,9 @@ from moesparse.experts.criteria import check_criterion
 from moesparse.experts.domains import DEFAULT_MIX, check_mix
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.experts.scores_file import ExpertScores
-from moesparse.experts.selection import BUDGETS
+from moesparse.experts.selection import BUDGETS, check_divisor
 from moesparse.models.blocks import MoEBlock
-from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, check_choices, check_target
+from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, DROP, check_choices, check_target
 from moesparse.weights.mask_rules import check_rules
 from moesparse.weights.patterns import Pattern
 from moesparse.weights.weight_rules import parse_update
@@ -87,6 +87,9 @@ class Recipe:
         plan: instead of a share of experts, which ones stay: a choice that was made before, on this model or on a copy
             of it in another dtype. Text is then for a refit and for weights only.
         scores: of the experts, from a file, in the place of a pass over text; expert_saliency is one of theirs.
+        divisible_by: the experts that stay in a block are a multiple of it, such as the size of an expert-parallel
+            group: `experts` is rounded so that fewer go, of `target_bytes` no other count is tried, and what
+            `keep_experts` or `plan` would leave is refused where it is none.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
@@ -112,6 +115,7 @@ class Recipe:
     mtp: str | None = None
     plan: ExpertPlan | None = None
     scores: ExpertScores | None = None
+    divisible_by: int | None = None
 
     def __post_init__(self) -> None:
         if self.target_bytes is not None:
@@ -124,6 +128,7 @@ class Recipe:
             raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
         check_removal(self.experts, self.keep_experts)
         check_rules(self.saliency, self.update)
+        check_divisor(self.divisible_by)
         self._check_files()
         check_mix(self.expert_mix)
         if self.expert_budget not in BUDGETS:
@@ -131,13 +136,15 @@ class Recipe:
         if self.mtp is not None and self.mtp not in MTP_CHOICES:
             raise UsageError(f"mtp must be one of {', '.join(MTP_CHOICES)}, got {self.mtp!r}")
         if not self.removes_experts and self.target_bytes is None:
-            for name in ("refine_experts", "protect_experts", "expert_floor"):
+            for name in ("refine_experts", "protect_experts", "expert_floor", "divisible_by"):
                 if getattr(self, name) not in (None, False):
                     raise UsageError(f"{name} must come with experts or keep_experts, got neither")
 
     def _check_target(self) -> None:
         check_target(self.target_bytes)  # type: ignore[arg-type]
         object.__setattr__(self, "choices", check_choices(self.choices))
+        if self.divisible_by is not None and DROP not in self.choices:
+            raise UsageError(f"divisible_by must come with {DROP} among choices, got {', '.join(self.choices)}")
         weights = None if self.weights == DEFAULT_WEIGHTS else self.weights
         given: dict[str, Any] = {"experts": self.experts, "keep_experts": self.keep_experts}
         given |= {"patterns": self.patterns, "weights": weights}
@@ -159,6 +166,8 @@ class Recipe:
             if value not in (None, False):
                 got = "some" if other == "scores" else repr(value)
                 raise UsageError(f"{other} must be left out with {name}, got {got}")
+        if self.plan is not None:
+            self.plan.check_divisible(self.divisible_by)
         if self.scores is not None:
             if not self.removes_experts:
                 raise UsageError("scores must come with experts or keep_experts, got neither")
@@ -223,6 +232,7 @@ class Recipe:
             "keep_experts": None,
             "refine_experts": False,
             "protect_experts": False,
+            "divisible_by": None,
         }
         removal |= {"plan": None, "scores": None, "expert_saliency": DEFAULT_EXPERT_SALIENCY}
         return dataclasses.replace(self, **removal)  # type: ignore[arg-type]
@@ -261,6 +271,7 @@ class Recipe:
             mix=self.expert_mix,
             protect_super=self.protect_experts,
             seed=self.seed,
+            divisible_by=self.divisible_by,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,5 +285,5 @@ class Recipe:
             if held is not None:
                 found[name] = held.identity()
         unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
-        unused += [name for name in ("patterns", "mtp") if getattr(self, name) is None]
+        unused += [name for name in ("patterns", "mtp", "divisible_by") if getattr(self, name) is None]
         return {name: value for name, value in found.items() if name not in unused}

@@ -206,7 +206,9 @@ def plan_budget(
     for choice in (choice for choice in recipe.choices if ":" in choice):
         check_patterns(blocks, partial(_always, Pattern.parse(choice)))
     costs, scores, protect = measure_costs(layers, text, recipe, options)
-    counts = _counts(blocks, protect) if DROP in recipe.choices else [blocks[0].num_experts]
+    counts = [blocks[0].num_experts]
+    if DROP in recipe.choices:
+        counts = _counts(blocks, protect, recipe.divisible_by)
 
     def keep(count: int) -> list[Tensor]:
         return choose_rule(blocks, keep=count, protect=protect)(scores)
@@ -223,14 +225,23 @@ def _dense_bytes(block: MoEBlock) -> int:
     return packed_bytes(sizes, dict.fromkeys(sizes, DENSE), block.num_experts)
 
 
-def _counts(blocks: Sequence[MoEBlock], protect: Sequence[tuple[int, int]]) -> list[int]:
-    """Every count of experts that may stay: at least top_k, equal in a router's groups, room for the protected."""
+def _counts(blocks: Sequence[MoEBlock], protect: Sequence[tuple[int, int]], divisible_by: int | None) -> list[int]:
+    """Every count of experts that may stay: at least top_k, equal in a router's groups, room for the protected.
+
+    Raises:
+        UsageError: none is divisible.
+    """
     experts = blocks[0].num_experts
     found = []
     for count in range(1, experts + 1):
         with suppress(UsageError):
-            choose_rule(blocks, keep=count, protect=protect)(torch.zeros(len(blocks), experts))
+            choose = choose_rule(blocks, keep=count, protect=protect, divisible_by=divisible_by)
+            choose(torch.zeros(len(blocks), experts))
             found.append(count)
+    if not found:
+        raise UsageError(
+            f"divisible_by must divide a count that may stay of the {experts} experts of a block, got {divisible_by}"
+        )
     return found
 
 
@@ -297,6 +308,7 @@ def recipe_of(recipe: Recipe, plan: BudgetPlan, experts: int) -> Recipe:
         patterns=plan.patterns if pruned else None,
         keep_experts=plan.keep if drops else None,
         refine_experts=recipe.refine_experts and drops,
+        divisible_by=recipe.divisible_by if drops else None,
     )
 
 

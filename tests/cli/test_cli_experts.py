@@ -66,10 +66,12 @@ def run(monkeypatch, capsys, folder, command, *arguments, text=None):
 
 
 def test_prune_removes_experts_and_says_which(folder, tmp_path, monkeypatch, capsys):
-    arguments = (tmp_path / "out", "--keep-experts", 6, "--expert-saliency", "gated-norm", "--json")
+    # half of 8 would leave 4: the next multiple is 6
+    arguments = (tmp_path / "out", "--experts", 0.5, "--divisible-by", 6, "--expert-saliency", "gated-norm", "--json")
     code, out, err = run(monkeypatch, capsys, folder, "prune", *arguments)
     assert code == 0, err
     report = json.loads(out)
+    assert report["recipe"]["divisible_by"] == 6
     assert report["recipe"]["weights"] is None
     assert [len(block["kept"]) for block in report["experts"]["blocks"]] == [6, 6]
     assert report["experts"]["criterion"] == "gated-norm"

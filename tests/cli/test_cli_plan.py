@@ -47,7 +47,8 @@ def made(tmp_path_factory):
 
 
 def test_calibrate_writes_the_choice_that_it_shows(made, monkeypatch, capsys):
-    arguments = ("calibrate", "demo", made / "more", *TEXT, "--keep-experts", 12, "--plan", made / "p", "--json")
+    counted = ("--experts", 0.3, "--divisible-by", 4)
+    arguments = ("calibrate", "demo", made / "more", *TEXT, *counted, "--plan", made / "p", "--json")
     code, out, err = run(monkeypatch, capsys, *arguments)
     assert code == 0, err
     said = json.loads(out)
@@ -99,6 +100,7 @@ def test_prune_carries_the_plan_out_with_and_without_text(made, tmp_path, monkey
             ("--plan", "P", "--statistics", "S"),
             "--statistics must be left out with --plan, which says who stays, got both",
         ),
+        (("--plan", "P", "--divisible-by", "8"), "plan must keep a multiple of divisible_by=8 experts in every layer"),
         (("--plan", "P", "--refine-experts"), "refine_experts must be left out with plan, got True"),
         (("--plan", "P", "--calibration", "T", "--update", "none"), "--calibration must be left out with --plan"),
         (("--scores", "C"), "--scores must come with --experts or --keep-experts, for which they choose, got neither"),
@@ -119,6 +121,7 @@ def test_what_does_not_go_together(options, message, made, tmp_path, monkeypatch
     ("options", "message"),
     [
         (("--plan", "P"), "--plan must come with --experts or --keep-experts, whose choice it holds, got neither"),
+        (("--divisible-by", "8"), "--divisible-by must come with --experts or --keep-experts, whose choice it shows"),
         (
             ("--plan", "P", "--experts", "0.5", "--budget", "global"),
             "--budget must be per-layer with --plan, got global",
@@ -178,6 +181,8 @@ def test_prune_and_inspect_a_gguf_file(gguf_model, tmp_path, monkeypatch, capsys
         (("--plan", "P", "--weights", "2:4"), "--weights must be left out for a GGUF model"),
         (("--plan", "P", "--calibration", "t.txt"), "--calibration must be left out for a GGUF model"),
         (("--plan", "P", "--dry-run"), "--dry-run must be left out for a GGUF model"),
+        (("--plan", "P", "--divisible-by", "8"), "plan must keep a multiple of divisible_by=8 experts"),
+        (("--scores", "C", "--keep-experts", "12", "--divisible-by", "8"), "keep must be a multiple of divisible_by=8"),
     ],
 )
 def test_what_a_gguf_file_has_no_use_for(options, message, gguf_model, tmp_path, monkeypatch, capsys):

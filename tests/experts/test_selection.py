@@ -41,6 +41,23 @@ def test_every_router_group_keeps_as_many():
     assert [len(ids) for ids in choose(remove=0.3, groups=RouterGroups(2, 1, 2))] == [6, 6]
 
 
+@pytest.mark.parametrize("groups", [None, RouterGroups(2, 1, 1), RouterGroups(3, 3, 1)], ids=["", "2", "3"])
+@pytest.mark.parametrize("divisor", [1, 2, 4, 5, 8])
+def test_a_share_leaves_the_next_count_that_divides(divisor, groups):
+    scores, parts = torch.rand(2, 24, generator=torch.Generator().manual_seed(0)), groups.count if groups else 1
+    for remove in (0.1, 0.25, 0.4, 0.7):
+        plain = len(choose_experts(scores, remove=remove, top_k=1, groups=groups)[0])
+        fits = [count for count in range(plain, 24) if count % divisor == 0 and count % parts == 0]
+        if not fits:
+            with pytest.raises(UsageError, match=f"divisible_by must divide a count from the {plain} .* got {divisor}"):
+                choose_experts(scores, remove=remove, top_k=1, groups=groups, divisible_by=divisor)
+            continue
+        kept = choose_experts(scores, remove=remove, top_k=1, groups=groups, divisible_by=divisor)
+        assert [ids.tolist() for ids in kept] == [
+            ids.tolist() for ids in choose_experts(scores, keep=fits[0], top_k=1, groups=groups)
+        ]
+
+
 def test_protected_experts_stay():
     assert choose(keep=2, protect=[(0, 0), (1, 7)]) == [[0, 1], [0, 7]]
 
@@ -81,6 +98,15 @@ def test_a_global_budget_moves_experts_between_blocks():
         ({"remove": 0.9, "budget": "global"}, "remove must leave at least 2 of 8 experts per block, got 0.9"),
         ({"keep": 4, "floor": 3}, "floor must be left out with budget='per-layer'"),
         ({"keep": 2, "protect": [(0, 1), (0, 2), (0, 3)]}, "at most the 2 experts kept in block 0, got 3"),
+        ({"keep": 6, "divisible_by": 4}, "keep must be a multiple of divisible_by=4, got 6"),
+        ({"keep": 4, "divisible_by": 0}, "divisible_by must be a positive number of experts, got 0"),
+        ({"keep": 4, "divisible_by": True}, "divisible_by must be a positive number of experts, got True"),
+        ({"remove": 0.5, "divisible_by": 16}, "from the 4 experts that would stay up to 7 of 8, got 16: .* is 16"),
+        (
+            {"remove": 0.5, "divisible_by": 3, "groups": RouterGroups(4, 4, 1)},
+            "next multiple of 3 and of the router's 4 groups is 12",
+        ),
+        ({"keep": 4, "budget": "global", "divisible_by": 2}, "must be left out with budget='global', got 2"),
         ({"keep": 4, "protect": [(2, 0)]}, r"below \(2, 8\), got \(2, 0\)"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 
@@ -206,6 +207,20 @@ def test_planning_changes_nothing_and_dead_experts_cost_nothing():
     found = plan_budget(model, WINDOWS, Recipe(target_bytes=0.5, **QUICK), RunOptions())
     assert json.loads(json.dumps(found.to_dict()))["mixed"]["keep"] == found.mixed.keep
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_counts_that_do_not_divide_are_not_tried():
+    model = tiny_model("mixtral")
+    found = plan_budget(model, WINDOWS, Recipe(target_bytes=0.6, choices=("drop",), **QUICK), RunOptions())
+    assert found.mixed.keep == 4 and model.config.num_local_experts == 8
+    recipe = Recipe(target_bytes=0.6, choices=("drop",), divisible_by=3, **QUICK)
+    assert plan_budget(model, WINDOWS, recipe, RunOptions()).mixed.keep == 3
+    report = prune(model, WINDOWS, recipe)
+    assert (model.config.num_local_experts, report.recipe["divisible_by"]) == (3, 3)
+    with pytest.raises(UsageError, match=r"divisible_by must divide a count that may stay of the 8 experts .* got 16"):
+        plan_budget(tiny_model("mixtral"), WINDOWS, dataclasses.replace(recipe, divisible_by=16), RunOptions())
+    with pytest.raises(UsageError, match="divisible_by must come with drop among choices, got 2:4"):
+        Recipe(target_bytes=0.6, choices=("2:4",), divisible_by=8)
 
 
 @pytest.mark.parametrize("target", [0, 1, 1.5, -0.1, "0", "40%", "3.2 parsecs", "GB", "nan", True, 400])

@@ -362,6 +362,8 @@ def test_scores_of_a_file_choose(tmp_path):
     table = torch.stack([torch.arange(16.0), torch.arange(16.0).flip(0)]).double()
     scores = ExpertScores(model.origin(model.layers), {"reap": table})
     assert plan_from_scores(model, scores, "reap", remove=0.25).kept == (tuple(range(4, 16)), tuple(range(12)))
+    eight = plan_from_scores(model, scores, "reap", remove=0.6, divisible_by=8)
+    assert eight.kept == (tuple(range(8, 16)), tuple(range(8)))
     with pytest.raises(UsageError, match="at least 4 experts of a block must stay"):
         plan_from_scores(model, scores, "reap", keep=3)
     with pytest.raises(CalibrationError, match="scores must be of this model"):

@@ -125,6 +125,7 @@ def test_scores_of_a_file_choose_as_their_text_does(folder, tmp_path):
         ({"refine_experts": True}, "refine_experts must be left out with plan, got True"),
         ({"protect_experts": True}, "protect_experts must be left out with plan, got True"),
         ({"target_bytes": 0.5}, "target_bytes must be left out with plan, got 0.5"),
+        ({"divisible_by": 8}, "plan must keep a multiple of divisible_by=8 experts in every layer, got 4 in layer 1"),
     ],
 )
 def test_a_plan_leaves_nothing_to_choose(plan, more, message):
@@ -140,7 +141,7 @@ def test_scores_leave_the_count_to_choose(plan):
         Recipe(weights=None, experts=0.5, scores=scores)
     with pytest.raises(UsageError, match="scores must be left out with plan, got some"):
         Recipe(weights=None, plan=plan, scores=scores)
-    recipe = Recipe(weights="2:4", experts=0.5, scores=scores, expert_saliency="mine")
+    recipe = Recipe(weights="2:4", experts=0.5, scores=scores, expert_saliency="mine", divisible_by=4)
     assert recipe.without_experts() == Recipe(weights="2:4")
 
 
