@@ -1,4 +1,7 @@
-"""Memory of this process: its peak, on the GPU when one is used and in RAM otherwise, and what libraries may keep."""
+"""Memory of this process: its peak, on the GPU when one is used and in RAM otherwise, and what libraries may keep.
+
+torch is imported where it is needed: the command line says its --help without it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import os
 import resource
 import sys
 from pathlib import Path
-
-import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -52,6 +53,8 @@ def available_memory() -> int | None:
 
 def reset_peak_memory() -> None:
     """Start a new measurement; where the system cannot (not Linux), the peak stays the process's own."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
@@ -64,6 +67,8 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> int:
     """Bytes: peak allocated GPU memory when there is a GPU, else peak resident memory, since the last reset."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
