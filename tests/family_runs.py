@@ -10,7 +10,7 @@ import torch
 from planted import FAMILIES, Planted
 
 import moesparse
-from moesparse.checkpoints.edit import CONFIG_KEY
+from moesparse.checkpoints.config_text import CONFIG_KEY
 from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
 from moesparse.checkpoints.repack import pack_folder, unpack_folder

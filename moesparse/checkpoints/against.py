@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from moesparse.checkpoints.against_stored import became, same_bytes
-from moesparse.checkpoints.edit import CONFIG_KEY, SourceFolder
+from moesparse.checkpoints.config_text import CONFIG_KEY, at, dtype_changes
+from moesparse.checkpoints.edit import SourceFolder
 from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import ResultError
 from moesparse.experts.plan_file import PLAN_FILE
 from moesparse.experts.twins import COUNT_KEY, GROUP_KEYS
+from moesparse.models.formats.dequantised import DequantisedWeights
 from moesparse.models.formats.expert_names import SIDE_FILE, with_kept_experts
 from moesparse.models.formats.said import PACKED
 from moesparse.models.formats.stored import Stored, StoredWeights
-from moesparse.models.meta import bare_model, read_config
+from moesparse.models.meta import bare_model, dtype_of, read_config
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attach, attached, find_next_token_layers
 from moesparse.packed.experts import META_SUFFIX
 from moesparse.progress import Progress, ProgressEvent, silent
@@ -45,13 +47,14 @@ class Comparison:
     """What `compare_folders` found.
 
     Attributes:
-        files: "equal", "changed", "added", "missing", "renumbered" (names of experts) -> names of those beside the
-            weights.
+        files: "equal", "changed", "added", "missing", "renumbered" (names of experts), "left out" (of a quantisation
+            that is no more) -> names of those beside the weights.
         tensors: what became of a tensor -> names, those of the source where it is gone:
             "equal", "pruned" (zeros, and else the source's values), "updated" (other values where the recipe says so),
-            "requantised" (the same of a quantised weight), "cut" (the rows of the experts that are left), "rerouted" (a
-            table of experts), "removed" (of an expert), "dropped" (of a layer that predicts further tokens); "held"
-            where only headers were looked at.
+            "requantised" (the same of a quantised weight), "dequantised" and "cast" (the source's values in the dtype
+            that the recipe says), "cut" (the rows of the experts that are left), "rerouted" (a table of experts),
+            "removed" (of an expert), "dropped" (of a layer that predicts further tokens); "held" where only headers
+            were looked at.
         config: keys of config.json with another value.
         problems: what nothing explains, one sentence each.
     """
@@ -80,11 +83,21 @@ def compare_folders(
         CheckpointError: one of them is damaged. UnsupportedModelError: no experts, or some that cannot be read.
     """
     found = Comparison()
-    result, before = _Folder.of(open_skeleton(folder)), _Folder.of(open_skeleton(source))
+    result = _Folder.of(open_skeleton(folder))
+    dtypes = [step["output_dtype"] for step in result.steps if step.get("output_dtype")]
+    before = _Folder.of(_dequantised(open_skeleton(source), dtypes[0]) if dtypes else open_skeleton(source))
     edit = _edit_of(result, before)
     _compare_files(result, before, edit, found)
     _Tensors(result, before, edit, found).compare(progress)
     return found
+
+
+def _dequantised(source: Skeleton, dtype: str) -> Skeleton:
+    """A quantised source as the plain one that a run has made of it."""
+    if source.quantised is None or not isinstance(getattr(torch, dtype, None), torch.dtype):
+        return source
+    weights = StoredWeights.of_folder(source.folder, getattr(torch, dtype))
+    return replace(source, shards=DequantisedWeights(weights, dtype_of(source.folder, read_config(source.folder))))
 
 
 def _edit_of(result: _Folder, source: _Folder) -> SourceFolder:
@@ -126,7 +139,8 @@ def check_written(folder: Path, edit: SourceFolder) -> None:
         result, before = (_Folder.of(open_skeleton(place)) for place in places)
     else:
         # also of quantised ones: then every tensor of a weight counts by itself
-        result, before = map(_Folder.dense, places)
+        result = _Folder.dense(folder, Shards.open(folder))
+        before = _Folder.dense(edit.folder, edit.shards)
     _compare_files(result, before, edit, found)
     found.problems += check_manifest(folder, result.shards.files, hashes=False) or []
     _Tensors(result, before, edit, found).compare_headers()
@@ -161,9 +175,9 @@ class _Folder:
         return cls(opened.folder, opened.config, opened.shards, steps, parts, stored)
 
     @classmethod
-    def dense(cls, folder: Path) -> _Folder:
+    def dense(cls, folder: Path, shards: Shards) -> _Folder:
         """Of headers alone."""
-        return cls(folder, read_json(folder / "config.json"), Shards.open(folder), [], {})
+        return cls(folder, read_json(folder / "config.json"), shards, [], {})
 
 
 def _compare_files(result: _Folder, before: _Folder, edit: SourceFolder, found: Comparison) -> None:
@@ -175,7 +189,7 @@ def _compare_files(result: _Folder, before: _Folder, edit: SourceFolder, found: 
         if name not in there:
             what = "added"
         elif name not in here:
-            what = "missing"
+            what = "left out" if name in edit.left_out else "missing"
         elif name == SIDE_FILE and renumbered is not None:
             what = "renumbered" if (folder / name).read_text(encoding="utf-8") == renumbered else "changed"
         else:
@@ -231,6 +245,8 @@ class _Tensors:
         for done, key in enumerate(keys, start=1):
             name = self._edit.name_of(key, self._kept)
             what = self._became(key, name)
+            if what == "equal" and isinstance(self._source.shards, DequantisedWeights):
+                what = self._source.shards.form_of(name)
             if what is None:
                 self._found.problems.append(f"the tensor {key} is not what the source holds, and nothing says why")
             else:
@@ -304,9 +320,12 @@ class _Tensors:
 
     def _compare_configs(self, meant: Collection[str] = ()) -> None:
         pruned, dropped = bool(self._kept), self._edit.mtp == "drop"
+        dtype = self._edit.output_dtype
+        dtypes = {} if dtype is None else dtype_changes(self._source.config, dtype)
         for path in _differing(self._source.config, self._result.config):
             self._found.config.append(".".join(path))
             ours = path[0] == CONFIG_KEY or (path[0] == "quantization_config" and self._quantization_follows())
+            ours |= path in dtypes and at(self._result.config, path[:-1]).get(path[-1]) == dtype
             further = path[-1] in NEXT_TOKEN_COUNTS
             count = COUNT_KEY.fullmatch(path[-1].removeprefix("mtp_")) or path[-1] in GROUP_KEYS
             if not (ours or (pruned and (count or further)) or (dropped and further) or path[-1] in meant):
@@ -314,6 +333,8 @@ class _Tensors:
 
     def _quantization_follows(self) -> bool:
         """Whether quantization_config is what packing, or the removal of experts that it names, makes of it."""
+        if self._edit.output_dtype is not None:
+            return "quantization_config" not in self._result.config or _is_packed(self._result.config)
         if _is_packed(self._source.config) or _is_packed(self._result.config):
             return True
         said = with_kept_experts(self._source.config.get("quantization_config"), self._kept)

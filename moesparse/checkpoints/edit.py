@@ -9,56 +9,51 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from moesparse.checkpoints.config_text import (
+    CONFIG_KEY,
+    QUANTIZATION,
+    at,
+    deepest,
+    differences,
+    dtype_changes,
+    renamed,
+    spellings,
+)
 from moesparse.errors import UnsupportedModelError
 from moesparse.experts.surgery import KEPT_KEY
 from moesparse.experts.twins import COUNT_KEY
 from moesparse.models.blocks import decoder_layers, find_moe_blocks
+from moesparse.models.formats.dequantised import QUANTISATION_FILES, DequantisedWeights
 from moesparse.models.formats.expert_names import SIDE_FILE, with_kept_experts
 from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.keys import layers_prefix
 from moesparse.models.meta import bare_model
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attached, is_next_token
 from moesparse.models.opener import text_part
-from moesparse.system.json_text import json_with
+from moesparse.system.json_text import json_with, json_without
 from moesparse.system.shards import Shards, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["CONFIG_KEY", "SourceFolder", "Surplus", "say_surplus", "surplus"]
-
-CONFIG_KEY = "moesparse"
-"""Where a checkpoint's config.json says how it was pruned: {"version": ..., "recipe": {...}}."""
-
-_QUANTIZATION = "quantization_config"
+__all__ = ["SourceFolder", "Surplus", "say_surplus", "surplus"]
 
 _EXPERTS = re.compile(r"\bexperts\b")
 _ONE_EXPERT = re.compile(r"(.*?\bexperts\.)(\d+)(\..*)")
-
-# said by the loading of a model, not by its checkpoint
-_NOT_OF_THE_FOLDER = {
-    CONFIG_KEY,
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "model_type",
-    _QUANTIZATION,
-    "torch_dtype",
-    "transformers_version",
-}
 
 Surplus = dict[str, list[str]]
 """Tensors of a source that the model has no place for: "carried" over as they are, or "left" out; and of layers that
 predict further tokens (MTP): "mtp" carried over as they are, "mtp pruned" or cut, and "dropped".
 
-"formats" are files: weights that lie beside those that were read and were not copied.
+"formats" are files: weights that lie beside those that were read and were not copied. So are "quantisation", which say
+how weights were quantised that are plain by now.
 """
 
 
@@ -76,6 +71,7 @@ def say_surplus(found: Surplus) -> list[str]:
         ("mtp pruned", "pruned like the others; they predict tokens further ahead (MTP)"),
         ("dropped", "dropped, with the layers that predict tokens further ahead (MTP): the result has none"),
         ("left", "left out, for the model was written as transformers writes it, which has no place for them"),
+        ("quantisation", "left out, for the weights are not quantised any more"),
         ("formats", "not copied, for they are weights that were not read and that nothing has pruned"),
     ):
         names = found.get(what, [])
@@ -150,7 +146,7 @@ class SourceFolder:
             noted: in the config of the result; None is the model's.
         """
         now = (noted or getattr(self._model.config, CONFIG_KEY, None) or {}).get(KEPT_KEY) or {}
-        now = _renamed(now, self._names)
+        now = renamed(now, self._names)
         then = (self._noted or {}).get(KEPT_KEY) or {}
         found: dict[int, list[int]] = {}
         for block in self.blocks:
@@ -263,7 +259,7 @@ class SourceFolder:
         return [
             (*where, key)
             for where in places
-            for key, value in _at(held, where).items()
+            for key, value in at(held, where).items()
             if key.startswith("mtp_") and COUNT_KEY.fullmatch(key.removeprefix("mtp_")) and type(value) is int
         ]
 
@@ -293,33 +289,47 @@ class SourceFolder:
         file, config = self.folder / "config.json", self._model.config
         held = read_json(file)
         changes: dict[tuple[str, ...], Any] = {}
-        for path, value in _differences(self._before, config.to_dict()):
-            where = _deepest(held, (*self._place, *path[:-1]))
-            spellings = _spellings(config, path)
-            parent = _at(held, where)
-            there = [key for key in spellings if key in parent]
-            changes |= {(*where, key): value for key in there or spellings}
+        for path, value in differences(self._before, config.to_dict()):
+            where = deepest(held, (*self._place, *path[:-1]))
+            names = spellings(config, path)
+            parent = at(held, where)
+            there = [key for key in names if key in parent]
+            changes |= {(*where, key): value for key in there or names}
         if dropped:
             for where in ((), *((key,) for key, value in held.items() if isinstance(value, dict))):
                 for key in NEXT_TOKEN_COUNTS:
-                    if _at(held, where).get(key):
+                    if at(held, where).get(key):
                         changes[(*where, key)] = 0
         cut = [len(kept[number]) for number in self._further.values() if number in kept]
         changes |= {path: cut[0] for path in self.counts_apart if cut}
-        said = held.get(_QUANTIZATION)
+        said = held.get(QUANTIZATION)
         if isinstance(said, dict):
             named = with_kept_experts(said, kept)
-            changes |= {(_QUANTIZATION, key): named[key] for key in said if named.get(key) != said[key]}
+            changes |= {(QUANTIZATION, key): named[key] for key in said if named.get(key) != said[key]}
+        if self.output_dtype is not None:
+            changes |= dtype_changes(held, self.output_dtype)
         noted = getattr(config, CONFIG_KEY, None)
         if noted is not None:
-            changes[(CONFIG_KEY,)] = _renamed(noted, self._names)
+            changes[(CONFIG_KEY,)] = renamed(noted, self._names)
         # as bytes: reading as text would make every end of a line the same
-        return json_with(file.read_bytes().decode(), changes)
+        text = json_with(file.read_bytes().decode(), changes)
+        return text if self.output_dtype is None else json_without(text, QUANTIZATION)
+
+    @property
+    def output_dtype(self) -> str | None:
+        """In which the weights of a quantised folder are plain in the result; None where they stay what they are."""
+        plain = isinstance(self.weights, DequantisedWeights)
+        return str(self.weights.dtype).removeprefix("torch.") if plain else None
+
+    @property
+    def left_out(self) -> list[str]:
+        """Files of the folder that would say of the result how it is quantised, which it is not."""
+        return [] if self.output_dtype is None else [n for n in QUANTISATION_FILES if (self.folder / n).is_file()]
 
     def side_file(self, kept: Mapping[int, Sequence[int]]) -> str | None:
         """The text of the file that says again how weights are quantised, where it names experts; None elsewhere."""
         file = self.folder / SIDE_FILE
-        said = read_json(file) if kept and file.is_file() else {}
+        said = read_json(file) if kept and file.is_file() and self.output_dtype is None else {}
         named = with_kept_experts(said, kept)
         changes: dict[tuple[str, ...], Any] = {(key,): named[key] for key in said if named.get(key) != said[key]}
         return json_with(file.read_text(encoding="utf-8"), changes) if changes else None
@@ -383,7 +393,7 @@ class SourceFolder:
 
     def settings(self) -> list[tuple[str, ...]]:
         """Paths of what the model's config says otherwise than the folder's, but for the note and what loading sets."""
-        return [path for path, _ in _differences(self._before, self._model.config.to_dict())]
+        return [path for path, _ in differences(self._before, self._model.config.to_dict())]
 
     def _as_stored(self, key: str, view: Tensor, kept: Mapping[int, Sequence[int]]) -> Tensor:
         """A tensor of the model in the dtype of the folder, with the folder's entries where the model has those."""
@@ -393,48 +403,3 @@ class SourceFolder:
         # transformers keeps some tensors in float32 and has them go through the model's dtype on the way there
         read = (stored.to(view.dtype) == view) | (stored.to(self._model.dtype).to(view.dtype) == view)
         return torch.where(read, stored, view.to(stored.dtype))
-
-
-def _renamed(noted: Any, names: Mapping[str, str]) -> Any:
-    """JSON in which objects have other keys."""
-    if not isinstance(noted, Mapping):
-        return noted
-    return {names.get(key, key): _renamed(value, names) for key, value in noted.items()}
-
-
-def _differences(
-    before: Mapping[str, Any], after: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Path and new value of what differs between two configs, but for what loading a model sets."""
-    for key, value in after.items():
-        if key in _NOT_OF_THE_FOLDER:
-            continue
-        old = before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            yield from _differences(old, value, (*path, key))
-        elif key not in before or value != old:
-            yield (*path, key), value
-
-
-def _deepest(held: Mapping[str, Any], path: tuple[str, ...]) -> tuple[str, ...]:
-    """As far along a path as there are objects: a config may be flat that transformers makes nested."""
-    at: Any = held
-    for depth, key in enumerate(path):
-        at = at.get(key)
-        if not isinstance(at, dict):
-            return path[:depth]
-    return path
-
-
-def _at(held: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
-    for key in path:
-        held = held[key]
-    return held
-
-
-def _spellings(config: Any, path: tuple[str, ...]) -> list[str]:
-    """The names by which a setting may be written: transformers' own, and those that it reads as the same."""
-    for key in path[:-1]:
-        config = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
-    aliases = getattr(config, "attribute_map", None) or {}
-    return [path[-1], *(alias for alias, name in aliases.items() if name == path[-1])]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesparse.calibration.layers import Stored, from_shards
 from moesparse.checkpoints.against import check_written
-from moesparse.checkpoints.edit import SourceFolder, Surplus
+from moesparse.checkpoints.edit import SourceFolder, Surplus, surplus
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
 from moesparse.checkpoints.requantised import requantise
 from moesparse.experts.plan_file import ExpertPlan
@@ -173,7 +173,7 @@ class IntoFolder:
         """What of the source the model has no place for; every layer must be finished."""
         formats = other_formats(self._layers.folder)
         found = self._source.became(*self._others(), set(self._layers.surplus))
-        return found | ({"formats": formats} if formats else {})
+        return found | surplus(formats=formats, quantisation=self._source.left_out)
 
     def _others(self) -> tuple[dict[str, str], list[str]]:
         held = {key for part in self.run.parts[: len(self._layers)] for key in self.run.read(part).tensors}
@@ -202,6 +202,8 @@ class IntoFolder:
             note_recipe(self._layers.model, recipe, report)
             beside: dict[str, Any] = {"card": card, "report": report, "surplus": self.surplus(), "plan": plan}
             write_companions(folder, tokenizer=tokenizer, source=self._layers.folder, **beside)
+            for name in self._source.left_out:
+                (folder / name).unlink()
             text = self._source.config(bool(dropped), self._source.kept())
             (folder / "config.json").write_bytes(text.encode())
             side = self._source.side_file(self._source.kept())

@@ -15,7 +15,8 @@ from torch import nn
 
 from moesparse._version import __version__
 from moesparse.checkpoints.against import check_written
-from moesparse.checkpoints.edit import CONFIG_KEY, Surplus, surplus
+from moesparse.checkpoints.config_text import CONFIG_KEY
+from moesparse.checkpoints.edit import Surplus, surplus
 from moesparse.checkpoints.history import (
     EARLIER,
     REPORT_FILE,

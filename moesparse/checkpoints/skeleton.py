@@ -230,4 +230,6 @@ def open_skeleton(folder: str | os.PathLike[str]) -> Skeleton:
     else:
         shards = StoredWeights.of_folder(folder, model.dtype)
     plan = plan_loading(model, conversions, {name: info.shape for name, info in shards.tensors.items()})
+    if isinstance(shards, StoredWeights):
+        shards.check_plain(name for name in shards.tensors if name not in plan.unexpected)
     return Skeleton(folder, config, shards, model, blocks, parameters, packing, conversions, plan)

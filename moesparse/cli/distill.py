@@ -197,7 +197,7 @@ class _Run:
     def on_whole_models(self, **more: Any) -> DistillReport | None:
         """Load both models; None in every process but the first."""
         from moesparse.checkpoints.card import card_in_form
-        from moesparse.checkpoints.edit import CONFIG_KEY
+        from moesparse.checkpoints.config_text import CONFIG_KEY
         from moesparse.checkpoints.hub import local_folder
         from moesparse.checkpoints.pretrained import save_pretrained
         from moesparse.distillation import distill

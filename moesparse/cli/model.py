@@ -32,14 +32,19 @@ class ModelOnDisk:
         network: the model of the layers, without weights.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, output_dtype: str | None = None) -> None:
         from moesparse.checkpoints.hub import local_folder
         from moesparse.models.on_disk import LayersOnDisk
 
         self.folder = local_folder(model_source(name))
         self.source = str(self.folder)
-        self.layers = LayersOnDisk(self.folder)
+        self.layers = LayersOnDisk(self.folder, output_dtype=output_dtype)
         self.network = self.layers.model
+
+    def check_headers(self) -> None:
+        """Refuse, for a plan, what a run would refuse when it opens the shards."""
+        with _naming_the_whole():
+            self.layers.check_headers()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

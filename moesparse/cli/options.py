@@ -210,6 +210,13 @@ Whole = Annotated[
         "--whole",
     ),
 ]
+OutputDtype = Annotated[
+    str,
+    option(
+        RESULT,
+        "Of a quantised checkpoint, write a plain one: bfloat16, float16 or float32. Default: in its own formats.",
+    ),
+]
 AsJson = Annotated[bool, option(RESULT, "Print the report as one JSON object.", "--json")]
 
 

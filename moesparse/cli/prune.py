@@ -29,7 +29,8 @@ are re-solved, and the result is saved dense with zeros under the standard names
 Router, attention, norms, embeddings and shared experts stay as they were.
 
 A quantised checkpoint stays in its format: experts that stay are copied byte for byte, with --update none the codes
-of pruned weights alone change, and a rule that solves for weights has them quantised again.
+of pruned weights alone change, and a rule that solves for weights has them quantised again. --output-dtype bfloat16
+makes a plain checkpoint of it.
 
 Weights are pruned and experts removed layer by layer from the checkpoint's files: the model need not fit in memory,
 and a run that was stopped goes on with --resume. --target-bytes, --refine-experts and --demonstrations-from-model
@@ -106,6 +107,7 @@ def prune(
     dry_run: options.DryRun = False,
     max_memory: options.MaxMemory = "",
     whole: options.Whole = False,
+    output_dtype: options.OutputDtype = "",
     report: Annotated[Path | None, options.option(options.RESULT, _REPORT_HELP)] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -145,6 +147,7 @@ def prune(
         mtp=mtp or None,
         plan=None if plan is None else ExpertPlan.load(plan),
         scores=held,
+        output_dtype=output_dtype or None,
     )
     written: dict[str, Any] = {"from_model": demonstrations_from_model, "temperature": temperature, "chat": chat}
     machine: dict[str, Any] = {"batch_size": batch_size, "device": options.resolve_device(device)}
@@ -266,6 +269,11 @@ class _Run:
                 "--resume, --dry-run and --max-memory must be left out where the whole model is loaded: --whole, "
                 "--target-bytes (but for --dry-run), --refine-experts and --demonstrations-from-model"
             )
+        if self.loads and self.recipe.output_dtype is not None:
+            raise UsageError(
+                f"--output-dtype must be left out where the whole model is loaded ({', '.join(self.loads)}), got "
+                f"{self.recipe.output_dtype}"
+            )
         if self.loads:
             refuse_several(", ".join(self.loads))
 
@@ -282,9 +290,11 @@ class _Run:
         limit = options.parse_limit(self.max_memory)
         if not self.dry_run:
             check_run_folder(self.out)
-        model = ModelOnDisk(self.model)
+        model = ModelOnDisk(self.model, self.recipe.output_dtype)
         companions(model.folder)
         recipe = self._recipe_of(model)
+        if self.dry_run:
+            model.check_headers()
         prepare_next_token_layers(model.layers, recipe, saved=saved is not None)
         network, blocks = model.network, model.layers.blocks
         text = self.text if self.reads else replace(self.text, samples=0, length=1)
@@ -315,7 +325,8 @@ class _Run:
         from moesparse.pruning.quantised import check_quantised
 
         recipe = self.recipe
-        if model.layers.said is not None and recipe.refits_experts and not self.names_update:
+        stays_quantised = model.layers.said is not None and recipe.output_dtype is None
+        if stays_quantised and recipe.refits_experts and not self.names_update:
             recipe = replace(recipe, update="none")
             if not self.as_json:
                 console.print(QUANTISED_PRUNED if recipe.prunes_weights else QUANTISED)

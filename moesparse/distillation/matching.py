@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.checkpoints.edit import CONFIG_KEY
+from moesparse.checkpoints.config_text import CONFIG_KEY
 from moesparse.errors import MoESparseError
 from moesparse.experts.surgery import KEPT_KEY
 from moesparse.models.blocks import MoEBlock, find_moe_blocks

@@ -15,7 +15,7 @@ from torch import nn
 
 from moesparse.calibration.data import FromText
 from moesparse.calibration.windows import ImageWindows, Windows, check_windows, ordered_hash
-from moesparse.checkpoints.edit import CONFIG_KEY
+from moesparse.checkpoints.config_text import CONFIG_KEY
 from moesparse.checkpoints.output import InPlace, IntoFolder
 from moesparse.distillation import distributed
 from moesparse.distillation.blockwise import BlockStates, train_blockwise
@@ -215,7 +215,7 @@ def distill_checkpoint(
 
     Args:
         student: folder of the pruned model.
-        teacher: folder of the model it was pruned from.
+        teacher: folder of the model it was pruned from, quantised or not.
         out: a new or empty folder, or with `resume` one that holds an unfinished run.
         windows: LongTensor [n, t], or (ids, attention mask), or `ImageWindows`.
         settings: `Settings`, or a name of PRESETS.
@@ -237,11 +237,11 @@ def distill_checkpoint(
     numbers = resolve_settings(settings, "blockwise")
     started = time.perf_counter()
     ours, theirs = LayersOnDisk.of(student), LayersOnDisk.of(teacher)
-    for name, layers in (("student", ours), ("teacher", theirs)):
-        if layers.said is not None:
-            raise UnsupportedModelError(
-                f"{name} must hold plain weights, got {layers.folder}, quantised by {layers.said.get('quant_method')!r}"
-            )
+    if ours.said is not None:
+        raise UnsupportedModelError(
+            f"student must hold plain weights, got {ours.folder}, quantised by {ours.said.get('quant_method')!r}: "
+            "prune with --output-dtype bfloat16 what is to be trained"
+        )
     pairs = pair_blocks(ours.model, theirs.model)
     seen = windows if isinstance(windows, ImageWindows) else None
     text = FromText(*check_windows(windows, vocabulary_size(theirs.model)), seen=seen)

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.errors import CheckpointError, NotInPiecesError
+from moesparse.errors import CheckpointError, NotInPiecesError, UsageError
 from moesparse.models.blocks import decoder_layers
+from moesparse.models.formats.dequantised import DequantisedWeights
 from moesparse.models.formats.said import said_of
 from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.keys import checkpoint_views
 from moesparse.models.layers import Layers
-from moesparse.models.meta import meta_model
+from moesparse.models.meta import dtype_of, meta_model, read_config
 from moesparse.models.next_token import Behind, attach, attached, check_runs, find_next_token_layers
 from moesparse.system.memory import return_free_memory
 from moesparse.system.processes import Processes
@@ -47,27 +48,34 @@ class LayersOnDisk(Layers):
         layers: its decoder layers.
         outside: names in the state dict of what lies outside of them.
         said: how weights are quantised, quantization_config; None when none are. Which of them are, `shards` knows.
+        output_dtype: in which the weights of a quantised checkpoint are plain here; None when it stays quantised.
         surplus: tensors of the folder that the model has no place for, once it was opened.
     """
 
     whole = False
 
-    def __init__(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, output_dtype: str | None = None) -> None:
         """Build the model without its weights.
 
         Args:
             folder: a checkpoint of safetensors under the names that transformers saves.
-            dtype: of the weights; "auto" takes the checkpoint's own.
+            output_dtype: have a quantised checkpoint as a plain one in this dtype of torch; None leaves it quantised.
 
         Raises:
             CheckpointError: no config that transformers knows.
             UnsupportedModelError: no experts, or experts that cannot be handled in pieces; named.
+            UsageError: an output dtype for a checkpoint that is not quantised.
         """
-        self.folder = Path(folder)
-        self.model = meta_model(self.folder, dtype)
+        self.folder, self.output_dtype = Path(folder), output_dtype
+        self.said = said_of(self.folder)
+        if output_dtype is not None and self.said is None:
+            raise UsageError(
+                f"output_dtype must be left out for {self.folder}, which is not quantised, got {output_dtype!r}: a "
+                "result keeps the dtypes of its source"
+            )
+        self.model = meta_model(self.folder, "auto" if output_dtype is None else getattr(torch, output_dtype))
         self.surplus: list[str] = []
         self._shards: StoredWeights | None = None
-        self.said = said_of(self.folder)
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -82,9 +90,12 @@ class LayersOnDisk(Layers):
             (self._inside[int(found[1])] if found else self.outside).append(name)
 
     @classmethod
-    def of(cls, source: str | os.PathLike[str] | LayersOnDisk) -> LayersOnDisk:
+    def of(cls, source: str | os.PathLike[str] | LayersOnDisk, output_dtype: str | None = None) -> LayersOnDisk:
         """A folder opened; what was made of one before is opened and used up."""
-        return (source if isinstance(source, LayersOnDisk) else cls(source)).open()
+        layers = source if isinstance(source, LayersOnDisk) else cls(source, output_dtype=output_dtype)
+        if layers.output_dtype != output_dtype:
+            raise UsageError(f"output_dtype must be {layers.output_dtype!r}, as for the source, got {output_dtype!r}")
+        return layers.open()
 
     def open(self) -> LayersOnDisk:
         """Look at the headers of the shards and load what lies outside of the layers, once.
@@ -95,13 +106,32 @@ class LayersOnDisk(Layers):
                 such a checkpoint.
         """
         if self._shards is None:
-            shards = StoredWeights.of_folder(self.folder, self.model.dtype)
-            self._check_keys(shards)
-            shards.check_plain(name for name in shards.tensors if name not in self.surplus)
+            shards = self._checked()
             self._fill(self.outside, None, shards)
             self.model.tie_weights()
             self._shards = shards
         return self
+
+    def check_headers(self) -> None:
+        """Refuse what `open` would refuse, from the headers of the shards alone; without shards config.json is all.
+
+        Raises:
+            CheckpointError, NotInPiecesError: as `open`.
+        """
+        if self._shards is None and any(self.folder.glob("*.safetensors")):
+            self._checked()
+
+    def _checked(self) -> StoredWeights:
+        shards = self._weights()
+        self._check_keys(shards)
+        shards.check_plain(name for name in shards.tensors if name not in self.surplus)
+        return shards
+
+    def _weights(self) -> StoredWeights:
+        weights = StoredWeights.of_folder(self.folder, self.model.dtype)
+        if self.output_dtype is None:
+            return weights
+        return DequantisedWeights(weights, dtype_of(self.folder, read_config(self.folder)))
 
     def add_next_token_layers(self, *, run: bool) -> None:
         """Have the layers with experts that predict further tokens as further layers behind the last, once.
@@ -113,7 +143,7 @@ class LayersOnDisk(Layers):
             UnsupportedModelError: one is like no layer of the model, or cannot be run; named.
         """
         if attached(self.model) is None:
-            shards = self._shards or StoredWeights.of_folder(self.folder, self.model.dtype)
+            shards = self._shards or self._weights()
             found = find_next_token_layers(self.model, {name: info.shape for name, info in shards.tensors.items()})
             if found is None:
                 return
@@ -228,7 +258,7 @@ class LayersOnDisk(Layers):
         """Hash of the config, of name, dtype and shape of every tensor, and of 256 bytes out of each."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         by_file: dict[Path, list[TensorInfo]] = {}
-        for info in self.shards.raw.tensors.values():
+        for info in self.shards.on_disk.tensors.values():
             by_file.setdefault(info.file, []).append(info)
         for path, infos in by_file.items():
             with reading(path) as file:

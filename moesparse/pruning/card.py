@@ -42,6 +42,8 @@ def model_card(base: str, report: Report) -> str:
             "zeros in expert matrices": f"{report.sparsity:.2%}",
             "experts without calibration tokens": fallbacks,
         }
+    if recipe.get("output_dtype"):
+        rows["dequantised to"] = recipe["output_dtype"]
     if report.rounding:
         rows["rounding to the formats, squared error"] = f"{report.rounding:.2g}"
     told = next((name for name in ("plan", "scores") if name in recipe), None)

@@ -111,8 +111,8 @@ def check_not_quantized(config: Any) -> None:
     if method not in (None, METHOD):
         raise UnsupportedModelError(
             f"the model must not be quantised, got one by {method!r}, also where it was loaded as bf16: its config "
-            "would describe the pruned one wrongly; remove experts from its folder, layer by layer, or prune a bf16 "
-            "checkpoint and quantise that"
+            "would describe the pruned one wrongly; prune its folder layer by layer (moesparse.prune_checkpoint), in "
+            "its format or with --output-dtype bfloat16 into a plain one"
         )
 
 

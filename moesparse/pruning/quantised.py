@@ -22,7 +22,7 @@ def check_quantised(layers: LayersOnDisk, recipe: Recipe) -> None:
     Raises:
         UnsupportedModelError: the folder names single experts, of which some would go, by patterns.
     """
-    if layers.said is not None and recipe.removes_experts:
+    if layers.said is not None and layers.output_dtype is None and recipe.removes_experts:
         check_expert_names(layers.said, "quantization_config")
 
 

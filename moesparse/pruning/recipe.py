@@ -26,6 +26,7 @@ __all__ = [
     "DEFAULT_UPDATE",
     "DEFAULT_WEIGHTS",
     "MTP_CHOICES",
+    "OUTPUT_DTYPES",
     "Recipe",
     "check_patterns",
     "check_removal",
@@ -36,6 +37,7 @@ DEFAULT_SALIENCY = "gated-admm"
 DEFAULT_UPDATE = "least-squares+rescale"
 DEFAULT_EXPERT_SALIENCY = "reap"
 MTP_CHOICES = ("prune", "keep", "drop")
+OUTPUT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def check_removal(experts: float | None, keep_experts: int | None) -> None:
@@ -90,6 +92,8 @@ class Recipe:
         divisible_by: the experts that stay in a block are a multiple of it, such as the size of an expert-parallel
             group: `experts` is rounded so that fewer go, of `target_bytes` no other count is tried, and what
             `keep_experts` or `plan` would leave is refused where it is none.
+        output_dtype: of a quantised checkpoint, make a plain one: "bfloat16", "float16" or "float32" for every
+            quantised weight and for what is in the model's own dtype. None leaves its weights quantised.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
@@ -116,6 +120,7 @@ class Recipe:
     plan: ExpertPlan | None = None
     scores: ExpertScores | None = None
     divisible_by: int | None = None
+    output_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.target_bytes is not None:
@@ -135,6 +140,8 @@ class Recipe:
             raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
         if self.mtp is not None and self.mtp not in MTP_CHOICES:
             raise UsageError(f"mtp must be one of {', '.join(MTP_CHOICES)}, got {self.mtp!r}")
+        if self.output_dtype is not None and self.output_dtype not in OUTPUT_DTYPES:
+            raise UsageError(f"output_dtype must be one of {', '.join(OUTPUT_DTYPES)}, got {self.output_dtype!r}")
         if not self.removes_experts and self.target_bytes is None:
             for name in ("refine_experts", "protect_experts", "expert_floor", "divisible_by"):
                 if getattr(self, name) not in (None, False):
@@ -285,5 +292,5 @@ class Recipe:
             if held is not None:
                 found[name] = held.identity()
         unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
-        unused += [name for name in ("patterns", "mtp", "divisible_by") if getattr(self, name) is None]
+        unused += [name for name in ("patterns", "mtp", "divisible_by", "output_dtype") if getattr(self, name) is None]
         return {name: value for name, value in found.items() if name not in unused}

@@ -86,6 +86,11 @@ def prune(
     """
     recipe = recipe or Recipe()
     check_in_memory(getattr(model, "config", None), recipe)
+    if recipe.output_dtype is not None:
+        raise UsageError(
+            f"output_dtype must be left out for a model in memory, got {recipe.output_dtype!r}: it is for the folder "
+            "of a quantised checkpoint (moesparse.prune_checkpoint)"
+        )
     options = RunOptions(batch_size, device_at_work(device), allow_pruned, progress=progress)
     if recipe.target_bytes is not None:
         return prune_to_budget(model, calibration, recipe, options, domains)
@@ -114,8 +119,8 @@ def prune_checkpoint(
     Holds what lies outside of the decoder layers, one layer with its sums (see `moesparse.prune`) and the hidden
     states of the calibration set; nothing that grows with the number of layers. Reads the source twice.
 
-    Of a quantised checkpoint experts can be removed without a refit: a layer is dequantised while it is run, and what
-    stays is copied byte for byte, in its format.
+    A quantised checkpoint stays in its format: a layer is dequantised while it is run, what has not changed is copied
+    byte for byte, and weights that were solved for are quantised again. `Recipe.output_dtype` makes a plain one of it.
 
     A recipe that removes experts needs besides a few numbers of every expert and window, and while a block is refitted
     `memory_for_refit`; with weights to prune as well the smaller model lies beside the output, in a folder of its name
@@ -151,14 +156,14 @@ def prune_checkpoint(
         UsageError: a recipe that needs the whole model, a pattern that does not divide a matrix, layers that predict
             further tokens and cannot be kept, or a `max_memory` below what the run needs, which is named.
         CheckpointError: the source cannot be read, `out` cannot be written, is in use, or holds another run.
-        UnsupportedModelError: the model cannot be handled layer by layer; named. A quantised
-            checkpoint, the weights of which would change.
+        UnsupportedModelError: the model cannot be handled layer by layer, or is quantised in a way that is not known;
+            named.
         CalibrationError: the windows do not fit the model, or it was pruned before.
     """
     recipe = recipe or Recipe()
     options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory, progress)
     _check_layered(calibration, recipe)
-    layers = LayersOnDisk.of(source)
+    layers = LayersOnDisk.of(source, recipe.output_dtype)
     data = calibration_of(calibration, layers.model, domains)
     check_quantised(layers, recipe)
     prepare_next_token_layers(layers, recipe, saved=isinstance(data, Saved))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moesparse.calibration.statistics import ModelStatistics
-from moesparse.checkpoints.edit import CONFIG_KEY
+from moesparse.checkpoints.config_text import CONFIG_KEY
 from moesparse.checkpoints.history import EARLIER, REPORT_FILE
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
 from moesparse.system.shards import read_json

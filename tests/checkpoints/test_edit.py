@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moesparse
-from moesparse.checkpoints.edit import CONFIG_KEY
+from moesparse.checkpoints.config_text import CONFIG_KEY
 from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.inspection import inspect_folder
 from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained

@@ -79,14 +79,32 @@ def test_what_is_solved_for_says_its_rounding(source, tmp_path, monkeypatch, cap
     assert code == 0 and "tensors requantised" in printed, err
 
 
+def test_a_plain_checkpoint_of_it_is_packed(source, tmp_path, monkeypatch, capsys):
+    out, packed = tmp_path / "out", tmp_path / "packed"
+    how = ("--saliency", "magnitude", "--update", "none")
+    code, _, err = run(monkeypatch, capsys, "prune", source, out, *how)
+    assert code == 0, err
+    code, _, err = run(monkeypatch, capsys, "pack", out, packed)
+    assert code == 1 and "pruned with --output-dtype bfloat16 they are plain, and can be" in err
+    shutil.rmtree(out)
+    code, _, err = run(monkeypatch, capsys, "prune", source, out, *how, "--output-dtype", "bfloat16")
+    assert code == 0, err
+    code, _, err = run(monkeypatch, capsys, "pack", out, packed)
+    assert code == 0, err
+    assert "| dequantised to | bfloat16 |" in (packed / "README.md").read_text()
+    code, printed, err = run(monkeypatch, capsys, "inspect", packed, "--against", source, "--verify")
+    assert code == 0 and "tensors dequantised" in printed, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--experts", "0.25", "--whole"), "the model must not be quantised, got one by 'fp8'"),
-        (("--target-bytes", "0.7"), "the model must not be quantised, got one by 'fp8'"),
+        (("--target-bytes", "0.7"), "with --output-dtype bfloat16 into a plain one"),
+        (("--whole", "--output-dtype", "bfloat16"), "--output-dtype must be left out where the whole model is loaded"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_plan(arguments, message, source, tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "prune", source, tmp_path / "out", *TEXT, *arguments)
-    assert code == 1 and message in err and "calibration tokens" not in err
+    assert code == (2 if "--output-dtype" in arguments else 1) and message in err and "calibration tokens" not in err
     assert not (tmp_path / "out").exists()

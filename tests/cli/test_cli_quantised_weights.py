@@ -124,6 +124,15 @@ def test_quantised_weights_are_refused_before_any_work(make, way, tmp_path, monk
     assert not begun and not out.exists()
 
 
+@pytest.mark.parametrize("arguments", [("prune", "OUT", "--dry-run"), ("inspect",)], ids=lambda given: given[0])
+def test_weights_that_nothing_explains_are_named_by_plans_and_by_inspect(arguments, tmp_path):
+    source = fp8(tmp_path / "in")
+    name, *rest = (str(tmp_path / "out") if each == "OUT" else each for each in arguments)
+    result = command(name, source, *rest, *(SMALL if name == "prune" else ()))
+    assert result.exit_code == 1 and isinstance(result.exception, MoESparseError), result.output
+    assert re.search(NAMED[fp8], str(result.exception)), result.exception
+
+
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 

@@ -58,6 +58,7 @@ class StoredWeights(Shards):
 
     Attributes:
         stored: key -> how it is stored, of weights that are not plain.
+        dtype, where: as given.
         said: quantization_config of the folder, or None.
 
     Raises:
@@ -67,7 +68,7 @@ class StoredWeights(Shards):
     said: Mapping[str, Any] | None = None
 
     def __init__(self, raw: Shards, formats: Sequence[Format], dtype: torch.dtype, where: str) -> None:
-        self._raw, self.files, self._dtype, self._where = raw, raw.files, dtype, where
+        self._raw, self.files, self.dtype, self.where = raw, raw.files, dtype, where
         self._formats = formats
         self.stored: dict[str, Stored] = {}
         for name in raw.tensors:
@@ -114,11 +115,16 @@ class StoredWeights(Shards):
 
     def like(self, raw: Shards) -> StoredWeights:
         """Other shards of the same checkpoint, in its formats."""
-        return StoredWeights(raw, self._formats, self._dtype, self._where)
+        return StoredWeights(raw, self._formats, self.dtype, self.where)
 
     @property
     def raw(self) -> Shards:
         """The shards as they lie on the disk."""
+        return self._raw
+
+    @property
+    def on_disk(self) -> Shards:
+        """The same, also where `raw` has them otherwise."""
         return self._raw
 
     @property
@@ -155,13 +161,13 @@ class StoredWeights(Shards):
         """
         if name not in self.stored:
             return self.raw.read(name, entry, codes=codes)
-        return self._decoded(name, entry, self._dtype)
+        return self._decoded(name, entry, self.dtype)
 
     def _decoded(self, name: str, entry: int | None, dtype: torch.dtype) -> Tensor:
         try:
             return self.stored[name].format.decode(self.parts_of(name, entry), dtype)
         except ValueError as error:
-            raise type(error)(f"{name} of {self._where}: {error}") from error
+            raise type(error)(f"{name} of {self.where}: {error}") from error
 
     def parts_of(self, name: str, entry: int | None = None) -> dict[str, Tensor]:
         """The tensors of a weight that is not plain, or their entries along the first dim: what for -> tensor."""
@@ -196,7 +202,7 @@ class StoredWeights(Shards):
     def _unexplained(self, name: str) -> CheckpointError:
         info = self.raw.tensors[name]
         return CheckpointError(
-            f"{self._where} must say in quantization_config of config.json how {name} is stored, got {info.dtype} "
+            f"{self.where} must say in quantization_config of config.json how {name} is stored, got {info.dtype} "
             f"{list(info.shape)}, which nothing there explains"
         )
 
