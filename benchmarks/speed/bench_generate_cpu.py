@@ -5,8 +5,10 @@
     python -m benchmarks.speed.cpu_tables                    # of the results there are, as in README and docs
 
 transformers' `generate`, greedily: its dense experts by grouped_mm (its default) and eager, our dense layer in it, and
-packed experts. The contenders' models are in memory side by side and take turns. Counted are the new tokens of all
-sequences over the time from the first to the last of them, which leaves out the prompt; the median of the runs.
+packed experts. With one sequence also eager and packed with oneDNN off, which is the faster product of torch for one
+token, for attention and output too, and for no more. The contenders' models are in memory side by side and take turns.
+Counted are the new tokens of all sequences over the time from the first to the last of them, which leaves out the
+prompt; the median of the runs.
 llama.cpp: llama-batched-bench, which counts the same. `agree` is the share of new tokens that are those of the first
 contender: random weights give nearly equal logits, so some differ by rounding.
 """
@@ -14,6 +16,7 @@ contender: random weights give nearly equal logits, so some differ by rounding.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -33,6 +36,7 @@ __all__ = ["Run", "main", "timed_generate"]
 BATCHES = (1, 4, 16)
 PROMPT, NEW = 16, 33
 DENSE = ("transformers grouped_mm", "transformers eager", "dense native")
+OFF = ", oneDNN off"
 
 
 @dataclass(frozen=True)
@@ -78,21 +82,32 @@ def timed_generate(model: Any, prompts: torch.Tensor, new: int) -> Run:
     return Run(ids[:, prompts.shape[1] :], came[0] - began, came[-1] - came[0])
 
 
-def _use(model: Any, contender: str) -> None:
-    if contender != "packed":
-        model.set_experts_implementation(contender.removeprefix("transformers ").replace("dense native", "moesparse"))
+def contenders(batch: int) -> list[str]:
+    """Those of a number of sequences, dense ones first."""
+    return [*DENSE, "packed", *([f"transformers eager{OFF}", f"packed{OFF}"] if batch == 1 else [])]
+
+
+def _run(models: dict[str, Any], contender: str, prompts: torch.Tensor) -> Run:
+    name = contender.removesuffix(OFF)
+    model = models[_form(contender)]
+    if name != "packed":
+        model.set_experts_implementation({"dense native": "moesparse"}.get(name, name.removeprefix("transformers ")))
+    with torch.backends.mkldnn.flags(enabled=False) if contender.endswith(OFF) else contextlib.nullcontext():
+        return timed_generate(model, prompts, NEW)
+
+
+def _form(contender: str) -> str:
+    return "packed" if contender.startswith("packed") else "dense"
 
 
 def measure(models: dict[str, Any], name: str, batch: int, threads: int, runs: int) -> list[dict[str, Any]]:
-    """Rows of one model and batch: dense contenders and the packed one in turn, the first turn not counted."""
+    """Rows of one model and batch: dense contenders and packed ones in turn, the first turn not counted."""
     words = models["dense"].config.vocab_size
     prompts = torch.randint(1, words, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
-    found: dict[str, list[Run]] = {contender: [] for contender in (*DENSE, "packed")}
+    found: dict[str, list[Run]] = {contender: [] for contender in contenders(batch)}
     for _ in range(1 + runs):
         for contender, timed in found.items():
-            model = models["packed" if contender == "packed" else "dense"]
-            _use(model, contender)
-            timed.append(timed_generate(model, prompts, NEW))
+            timed.append(_run(models, contender, prompts))
     wanted = found[DENSE[0]][0].ids
     return [
         {
@@ -104,7 +119,7 @@ def measure(models: dict[str, Any], name: str, batch: int, threads: int, runs: i
             "tokens_per_second": statistics.median(run.rate for run in timed[1:]),
             "first_token_s": statistics.median(run.first for run in timed[1:]),
             "agree": (timed[0].ids == wanted).float().mean().item(),
-            "weight_bytes": _bytes(models["packed" if contender == "packed" else "dense"]),
+            "weight_bytes": _bytes(models[_form(contender)]),
             "runs": runs,
         }
         for contender, timed in found.items()
@@ -132,7 +147,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         agree = f"  {row['agree']:.0%} of the tokens agree" if "agree" in row else ""
         print(
-            f"{row['shape']:<10}{row['threads']} threads, batch {row['tokens']:>2} {row['contender']:<25}"
+            f"{row['shape']:<10}{row['threads']} threads, batch {row['tokens']:>2} {row['contender']:<32}"
             f"{row['tokens_per_second']:>9.1f} tokens/s {row['weight_bytes'] / 1e9:>7.2f} GB{agree}",
             flush=True,
         )

@@ -163,7 +163,8 @@ def generate(results: Path) -> str:
     rows = _rows(results, "generate_cpu")
     if not rows:
         return _NOTHING
-    names = [name for name in (*DEFAULT, "dense native", "packed", *_LLAMA) if _select(rows, contender=name)]
+    order = (*DEFAULT, "transformers eager, oneDNN off", "dense native", "packed", "packed, oneDNN off", *_LLAMA)
+    names = [name for name in order if _select(rows, contender=name)]
     lines = []
     for key in dict.fromkeys((row["shape"], row["threads"], row["tokens"]) for row in rows):
         same = _select(rows, **dict(zip(("shape", "threads", "tokens"), key, strict=True)))
@@ -174,7 +175,12 @@ def generate(results: Path) -> str:
     for model in dict.fromkeys(row["shape"] for row in rows):
         held = {row["contender"]: row["weight_bytes"] / 1e9 for row in _select(rows, shape=model)}
         lines.append([f"{model}, GB of weights", "", "", *(_number(held.get(name)) for name in names), ""])
-    spoken = {"dense native": "dense, our kernels", "packed": "packed 2:4"}
+    spoken = {
+        "transformers eager, oneDNN off": "eager, oneDNN off",
+        "dense native": "dense, our kernels",
+        "packed": "packed 2:4",
+        "packed, oneDNN off": "packed 2:4, oneDNN off",
+    }
     head = ["tokens/s", "threads", "batch", *(spoken.get(name, name) for name in names), "packed / transformers"]
     return _table(head, lines)
 
