@@ -40,14 +40,14 @@ GROUP_SIZES = (4, 8, 16, 32)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _check_pattern(n: int, m: int) -> None:
+def check_pattern(n: int, m: int) -> None:
     if m not in GROUP_SIZES:
         raise ValueError(f"m must be one of {GROUP_SIZES}, got {m}")
     if not 0 < n <= m:
         raise ValueError(f"n must lie in 1..m={m}, got {n}")
 
 
-def _check_columns(K: int, m: int) -> None:
+def check_columns(K: int, m: int) -> None:
     step = math.lcm(m, 8)
     if K % step:
         raise ValueError(f"K must be a multiple of {step} (whole groups of {m} and whole index bytes), got {K}")
@@ -89,7 +89,7 @@ def _non_zeros(block: torch.Tensor, n: int, m: int, expert: int, first_row: int)
     return pack_bits(keep)
 
 
-def _check_groups(index: torch.Tensor, n: int, m: int, expert: int, first_row: int, name: str) -> None:
+def check_groups(index: torch.Tensor, n: int, m: int, expert: int, first_row: int, name: str) -> None:
     count = count_kept(index, m)
     if bool((count != n).any()):
         row, group = _first_group(count != n)
@@ -169,10 +169,10 @@ class NMWeight:
         if len(self.shape) != 3:
             raise ValueError(f"shape must be (E, N, K), got {tuple(self.shape)}")
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
-        _check_pattern(self.n, self.m)
+        check_pattern(self.n, self.m)
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype}")
-        _check_columns(self.shape[2], self.m)
+        check_columns(self.shape[2], self.m)
         E, N, K = self.shape
         if self.order == "row":
             wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -230,13 +230,13 @@ class NMWeight:
             ValueError: shapes or dtypes do not fit, or a group has more than n non-zeros or not exactly n mask bits;
                 the message names the first such expert, row and group.
         """
-        _check_pattern(n, m)
+        check_pattern(n, m)
         if weight.dim() != 3:
             raise ValueError(f"weight must be (E, N, K), got shape {tuple(weight.shape)}")
         if weight.dtype not in _DTYPES:
             raise ValueError(f"weight must be one of {_DTYPES}, got {weight.dtype}")
         E, N, K = weight.shape
-        _check_columns(K, m)
+        check_columns(K, m)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
             raise ValueError(
                 f"mask must be torch.bool of shape {tuple(weight.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}"
@@ -250,7 +250,7 @@ class NMWeight:
                     index[e, rows] = _non_zeros(block, n, m, e, rows.start)
                 else:
                     index[e, rows] = pack_bits(mask[e, rows])
-                    _check_groups(index[e, rows], n, m, e, rows.start, "mask")
+                    check_groups(index[e, rows], n, m, e, rows.start, "mask")
                 encode_rows(block, index[e, rows], n, m, out=values[e, rows])
         return cls(values, index, (E, N, K), n, m, "row", weight.dtype)
 
@@ -321,7 +321,7 @@ class NMWeight:
                 index = self.index[e]
             else:
                 _, index = _fragment_to_row(self.values[e], self.index[e], self.dtype)
-            _check_groups(index, self.n, self.m, e, 0, "index")
+            check_groups(index, self.n, self.m, e, 0, "index")
         return self
 
     def to_order(self, order: str) -> NMWeight:

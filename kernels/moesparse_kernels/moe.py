@@ -21,19 +21,17 @@ from typing import Any
 
 import torch
 
+from .define_op import define_op
 from .dispatch import DENSE_BACKENDS, NM_BACKENDS, choose_dense_backend, choose_nm_backend
 from .layout import NMWeight
+from .moe_checks import Activation, check_choice, check_layer
 from .moe_native import down_native, layer_native, up_native
-from .moe_reference import ACTIVATIONS, activate_torch, down_reference, up_reference
+from .moe_reference import activate_torch, down_reference, up_reference
 from .ops import route_inside
 from .schedule import Routings
 from .unpack import unpack
 
 __all__ = ["moe_dense", "moe_nm"]
-
-Activation = str | Callable[[torch.Tensor], torch.Tensor]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def moe_nm(
@@ -75,8 +73,8 @@ def moe_nm(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, x requires grad, or a forced backend cannot run.
     """
-    _check_choice("backend", backend, NM_BACKENDS)
-    x, top_k_index, top_k_weights = _check_layer(
+    check_choice("backend", backend, NM_BACKENDS)
+    x, top_k_index, top_k_weights = check_layer(
         x, top_k_index, top_k_weights, gate_up, down, activation, gated, gate_up_bias, down_bias
     )
     gate_up_parts = (gate_up.values, gate_up.index, [*gate_up.shape, gate_up.n, gate_up.m], gate_up.order)
@@ -123,8 +121,8 @@ def moe_dense(
 
     The other arguments, the result and the errors are those of `moe_nm`.
     """
-    _check_choice("backend", backend, DENSE_BACKENDS)
-    x, top_k_index, top_k_weights = _check_layer(
+    check_choice("backend", backend, DENSE_BACKENDS)
+    x, top_k_index, top_k_weights = check_layer(
         x, top_k_index, top_k_weights, gate_up, down, activation, gated, gate_up_bias, down_bias
     )
     ops = torch.ops.moesparse
@@ -146,73 +144,6 @@ def _apply(activation: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tenso
             f"got {hidden.dtype} of shape {tuple(hidden.shape)}"
         )
     return hidden.contiguous()
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_layer(
-    x: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up: NMWeight | torch.Tensor,
-    down: NMWeight | torch.Tensor,
-    activation: Activation,
-    gated: bool,
-    gate_up_bias: torch.Tensor | None,
-    down_bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Check the arguments of a layer; return x, top_k_index and top_k_weights contiguous."""
-    if x.dim() != 2:
-        raise ValueError(f"x must be 2-D (tokens, hidden), got shape {tuple(x.shape)}")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x must be one of {_DTYPES}, got {x.dtype}")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError("x must not require grad, these experts have no backward; call under torch.no_grad()")
-    if top_k_index.dim() != 2 or top_k_index.shape[0] != x.shape[0]:
-        raise ValueError(f"top_k_index must be (tokens={x.shape[0]}, top_k), got shape {tuple(top_k_index.shape)}")
-    if top_k_index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"top_k_index must be int32 or int64, got {top_k_index.dtype}")
-    if top_k_weights.shape != top_k_index.shape:
-        raise ValueError(
-            f"top_k_weights must have the shape of top_k_index, {tuple(top_k_index.shape)}, "
-            f"got {tuple(top_k_weights.shape)}"
-        )
-    if not top_k_weights.dtype.is_floating_point:
-        raise ValueError(f"top_k_weights must be floating point, got {top_k_weights.dtype}")
-    if isinstance(activation, str):
-        _check_choice("activation", activation, ACTIVATIONS)
-        if activation == "swigluoai" and not gated:
-            raise ValueError('activation "swigluoai" must be gated, got gated=False')
-    for name, weight in (("gate_up", gate_up), ("down", down)):
-        if len(weight.shape) != 3:
-            raise ValueError(f"{name} must be 3-D (experts, rows, columns), got shape {tuple(weight.shape)}")
-        if weight.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {weight.dtype}")
-        if isinstance(weight, torch.Tensor) and weight.stride(-1) != 1 and weight.shape[-1] > 1:
-            raise ValueError(f"{name} must have a contiguous last dim, got strides {weight.stride()}")
-    E, N, H = gate_up.shape
-    if x.shape[1] != H:
-        raise ValueError(f"gate_up must have hidden={x.shape[1]} columns like x, got {H}")
-    halves = 2 if gated and isinstance(activation, str) else 1
-    if N % halves:
-        raise ValueError(f"gate_up must have an even number of rows when gated, got {N}")
-    wanted = (E, H, N // halves if isinstance(activation, str) else down.shape[2])
-    if tuple(down.shape) != wanted:
-        raise ValueError(f"down must be (experts, hidden, intermediate) = {wanted}, got {tuple(down.shape)}")
-    for name, bias, size in (("gate_up_bias", gate_up_bias, N), ("down_bias", down_bias, H)):
-        if bias is not None and (tuple(bias.shape) != (E, size) or not bias.is_contiguous()):
-            raise ValueError(f"{name} must be contiguous of shape {(E, size)}, got {tuple(bias.shape)}")
-        if bias is not None and bias.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {bias.dtype}")
-    tensors = {"top_k_index": top_k_index, "top_k_weights": top_k_weights, "gate_up": gate_up, "down": down}
-    for name, tensor in tensors.items():
-        device = tensor.values.device if isinstance(tensor, NMWeight) else tensor.device
-        if device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {device}")
-    return x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
 
 
 def _rebuild(
@@ -278,23 +209,6 @@ def _down(
     return down_gpu(rows, top_k_index, top_k_weights, weight, bias, backend, routings)
 
 
-def _op(name: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """Register a typed function as torch.ops.moesparse.<name>.
-
-    As `torch.library.custom_op` does, but without its Python wrapper around every call: a decode step makes one call a
-    layer and waits for it.
-    """
-
-    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        # a layout is a constant of the weight, no size that a graph could leave open
-        schema = torch.library.infer_schema(function, mutates_args=()).replace("SymInt[]", "int[]")
-        torch.library.define(f"moesparse::{name}", schema)
-        torch.library.impl(f"moesparse::{name}", "default", function)
-        return function
-
-    return register
-
-
 def _layer(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -354,7 +268,7 @@ def _down_alone(
 # an op takes tensors, numbers and strings: a packed weight travels as its values, index, (E, N, K, n, m) and order
 
 
-@_op("moe_nm")
+@define_op("moe_nm")
 def _moe_nm(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -378,7 +292,7 @@ def _moe_nm(
     return _layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend)
 
 
-@_op("moe_nm_up")
+@define_op("moe_nm_up")
 def _moe_nm_up(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -392,7 +306,7 @@ def _moe_nm_up(
     return _up_alone(x, top_k_index, _rebuild(values, index, layout, order, x.dtype), bias, backend)
 
 
-@_op("moe_nm_down")
+@define_op("moe_nm_down")
 def _moe_nm_down(
     rows: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -408,7 +322,7 @@ def _moe_nm_down(
     return _down_alone(rows, top_k_index, top_k_weights, weight, bias, backend)
 
 
-@_op("moe_dense")
+@define_op("moe_dense")
 def _moe_dense(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -424,14 +338,14 @@ def _moe_dense(
     return _layer(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated, backend)
 
 
-@_op("moe_dense_up")
+@define_op("moe_dense_up")
 def _moe_dense_up(
     x: torch.Tensor, top_k_index: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
 ) -> torch.Tensor:
     return _up_alone(x, top_k_index, weight, bias, backend)
 
 
-@_op("moe_dense_down")
+@define_op("moe_dense_down")
 def _moe_dense_down(
     rows: torch.Tensor,
     top_k_index: torch.Tensor,

@@ -1,4 +1,4 @@
-"""The expert layer by the compiled CPU kernels (native/): packed n:m weights in "row" order, or dense ones.
+"""The expert layer by the compiled CPU kernels (native/): packed n:m weights in "row" order, dense or quantised ones.
 
 Products accumulate in fp32, bias and activation are fp32, h is rounded once to the dtype of x, gates are applied and
 summed in fp32 to rows that were never rounded, y is rounded once. Each token's experts are added in the order of their
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from .layout import NMWeight
 from .moe_reference import ACTIVATIONS
 from .native_library import DTYPES, Gemm, Layer, Native, Weight, library, matrices
+from .quantised import AnyWeight, QuantisedWeight
 
 __all__ = ["NATIVE_ACTIVATIONS", "down_native", "gemm_native", "layer_native", "up_native"]
 
@@ -35,11 +35,18 @@ _GATES = (torch.bfloat16, torch.float16, torch.float32)
 _NO_WEIGHT = Weight()
 
 
-def _weight(weight: NMWeight | torch.Tensor) -> Weight:
+def _weight(weight: AnyWeight) -> Weight:
     _, N, K = weight.shape
-    if isinstance(weight, NMWeight):
-        return matrices(weight.values, weight.index, N, K, weight.n, weight.m)
-    return matrices(weight, None, N, K, 0, 0)
+    if isinstance(weight, torch.Tensor):
+        return matrices(weight, None, N, K, 0, 0)
+    of = matrices(weight.values, weight.index, N, K, weight.n, weight.m)
+    if isinstance(weight, QuantisedWeight):
+        of.scales = weight.scales.data_ptr()
+        of.scales_expert, of.scales_row, _ = (
+            stride * weight.scales.element_size() for stride in weight.scales.stride()
+        )
+        of.bits, of.group, of.scales_dtype = weight.bits, weight.group, DTYPES[weight.scales.dtype]
+    return of
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -56,14 +63,16 @@ def layer_native(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    gate_up: NMWeight | torch.Tensor,
-    down: NMWeight | torch.Tensor,
+    gate_up: AnyWeight,
+    down: AnyWeight,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     activation: str,
     gated: bool,
+    x_bits: int = 8,
 ) -> torch.Tensor:
-    """(T, H) -> (T, H): both projections in one call; arguments as `moe_nm` and `moe_dense` have checked them.
+    """(T, H) -> (T, H): both projections in one call; arguments as `moe_nm`, `moe_dense` and `moe_quantised` have
+    checked them; x_bits says to how many bits x and h are brought where they meet a quantised weight.
 
     Memory: R rows of x and of h, in their dtype or fp32 as the instruction path multiplies, and the result in fp32.
     """
@@ -74,6 +83,7 @@ def layer_native(
         dtype=DTYPES[x.dtype],
         activation=NATIVE_ACTIVATIONS[activation],
         gated=gated,
+        x_bits=x_bits,
         experts=gate_up.shape[0],
         tokens=top_k_index.shape[0],
         top_k=top_k_index.shape[1],
@@ -92,9 +102,7 @@ def layer_native(
     return out
 
 
-def up_native(
-    x: torch.Tensor, top_k_index: torch.Tensor, weight: NMWeight | torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def up_native(x: torch.Tensor, top_k_index: torch.Tensor, weight: AnyWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """(T, H) -> (R, N), expert-sorted, without an activation. Rows of dropped slots are not written."""
     rows = x.new_empty(top_k_index.numel(), weight.shape[1])
     call = Layer(
@@ -118,7 +126,7 @@ def down_native(
     rows: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    weight: NMWeight | torch.Tensor,
+    weight: AnyWeight,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """(R, I), expert-sorted -> (T, H), with gates and the sum over each token's experts."""
@@ -144,7 +152,7 @@ def down_native(
 
 
 def gemm_native(
-    x: torch.Tensor, weight: NMWeight | torch.Tensor, expert: int, bias: torch.Tensor | None = None
+    x: torch.Tensor, weight: AnyWeight, expert: int, bias: torch.Tensor | None = None, x_bits: int = 8
 ) -> torch.Tensor:
     """x (T, K), contiguous, times one expert of a weight (E, N, K): (T, N), rounded once to the dtype of x."""
     out = x.new_empty(x.shape[0], weight.shape[1])
@@ -152,5 +160,8 @@ def gemm_native(
     of_expert.values += expert * of_expert.value_expert
     if of_expert.index:
         of_expert.index += expert * of_expert.index_expert
-    _native().run_gemm(Gemm(of_expert, _address(bias), x.data_ptr(), out.data_ptr(), x.shape[0], DTYPES[x.dtype]))
+    if of_expert.scales:
+        of_expert.scales += expert * of_expert.scales_expert
+    call = Gemm(of_expert, _address(bias), x.data_ptr(), out.data_ptr(), x.shape[0], DTYPES[x.dtype], x_bits)
+    _native().run_gemm(call)
     return out

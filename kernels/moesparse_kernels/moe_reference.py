@@ -1,8 +1,8 @@
 """The expert layer in plain torch: the CPU path, and what the kernels are compared with.
 
-One expert at a time, and only experts that have rows: a packed weight is unpacked into a scratch the size of one
-dense expert, so the memory in use stays near the packed size. Matrix products are torch's (fp32 accumulation, result
-in the dtype of x); activation, gates and the sum over a token's experts are fp32.
+One expert at a time, and only experts that have rows: a packed or quantised weight is unpacked into a scratch the size
+of one dense expert, so the memory in use stays near the packed size. Matrix products are torch's (fp32 accumulation,
+result in the dtype of x); activation, gates and the sum over a token's experts are fp32.
 
 On a GPU this waits for the device, to learn how many rows each expert has.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .layout import NMWeight
+from .quantised import AnyWeight
 from .schedule import Routing
 
 __all__ = ["ACTIVATIONS", "activate_torch", "down_reference", "up_reference"]
@@ -52,29 +52,27 @@ def activate_torch(x: torch.Tensor, activation: str, gated: bool) -> torch.Tenso
     return function(gate.float()).mul_(up).to(x.dtype)
 
 
-def _experts_with_rows(weight: NMWeight | torch.Tensor, offsets: torch.Tensor, rows: int) -> list[tuple[slice, int]]:
+def _experts_with_rows(weight: AnyWeight, offsets: torch.Tensor, rows: int) -> list[tuple[slice, int]]:
     if rows == 0:
         return []
     bounds = offsets.tolist()
     return [(slice(bounds[e], bounds[e + 1]), e) for e in range(weight.shape[0]) if bounds[e] < bounds[e + 1]]
 
 
-def _dense_expert(weight: NMWeight | torch.Tensor, expert: int, scratch: torch.Tensor | None) -> torch.Tensor:
-    if isinstance(weight, NMWeight):
-        return weight.unpack_expert(expert, out=scratch)
-    return weight[expert]
+def _dense_expert(weight: AnyWeight, expert: int, scratch: torch.Tensor | None) -> torch.Tensor:
+    return weight[expert] if isinstance(weight, torch.Tensor) else weight.unpack_expert(expert, out=scratch)
 
 
-def _scratch(weight: NMWeight | torch.Tensor) -> torch.Tensor | None:
-    if isinstance(weight, NMWeight):
-        return torch.empty(weight.shape[1:], dtype=weight.dtype, device=weight.values.device)
-    return None
+def _scratch(weight: AnyWeight, dtype: torch.dtype) -> torch.Tensor | None:
+    if isinstance(weight, torch.Tensor):
+        return None
+    return torch.empty(weight.shape[1:], dtype=dtype, device=weight.device)
 
 
 def up_reference(
     x: torch.Tensor,
     routing: Routing,
-    weight: NMWeight | torch.Tensor,
+    weight: AnyWeight,
     bias: torch.Tensor | None,
     activation: str,
     gated: bool,
@@ -84,7 +82,7 @@ def up_reference(
     Args:
         x: (T, H).
         routing: from `route`, any block_m.
-        weight: (E, N, H), packed or dense; N = 2 * I, [gate; up], when gated.
+        weight: (E, N, H), packed, quantised or dense; N = 2 * I, [gate; up], when gated.
         bias: (E, N) or None.
         activation: one of ACTIVATIONS.
         gated: multiply the activated first half by the second.
@@ -94,7 +92,7 @@ def up_reference(
     """
     R, top_k = routing.slot_of.numel(), routing.row_of.shape[1]
     out = torch.empty(R, weight.shape[1] // (2 if gated else 1), dtype=x.dtype, device=x.device)
-    scratch = _scratch(weight)
+    scratch = _scratch(weight, x.dtype)
     for rows, expert in _experts_with_rows(weight, routing.offsets, R):
         token = torch.div(routing.slot_of[rows], top_k, rounding_mode="floor")
         projected = F.linear(
@@ -108,7 +106,7 @@ def down_reference(
     rows: torch.Tensor,
     routing: Routing,
     top_k_weights: torch.Tensor,
-    weight: NMWeight | torch.Tensor,
+    weight: AnyWeight,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Second projection, gates, and the sum over each token's experts.
@@ -117,7 +115,7 @@ def down_reference(
         rows: (R, I), expert-sorted.
         routing: from `route`, any block_m.
         top_k_weights: (T, top_k), any float dtype.
-        weight: (E, H, I), packed or dense.
+        weight: (E, H, I), packed, quantised or dense.
         bias: (E, H) or None.
 
     Returns:
@@ -126,7 +124,7 @@ def down_reference(
     T, top_k = routing.row_of.shape
     out = torch.zeros(T, weight.shape[1], dtype=torch.float32, device=rows.device)
     gates = top_k_weights.reshape(-1)
-    scratch = _scratch(weight)
+    scratch = _scratch(weight, rows.dtype)
     for span, expert in _experts_with_rows(weight, routing.offsets, rows.shape[0]):
         dense = _dense_expert(weight, expert, scratch)
         projected = F.linear(rows[span], dense, None if bias is None else bias[expert])

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # MOESPARSE_ABI of moesparse_native.h
-ABI = 1
+ABI = 2
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """enum moesparse_dtype."""
@@ -59,14 +59,20 @@ class Weight(ctypes.Structure):
     _fields_ = (
         ("values", _POINTER),
         ("index", _POINTER),
+        ("scales", _POINTER),
         ("rows", _I64),
         ("columns", _I64),
         ("value_row", _I64),
         ("value_expert", _I64),
         ("index_row", _I64),
         ("index_expert", _I64),
+        ("scales_row", _I64),
+        ("scales_expert", _I64),
         ("n", _I32),
         ("m", _I32),
+        ("bits", _I32),
+        ("group", _I32),
+        ("scales_dtype", _I32),
     )
 
 
@@ -78,6 +84,7 @@ class Layer(ctypes.Structure):
         ("dtype", _I32),
         ("activation", _I32),
         ("gated", _I32),
+        ("x_bits", _I32),
         ("experts", _I64),
         ("tokens", _I64),
         ("top_k", _I64),
@@ -105,6 +112,7 @@ class Gemm(ctypes.Structure):
         ("y", _POINTER),
         ("tokens", _I64),
         ("dtype", _I32),
+        ("x_bits", _I32),
     )
 
 
@@ -291,16 +299,16 @@ def matrices(values: torch.Tensor, index: torch.Tensor | None, rows: int, column
     strides: Sequence[int] = values.stride()
     index_strides = (0, 0) if index is None else index.stride()
     return Weight(
-        values.data_ptr(),
-        None if index is None else index.data_ptr(),
-        rows,
-        columns,
-        strides[1] * size,
-        strides[0] * size,
-        index_strides[1],
-        index_strides[0],
-        n,
-        m,
+        values=values.data_ptr(),
+        index=None if index is None else index.data_ptr(),
+        rows=rows,
+        columns=columns,
+        value_row=strides[1] * size,
+        value_expert=strides[0] * size,
+        index_row=index_strides[1],
+        index_expert=index_strides[0],
+        n=n,
+        m=m,
     )
 
 

@@ -73,9 +73,16 @@ matrix matrix_of(const moesparse_weight *w, int64_t expert, int dtype) {
       .value_row = w->value_row,
       .rows = w->rows,
       .columns = w->columns,
-      .step_bytes = STEP * dtype_bytes(dtype),
+      .step_bytes = w->scales ? WIDE_STEP * w->bits / 8 : STEP * dtype_bytes(dtype),
       .form = dense ? DENSE : w->n == 2 && w->m == 4 ? TWO_FOUR : ANY_NM,
   };
+  if (w->scales) {
+    of.bits = w->bits;
+    of.group = w->group;
+    of.scales = (const uint8_t *)w->scales + expert * w->scales_expert;
+    of.scales_row = w->scales_row;
+    of.scales_dtype = w->scales_dtype;
+  }
   // a dense matrix has no bitmask; its address is moved like the others but never read
   of.index = dense ? of.values : (const uint8_t *)w->index + expert * w->index_expert;
   if (!dense) {

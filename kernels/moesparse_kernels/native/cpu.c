@@ -35,7 +35,9 @@ cpu_features detect_cpu(void) {
   if ((saved & ymm) != ymm || !all(more.ebx, bit_AVX2 | bit_BMI | bit_BMI2)) return found;
   found.avx2 = 1;
   const uint32_t avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
-  if ((saved & zmm) != zmm || !all(more.ebx, avx512) || !all(more.ecx, bit_AVX512VBMI2)) return found;
+  // no CPU has the one of these two without the other
+  const uint32_t values = bit_AVX512VBMI2 | bit_AVX512VNNI;
+  if ((saved & zmm) != zmm || !all(more.ebx, avx512) || !all(more.ecx, values)) return found;
   found.avx512_vbmi2 = 1;
   found.avx512_bf16 = all(rest.eax, bit_AVX512BF16);
   found.avx512_fp16 = more.edx >> 23 & 1;

@@ -12,6 +12,7 @@ typedef struct {
   token_plan plan;
   matrix w;
   char *x;
+  float *x_scales;
   int64_t x_row;
   int64_t chunk;
 } gemm_run;
@@ -19,9 +20,12 @@ typedef struct {
 static void pack_tokens(int64_t begin, int64_t end, void *context) {
   const gemm_run *run = context;
   const int64_t K = run->w.columns, bytes = K * dtype_bytes(run->call->dtype);
-  for (int64_t t = begin; t < end; t++)
-    pack_columns(run->path, run->call->dtype, (const char *)run->call->x + t * bytes, 0, K,
-                 place_token(&run->plan, run->x, run->x_row, run->call->tokens, t));
+  for (int64_t t = begin; t < end; t++) {
+    const char *row = (const char *)run->call->x + t * bytes;
+    const token_place to = place_token(&run->plan, run->x, run->x_row, run->call->tokens, t);
+    if (run->kernel->levels) run->x_scales[t] = quantise_row(run->path, run->kernel, &run->w, run->call->dtype, row, to);
+    else pack_columns(run->path, run->call->dtype, row, 0, K, to);
+  }
 }
 
 // one chunk of rows for all tokens
@@ -36,6 +40,7 @@ static void multiply_chunk(const gemm_run *run, int64_t row0) {
                                .row0 = row0,
                                .row1 = row1,
                                .x = run->x + first * run->x_row,
+                               .x_scales = run->x_scales + first,
                                .tokens = tokens,
                                .block = run->plan.block,
                                .out = out});
@@ -54,20 +59,21 @@ static void multiply_chunks(int64_t begin, int64_t end, void *context) {
 int32_t moesparse_run_gemm(const moesparse_gemm *call) {
   const path *p = current_path();
   if (!p) return MOESPARSE_NO_PATH;
-  const kernel *k = &p->kernels[call->dtype];
+  const kernel *k = kernel_of(p, &call->weight, call->dtype, call->x_bits);
   gemm_run run = {
       .call = call,
       .path = p,
       .kernel = k,
       .plan = plan_tokens(k, call->tokens),
       .w = matrix_of(&call->weight, 0, call->dtype),
-      .x_row = packed_bytes(k, call->weight.columns),
       .chunk = row_chunk(call->weight.rows, 1),
   };
+  run.x_row = packed_bytes(k, &run.w);
   if (call->tokens == 0 || run.w.rows == 0) return MOESPARSE_OK;
-  // 64 bytes more where a row has no columns, for aligned_alloc(0) may be NULL
-  run.x = aligned_alloc(64, call->tokens * run.x_row + 64);
+  const int64_t x_bytes = call->tokens * run.x_row;
+  run.x = aligned_alloc(64, x_bytes + ceil_div(call->tokens * 4, 64) * 64);
   if (!run.x) return MOESPARSE_NO_MEMORY;
+  run.x_scales = (float *)(run.x + x_bytes);
   share_items(call->tokens, items_for_a_thread(run.x_row), pack_tokens, &run);
   share_items(ceil_div(run.w.rows, run.chunk), items_for_a_thread(run.chunk * run.w.value_row), multiply_chunks, &run);
   free(run.x);

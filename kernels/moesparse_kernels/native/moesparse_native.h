@@ -1,4 +1,5 @@
-// Expert layers on a CPU: packed n:m weights (layout.py, "row" order) and dense ones, through one set of kernels.
+// Expert layers on a CPU: packed n:m weights (layout.py, "row" order) and dense ones, of 16 and 32 bits or of 8 and 4
+// (quantised.py), through one scheme.
 //
 //   h[r] = act(gate) * up,   [gate | up] = x[token(r)] @ up[e(r)].T + up_bias[e(r)]
 //   y[t] = sum_k gates[t, k] * (h[row(t, k)] @ down[e].T + down_bias[e])
@@ -6,6 +7,10 @@
 // Symbols: T tokens, E experts, H hidden, I intermediate, K columns of a matrix, R = T * top_k rows in expert order.
 // Products, biases, activations, gates and sums are fp32; h and y are rounded once to the dtype of x. The bits of a
 // result depend on the instruction path and on how many tokens an expert has, never on the number of threads.
+//
+// Where a weight has 8 or 4 bits, what meets it is brought to 8 or 13 bits, a scale for each row: x before the first
+// projection, h (fp32 until then) before the second. Products and their sums over 2048 columns or a group are whole
+// numbers, exact; what is summed over groups is fp32.
 //
 // Every pointer is the caller's; nothing is kept after a call but what moesparse_set_threads was given. A call may come
 // from any thread.
@@ -15,7 +20,7 @@
 #include <stdint.h>
 
 // raised with every change of this file: native.py refuses a library of another number
-#define MOESPARSE_ABI 1
+#define MOESPARSE_ABI 2
 
 enum moesparse_dtype { MOESPARSE_BF16, MOESPARSE_FP16, MOESPARSE_FP32 };
 
@@ -46,15 +51,22 @@ enum moesparse_status {
 typedef struct {
   const void *values;          // kept values of each row, left to right; dense: the row
   const void *index;           // bit k % 8 of byte k / 8 says that column k is kept; NULL where dense
+  const void *scales;          // of the groups of each row, left to right; NULL where values have the dtype of the call
   int64_t rows, columns;
   int64_t value_row, value_expert;
   int64_t index_row, index_expert;
+  int64_t scales_row, scales_expert;
   int32_t n, m;                // n of every m columns are kept; not read where dense
+  // where there are scales: 8, int8 values, or 4, value + 8 in half a byte, the first of two in the low half
+  int32_t bits;
+  int32_t group;               // columns that share a scale: 32, 64, 128, or 0 for all of a row
+  int32_t scales_dtype;
 } moesparse_weight;
 
 typedef struct {
-  int32_t stage, dtype;        // dtype of x, y, rows, weights and biases
+  int32_t stage, dtype;        // dtype of x, y, rows, biases, and of weights without scales
   int32_t activation, gated;   // gated: the rows of `up` are [gate; up], or alternate for MOESPARSE_SWIGLU_OAI
+  int32_t x_bits;              // of x and h where they meet scaled weights: 8 or 13
   int64_t experts, tokens, top_k;
   moesparse_weight up, down;
   const void *up_bias, *down_bias; // (E, up.rows), (E, down.rows), contiguous, or NULL
@@ -75,9 +87,10 @@ typedef struct {
   void *y;
   int64_t tokens;
   int32_t dtype;
+  int32_t x_bits;              // as in moesparse_layer
 } moesparse_gemm;
 
-// the first matrix of `weight`, bit for bit, pruned positions +0.0
+// the first matrix of `weight`, which has no scales, bit for bit, pruned positions +0.0
 typedef struct {
   moesparse_weight weight;
   void *out;                   // (rows, columns) contiguous

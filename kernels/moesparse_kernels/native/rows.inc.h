@@ -2,7 +2,7 @@
 //   TARGET              the attribute that allows the path's instructions
 //   LANES               fp32 values of a vector
 //   half_load(p), half_store(v, p)   LANES fp16 values to fp32 and back, rounded to nearest even
-// before, and puts widen, narrow, activate, add and add_scaled into its `path`.
+// before, and puts the functions that are not INLINE into its `path`.
 
 #include <string.h>
 
@@ -12,6 +12,8 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+typedef int16_t vs __attribute__((vector_size(2 * LANES)));
+typedef int8_t vb __attribute__((vector_size(LANES)));
 
 // ---- vectors
 
@@ -197,6 +199,51 @@ static TARGET void add(float *to, const float *from, int64_t n) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) store(load(to + i) + load(from + i), to + i);
   for (; i < n; i++) to[i] += from[i];
+}
+
+// ---- to whole numbers
+
+static TARGET float largest(const float *from, int64_t n) {
+  vf most = splat(0.0f), wrong = splat(0.0f);
+  float result = 0.0f, rest[LANES] = {0}, lanes[LANES], bad[LANES];
+  for (int64_t i = 0; i < n; i += LANES) {
+    if (n - i < LANES) memcpy(rest, from + i, (n - i) * sizeof(float));
+    const vf v = load(n - i < LANES ? rest : from + i), magnitude = (vf)((vi)v & INT32_MAX);
+    most = choose(magnitude > most, magnitude, most);
+    // NaN where a value is no finite number
+    wrong += v * 0.0f;
+  }
+  store(most, lanes);
+  store(wrong, bad);
+  for (int lane = 0; lane < LANES; lane++) {
+    if (bad[lane] != 0.0f) return __builtin_nanf("");
+    result = lanes[lane] > result ? lanes[lane] : result;
+  }
+  return result;
+}
+
+INLINE void quantise_vector(vf v, float factor, int bytes, void *to) {
+  // adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits
+  const vi whole = (vi)(v * factor + 12582912.0f) - 0x4B400000;
+  if (bytes == 1) {
+    const vb narrow = __builtin_convertvector(whole, vb);
+    memcpy(to, &narrow, sizeof narrow);
+  } else {
+    const vs narrow = __builtin_convertvector(whole, vs);
+    memcpy(to, &narrow, sizeof narrow);
+  }
+}
+
+static TARGET void quantise(const float *from, float factor, int bytes, void *to, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) quantise_vector(load(from + i), factor, bytes, (char *)to + i * bytes);
+  if (i < n) {
+    float part[LANES] = {0};
+    char whole[2 * LANES];
+    memcpy(part, from + i, (n - i) * sizeof(float));
+    quantise_vector(load(part), factor, bytes, whole);
+    memcpy((char *)to + i * bytes, whole, (n - i) * bytes);
+  }
 }
 
 static TARGET uint64_t read_page(const void *page) {

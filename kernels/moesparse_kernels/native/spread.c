@@ -1,5 +1,6 @@
 #include "spread.h"
 
+uint8_t spread_bytes[256][8] __attribute__((aligned(64)));
 uint8_t spread_words[256][16] __attribute__((aligned(64)));
 uint8_t spread_upper[256][32] __attribute__((aligned(64)));
 uint8_t spread_floats[256][32] __attribute__((aligned(64)));
@@ -10,6 +11,7 @@ __attribute__((constructor)) static void fill_tables(void) {
   for (int bits = 0; bits < 256; bits++)
     for (int column = 0, next = 0; column < 8; column++) {
       const int kept = bits >> column & 1;
+      spread_bytes[bits][column] = kept ? next : 0x80;
       for (int i = 0; i < 2; i++) {
         const uint8_t from = kept ? 2 * next + i : 0x80;
         spread_words[bits][2 * column + i] = from;

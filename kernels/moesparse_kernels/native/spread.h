@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+extern uint8_t spread_bytes[256][8];           // 8-bit values to 8-bit columns
 extern uint8_t spread_words[256][16];          // 16-bit values to 16-bit columns
 extern uint8_t spread_upper[256][32];          // 16-bit values to the upper halves of 32-bit columns: bf16 to fp32
 extern uint8_t spread_floats[256][32];         // 32-bit values

@@ -17,8 +17,8 @@ token_plan plan_tokens(const kernel *k, int64_t tokens);
 // get but a few. The bits do not depend on it, for a row is summed alike in every tile.
 int64_t row_chunk(int64_t rows, int64_t matrices);
 
-// bytes of a packed row of K columns
-int64_t packed_bytes(const kernel *k, int64_t columns);
+// bytes of a packed row that meets a matrix
+int64_t packed_bytes(const kernel *k, const matrix *w);
 
 // the place of a token among the packed rows of its expert
 typedef struct {
@@ -29,7 +29,15 @@ typedef struct {
 
 token_place place_token(const token_plan *plan, char *packed, int64_t row_bytes, int64_t tokens, int64_t token);
 
-// Columns first..first + count of a row into its place; `first` is a multiple of STEP. Zeros follow the last column.
+// Columns first..first + count of a row into its place; `first` is a multiple of STEP. Zeros follow the last column. For
+// kernels whose x is not quantised.
 void pack_columns(const path *p, int dtype, const void *row_part, int64_t first, int64_t count, token_place to);
+
+// A row into its place as whole numbers, -levels..levels, and its scale: its largest magnitude over levels. The scale is
+// NaN, and so is each of its products, where a value is NaN or infinite; below 2^-100 a row counts as zeros.
+float quantise_row(const path *p, const kernel *k, const matrix *w, int dtype, const void *row, token_place to);
+
+// a quantised row that is alone in its block into another place
+void copy_quantised(const kernel *k, const matrix *w, const char *row, token_place to);
 
 #endif

@@ -234,6 +234,102 @@ static void check_layer(const char *path, int n, int m, int64_t H, int64_t I, in
   if (moesparse_run_layer(&call)) exit(1);
 }
 
+// ---- quantised weights
+
+// random bytes under the mask of a weight drawn for 16 bits, or dense
+static moesparse_weight draw_quantised(int64_t rows, int64_t columns, int n, int m, int bits, int group) {
+  moesparse_weight w = draw_weight(1, rows, columns, n, m, MOESPARSE_BF16);
+  const int64_t kept = m ? columns / m * n : columns, groups = group ? (columns + group - 1) / group : 1;
+  w.bits = bits;
+  w.group = group;
+  w.value_row = (kept * bits + 7) / 8;
+  w.value_expert = rows * w.value_row;
+  uint8_t *bytes = guard(w.value_expert);
+  for (int64_t i = 0; i < w.value_expert; i++) bytes[i] = draw(256);
+  w.values = bytes;
+  w.scales_dtype = draw(3);
+  w.scales_row = groups * size_of(w.scales_dtype);
+  w.scales_expert = rows * w.scales_row;
+  w.scales = values(rows * groups, w.scales_dtype);
+  return w;
+}
+
+static void quantised_row(const moesparse_weight *w, int64_t row, double *out) {
+  const uint8_t *bytes = (const uint8_t *)w->values + row * w->value_row;
+  const uint8_t *index = (const uint8_t *)w->index + row * w->index_row;
+  int64_t next = 0;
+  for (int64_t k = 0; k < w->columns; k++) {
+    out[k] = 0.0;
+    if (w->m && !(index[k / 8] >> k % 8 & 1)) continue;
+    const int value = w->bits == 8 ? (int8_t)bytes[next] : (bytes[next / 2] >> 4 * (next % 2) & 15) - 8;
+    const char *scales = (const char *)w->scales + row * w->scales_row;
+    out[k] = value * (double)get(scales, w->group ? k / w->group : 0, w->scales_dtype);
+    next++;
+  }
+}
+
+// x is made of whole numbers whose largest is the last level, so that it is what the kernels make of it
+static void *whole_tokens(int64_t tokens, int64_t columns, int levels) {
+  float *x = guard(tokens * columns * 4);
+  for (int64_t i = 0; i < tokens * columns; i++) x[i] = (float)(i % columns ? (int)draw(2 * levels + 1) - levels : levels);
+  return x;
+}
+
+static void check_quantised_gemm(const char *path, int n, int m, int64_t columns, int64_t tokens) {
+  static const int groups[] = {0, 32, 64, 128};
+  const int bits = draw(2) ? 8 : 4, x_bits = draw(2) ? 8 : 13;
+  const int64_t rows = 1 + draw(70);
+  const moesparse_weight w = draw_quantised(rows, columns, n, m, bits, groups[draw(4)]);
+  const float *x = whole_tokens(tokens, columns, x_bits == 8 ? 127 : 4095);
+  float *y = guard(tokens * rows * 4);
+  const moesparse_gemm call = {
+      .weight = w, .x = x, .y = y, .tokens = tokens, .dtype = MOESPARSE_FP32, .x_bits = x_bits};
+  double row[columns];
+  if (moesparse_run_gemm(&call)) exit(1);
+  for (int64_t r = 0; r < rows; r++) {
+    quantised_row(&w, r, row);
+    for (int64_t t = 0; t < tokens; t++) {
+      double sum = 0.0, terms = 0.0;
+      for (int64_t k = 0; k < columns; k++) {
+        sum += row[k] * x[t * columns + k];
+        terms += fabs(row[k] * x[t * columns + k]);
+      }
+      if (!(fabs(y[t * rows + r] - sum) <= terms * 1e-5)) fail("quantised gemm", path, bits, &w, tokens);
+    }
+  }
+}
+
+// Where every index lies and no byte behind is read; the numbers are the gemm's and tested in Python. A token without
+// choices gets zeros.
+static void check_quantised_layer(int n, int m, int64_t H, int64_t I, int64_t tokens) {
+  const int64_t E = 1, top_k = 2;
+  int32_t *ids = guard(tokens * top_k * 4);
+  float *gates = guard(tokens * top_k * 4), *y = guard(tokens * H * 4);
+  for (int64_t s = 0; s < tokens * top_k; s++) {
+    ids[s] = s / top_k % 3 ? (int32_t)draw(3) - 1 : -1;
+    gates[s] = draw_value();
+  }
+  const moesparse_layer call = {.dtype = MOESPARSE_FP32,
+                                .activation = MOESPARSE_SILU,
+                                .gated = 1,
+                                .x_bits = draw(2) ? 8 : 13,
+                                .experts = E,
+                                .tokens = tokens,
+                                .top_k = top_k,
+                                .up = draw_quantised(2 * I, H, n, m, 8, 0),
+                                .down = draw_quantised(H, I, n, m, 4, 32),
+                                .x = whole_tokens(tokens, H, 127),
+                                .ids = ids,
+                                .ids_bytes = 4,
+                                .gates = gates,
+                                .gates_dtype = MOESPARSE_FP32,
+                                .y = y};
+  if (moesparse_run_layer(&call)) exit(1);
+  for (int64_t t = 0; t < tokens; t += 3)
+    for (int64_t i = 0; i < H; i++)
+      if (y[t * H + i] != 0.0f) exit(1);
+}
+
 int main(void) {
   static const int patterns[][2] = {{2, 4}, {1, 4}, {4, 4}, {3, 8}, {5, 16}, {1, 32}, {29, 32}, {0, 0}};
   static const int64_t tokens[] = {0, 1, 2, 3, 5, 6, 7, 12, 13, 24, 29, 200};
@@ -256,6 +352,19 @@ int main(void) {
           free_guarded();
         }
       }
+    for (unsigned i = 0; i < sizeof patterns / sizeof *patterns; i++) {
+      const int n = patterns[i][0], m = patterns[i][1];
+      const int64_t unit = m > 8 ? m : 8;
+      for (int64_t columns = unit; columns <= 300; columns += unit * (1 + draw(4))) {
+        for (unsigned t = 0; t < sizeof tokens / sizeof *tokens; t++) {
+          check_quantised_gemm(path, n, m, columns, tokens[t]);
+          checked++;
+          free_guarded();
+        }
+        check_quantised_layer(n, m, unit * (1 + draw(3)), columns, 1 + draw(30));
+        free_guarded();
+      }
+    }
     printf("%s: %d products and layers are right\n", path, checked);
   }
   return 0;
