@@ -58,6 +58,9 @@ class Plan:
         keep: experts of a block that stay; None for all.
         sums: of all experts and windows, to choose by, in memory all the time.
         processes: that share the work; what is in memory is in that of each.
+        formats: in which a checkpoint stores quantised weights; `weights` and `packed` are those of the dequantised.
+        stored: of the tensors of a quantised checkpoint, on the disk.
+        stored_after: the same of the result.
     """
 
     layers: int
@@ -78,6 +81,9 @@ class Plan:
     keep: int | None = None
     sums: int = 0
     processes: int = 1
+    formats: tuple[str, ...] = ()
+    stored: int = 0
+    stored_after: int = 0
 
     @property
     def peak(self) -> int:

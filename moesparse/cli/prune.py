@@ -282,6 +282,7 @@ class _Run:
         from moesparse.pruning.card import model_card
         from moesparse.pruning.next_token import prepare_next_token_layers
         from moesparse.pruning.plan import plan_run
+        from moesparse.pruning.quantised import plan_quantised
         from moesparse.pruning.run import prune_checkpoint, what_is_left
         from moesparse.system.folders import companions
         from moesparse.system.run_folder import check_run_folder
@@ -299,6 +300,7 @@ class _Run:
         network, blocks = model.network, model.layers.blocks
         text = self.text if self.reads else replace(self.text, samples=0, length=1)
         plan = plan_run(network, blocks, recipe, **planned_windows(network, text))
+        plan = plan_quantised(plan, model.layers, recipe)
         if tell_plan(plan, self.text.device, dry_run=self.dry_run, as_json=self.as_json):
             return None
         with at_work(self.out, lambda: what_is_left(self.out), self.text.device, whole=False) as progress:

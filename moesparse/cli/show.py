@@ -169,11 +169,15 @@ def show_plan(facts: dict[str, Any]) -> None:
     keep = "" if facts["keep"] is None else f", {facts['keep']} stay"
     table.add_row("experts of a block", f"{facts['experts']}{keep}")
     table.add_row("parameters, active for a token", f"{facts['parameters']:.3g}, {facts['active_parameters']:.3g}")
+    if facts["formats"]:
+        table.add_row("quantised in", ", ".join(facts["formats"]))
     table.add_row("calibration tokens", f"{facts['tokens']:,}")
     if facts["processes"] > 1:
         table.add_row("processes, each with what is in memory below", str(facts["processes"]))
     for what, key in (
-        ("checkpoint", "weights"),
+        ("checkpoint, dequantised" if facts["stored"] else "checkpoint", "weights"),
+        ("  on the disk", "stored"),
+        ("  on the disk, the result", "stored_after"),
         ("experts of the result, packed", "packed"),
         ("in memory: outside of the layers", "outside"),
         ("  one layer", "layer"),

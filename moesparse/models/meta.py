@@ -32,6 +32,9 @@ __all__ = [
 
 _FEW_LAYERS = 1000
 
+SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Types that transformers lacks -> what it has for the same model; it reads the text model of Kimi-K2.5 so itself."""
+
 LAYER_COUNT = re.compile(r"layers?$|blocks?$|depth$")
 
 
@@ -98,6 +101,9 @@ def read_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     if file.parent.is_dir():
         _check_config(file)
     try:
+        if file.is_file() and (held := read_json(file))["model_type"] in SAME_AS:
+            kind = SAME_AS[held["model_type"]]
+            return transformers.CONFIG_MAPPING[kind].from_dict({**held, "model_type": kind})
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, and whatever a config class says to a value
         raise CheckpointError(
@@ -123,7 +129,7 @@ def _check_config(file: Path) -> None:
         raise CheckpointError(
             f"{file} must name its model_type, got {kind!r}: take the config.json of the original model"
         )
-    if kind not in transformers.CONFIG_MAPPING:
+    if kind not in transformers.CONFIG_MAPPING and kind not in SAME_AS:
         raise UnsupportedModelError(
             f"{file} must name a model_type that transformers {transformers.__version__} has, got {kind!r}: take a "
             "transformers that has it, or a checkpoint converted to a type it has; code that lies beside a "

@@ -1,15 +1,22 @@
-"""What cannot be done to a quantised checkpoint, refused by name before any work."""
+"""What a quantised checkpoint asks of a run: what cannot be done is refused by name, and bytes are as on the disk."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
+from moesparse.calibration.plan import Plan, file_flops
+from moesparse.checkpoints.edit import SourceFolder
 from moesparse.errors import UnsupportedModelError
 from moesparse.experts.surgery import plan_removal
 from moesparse.models.formats.expert_names import check_expert_names
+from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.pruning.plan import any_choice
 from moesparse.pruning.recipe import Recipe
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE
 
-__all__ = ["check_plain_routers", "check_quantised"]
+__all__ = ["check_plain_routers", "check_quantised", "plan_quantised"]
 
 
 def check_quantised(layers: LayersOnDisk, recipe: Recipe) -> None:
@@ -53,3 +60,49 @@ def check_plain_routers(layers: LayersOnDisk, recipe: Recipe) -> None:
                     f"{key} must be plain for experts to be removed, got {stored[key].format.name}: rows are not cut "
                     "out of quantised routers"
                 )
+
+
+def plan_quantised(plan: Plan, layers: LayersOnDisk, recipe: Recipe) -> Plan:
+    """A plan that knows the bytes on the disk; as it is where the checkpoint is plain, or only its config.json there.
+
+    Reads the headers of the shards. Where no text is run nothing is dequantised, and the plan says so.
+
+    Args:
+        plan: from the config.
+        layers: not opened.
+        recipe: of the run.
+
+    Raises:
+        CheckpointError: the folder is damaged, or contradicts itself.
+    """
+    if layers.said is None or not any((layers.folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        return plan
+    weights = StoredWeights.of_folder(layers.folder, layers.model.dtype)
+    source = SourceFolder(layers.folder, layers.model, layers.model.config, weights, recipe.mtp)
+    kept: dict[int, Sequence[int]] = {}
+    if recipe.removes_experts:
+        numbers = [int(block.layer.rpartition(".")[2]) for block in layers.blocks]
+        kept = dict(zip(numbers, (ids.tolist() for ids in any_choice(layers.blocks, recipe)), strict=True))
+    copies, _ = source.others((), kept)
+    experts, after, largest = layers.blocks[0].num_experts, 0, 0
+    for name in copies.values():
+        info, ids = weights.raw.tensors[name], source.ids_of(name, kept)
+        # what is there once for all experts of a layer
+        stacked = ids is not None and ".experts." in name and info.shape[:1] == (experts,)
+        after += info.nbytes * len(ids) // experts if stacked and ids is not None else info.nbytes
+        largest = max(largest, info.nbytes if stacked else 0)
+    known = dataclasses.replace(plan, formats=tuple(weights.formats), stored=weights.raw.nbytes, stored_after=after)
+    if recipe.prunes_weights or not recipe.reads_weights_alone:
+        return known
+    plain_tensors = {key: info for key, info in weights.tensors.items() if key not in weights.stored}
+    plain = [
+        sum(plain_tensors[key].nbytes for key in layers.checkpoint_tensors(position) if key in plain_tensors)
+        for position in range(len(layers))
+    ]
+    return dataclasses.replace(
+        known,
+        layer=max(plain),
+        # all of the stack is read, and what stays of it taken out
+        workspace=2 * largest,
+        flops=dict.fromkeys(plan.flops, 0.0) | {"files": file_flops(after, after)},
+    )

@@ -19,6 +19,8 @@ from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.experts.surgery import remove_experts
 from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.on_disk import LayersOnDisk
+from moesparse.pruning.plan import plan_run
+from moesparse.pruning.quantised import plan_quantised
 from moesparse.pruning.run import prune_checkpoint
 from moesparse.testing import tiny_model
 
@@ -101,7 +103,19 @@ def test_by_a_plan_no_weight_is_dequantised(case, tmp_path, monkeypatch):
         return decoded(self, name, *args)
 
     monkeypatch.setattr(StoredWeights, "_decoded", outside_alone)
-    replayed = prune_checkpoint(source, tmp_path / "plan", None, Recipe(weights=None, update="none", plan=report.plan))
+    recipe = Recipe(weights=None, update="none", plan=report.plan)
+    unopened = LayersOnDisk(source)
+    planned = plan_run(unopened.model, unopened.blocks, recipe, windows=0, length=1, batch_size=1)
+    said = plan_quantised(planned, unopened, recipe)
+    replayed = prune_checkpoint(source, tmp_path / "plan", None, recipe)
+    before, after = raw(source), raw(tmp_path / "plan")
+    routers = [
+        sum(len(data) for name, (*_, data) in found.items() if ".experts." not in name) for found in (before, after)
+    ]
+    assert said.stored == sum(len(data) for *_, data in before.values())
+    assert said.stored_after == sum(len(data) for *_, data in after.values()) + routers[0] - routers[1]
+    # what is dequantised for text
+    assert said.layer < planned.layer and list(said.formats) == layers.shards.formats
     assert raw(tmp_path / "plan") == raw(tmp_path / "text")
     # what tells models apart is a sample of all weights: nothing is said of those that were not read
     assert (replayed.fingerprint, replayed.plan.kept) == (None, report.plan.kept)
