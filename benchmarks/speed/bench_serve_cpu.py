@@ -6,7 +6,8 @@
 
 A server process for each folder, by turns. Every client asks for greedy completions of a few words, one behind the
 other, 32 tokens each; counted are all new tokens over the time from the first request to the last answer. `together` is
---continuous-batching. The first request warms the server up and is not counted. Memory is the server's peak.
+the server as it is, `one by one` is --max-batch 1; how many times as fast the first is is printed behind them.
+The first request warms the server up and is not counted. Memory is the server's peak.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = ["main", "measure"]
 
 CLIENTS, NEW = 8, 32
 PROMPTS = ("The king said", "It is a truth", "def __init__", "Enter the King", "a small", "And the", "She was", "In")
-TOGETHER = ("--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", "64")
+ALONE = ("--max-batch", "1")
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def _peak(process: int) -> int | None:
 
 def measure(folder: Path, threads: int, together: bool, requests: int) -> dict[str, Any]:
     """What eight clients with some requests each got of one server."""
-    with _served(folder, threads, TOGETHER if together else ()) as (client, process):
+    with _served(folder, threads, () if together else ALONE) as (client, process):
 
         def ask(prompt: str) -> int:
             answer = client.completions.create(model=str(folder), prompt=prompt, max_tokens=NEW, temperature=0)
@@ -110,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in chosen.models:
         folders = make(name, chosen.folder)
         for threads in chosen.threads:
+            rates: dict[str, list[float]] = {form: [] for form in folders}
             for mode in chosen.modes:
                 best: dict[str, dict[str, Any]] = {}
                 for form in [*folders] * chosen.rounds:
@@ -120,11 +122,16 @@ def main(arguments: list[str] | None = None) -> None:
                 rows = [same | {"contender": form} | found for form, found in best.items()]
                 results.put(rows)
                 for row in rows:
+                    rates[row["contender"]].append(row["tokens_per_second"])
                     print(
                         f"{name:<10}{threads} threads, {mode:<12}{row['contender']:<8}"
                         f"{row['tokens_per_second']:>8.1f} tokens/s, peak {(row['peak_bytes'] or 0) / 1e9:.2f} GB",
                         flush=True,
                     )
+            for form, (first, *others) in rates.items():
+                for mode, rate in zip(chosen.modes[1:], others, strict=True):
+                    gain = f"{mode} is {rate / first:.2f} times as fast as {chosen.modes[0]}"
+                    print(f"{name:<10}{threads} threads, {form}: {gain}")
 
 
 if __name__ == "__main__":

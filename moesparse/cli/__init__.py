@@ -60,11 +60,7 @@ app.command(help=paragraphs(inspect.__doc__))(inspect)
 app.command(help=paragraphs(report.__doc__))(report)
 app.command(help=paragraphs(bench.__doc__))(bench)
 app.command(help=paragraphs(info.__doc__))(info)
-app.command(
-    # all arguments go on to a parser with transformers' options
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
-)(serve)
+app.command(help=paragraphs(serve.__doc__))(serve)
 
 
 def _version(value: bool) -> None:

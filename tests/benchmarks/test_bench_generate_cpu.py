@@ -82,7 +82,10 @@ def test_all_clients_are_counted_and_the_first_request_is_not(tmp_path, monkeypa
 
     monkeypatch.setattr(bench_serve_cpu, "_served", stub)
     found = bench_serve_cpu.measure(tmp_path, 2, True, 3)
-    assert served == [(tmp_path, 2, bench_serve_cpu.TOGETHER)]
+    assert served == [(tmp_path, 2, ())]
     assert len(asked) == 1 + 8 * 3 and {model for model, _ in asked} == {str(tmp_path)}
     assert found["new"] == 8 * 3 * bench_serve_cpu.NEW
     assert found["tokens_per_second"] == pytest.approx(found["new"] / found["seconds"])
+    asked.clear()
+    bench_serve_cpu.measure(tmp_path, 2, False, 1)
+    assert served[1] == (tmp_path, 2, ("--max-batch", "1"))

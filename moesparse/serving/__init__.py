@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: requests, the batch that answers them, answers."""
