@@ -56,17 +56,19 @@ test-native-neon: ## the compiled CPU kernels for Arm, in an emulator
 		tests/kernels/native/driver.c $(NATIVE)/*.c -lm
 	qemu-aarch64 -cpu max build/native-neon
 
+# with threads that wait as those of a user do, here and in llama.cpp
+BENCH = env -u OMP_WAIT_POLICY $(BIN)/python -m
 bench-cpu: $(STAMP) ## the expert layer on this CPU, packed beside every dense layer: ARGS="--shapes OLMoE-1B-7B --threads 1"
-	$(BIN)/python -m benchmarks.speed.bench_cpu $(ARGS)
+	$(BENCH) benchmarks.speed.bench_cpu $(ARGS)
 
 bench-llama: $(STAMP) ## the same layer by llama.cpp, which is built first, and by ours: ARGS="--tokens 1 16 --threads 1"
-	$(BIN)/python -m benchmarks.speed.bench_llama $(ARGS)
+	$(BENCH) benchmarks.speed.bench_llama $(ARGS)
 
 bench-generate-cpu: $(STAMP) ## tokens a second of whole models on this CPU, llama.cpp beside: ARGS="--models large --threads 1"
-	$(BIN)/python -m benchmarks.speed.bench_generate_cpu $(ARGS)
+	$(BENCH) benchmarks.speed.bench_generate_cpu $(ARGS)
 
 bench-serve-cpu: $(STAMP) ## `moesparse serve` on this CPU under eight clients: ARGS="--models embedded --threads 1"
-	$(BIN)/python -m benchmarks.speed.bench_serve_cpu $(ARGS)
+	$(BENCH) benchmarks.speed.bench_serve_cpu $(ARGS)
 
 peers: $(STAMP) ## side by side with llm-compressor and plain baselines, in environments of their own
 	$(BIN)/python -m benchmarks.peers

@@ -27,81 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.results import RESULTS, ResultFile, device_folder
+from benchmarks.speed.cpu_contenders import CONTENDERS
 from moesparse.benchmarking import SHAPES, Shape, environment
 from moesparse.benchmarking.layer import ROUTINGS, ExpertLayer, RoutedCall, make_layer
-from moesparse_kernels import moe_dense, moe_nm
-from moesparse_kernels.native_library import Native, library, reason_without, turned_off
+from moesparse_kernels.native_library import Native, library, reason_without
 
-__all__ = ["CALLS", "CONTENDERS", "CPU", "main", "threads_of_torch"]
+__all__ = ["CALLS", "CPU", "main", "threads_of_torch"]
 
 CPU = torch.device("cpu")
 DEFAULT_SHAPES = ("Qwen3-30B-A3B", "OLMoE-1B-7B", "DeepSeek-V2-Lite", "gpt-oss-20b", "Mixtral-8x7B")
 TOKENS = (1, 4, 16, 64, 256, 512)
 CALLS = 16
-# dense and packed weights of a layer, and what making them takes for a moment
-_BYTES_PER_WEIGHT = 2 + 9 / 8 + 1
-
-Run = Callable[[RoutedCall], torch.Tensor]
-
-
-def _torch_eager(call: RoutedCall) -> torch.Tensor:
-    """What transformers' experts do when they are run as they are: a loop over those with tokens, torch's linear."""
-    layer = call.layer
-    x, ids, gates = call.routed
-    module: Any = layer.transformers_module
-    out = torch.zeros_like(x)
-    chosen = F.one_hot(ids, layer.shape.num_experts).permute(2, 1, 0)
-    for e in chosen.sum(dim=(-1, -2)).nonzero().flatten().tolist():
-        choice, token = torch.where(chosen[e])
-        bias = (None, None) if layer.gate_up_bias is None else (layer.gate_up_bias[e], layer.down_bias[e])  # type: ignore[index]
-        hidden = module._apply_gate(F.linear(x[token], layer.gate_up[e], bias[0]))
-        rows = F.linear(hidden, layer.down[e], bias[1]) * gates[token, choice, None]
-        out.index_add_(0, token, rows.to(out.dtype))
-    return out
-
-
-def _without_onednn(call: RoutedCall) -> torch.Tensor:
-    with torch.backends.mkldnn.flags(enabled=False):
-        return _torch_eager(call)
-
-
-def _grouped_mm(call: RoutedCall) -> torch.Tensor:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](call.layer.transformers_module, *call.routed)
-
-
-def _packed(backend: str) -> Run:
-    def run(call: RoutedCall) -> torch.Tensor:
-        layer = call.layer
-        return moe_nm(*call.routed, layer.packed_gate_up, layer.packed_down, **layer.options, backend=backend)
-
-    return run
-
-
-def _dense_native(call: RoutedCall) -> torch.Tensor:
-    layer = call.layer
-    return moe_dense(*call.routed, layer.gate_up, layer.down, **layer.options, backend="native")
-
-
-def _packed_before(call: RoutedCall) -> torch.Tensor:
-    with turned_off():
-        return _packed("reference")(call)
-
-
-# name -> the call, and whether it is a dense layer anybody has without this package
-CONTENDERS: dict[str, tuple[Run, bool]] = {
-    "packed": (_packed("auto"), False),
-    "packed native": (_packed("native"), False),
-    "packed before": (_packed_before, False),
-    "dense native": (_dense_native, False),
-    "transformers eager": (_torch_eager, True),
-    "transformers grouped_mm": (_grouped_mm, True),
-    "eager, oneDNN off": (_without_onednn, True),
-}
+# dense and packed weights of a layer, those of 8 and 4 bits, and what making them takes for a moment
+_BYTES_PER_WEIGHT = 2 + 9 / 8 + 2 + 1
 
 
 @contextmanager
@@ -135,7 +75,7 @@ def measure(
     calls = [RoutedCall.make(layer, tokens, law, seed) for seed in range(CALLS)]
     errors = {}
     for name in wanted:
-        errors[name] = calls[0].verify(CONTENDERS[name][0](calls[0]), slack=2.0)
+        errors[name] = CONTENDERS[name].check(calls[0])
         if not errors[name]["ok"]:
             raise SystemExit(f"{name} is wrong at {tokens} tokens of {layer.shape.name}: {errors[name]}")
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in [*wanted, "read"]}
@@ -147,15 +87,14 @@ def measure(
             break
         call = calls[turn % CALLS]
         for name in due:
-            do = (lambda call: _read_experts(native, call)) if name == "read" else CONTENDERS[name][0]
+            do = (lambda call: _read_experts(native, call)) if name == "read" else CONTENDERS[name].run
             clock, own = time.perf_counter(), time.thread_time()
             do(call)
             turns[name].append((time.perf_counter() - clock, time.thread_time() - own))
             spent[name] += turns[name][-1][0]
-    moved = {True: calls[0].moved(True), False: calls[0].moved(False)}
     kind = 1 if threads == 1 else 0
     times = {name: [turn[kind] for turn in found] for name, found in turns.items()}
-    dense = [name for name in wanted if CONTENDERS[name][1]]
+    dense = [name for name in wanted if CONTENDERS[name].baseline]
     rows = []
     for name in turns:
         row = {
@@ -172,7 +111,7 @@ def measure(
             "median_us": statistics.median(times[name]) * 1e6,
             "turns": len(times[name]),
             "load_now": round(os.getloadavg()[0], 1),
-            "gb_s": moved[name == "read" or name.startswith("packed")] / min(times[name]) / 1e9,
+            "gb_s": CONTENDERS["packed" if name == "read" else name].moved(calls[0]) / min(times[name]) / 1e9,
         }
         if name != "read":
             row["relative_error"] = errors[name]["relative_error"]

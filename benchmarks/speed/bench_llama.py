@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from benchmarks.results import RESULTS, ResultFile, device_folder
-from benchmarks.speed.bench_cpu import CALLS, CONTENDERS, CPU, threads_of_torch
+from benchmarks.speed.bench_cpu import CALLS, CPU, threads_of_torch
+from benchmarks.speed.cpu_contenders import CONTENDERS
 from benchmarks.speed.gguf_model import random_qwen3_moe, write_gguf
 from benchmarks.speed.llama_cpp import RELEASE, TYPES, LlamaCpp, Sample, build
 from moesparse.benchmarking import SHAPES, Shape, environment
@@ -39,7 +40,16 @@ __all__ = ["layer_seconds", "main"]
 
 TOKENS = (1, 4, 16, 64, 256, 512)
 SHORT, LONG, VOCABULARY, HEAD, REST = 1, 3, 1024, 64, 32
-OURS = ("packed", "dense native", "transformers grouped_mm", "transformers eager", "eager, oneDNN off")
+OURS = (
+    "packed",
+    "packed int8",
+    "packed int4",
+    "dense int8",
+    "dense native",
+    "transformers grouped_mm",
+    "transformers eager",
+    "eager, oneDNN off",
+)
 
 Times = dict[tuple[str, int], list[float]]
 """(model or contender, tokens) -> seconds."""
@@ -121,7 +131,7 @@ class Sitting:
         while turn < 2 or time.perf_counter() < until:
             for name in contenders:
                 began = time.perf_counter()
-                CONTENDERS[name][0](calls[turn % CALLS])
+                CONTENDERS[name].run(calls[turn % CALLS])
                 # the first turn of each warms up
                 if turn:
                     self.times[name, tokens].append(time.perf_counter() - began)

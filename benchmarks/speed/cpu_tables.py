@@ -83,6 +83,7 @@ def layers(results: Path) -> str:
         lambda found: found.ratio(TORCH),
         lambda found: found.ratio(["dense native"]),
         lambda found: found.ratio(["read"]),
+        lambda found: found.ratio(["packed"], "packed int8"),
     )
     head = [
         f"a whole layer, {' / '.join(map(str, tokens))} tokens",
@@ -93,6 +94,7 @@ def layers(results: Path) -> str:
         "times the fastest dense, oneDNN off too",
         "times our own dense",
         "share of a plain read's rate",
+        "2:4 int8, times bf16",
     ]
     lines = []
     for shape, threads, law in dict.fromkeys((row["shape"], row["threads"], row["routing"]) for row in rows):
@@ -115,9 +117,12 @@ _SPOKEN = {
     "eager, oneDNN off": "the same with oneDNN off",
     "dense native": "dense bf16, our kernels",
     "packed": "**packed 2:4 bf16**",
+    "dense int8": "dense int8, our kernels",
     "packed int8": "**packed 2:4 int8**",
+    "packed int4": "**packed 2:4 int4**",
 }
 _LLAMA = ("llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp Q4_0")
+_ORDER = (*TORCH, *_LLAMA, "dense native", "dense int8", "packed", "packed int8", "packed int4")
 
 
 def llama(results: Path, most_threads: int = 10**9) -> str:
@@ -128,8 +133,7 @@ def llama(results: Path, most_threads: int = 10**9) -> str:
         same = _select(rows, shape=shape, threads=threads)
         tokens = sorted({row["tokens"] for row in same})
         found = [Together(_select(same, tokens=count), "us") for count in tokens]
-        order = ("transformers grouped_mm", "transformers eager", "eager, oneDNN off", *_LLAMA, "dense native")
-        names = [name for name in (*order, "packed", "packed int8") if any(each.time(name) for each in found)]
+        names = [name for name in _ORDER if any(each.time(name) for each in found)]
         lines = [
             [_SPOKEN.get(name, name), *(_number(_milliseconds(each.time(name))) for each in found)] for name in names
         ]
@@ -139,6 +143,7 @@ def llama(results: Path, most_threads: int = 10**9) -> str:
             ("- of it sparsity", lambda each: each.ratio(["dense native"])),
             ("packed bf16, times the fastest dense of torch", lambda each: each.ratio(TORCH)),
             ("packed bf16, times llama.cpp BF16", lambda each: each.ratio(["llama.cpp BF16"])),
+            ("packed int8, times our dense int8", lambda each: each.ratio(["dense int8"], "packed int8")),
             ("packed int8, times llama.cpp Q8_0", lambda each: each.ratio(["llama.cpp Q8_0"], "packed int8")),
             ("packed int8, times llama.cpp Q4_0", lambda each: each.ratio(["llama.cpp Q4_0"], "packed int8")),
         )

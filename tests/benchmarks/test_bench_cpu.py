@@ -11,7 +11,7 @@ from moesparse_kernels.native_library import library
 
 @pytest.mark.skipif(library() is None, reason="no compiled CPU kernels here")
 def test_rows_say_how_many_threads_they_had(tmp_path):
-    asked = ["--shapes", "Qwen3-30B-A3B", "--tokens", "1", "--threads", "1", "--seconds", "0", "--memory", "0.2"]
+    asked = ["--shapes", "Qwen3-30B-A3B", "--tokens", "1", "--threads", "1", "--seconds", "0", "--memory", "0.29"]
     asked += ["--routing", "uniform"]
     bench_cpu.main([*asked, "--contenders", "packed", "transformers eager", "--results", str(tmp_path)])
     held = json.loads((tmp_path / "cpu" / "bench_cpu.json").read_text())["rows"]

@@ -14,6 +14,7 @@ TIMES = {
     "transformers grouped_mm": 8000.0,
     "eager, oneDNN off": 5000.0,
     "read": 1800.0,
+    "packed int8": 1000.0,
 }
 
 
@@ -37,11 +38,11 @@ def test_layers_beside_the_fastest_dense_of_each_kind(write):
     held = [*rows(1), *rows(4, scale=10), *rows(1, scale=100, routing="skewed"), *rows(1, threads=2)[:2]]
     lines = cpu_tables.layers(write("bench_cpu", held)).splitlines()
     assert lines[0].startswith("| a whole layer, 1 / 4 tokens | threads | routing | packed, ms |")
-    ratios = "4.00 / 4.00 | 2.50 / 2.50 | 1.50 / 1.50 | 0.900 / 0.900"
+    ratios = "4.00 / 4.00 | 2.50 / 2.50 | 1.50 / 1.50 | 0.900 / 0.900 | 2.00 / 2.00"
     assert lines[2] == f"| S | 1 | uniform | 2.00 / 20.0 | {ratios} |"
     assert lines[3].startswith("| S | 1 | skewed | 200 / - | 4.00 / - |")
     # not measured is no number
-    assert lines[4] == "| S | 2 | uniform | 2.00 / - | - / - | - / - | 1.50 / - | - / - |"
+    assert lines[4] == "| S | 2 | uniform | 2.00 / - | - / - | - / - | 1.50 / - | - / - | - / - |"
 
 
 def test_only_what_was_measured_together_is_divided(write):
@@ -49,7 +50,7 @@ def test_only_what_was_measured_together_is_divided(write):
     # the dense layer was measured again, on a machine that was slower then
     held[1] |= {"run": 6, "best_us": 90000.0}
     line = cpu_tables.layers(write("bench_cpu", held)).splitlines()[2]
-    assert line == "| S | 1 | uniform | 2.00 | 4.00 | 2.50 | - | 0.900 |"
+    assert line == "| S | 1 | uniform | 2.00 | 4.00 | 2.50 | - | 0.900 | 2.00 |"
 
 
 def test_llama_cpp_stands_beside_and_the_gain_is_told_apart(write):
@@ -66,7 +67,9 @@ def test_llama_cpp_stands_beside_and_the_gain_is_told_apart(write):
         4, rel=0.01
     )
     assert quotients["packed bf16, times llama.cpp BF16"] == "1.55"
-    assert not any("int8" in name for name in quotients)
+    assert quotients["packed int8, times llama.cpp Q4_0"] == "1.40"
+    # of what was not measured there is no line
+    assert "packed int8, times our dense int8" not in quotients
     assert sum("2 threads" in line for line in lines) == 1
     assert "2 threads" not in cpu_tables.TABLES["llama_one_thread"](folder)
 
