@@ -15,6 +15,7 @@ from quantised_folders import (
     whole_model,
     write_quantised,
 )
+from safetensors.torch import load_file, save_file
 
 from moesparse import Recipe, prune
 from moesparse.calibration.checkpoint import calibrate_checkpoint
@@ -159,6 +160,15 @@ def test_experts_removed_and_weights_pruned_in_one_run(case, tmp_path):
     found = compare_folders(out, source)
     assert found.problems == [] and found.tensors.keys() <= {"equal", "pruned", "cut", "removed"}
     assert [file.name for file in tmp_path.iterdir() if "out" in file.name] == ["out"]
+    # another code than that of zero is explained by nothing
+    weights = LayersOnDisk(out).open().shards
+    name = weights.stored[found.tensors["pruned"][0]].names["codes"]
+    file = weights.raw.tensors[name].file
+    tensors = load_file(file)
+    codes = tensors[name].view(torch.uint8).flatten()
+    codes[(codes != 0).nonzero()[0]] ^= 1
+    save_file(tensors, file)
+    assert len(compare_folders(out, source).problems) == 1
 
 
 RUNS = {

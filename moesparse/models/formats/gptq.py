@@ -76,5 +76,5 @@ class Gptq(Words):
 
     def packed_zeros(self, zeros: Tensor, parts: Parts) -> Tensor:
         held = unpack_words(parts[ZERO], self.bits)
-        held[..., : zeros.shape[-1]] = (zeros - (self.version == 1)).to(torch.uint8)
+        held[..., : zeros.shape[-1]] = (zeros - self.lowest_zero).to(torch.uint8)
         return pack_words(held, self.bits)
