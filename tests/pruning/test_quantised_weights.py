@@ -121,14 +121,22 @@ def test_what_is_solved_for_is_quantised_again(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sums_are_those_of_the_dequantised_model(case, tmp_path):
-    source = write_quantised(tmp_path / "source", case)
-    statistics = calibrate_checkpoint(source, tmp_path / "sums", WINDOWS, batch_size=4)
-    whole_model(source).save_pretrained(tmp_path / "plain")
-    wanted = calibrate_checkpoint(tmp_path / "plain", tmp_path / "others", WINDOWS, batch_size=4)
+def test_sums_and_plans_are_those_of_the_dequantised_model(case, tmp_path):
+    source, plain = write_quantised(tmp_path / "source", case), tmp_path / "plain"
+    whole_model(source).save_pretrained(plain)
+    got, wanted = (
+        calibrate_checkpoint(folder, tmp_path / f"{folder.name} sums", WINDOWS, batch_size=4)
+        for folder in (source, plain)
+    )
     for name, sums in wanted.blocks.items():
-        got = statistics.blocks[name]
-        assert sums.tokens.equal(got.tokens) and sums.gated_norm_sum.equal(got.gated_norm_sum)
+        assert sums.tokens.equal(got.blocks[name].tokens)
+        assert sums.gated_norm_sum.equal(got.blocks[name].gated_norm_sum)
+    recipe = Recipe(weights=None, experts=0.25, update="none")
+    report = prune_checkpoint(source, tmp_path / "out", got, recipe)
+    # a plan that a copy, or a GGUF file of it, is given
+    assert prune_checkpoint(plain, tmp_path / "out plain", wanted, recipe).plan == report.plan
+    prune_checkpoint(source, tmp_path / "again", None, Recipe(weights=None, update="none", plan=report.plan))
+    assert raw(tmp_path / "again") == raw(tmp_path / "out")
 
 
 def test_a_refit_quantises_the_down_projections_alone(tmp_path):
