@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,14 @@ class LayersOnDisk(Layers):
             self._checked()
 
     def _checked(self) -> StoredWeights:
-        shards = self._weights()
+        shards = self.headers
         self._check_keys(shards)
         shards.check_plain(name for name in shards.tensors if name not in self.surplus)
         return shards
 
-    def _weights(self) -> StoredWeights:
+    @cached_property
+    def headers(self) -> StoredWeights:
+        """Of the shards, as they say it; whether they fit the model is asked by `check_headers` and `open`."""
         weights = StoredWeights.of_folder(self.folder, self.model.dtype)
         if self.output_dtype is None:
             return weights
@@ -143,7 +146,7 @@ class LayersOnDisk(Layers):
             UnsupportedModelError: one is like no layer of the model, or cannot be run; named.
         """
         if attached(self.model) is None:
-            shards = self._shards or self._weights()
+            shards = self.headers
             found = find_next_token_layers(self.model, {name: info.shape for name, info in shards.tensors.items()})
             if found is None:
                 return

@@ -10,7 +10,6 @@ from moesparse.checkpoints.edit import SourceFolder
 from moesparse.errors import UnsupportedModelError
 from moesparse.experts.surgery import plan_removal
 from moesparse.models.formats.expert_names import check_expert_names
-from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.pruning.plan import any_choice
 from moesparse.pruning.recipe import Recipe
@@ -63,7 +62,7 @@ def check_plain_routers(layers: LayersOnDisk, recipe: Recipe) -> None:
 
 
 def plan_quantised(plan: Plan, layers: LayersOnDisk, recipe: Recipe) -> Plan:
-    """A plan that knows the bytes on the disk; as it is where the checkpoint is plain, or only its config.json there.
+    """A plan that knows the bytes on the disk; as it is for a plain checkpoint or result, or where there are no shards.
 
     Reads the headers of the shards. Where no text is run nothing is dequantised, and the plan says so.
 
@@ -75,9 +74,10 @@ def plan_quantised(plan: Plan, layers: LayersOnDisk, recipe: Recipe) -> Plan:
     Raises:
         CheckpointError: the folder is damaged, or contradicts itself.
     """
-    if layers.said is None or not any((layers.folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    plain_result = layers.said is None or layers.output_dtype is not None
+    if plain_result or not any((layers.folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         return plan
-    weights = StoredWeights.of_folder(layers.folder, layers.model.dtype)
+    weights = layers.headers
     source = SourceFolder(layers.folder, layers.model, layers.model.config, weights, recipe.mtp)
     kept: dict[int, Sequence[int]] = {}
     if recipe.removes_experts:
