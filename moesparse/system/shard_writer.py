@@ -25,6 +25,9 @@ __all__ = ["MAX_SHARD_BYTES", "ShardWriter", "write_shards"]
 MAX_SHARD_BYTES = 5 * 10**9
 """Of one file of the output, as transformers writes them."""
 
+# what is copied is read by the system meanwhile, so that the disk does not wait for the hash
+_AHEAD_BYTES = 64 * 2**20
+
 
 class ShardWriter:
     """Writes tensors of known shapes as safetensors shards: header first, then each tensor when it comes, in any order.
@@ -79,10 +82,20 @@ class ShardWriter:
     def files(self) -> list[Path]:
         return list(self._headers)
 
-    @property
-    def names(self) -> list[str]:
-        """Of the tensors, as they lie in the files: written in this order they are hashed on the way."""
-        return list(self._places)
+    def batches(self, nbytes: int) -> list[list[str]]:
+        """Names of the tensors as they lie in the files, about so many bytes together.
+
+        Written in this order they are hashed on the way.
+        """
+        found: list[list[str]] = [[]]
+        room = nbytes
+        for name, info in self._places.items():
+            if room <= 0:
+                found.append([])
+                room = nbytes
+            found[-1].append(name)
+            room -= info.nbytes
+        return found
 
     def hash_of(self, file: Path) -> str:
         """sha256 of a finished shard: of the bytes that were written, or of the file where they came in another order.
@@ -214,9 +227,13 @@ def write_shards(
     if source is not None:
         specs += [dataclasses.replace(source.tensors[other], name=name) for name, other in names.items()]
     with ShardWriter(folder, specs, max_shard_bytes) as writer:
-        for name in writer.names:
-            if name in tensors:
-                writer.write(name, tensors[name].cpu())
-            elif source is not None:
-                writer.copy(name, source.chunks(names[name]))
+        batches = writer.batches(_AHEAD_BYTES)
+        for batch, following in zip(batches, [*batches[1:], []], strict=True):
+            if source is not None:
+                source.read_ahead(names[name] for name in following if name in names)
+            for name in batch:
+                if name in tensors:
+                    writer.write(name, tensors[name].cpu())
+                elif source is not None:
+                    writer.copy(name, source.chunks(names[name]))
     return writer
