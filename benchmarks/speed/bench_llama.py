@@ -8,9 +8,9 @@ How a layer's time is had from llama.cpp, whose programs time whole models: two 
 one layer and with three, a vocabulary of 1024 and an attention of one head of 64. Both run the same number of tokens,
 and half of the difference of their times is a layer; embedding, output and what a call costs at all fall out, and so
 does the last layer, which llama.cpp runs for the last token alone. That layer still holds its router, norms and
-attention. They are measured by the same two models with experts of 32 columns, and taken off: that takes off a little
-too much, in favour of llama.cpp (32 of the layer's columns, 4% of Qwen3-30B-A3B's). Ours is the expert layer alone,
-given a routing.
+attention. They are measured by two models that have a dense feed-forward of 32 columns in the place of the experts,
+which is about as many multiplications as the router (128 experts: 43 columns), and taken off. Ours is the expert layer
+alone, given a routing.
 
 Contenders come round after round, so that a disturbance hits all; times are medians over all rounds, by the clock.
 llama.cpp's random tokens and its routers choose the experts there, a uniform draw here.
@@ -31,7 +31,7 @@ import torch
 from benchmarks.results import RESULTS, ResultFile, device_folder
 from benchmarks.speed.bench_cpu import CALLS, CPU, threads_of_torch
 from benchmarks.speed.cpu_contenders import CONTENDERS
-from benchmarks.speed.gguf_model import random_qwen3_moe, write_gguf
+from benchmarks.speed.gguf_model import random_qwen3, write_gguf
 from benchmarks.speed.llama_cpp import RELEASE, TYPES, LlamaCpp, Sample, build
 from moesparse.benchmarking import SHAPES, Shape, environment
 from moesparse.benchmarking.layer import ExpertLayer, RoutedCall, make_layer
@@ -61,7 +61,7 @@ class Models:
 
     Attributes:
         experts: type -> (with one layer, with three).
-        rest: the same with experts of 32 columns, in BF16.
+        rest: the same with a dense feed-forward of 32 columns in the place of the experts, in BF16.
     """
 
     experts: dict[str, tuple[Path, Path]]
@@ -79,28 +79,26 @@ def make_models(shape: Shape, llama: LlamaCpp, kinds: list[str]) -> Models:
     if shape.activation != "silu":
         raise SystemExit(f"--shape must be one whose experts are like Qwen3's, got {shape.name}")
 
-    def pair(intermediate: int) -> tuple[Path, Path]:
-        stem = f"{shape.num_experts}x{shape.hidden}x{intermediate}-top{shape.top_k}"
-        files = tuple(llama.folder / f"{stem}-{layers}.gguf" for layers in (SHORT, LONG))
-        if not all(file.is_file() for file in files):
-            model = random_qwen3_moe(
-                LONG,
-                VOCABULARY,
-                hidden_size=shape.hidden,
-                moe_intermediate_size=intermediate,
-                num_experts=shape.num_experts,
-                num_experts_per_tok=shape.top_k,
-                num_attention_heads=1,
-                num_key_value_heads=1,
-                head_dim=HEAD,
-            )
-            for file, layers in zip(files, (SHORT, LONG), strict=True):
-                write_gguf(model, file.with_suffix(".partial"), layers).rename(file)
-        return files[0], files[1]
+    experts = {
+        "num_experts": shape.num_experts,
+        "moe_intermediate_size": shape.intermediate,
+        "num_experts_per_tok": shape.top_k,
+    }
+    stem = f"{shape.num_experts}x{shape.hidden}x{shape.intermediate}-top{shape.top_k}"
+    files = _pair(llama.folder, stem, shape.hidden, experts)
+    rest = _pair(llama.folder, f"{shape.hidden}x{REST}-dense", shape.hidden, {"intermediate_size": REST})
+    return Models({kind: (llama.quantise(files[0], kind), llama.quantise(files[1], kind)) for kind in kinds}, rest)
 
-    files = pair(shape.intermediate)
-    experts = {kind: (llama.quantise(files[0], kind), llama.quantise(files[1], kind)) for kind in kinds}
-    return Models(experts, pair(REST))
+
+def _pair(folder: Path, stem: str, hidden: int, sizes: dict[str, int]) -> tuple[Path, Path]:
+    """Files of the same model with one layer and with three, made where they are not yet."""
+    short, long = (folder / f"{stem}-{layers}.gguf" for layers in (SHORT, LONG))
+    if not (short.is_file() and long.is_file()):
+        attention = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": HEAD}
+        model = random_qwen3(LONG, VOCABULARY, hidden_size=hidden, **attention, **sizes)
+        for file, layers in ((short, SHORT), (long, LONG)):
+            write_gguf(model, file.with_suffix(".partial"), layers).rename(file)
+    return short, long
 
 
 @dataclass
@@ -154,7 +152,7 @@ class Sitting:
 
 def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        whole = f"  (with router, norms, attention {row['layer_us'] / 1e3:.2f})" if "layer_us" in row else ""
+        whole = f"  (with norms and attention {row['layer_us'] / 1e3:.2f})" if "layer_us" in row else ""
         print(f"{row['tokens']:>4} tokens {row['contender']:<26}{row['us'] / 1e3:>9.2f} ms{whole}", flush=True)
 
 

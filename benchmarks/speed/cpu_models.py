@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import moesparse
-from benchmarks.speed.gguf_model import random_qwen3_moe, write_gguf
+from benchmarks.speed.gguf_model import random_qwen3, write_gguf
 
 __all__ = ["FOLDER", "LARGE", "MODELS", "gguf_file", "make"]
 
@@ -41,7 +41,7 @@ def _build(name: str, sizes: dict[str, int]) -> tuple[Any, Any]:
     model, tokenizer = moesparse.demo.load()
     # its tokenizer serves both: a smaller vocabulary is enough to ask for tokens
     if name == "large":
-        model = random_qwen3_moe(**sizes)
+        model = random_qwen3(**sizes)
     else:
         # to generate as many tokens as are asked for
         model.config.eos_token_id = model.generation_config.eos_token_id = None

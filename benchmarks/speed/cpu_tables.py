@@ -40,7 +40,9 @@ def _rows(results: Path, name: str) -> list[Row]:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:#.3g}".rstrip(".")
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 class Together:

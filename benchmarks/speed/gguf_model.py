@@ -1,4 +1,4 @@
-"""Random models in the shape of Qwen3-MoE, and the same weights as a bf16 GGUF file for llama.cpp.
+"""Random models in the shape of Qwen3, dense or MoE, and the same weights as a bf16 GGUF file for llama.cpp.
 
 Names in the file are those that the package gguf has for transformers' names; experts, which transformers keep as gate
 over up in one tensor, are three tensors there. Norms and routers are float32, as llama.cpp's converters write them.
@@ -13,28 +13,29 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["random_qwen3_moe", "write_gguf"]
+__all__ = ["random_qwen3", "write_gguf"]
 
 
-def random_qwen3_moe(layers: int, vocabulary: int, **sizes: int) -> Any:
+def random_qwen3(layers: int, vocabulary: int, **sizes: int) -> Any:
     """A transformers model with random bf16 weights on the CPU.
 
     Args:
         layers: of the decoder.
         vocabulary: words.
-        sizes: of a Qwen3MoeConfig, such as hidden_size and moe_intermediate_size.
+        sizes: of a Qwen3MoeConfig where num_experts is among them, else of a Qwen3Config.
     """
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
+    # llama.cpp's qwen3moe always divides the gates by their sum
+    family, more = (Qwen3MoeConfig, {"norm_topk_prob": True}) if "num_experts" in sizes else (Qwen3Config, {})
+    config = family(
         num_hidden_layers=layers,
         vocab_size=vocabulary,
-        # llama.cpp's qwen3moe always divides the gates by their sum
-        norm_topk_prob=True,
         eos_token_id=None,
         bos_token_id=None,
         pad_token_id=0,
+        **more,
         **sizes,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -59,7 +60,7 @@ def _tensors(model: Any, layers: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def write_gguf(model: Any, path: Path, layers: int | None = None) -> Path:
-    """Write a model of `random_qwen3_moe` for llama.cpp.
+    """Write a model of `random_qwen3` for llama.cpp.
 
     Args:
         model: bf16, on the CPU.
@@ -68,34 +69,12 @@ def write_gguf(model: Any, path: Path, layers: int | None = None) -> Path:
     """
     import gguf
 
-    config = model.config
-    layers = layers or config.num_hidden_layers
-    writer = gguf.GGUFWriter(path, "qwen3moe")
-    writer.add_block_count(layers)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    # a vocabulary of names without a meaning: token ids are what is given
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(["<eos>", *(f"t{number}" for number in range(1, config.vocab_size))])
-    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (config.vocab_size - 1))
-    writer.add_token_merges(["t 1"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, layers)
+    layers = layers or model.config.num_hidden_layers
+    family = "qwen3moe" if hasattr(model.config, "num_experts") else "qwen3"
+    writer = gguf.GGUFWriter(path, family)
+    _say_sizes(writer, model.config, layers)
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[family]
+    names = gguf.get_tensor_name_map(arch, layers)
     held = []
     for name, tensor in _tensors(model, layers):
         there = names.get_name(name, try_suffixes=(".weight",))
@@ -113,3 +92,33 @@ def write_gguf(model: Any, path: Path, layers: int | None = None) -> Path:
         writer.write_tensor_data(tensor.float().numpy() if exact else _bf16(tensor))
     writer.close()
     return path
+
+
+def _say_sizes(writer: Any, config: Any, layers: int) -> None:
+    import gguf
+
+    writer.add_block_count(layers)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "num_experts"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    # a vocabulary of names without a meaning: token ids are what is given
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["<eos>", *(f"t{number}" for number in range(1, config.vocab_size))])
+    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (config.vocab_size - 1))
+    writer.add_token_merges(["t 1"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)

@@ -55,12 +55,12 @@ def test_only_what_was_measured_together_is_divided(write):
 
 def test_llama_cpp_stands_beside_and_the_gain_is_told_apart(write):
     times = TIMES | {"llama.cpp BF16": 3100.0, "llama.cpp Q8_0": 2500.0, "llama.cpp Q4_0": 1400.0}
-    held = [*rows(1, "us", times=times), *rows(512, "us", 100, times=times), *rows(1, "us", threads=2)]
+    held = [*rows(1, "us", times=times), *rows(512, "us", 1000, times=times), *rows(1, "us", threads=2)]
     folder = write("llama", held)
     lines = cpu_tables.llama(folder).splitlines()
     assert lines[0] == "| a layer of S, 1 thread, ms | 1 token | 512 tokens |"
-    assert "| llama.cpp BF16 | 3.10 | 310 |" in lines
-    assert "| **packed 2:4 bf16** | 2.00 | 200 |" in lines
+    assert "| llama.cpp BF16 | 3.10 | 3,100 |" in lines
+    assert "| **packed 2:4 bf16** | 2.00 | 2,000 |" in lines
     quotients = dict(line.strip("| ").split(" | ")[:2] for line in lines if "times" in line or "of it" in line)
     assert quotients["packed bf16, times the fastest default dense"] == "4.00"
     assert float(quotients["- of it a better dense product"]) * float(quotients["- of it sparsity"]) == pytest.approx(

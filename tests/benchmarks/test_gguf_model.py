@@ -8,23 +8,17 @@ pytest.importorskip("xllamacpp")
 
 from gguf_files import VOCABULARY, log_probabilities, read
 
-from benchmarks.speed.gguf_model import random_qwen3_moe, write_gguf
+from benchmarks.speed.gguf_model import random_qwen3, write_gguf
 
-SIZES = {
-    "hidden_size": 64,
-    "moe_intermediate_size": 32,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
+ATTENTION = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+DENSE = {"intermediate_size": 96}
 PROMPTS = ([3, 9, 27], [5], [60, 1, 2, 3, 4, 5, 6])
 
 
-@pytest.mark.parametrize("layers", [2, 1])
-def test_llama_cpp_runs_the_model_that_was_written(layers, tmp_path):
-    model = random_qwen3_moe(2, VOCABULARY, **SIZES)
+@pytest.mark.parametrize(("sizes", "layers", "tensors"), [(EXPERTS, 2, 12), (EXPERTS, 1, 12), (DENSE, 2, 11)])
+def test_llama_cpp_runs_the_model_that_was_written(sizes, layers, tensors, tmp_path):
+    model = random_qwen3(2, VOCABULARY, **ATTENTION, **sizes)
     with torch.no_grad():
         # larger weights, so that a tensor in the place of another is seen
         for parameter in model.parameters():
@@ -41,6 +35,6 @@ def test_llama_cpp_runs_the_model_that_was_written(layers, tmp_path):
     found = torch.from_numpy(log_probabilities(path, list(PROMPTS))).float()
     # llama.cpp rounds what goes into a bf16 matrix to bf16
     assert (found - wanted).abs().max() < 0.05 * wanted.std()
-    _, tensors = read(path)
-    assert sum(name.startswith(f"blk.{layers - 1}.") for name in tensors) == 12
-    assert not any(name.startswith(f"blk.{layers}.") for name in tensors)
+    _, held = read(path)
+    assert sum(name.startswith(f"blk.{layers - 1}.") for name in held) == tensors
+    assert not any(name.startswith(f"blk.{layers}.") for name in held)

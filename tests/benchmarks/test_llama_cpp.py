@@ -88,7 +88,7 @@ def test_a_program_that_fails_says_what_it_said(scripted):
 
 
 class Clock:
-    """Answers for llama.cpp: a call takes 5 units, a layer's router, norms and attention 2, its experts 1 a column."""
+    """Answers for llama.cpp: a call takes 5 units, what is beside a layer's experts 2, they 1 a column."""
 
     asked: list[tuple[int, ...]]
 
