@@ -62,7 +62,7 @@ def check_plain_routers(layers: LayersOnDisk, recipe: Recipe) -> None:
 
 
 def plan_quantised(plan: Plan, layers: LayersOnDisk, recipe: Recipe) -> Plan:
-    """A plan that knows the bytes on the disk; as it is for a plain checkpoint or result, or where there are no shards.
+    """A plan that knows the bytes on the disk; as it is for a plain checkpoint, or where there are no shards.
 
     Reads the headers of the shards. Where no text is run nothing is dequantised, and the plan says so.
 
@@ -74,8 +74,7 @@ def plan_quantised(plan: Plan, layers: LayersOnDisk, recipe: Recipe) -> Plan:
     Raises:
         CheckpointError: the folder is damaged, or contradicts itself.
     """
-    plain_result = layers.said is None or layers.output_dtype is not None
-    if plain_result or not any((layers.folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    if layers.said is None or not any((layers.folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         return plan
     weights = layers.headers
     source = SourceFolder(layers.folder, layers.model, layers.model.config, weights, recipe.mtp)
@@ -91,8 +90,8 @@ def plan_quantised(plan: Plan, layers: LayersOnDisk, recipe: Recipe) -> Plan:
         stacked = ids is not None and ".experts." in name and info.shape[:1] == (experts,)
         after += info.nbytes * len(ids) // experts if stacked and ids is not None else info.nbytes
         largest = max(largest, info.nbytes if stacked else 0)
-    known = dataclasses.replace(plan, formats=tuple(weights.formats), stored=weights.raw.nbytes, stored_after=after)
-    if recipe.prunes_weights or not recipe.reads_weights_alone:
+    known = dataclasses.replace(plan, formats=tuple(weights.formats), stored=weights.on_disk.nbytes, stored_after=after)
+    if recipe.prunes_weights or recipe.output_dtype is not None or not recipe.reads_weights_alone:
         return known
     plain_tensors = {key: info for key, info in weights.tensors.items() if key not in weights.stored}
     plain = [

@@ -18,6 +18,8 @@ from moesparse.distillation import Settings
 from moesparse.distillation.run import distill_checkpoint
 from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.models.on_disk import LayersOnDisk
+from moesparse.pruning.plan import plan_run
+from moesparse.pruning.quantised import plan_quantised
 from moesparse.pruning.run import prune_checkpoint
 
 WINDOWS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -28,6 +30,9 @@ PLAIN = Recipe(weights="2:4", saliency="magnitude", update="none", output_dtype=
 def test_the_result_is_the_dequantised_model_pruned(case, tmp_path):
     source, out = write_quantised(tmp_path / "source", case), tmp_path / "out"
     prune_checkpoint(source, out, None, PLAIN)
+    layers = LayersOnDisk(source, output_dtype="bfloat16")
+    plan = plan_run(layers.model, layers.blocks, PLAIN, windows=0, length=1, batch_size=1)
+    plan = plan_quantised(plan, layers, PLAIN)
     dense = whole_model(source)
     prune(dense, None, replace(PLAIN, output_dtype=None))
     loaded, told = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
@@ -36,6 +41,8 @@ def test_the_result_is_the_dequantised_model_pruned(case, tmp_path):
     assert all(torch.equal(state[name].to(each.dtype), each) for name, each in dense.state_dict().items())
     # the names are those of a plain checkpoint, and so are the dtypes
     weights, before = raw(out), LayersOnDisk(source).open().shards
+    assert plan.stored_after == sum(len(each) for *_, each in weights.values())
+    assert plan.stored == before.raw.nbytes and plan.formats == tuple(before.formats)
     assert weights.keys() == before.tensors.keys()
     assert all(weights[name][0] == torch.bfloat16 for name in before.stored)
     plain = {name: each for name, each in raw(source).items() if name in weights and name not in before.stored}

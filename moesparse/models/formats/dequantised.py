@@ -47,6 +47,10 @@ class DequantisedWeights(StoredWeights):
         """What a plain folder would hold: this."""
         return self
 
+    @property
+    def formats(self) -> list[str]:
+        return self._weights.formats
+
     def form_of(self, name: str) -> str:
         """How a tensor differs from the folder's: "dequantised", "cast" to the other dtype, or "equal"."""
         if name in self.dequantised:
