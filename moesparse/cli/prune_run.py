@@ -1,0 +1,222 @@
+"""A run of `moesparse prune`: layer by layer from the files, or on the whole model in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesparse.cli import options
+from moesparse.cli.console import console, print_json
+from moesparse.cli.job import job, refuse_several
+from moesparse.cli.model import ModelOnDisk, WholeModel, at_work
+from moesparse.cli.plan import planned_windows, tell_plan
+from moesparse.cli.show import show_budget
+from moesparse.cli.text import CalibrationText, TextOptions
+from moesparse.errors import UsageError
+
+if TYPE_CHECKING:
+    from moesparse.pruning.recipe import Recipe
+    from moesparse.pruning.report import Report
+
+__all__ = ["PruneRun"]
+
+_QUANTISED = "The checkpoint is quantised: experts that stay are copied byte for byte, and not refitted."
+_QUANTISED_PRUNED = (
+    "The checkpoint is quantised: experts that stay are not refitted, and of their codes those of pruned weights alone "
+    "change; --update names a rule that quantises them again."
+)
+
+
+@dataclass(frozen=True)
+class PruneRun:
+    """What is to be done, and where the model lies while it is."""
+
+    model: str
+    out: Path
+    recipe: Recipe
+    text: TextOptions
+    statistics: list[str]
+    seed: int | None
+    allow_pruned: bool
+    resume: bool
+    dry_run: bool
+    max_memory: str
+    whole: bool
+    as_json: bool
+    names_update: bool
+
+    @property
+    def loads(self) -> list[str]:
+        """Options by which the whole model is loaded; none of them: it is read layer by layer."""
+        given = {
+            "--whole": self.whole,
+            "--target-bytes": self.recipe.target_bytes is not None,
+            "--demonstrations-from-model": self.text.from_model is not None,
+            "--refine-experts": self.recipe.refine_experts,
+        }
+        return [option for option, is_given in given.items() if is_given]
+
+    @property
+    def shows_plan(self) -> bool:
+        """Whether a plan for a number of bytes is all that is wanted: it takes the text and the model."""
+        return self.dry_run and self.recipe.target_bytes is not None
+
+    @property
+    def reads(self) -> bool:
+        """Whether text goes through the model."""
+        return not self.statistics and (self.recipe.target_bytes is not None or not self.recipe.reads_weights_alone)
+
+    def check(self, report: Path | None) -> None:
+        """Refuse what cannot go together, and places that cannot be written, before any work."""
+        if self.text.sources and self.recipe.removes_experts and self.recipe.reads_weights_alone:
+            raise UsageError("--calibration must be left out with --plan or --scores and --update none, which run none")
+        if self.statistics and (self.text.sources or self.text.from_model is not None):
+            raise UsageError("only one of --statistics and calibration text may be given, got both")
+        if report is not None:
+            options.check_output_file("--report", report)
+        if self.loads and (self.resume or (self.dry_run and not self.shows_plan) or self.max_memory):
+            raise UsageError(
+                "--resume, --dry-run and --max-memory must be left out where the whole model is loaded: --whole, "
+                "--target-bytes (but for --dry-run), --refine-experts and --demonstrations-from-model"
+            )
+        if self.loads and self.recipe.output_dtype is not None:
+            raise UsageError(
+                f"--output-dtype must be left out where the whole model is loaded ({', '.join(self.loads)}), got "
+                f"{self.recipe.output_dtype}"
+            )
+        if self.loads:
+            refuse_several(", ".join(self.loads))
+
+    def layer_by_layer(self) -> Report | None:
+        """Print the plan, then prune from folder to folder; None where there is no more to tell."""
+        from moesparse.pruning.card import model_card
+        from moesparse.pruning.next_token import prepare_next_token_layers
+        from moesparse.pruning.plan import plan_run
+        from moesparse.pruning.quantised import plan_quantised
+        from moesparse.pruning.run import prune_checkpoint, what_is_left
+        from moesparse.system.folders import companions
+        from moesparse.system.run_folder import check_run_folder
+
+        saved = _load_statistics(self.statistics, self.seed) if self.statistics else None
+        limit = options.parse_limit(self.max_memory)
+        if not self.dry_run:
+            check_run_folder(self.out)
+        model = ModelOnDisk(self.model, self.recipe.output_dtype)
+        companions(model.folder)
+        recipe = self._recipe_of(model)
+        if self.dry_run:
+            model.check_headers()
+        prepare_next_token_layers(model.layers, recipe, saved=saved is not None)
+        network, blocks = model.network, model.layers.blocks
+        text = self.text if self.reads else replace(self.text, samples=0, length=1)
+        plan = plan_run(network, blocks, recipe, **planned_windows(network, text))
+        plan = plan_quantised(plan, model.layers, recipe)
+        if tell_plan(plan, self.text.device, dry_run=self.dry_run, as_json=self.as_json):
+            return None
+        with at_work(self.out, lambda: what_is_left(self.out), self.text.device, whole=False) as progress:
+            found = model.read(self.text, progress) if self.reads else None
+            report = prune_checkpoint(
+                model.layers,
+                self.out,
+                saved if found is None else found.windows,
+                recipe,
+                domains=None if found is None else found.domains,
+                card=lambda report: model_card(self.model, report),
+                complete=lambda report: _with_sources(report, found),
+                batch_size=self.text.batch_size,
+                device=self.text.device,
+                resume=self.resume,
+                allow_pruned=self.allow_pruned,
+                max_memory=limit,
+                progress=progress,
+            )
+        return report if job.rank == 0 else None
+
+    def _recipe_of(self, model: ModelOnDisk) -> Recipe:
+        """The recipe; without a refit where the model is quantised and none was asked for."""
+        from moesparse.pruning.quantised import check_quantised
+
+        recipe = self.recipe
+        stays_quantised = model.layers.said is not None and recipe.output_dtype is None
+        if stays_quantised and recipe.refits_experts and not self.names_update:
+            recipe = replace(recipe, update="none")
+            if not self.as_json:
+                console.print(_QUANTISED_PRUNED if recipe.prunes_weights else _QUANTISED)
+        check_quantised(model.layers, recipe)
+        return recipe
+
+    def on_whole_model(self) -> Report | None:
+        """Load the model, prune it and save it; or only show how a number of bytes would be met."""
+        from moesparse.checkpoints.hub import local_folder
+        from moesparse.checkpoints.pretrained import save_pretrained
+        from moesparse.models.layers import RunOptions
+        from moesparse.models.meta import read_config
+        from moesparse.pruning.card import model_card
+        from moesparse.pruning.driver import check_not_quantized
+        from moesparse.pruning.next_token import check_kept_or_dropped
+        from moesparse.pruning.run import prune
+        from moesparse.pruning.to_budget import BudgetReport, plan_budget
+        from moesparse.system.folders import check_output_folder, companions
+        from moesparse.system.processes import device_at_work
+
+        saved = _load_statistics(self.statistics, self.seed) if self.statistics else None
+        check_output_folder(self.out)
+        folder = local_folder(options.model_source(self.model))
+        companions(folder)
+        check_not_quantized(read_config(folder))
+        check_kept_or_dropped(folder, self.recipe)
+        with at_work(self.out, lambda: "", self.text.device, whole=True) as progress:
+            model = WholeModel(self.model)
+            found = model.read(self.text, progress) if self.reads else None
+            data, domains = (saved, None) if found is None else (found.windows, found.domains)
+            asked: dict[str, Any] = {"batch_size": self.text.batch_size, "allow_pruned": self.allow_pruned}
+            asked |= {"progress": progress}
+            network = model.network
+            if self.shows_plan:
+                how = RunOptions(device=device_at_work(self.text.device), **asked)
+                plan = BudgetReport(plan_budget(network, data, self.recipe, how, domains)).to_dict()
+                print_json(plan) if self.as_json else show_budget(plan)
+                return None
+            result = prune(network, data, self.recipe, domains=domains, device=self.text.device, **asked)
+            result = _with_sources(result, found)
+            if self.text.from_model is not None:
+                written = {"tokens from the model": self.text.from_model, "temperature": self.text.temperature}
+                result.calibration |= written
+            result.surplus = save_pretrained(
+                network,
+                self.out,
+                source=model.source,
+                recipe=result.recipe,
+                card=model_card(self.model, result),
+                report=result.to_dict(),
+                plan=result.plan,
+            )
+        return result
+
+
+def _load_statistics(sources: list[str], seed: int | None) -> Any:
+    """Statistics by domain, or those of the one file without a name of its own; their text was drawn by the seed."""
+    from moesparse.calibration.statistics import ModelStatistics
+    from moesparse.text import parse_source
+
+    named = [parse_source(source) for source in sources]
+    domains = [one.domain for one in named]
+    if len(set(domains)) != len(domains):
+        raise UsageError(f"--statistics must name each domain once, got {', '.join(domains)}: give FILE=DOMAIN")
+    found = {one.domain: ModelStatistics.load(one.path) for one in named}
+    for one in named:
+        drawn = found[one.domain].seed
+        if seed is not None and drawn is not None and drawn != seed:
+            raise UsageError(
+                f"--seed must be {drawn}, by which the text of {one.path} was drawn, or left out, got {seed}; old "
+                "statistics do not become those of another seed"
+            )
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
+def _with_sources(report: Report, found: CalibrationText | None) -> Report:
+    """The report, which says too what was read for the windows."""
+    if found is not None:
+        report.calibration |= found.noted
+    return report
