@@ -106,8 +106,8 @@ class Auto:
     """What backend "auto" of an op takes on a device, weights being packed in the order that serves it.
 
     Attributes:
-        op: "moe_nm" or "moe_dense".
-        dtype: of x and of the weights.
+        op: "moe_nm", "moe_dense" or "moe_quantised".
+        dtype: of x, and of weights that are not quantised.
         backend: taken up to `rows` rows per expert.
         rows: None where `backend` is taken for any number.
         beyond: the backend for more rows; None where `rows` is.
@@ -133,10 +133,18 @@ def _auto_on_cpu(op: str, dtype: torch.dtype) -> Auto:
     return Auto(op, dtype, "native", int(rows), "reference", "for more rows torch's products are faster")
 
 
-def auto_on(device: torch.device, dtype: torch.dtype) -> tuple[Auto, Auto]:
-    """What "auto" takes on a device for packed and for dense experts; a GPU's measured table may say otherwise."""
-    if device.type == "cpu":
-        return _auto_on_cpu("moe_nm", dtype), _auto_on_cpu("moe_dense", dtype)
+def auto_on(device: torch.device, dtype: torch.dtype) -> tuple[Auto, Auto, Auto]:
+    """What "auto" takes on a device for packed, dense and quantised experts; a GPU's measured table may differ."""
+    if device.type != "cpu":
+        reason = "weights are made dense, expert by expert"
+        return *_auto_on_others(device, dtype), Auto("moe_quantised", dtype, "reference", None, None, reason)
+    quantised = _auto_on_cpu("moe_quantised", dtype)
+    if quantised.backend == "native":
+        quantised = Auto("moe_quantised", dtype, "native", None, None, "x and weights meet in whole numbers")
+    return _auto_on_cpu("moe_nm", dtype), _auto_on_cpu("moe_dense", dtype), quantised
+
+
+def _auto_on_others(device: torch.device, dtype: torch.dtype) -> tuple[Auto, Auto]:
     if device.type != "cuda" or dtype.itemsize != 2:
         reason = f"there are no kernels for {dtype} on {device.type}"
         packed, dense = (Auto(op, dtype, "reference", None, None, reason) for op in ("moe_nm", "moe_dense"))

@@ -44,7 +44,7 @@ def _show(found: Info, kernels: str) -> None:
     for device, entries in found.auto.items():
         print(f"expert layers on {device}:")
         for auto in entries:
-            print(f"  {auto.op:<10}{str(auto.dtype).removeprefix('torch.'):<9} {_choice(auto)}")
+            print(f"  {auto.op:<14}{str(auto.dtype).removeprefix('torch.'):<9} {_choice(auto)}")
     for said, wanted in (("extras", True), ("extras not installed", False)):
         names = [name for name, installed in found.extras.items() if installed == wanted]
         if names:

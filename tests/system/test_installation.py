@@ -13,7 +13,7 @@ import transformers
 import moesparse
 from moesparse.cli import main
 from moesparse.system import installation
-from moesparse_kernels import NMWeight, dispatch, native_library, native_sources
+from moesparse_kernels import NMWeight, dispatch, native_library, native_sources, quantised_layer
 
 NATIVE = native_library.library()
 needs_native = pytest.mark.skipif(NATIVE is None, reason=str(native_library.reason_without()))
@@ -85,7 +85,7 @@ def test_turned_off_is_said(as_started, capsys):
     assert {auto.backend for auto in found.auto["cpu"]} == {"reference"}
     said = in_process(as_started, capsys, "info").out
     assert "\nno compiled CPU kernels: MOESPARSE_NATIVE=0 turns it off\n" in said
-    assert "moe_nm    bfloat16  reference (no compiled CPU kernels: MOESPARSE_NATIVE=0 turns it off)" in said
+    assert "moe_nm        bfloat16  reference (no compiled CPU kernels: MOESPARSE_NATIVE=0 turns it off)" in said
 
 
 def test_a_pure_install_is_said(as_started, tmp_path):
@@ -109,7 +109,9 @@ def test_what_it_says_of_backends_is_what_they_choose(as_started):
             if auto.rows is not None:
                 counts[1:] = [(experts * auto.rows, auto.backend), (experts * auto.rows + 1, auto.beyond)]
             for rows, wanted in counts:
-                if auto.op == "moe_nm":
+                if auto.op == "moe_quantised":
+                    chosen = quantised_layer._choose("auto", weight.device)
+                elif auto.op == "moe_nm":
                     chosen = dispatch.choose_nm_backend("auto", packed, rows, hidden, hidden)
                 else:
                     chosen = dispatch.choose_dense_backend("auto", weight, rows)
@@ -149,6 +151,6 @@ def test_extras_are_those_whose_every_package_is_there(monkeypatch, tmp_path):
 def test_the_command_says_what_the_function_does(monkeypatch, capsys):
     found = json.loads(in_process(monkeypatch, capsys, "info", "--json").out)
     assert found == json.loads(json.dumps(moesparse.info().as_dict()))
-    assert [auto["dtype"] for auto in found["auto"]["cpu"]][::2] == ["bfloat16", "float16", "float32"]
+    assert [auto["dtype"] for auto in found["auto"]["cpu"]][::3] == ["bfloat16", "float16", "float32"]
     said = in_process(monkeypatch, capsys, "info").out
     assert f"torch {found['versions']['torch']}" in said and installation.kernels_in_words() in said
