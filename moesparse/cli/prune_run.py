@@ -142,7 +142,8 @@ class PruneRun:
         if stays_quantised and recipe.refits_experts and not self.names_update:
             recipe = replace(recipe, update="none")
             if not self.as_json:
-                console.print(_QUANTISED_PRUNED if recipe.prunes_weights else _QUANTISED)
+                said = _QUANTISED.replace("quantised", "packed") if model.layers.packed else _QUANTISED
+                console.print(_QUANTISED_PRUNED if recipe.prunes_weights else said)
         check_quantised(model.layers, recipe)
         return recipe
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError, reason_of
-from moesparse.models.formats.said import PACKED, formats_of, said_of
+from moesparse.models.formats.said import formats_of, said_of
 from moesparse.models.opener import opener
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json
 
@@ -46,14 +46,10 @@ def meta_model(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
         dtype: of the weights; "auto" takes that of the config, then that of the shards where there are any.
 
     Raises:
-        CheckpointError: no config that transformers knows. UnsupportedModelError: a packed checkpoint, or one quantised
-            in a way that is not known. UsageError: a dtype that is none.
+        CheckpointError: no config that transformers knows. UnsupportedModelError: quantised in a way that is not known.
+            UsageError: a dtype that is none.
     """
     config = read_config(folder)
-    if quantization_of(config) == PACKED:
-        raise UnsupportedModelError(
-            f"{folder} is packed, and such a model is not read layer by layer: make it dense with `moesparse unpack`"
-        )
     formats_of(said_of(Path(folder)))
     if quantization_of(config) is not None:
         # the weights are dequantised when they are read

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesparse.errors import CheckpointError, NotInPiecesError, UsageError
+from moesparse.errors import CheckpointError, NotInPiecesError, UnsupportedModelError, UsageError
 from moesparse.models.blocks import decoder_layers
 from moesparse.models.formats.dequantised import DequantisedWeights
-from moesparse.models.formats.said import said_of
+from moesparse.models.formats.said import PACKED, said_of
 from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.keys import checkpoint_views
 from moesparse.models.layers import Layers
@@ -69,6 +69,11 @@ class LayersOnDisk(Layers):
         """
         self.folder, self.output_dtype = Path(folder), output_dtype
         self.said = said_of(self.folder)
+        if output_dtype is not None and self.packed:
+            raise UsageError(
+                f"output_dtype must be left out for {self.folder}, which is packed, got {output_dtype!r}: moesparse "
+                "unpack makes it dense"
+            )
         if output_dtype is not None and self.said is None:
             raise UsageError(
                 f"output_dtype must be left out for {self.folder}, which is not quantised, got {output_dtype!r}: a "
@@ -78,6 +83,12 @@ class LayersOnDisk(Layers):
         self.surplus: list[str] = []
         self._shards: StoredWeights | None = None
         self._lay_out()
+        if self.packed and self.blocks[0].is_transposed:
+            raise UnsupportedModelError(
+                f"{self.folder} must be dense to be read layer by layer, got packed experts of "
+                f"{type(self.model).__name__}, which transformers holds the other way round: make it dense with "
+                "`moesparse unpack`"
+            )
 
     def _lay_out(self) -> None:
         self.find_blocks()
@@ -89,6 +100,11 @@ class LayersOnDisk(Layers):
         for name in self.model.state_dict():
             found = pattern.match(name)
             (self._inside[int(found[1])] if found else self.outside).append(name)
+
+    @property
+    def packed(self) -> bool:
+        """Whether experts are stored as packed n:m weights."""
+        return self.said is not None and self.said.get("quant_method") == PACKED
 
     @classmethod
     def of(cls, source: str | os.PathLike[str] | LayersOnDisk, output_dtype: str | None = None) -> LayersOnDisk:
@@ -131,7 +147,7 @@ class LayersOnDisk(Layers):
     @cached_property
     def headers(self) -> StoredWeights:
         """Of the shards, as they say it; whether they fit the model is asked by `check_headers` and `open`."""
-        weights = StoredWeights.of_folder(self.folder, self.model.dtype)
+        weights = StoredWeights.of_folder(self.folder, self.model.dtype, packed=True)
         if self.output_dtype is None:
             return weights
         return DequantisedWeights(weights, dtype_of(self.folder, read_config(self.folder)))

@@ -26,8 +26,15 @@ def check_quantised(layers: LayersOnDisk, recipe: Recipe) -> None:
         recipe: all of it.
 
     Raises:
-        UnsupportedModelError: the folder names single experts, of which some would go, by patterns.
+        UnsupportedModelError: the folder names single experts, of which some would go, by patterns; weights that would
+            change are packed.
     """
+    if layers.packed and (recipe.prunes_weights or recipe.refits_experts):
+        what = "its weights pruned" if recipe.prunes_weights else f"its experts refitted (update={recipe.update!r})"
+        raise UnsupportedModelError(
+            f"{layers.folder} must be dense to have {what}, got packed n:m weights, in which what is no zero has its "
+            "place: make it dense with `moesparse unpack`, or remove experts alone, without a refit (update='none')"
+        )
     if layers.said is not None and layers.output_dtype is None and recipe.removes_experts:
         check_expert_names(layers.said, "quantization_config")
 

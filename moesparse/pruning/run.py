@@ -23,6 +23,7 @@ from moesparse.calibration.data import Calibration, Given, Saved, calibration_of
 from moesparse.calibration.plan import spills
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.windows import Windows
+from moesparse.checkpoints.card import card_in_form
 from moesparse.checkpoints.history import REPORT_FILE, following, read_report
 from moesparse.checkpoints.output import IntoFolder
 from moesparse.errors import CheckpointError, UsageError
@@ -257,7 +258,7 @@ class _Work:
             found = carry_out(layers, output, self.data, step, self.options)
             found.surplus = output.surplus()
             report = complete(found)
-            text = None if self.card is None or between else self.card(report)
+            text = None if self.card is None or between else card_in_form(self.card(report), layers.packed)
             noted = report.to_dict() | {"inputs": inputs} if between else following(self.before, report.to_dict())
             written: dict[str, Any] = {"card": text, "report": noted, "plan": found.plan}
             output.finish(noted["recipe"], tokenizer=None if between else self.tokenizer, **written)

@@ -115,10 +115,14 @@ def test_another_shape_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "message"), [("moesparse", "is packed, .* `moesparse unpack`"), ("bitsandbytes", "got 'bitsandbytes'")]
+    ("family", "method", "message"),
+    [
+        ("gpt_oss", "moesparse", "must be dense .* got packed experts of GptOss.* `moesparse unpack`"),
+        ("mixtral", "bitsandbytes", "got 'bitsandbytes'"),
+    ],
 )
-def test_packed_checkpoints_and_unknown_formats_are_refused(method, message, tmp_path):
-    tiny_model("mixtral").save_pretrained(tmp_path)
+def test_packed_experts_held_the_other_way_round_and_unknown_formats_are_refused(family, method, message, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method}
     (tmp_path / "config.json").write_text(json.dumps(config))

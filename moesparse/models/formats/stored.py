@@ -94,15 +94,21 @@ class StoredWeights(Shards):
                 self.tensors[owner] = dataclasses.replace(info, name=owner, dtype=spec.dtype, shape=spec.shape)
 
     @classmethod
-    def of_folder(cls, folder: str | os.PathLike[str], dtype: torch.dtype) -> StoredWeights:
-        """Of a folder, in the formats that its config.json names; packed n:m weights stay the tensors that they are.
+    def of_folder(cls, folder: str | os.PathLike[str], dtype: torch.dtype, *, packed: bool = False) -> StoredWeights:
+        """Of a folder, in the formats that its config.json names.
+
+        Args:
+            folder: of a checkpoint.
+            dtype: of the matrices that are read.
+            packed: packed n:m weights are matrices too; else they stay the tensors that they are.
 
         Raises:
             CheckpointError: it is damaged, or contradicts itself. UnsupportedModelError: a format that is not known.
         """
         folder = Path(folder)
         said = said_of(folder)
-        formats = () if said is not None and said.get("quant_method") == PACKED else formats_of(said)
+        skipped = not packed and said is not None and said.get("quant_method") == PACKED
+        formats = () if skipped else formats_of(said)
         where = f"the checkpoint {folder}"
         weights = cls(Shards.open(folder), formats, dtype, where)
         if formats and not weights.stored:
