@@ -27,8 +27,9 @@ QUANTISED: dict[str, dict[str, Any]] = {
     "packed int4": {"packed": True, "bits": 4, "group": 128},
     "dense int8": {"packed": False, "bits": 8, "group": 0},
 }
-# rounding of normal weights and tokens to 8 bits is 1.2% of a result, of weights to 4 bits 9%
-_TOLERANCE = {8: 0.03, 4: 0.2}
+# Rounding to 8 bits is 1 to 4% of a result, more where rows are long: the largest of a row sets the scale, and what
+# comes out of an activation has a long tail. Rounding of weights to 4 bits is 9%.
+_TOLERANCE = {8: 0.06, 4: 0.2}
 _made: WeakKeyDictionary[ExpertLayer, dict[str, tuple[QuantisedWeight, QuantisedWeight]]] = WeakKeyDictionary()
 
 
