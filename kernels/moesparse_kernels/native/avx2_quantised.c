@@ -22,6 +22,11 @@ INLINE floats zero_floats(void) { return _mm256_setzero_ps(); }
 
 INLINE ints load_ints(const void *p) { return _mm256_load_si256(p); }
 
+INLINE ints own_register(ints v) {
+  __asm__("" : "+x"(v));
+  return v;
+}
+
 INLINE void prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 INLINE ints add_products(const int wide, ints sums, ints w, ints x) {

@@ -18,13 +18,16 @@ typedef __m512 floats;
 #define STARTS(wide) (!(wide))
 #define MOST_TOKENS 4
 
-#define TWO_FOUR_IS_ANY
-
 INLINE ints zero_ints(void) { return _mm512_setzero_si512(); }
 
 INLINE floats zero_floats(void) { return _mm512_setzero_ps(); }
 
 INLINE ints load_ints(const void *p) { return _mm512_load_si512(p); }
+
+INLINE ints own_register(ints v) {
+  __asm__("" : "+v"(v));
+  return v;
+}
 
 INLINE void prefetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
@@ -50,12 +53,18 @@ INLINE void sums_of(floats a, floats b, floats c, floats d, float *out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
-// the values of so many bytes, zeros behind
-INLINE __m512i load_values(const int bits, const uint8_t *p, int64_t bytes) {
+// The values of so many bytes; `rest`: zeros behind them, which are not read. Else 2:4 reads what it has, for a masked load
+// touches the cache line behind.
+INLINE __m512i load_values(const int bits, const int form, const int rest, const uint8_t *p, int64_t bytes) {
+  const int half = form == TWO_FOUR && !rest;
   const uint64_t which = _bzhi_u64(~0ull, bytes);
+  if (bits == 8 && half) return _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
   if (bits == 8) return _mm512_maskz_loadu_epi8(which, p);
   // the two of a byte into bytes of their own
-  const __m512i words = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8((uint32_t)which, p));
+  const __m256i pairs = half ? _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p))
+                             : _mm256_maskz_loadu_epi8((uint32_t)which, p);
+  const __m512i words = half ? _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(pairs)))
+                             : _mm512_cvtepu8_epi16(pairs);
   return _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
 }
 
@@ -70,7 +79,7 @@ INLINE void decode(const int wide, const int bits, const int form, const uint8_t
                    const uint8_t *end, const uint8_t *index, int64_t columns, ints *out) {
   // what stands for 0 among values of half a byte
   const __m512i none = bits == 4 ? _mm512_set1_epi8(8) : _mm512_setzero_si512();
-  __m512i values = load_values(bits, p, columns == WIDE_STEP ? step_bytes : end - p);
+  __m512i values = load_values(bits, form, columns != WIDE_STEP, p, columns == WIDE_STEP ? step_bytes : end - p);
   if (form != DENSE) values = _mm512_mask_expand_epi8(none, kept_columns(index, columns), values);
   if (wide) {
     values = _mm512_sub_epi8(values, none);

@@ -9,10 +9,11 @@
 
 // ---- first projection
 
-// where the values and the bitmask of a row lie, for the prefetch of what comes next
+// where the values, the bitmask and the scales of a row lie, for the prefetch of what comes next
 static void then_row(tile *t, const matrix *w, int64_t row) {
   t->then_values = w->values + row * w->value_row;
   t->then_index = w->index + row * w->index_row;
+  t->then_scales = w->scales ? w->scales + row * w->scales_row : NULL;
 }
 
 // Gate and up of hidden values i0..i1 into the two halves of `out`, or the values alone into the first; then where

@@ -24,6 +24,11 @@ INLINE floats zero_floats(void) { return vdupq_n_f32(0.0f); }
 
 INLINE ints load_ints(const void *p) { return vld1q_s32(p); }
 
+INLINE ints own_register(ints v) {
+  __asm__("" : "+w"(v));
+  return v;
+}
+
 INLINE void prefetch(const uint8_t *p) { __builtin_prefetch(p, 0, 2); }
 
 INLINE ints add_products(const int wide, ints sums, ints w, ints x) {

@@ -50,7 +50,7 @@ typedef struct {
   const matrix *w;
   int64_t row0, row1;
   // what is read after row1: the prefetch goes on there; NULL where nobody knows
-  const uint8_t *then_values, *then_index;
+  const uint8_t *then_values, *then_index, *then_scales;
   const void *x;
   const float *x_scales; // of each token, where x is quantised
   int64_t tokens;

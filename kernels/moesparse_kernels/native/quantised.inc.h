@@ -6,6 +6,7 @@
 //   MOST_TOKENS                  of a block
 //   TWO_FOUR_IS_ANY              where 2:4 has no code of its own
 //   zero_ints(), zero_floats(), load_ints(p), sums_of(a, b, c, d, out[4]), prefetch(p)
+//   own_register(ints)           of which the compiler knows nothing
 //   add_products(wide, sums, w, x)      of the columns of a register
 //   add_scaled_ints(sums, ints, scale)  to fp32
 //   splat_scale(s), halves_scale(a, b)  a for the first half of the lanes, b for the others
@@ -29,34 +30,47 @@
 
 // ---- a group of rows
 
+// what a block of tokens is multiplied with: rows as they are stored, or a piece of them that was decoded
 typedef struct {
-  const uint8_t *values[ROWS], *index[ROWS], *scales[ROWS], *end[ROWS];
-  int64_t values_ahead, index_ahead, scales_ahead; // how many bytes later what is read after them lies
+  const tile *t;
+  int64_t row;                 // the first of the group
+  int64_t bytes;               // of the values of a row
+  int64_t later;               // how many rows later what is prefetched lies
+  int64_t scales_of_row;
+  const ints *decoded;         // [step][register][row]
+  float scales[ROWS][MOST_SCALES];
+} weights;
+
+typedef struct {
+  const uint8_t *values[ROWS], *index[ROWS], *end[ROWS];
+  int64_t values_ahead, index_ahead; // how many bytes later what is read after them lies
   int64_t step_bytes;
   int lines; // a step is prefetched where the bits of its number that are set here are 0: the first of a cache line
 } group;
 
-// bytes of the first columns of a row
-INLINE int64_t row_bytes(const matrix *w, int64_t columns) {
-  return ceil_div(columns * w->step_bytes, WIDE_STEP);
+INLINE void start_tile(weights *from, const tile *t, const ints *decoded) {
+  const matrix *w = t->w;
+  from->t = t;
+  from->bytes = ceil_div(w->columns * w->step_bytes, WIDE_STEP);
+  from->later = ROWS * ceil_div(AHEAD, ROWS * from->bytes);
+  from->scales_of_row = w->group ? ceil_div(w->columns, w->group) : 1;
+  from->decoded = decoded;
 }
 
-// rows row.. of a tile, the last one again where there are fewer
-INLINE group group_at(const tile *t, int64_t row) {
+// the last row of a tile again where there are fewer
+INLINE group group_of(const weights *from) {
+  const tile *t = from->t;
   const matrix *w = t->w;
   group g = {.step_bytes = w->step_bytes, .lines = w->step_bytes > 32 ? 0 : w->step_bytes > 16 ? 1 : 3};
-  const int64_t bytes = row_bytes(w, w->columns);
   for (int r = 0; r < ROWS; r++) {
-    const int64_t at = min_of(row + r, t->row1 - 1);
+    const int64_t at = min_of(from->row + r, t->row1 - 1);
     g.values[r] = w->values + at * w->value_row;
     g.index[r] = w->index + at * w->index_row;
-    g.scales[r] = w->scales + at * w->scales_row;
-    g.end[r] = g.values[r] + bytes;
+    g.end[r] = g.values[r] + from->bytes;
   }
-  const int64_t later = ROWS * ceil_div(AHEAD, ROWS * bytes), beyond = row + later - t->row1;
-  g.values_ahead = later * w->value_row;
-  g.index_ahead = later * w->index_row;
-  g.scales_ahead = later * w->scales_row;
+  const int64_t beyond = from->row + from->later - t->row1;
+  g.values_ahead = from->later * w->value_row;
+  g.index_ahead = from->later * w->index_row;
   if (beyond >= 0 && t->then_values) {
     g.values_ahead = (t->then_values + beyond * w->value_row) - g.values[0];
     g.index_ahead = (t->then_index + beyond * w->index_row) - g.index[0];
@@ -90,19 +104,23 @@ INLINE void widen_scales(const int dtype, const uint8_t *from, int64_t count, fl
 }
 
 // the scales of the steps k0..k1 of a group
-INLINE void load_scales(const matrix *w, const group *g, int64_t k0, int64_t k1, float to[ROWS][MOST_SCALES]) {
-  const int64_t per_row = w->group ? ceil_div(w->columns, w->group) : 1;
+INLINE void load_scales(weights *from, int64_t k0, int64_t k1) {
+  const tile *t = from->t;
+  const matrix *w = t->w;
+  const int64_t beyond = from->row + from->later - t->row1;
   const int64_t first = w->group ? k0 * WIDE_STEP / w->group : 0;
-  const int64_t last = w->group ? min_of(ceil_div(k1 * WIDE_STEP, w->group), per_row) : 1;
+  const int64_t last = w->group ? min_of(ceil_div(k1 * WIDE_STEP, w->group), from->scales_of_row) : 1;
   for (int r = 0; r < ROWS; r++) {
-    const uint8_t *from = g->scales[r] + first * dtype_bytes(w->scales_dtype);
-    prefetch(from + g->scales_ahead);
+    const int64_t at = min_of(from->row + r, t->row1 - 1), offset = first * dtype_bytes(w->scales_dtype);
+    const uint8_t *p = w->scales + at * w->scales_row + offset;
+    prefetch(beyond >= 0 && t->then_scales ? t->then_scales + (beyond + r) * w->scales_row + offset
+                                           : p + from->later * w->scales_row);
     // a step of groups of 32 may end with one group
-    to[r][last - first] = 0.0f;
+    from->scales[r][last - first] = 0.0f;
     switch (w->scales_dtype) {
-      case MOESPARSE_BF16: widen_scales(MOESPARSE_BF16, from, last - first, to[r]); break;
-      case MOESPARSE_FP16: widen_scales(MOESPARSE_FP16, from, last - first, to[r]); break;
-      default: widen_scales(MOESPARSE_FP32, from, last - first, to[r]);
+      case MOESPARSE_BF16: widen_scales(MOESPARSE_BF16, p, last - first, from->scales[r]); break;
+      case MOESPARSE_FP16: widen_scales(MOESPARSE_FP16, p, last - first, from->scales[r]); break;
+      default: widen_scales(MOESPARSE_FP32, p, last - first, from->scales[r]);
     }
   }
 }
@@ -111,19 +129,14 @@ INLINE void load_scales(const matrix *w, const group *g, int64_t k0, int64_t k1,
 
 #define DECODED -1 // for a form
 
-// what a block of tokens is multiplied with: rows as they are stored, or a piece of them that was decoded
-typedef struct {
-  group rows;
-  const ints *decoded; // [step][register][row]
-  float scales[ROWS][MOST_SCALES];
-} weights;
+// all rows of a tile times the tokens of a block, which begins with token `first`
+typedef void rows_fn(weights *from, int64_t first, const char *x);
 
-// The steps k0..k1, a piece, of a group times the tokens of a block, added to `totals`; x moves on, its end is returned.
-typedef const char *piece_fn(const matrix *w, const weights *from, const char *x, int64_t k0, int64_t k1,
-                             floats totals[][MOST_TOKENS]);
+// the steps k0..k1, a piece, of decoded rows times the tokens of a block, added to `totals`
+typedef void decoded_fn(const weights *from, const char *x, int64_t k0, int64_t k1, floats totals[][MOST_TOKENS]);
 
 // a piece of a group, decoded
-typedef void decode_fn(const matrix *w, const group *g, int64_t k0, int64_t k1, ints *to);
+typedef void decode_fn(const weights *from, int64_t k0, int64_t k1, ints *to);
 
 // registers first..first + count of a step times T tokens
 INLINE void multiply_registers(const int wide, const int T, const ints *w, const char *x, const int first,
@@ -139,7 +152,8 @@ INLINE void start_sums(const int wide, const int T, const char **x, ints sums[][
   (void)wide;
   for (int t = 0; t < T; t++) {
     const ints start = STARTS(wide) ? load_ints(*x + t * sizeof(ints)) : zero_ints();
-    for (int r = 0; r < ROWS; r++) sums[r][t] = start;
+    // four registers from here on; known to be equal, they would be copied in every step
+    for (int r = 0; r < ROWS; r++) sums[r][t] = own_register(start);
   }
   if (STARTS(wide)) *x += T * sizeof(ints);
 }
@@ -207,12 +221,11 @@ INLINE const char *multiply_steps(const int wide, const int bits, const int form
   return x;
 }
 
-INLINE const char *multiply_piece(const int wide, const int bits, const int form, const int T, const matrix *w,
-                                  const weights *from, const char *x, int64_t k0, int64_t k1,
-                                  floats totals[][MOST_TOKENS]) {
+INLINE const char *multiply_piece(const int wide, const int bits, const int form, const int T, const weights *from,
+                                  const char *x, int64_t k0, int64_t k1, floats totals[][MOST_TOKENS]) {
+  const matrix *w = from->t->w;
   const int64_t span = span_steps(w);
-  // a copy, so that the compiler may keep it in registers
-  const group g = from->rows;
+  const group g = group_of(from);
   const ints *decoded = from->decoded;
   if (w->group == WIDE_STEP / 2) {
     for (int64_t k = k0; k < k1; k++) {
@@ -235,35 +248,21 @@ INLINE const char *multiply_piece(const int wide, const int bits, const int form
   return x;
 }
 
-INLINE void decode_piece(const int wide, const int bits, const int form, const matrix *w, const group *rows, int64_t k0,
-                         int64_t k1, ints *to) {
-  const group g = *rows;
+INLINE void decode_piece(const int wide, const int bits, const int form, const weights *from, int64_t k0, int64_t k1,
+                         ints *to) {
+  const matrix *w = from->t->w;
+  const group g = group_of(from);
   for (int64_t k = k0; k < k1; k++, to += REGISTERS(wide) * ROWS)
     decode_rows(wide, bits, form, &g, k, min_of(WIDE_STEP, w->columns - k * WIDE_STEP), to);
 }
 
-// ---- tiles
-
-// the functions of a precision of x
-typedef struct {
-  int wide;
-  piece_fn *pieces[2][3][MOST_TOKENS]; // by bits == 4, form and tokens - 1
-  piece_fn *decoded[MOST_TOKENS];      // of decoded rows, by tokens - 1
-  decode_fn *decode[2][3];
-} functions;
-
-// bytes of a packed token before step k, where a span begins
-INLINE int64_t packed_before(const int wide, const matrix *w, int64_t k) {
-  return k * STEP_X(wide) + (STARTS(wide) ? ceil_div(k, span_steps(w)) * (int64_t)sizeof(ints) : 0);
-}
-
-INLINE void clear_totals(floats totals[][MOST_TOKENS]) {
-  for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < MOST_TOKENS; t++) totals[r][t] = zero_floats();
+INLINE void clear_totals(const int64_t tokens, floats totals[][MOST_TOKENS]) {
+  for (int64_t t = 0; t < tokens; t++)
+    for (int r = 0; r < ROWS; r++) totals[r][t] = zero_floats();
 }
 
 // sums of `tokens` from token `first` of a tile on, for the group of rows that begins at `row`
-INLINE void finish(const tile *t, int64_t first, int64_t tokens, int64_t row, floats totals[][MOST_TOKENS], int add_to) {
+INLINE void finish(const tile *t, int64_t first, const int64_t tokens, int64_t row, floats totals[][MOST_TOKENS], int add_to) {
   const int64_t rows = min_of(t->row1 - row, ROWS);
   float *out = t->out + first * TILE_LD + (row - t->row0);
   for (int64_t i = 0; i < tokens; i++, out += TILE_LD) {
@@ -273,27 +272,48 @@ INLINE void finish(const tile *t, int64_t first, int64_t tokens, int64_t row, fl
   }
 }
 
+// all rows of a tile times the tokens of a block, which begins with token `first`
+INLINE void multiply_rows(const int wide, const int bits, const int form, const int T, weights *from, int64_t first,
+                          const char *x) {
+  const tile *t = from->t;
+  const int64_t steps = ceil_div(t->w->columns, WIDE_STEP);
+  for (from->row = t->row0; from->row < t->row1; from->row += ROWS) {
+    floats totals[ROWS][MOST_TOKENS];
+    const char *next = x;
+    clear_totals(T, totals);
+    for (int64_t k0 = 0; k0 < steps; k0 += SPAN_STEPS) {
+      const int64_t k1 = min_of(k0 + SPAN_STEPS, steps);
+      if (k0 == 0 || t->w->group) load_scales(from, k0, k1);
+      next = multiply_piece(wide, bits, form, T, from, next, k0, k1, totals);
+    }
+    finish(t, first, T, from->row, totals, 0);
+  }
+}
+
+// ---- tiles
+
+// the functions of a precision of x
+typedef struct {
+  int wide;
+  rows_fn *rows[2][3][MOST_TOKENS]; // by bits == 4, form and tokens - 1
+  decode_fn *decode[2][3];
+  decoded_fn *decoded[MOST_TOKENS]; // by tokens - 1
+} functions;
+
+// bytes of a packed token before step k, where a span begins
+INLINE int64_t packed_before(const int wide, const matrix *w, int64_t k) {
+  return k * STEP_X(wide) + (STARTS(wide) ? ceil_div(k, span_steps(w)) * (int64_t)sizeof(ints) : 0);
+}
+
 // few tokens: the weights are decoded again for every block
 INLINE void multiply_few(const functions *f, const tile *t) {
   const matrix *w = t->w;
   const int64_t steps = ceil_div(w->columns, WIDE_STEP), token_bytes = packed_before(f->wide, w, steps);
+  weights from;
+  start_tile(&from, t, NULL);
   for (int64_t first = 0; first < t->tokens; first += t->block) {
     const int64_t tokens = min_of(t->block, t->tokens - first);
-    piece_fn *const piece = f->pieces[w->bits == 4][w->form][tokens - 1];
-    for (int64_t row = t->row0; row < t->row1; row += ROWS) {
-      weights from;
-      floats totals[ROWS][MOST_TOKENS];
-      const char *x = (const char *)t->x + first * token_bytes;
-      from.rows = group_at(t, row);
-      from.decoded = NULL;
-      clear_totals(totals);
-      for (int64_t k0 = 0; k0 < steps; k0 += SPAN_STEPS) {
-        const int64_t k1 = min_of(k0 + SPAN_STEPS, steps);
-        if (k0 == 0 || w->group) load_scales(w, &from.rows, k0, k1, from.scales);
-        x = piece(w, &from, x, k0, k1, totals);
-      }
-      finish(t, first, tokens, row, totals, 0);
-    }
+    f->rows[w->bits == 4][w->form][tokens - 1](&from, first, (const char *)t->x + first * token_bytes);
   }
 }
 
@@ -303,19 +323,19 @@ INLINE void multiply_many(const functions *f, const tile *t) {
   const int64_t steps = ceil_div(w->columns, WIDE_STEP), token_bytes = packed_before(f->wide, w, steps);
   ints decoded[PIECE];
   weights from;
-  from.decoded = decoded;
+  start_tile(&from, t, decoded);
   for (int64_t row = t->row0; row < t->row1; row += ROWS) {
-    from.rows = group_at(t, row);
+    from.row = row;
     for (int64_t k0 = 0; k0 < steps; k0 += SPAN_STEPS) {
       const int64_t k1 = min_of(k0 + SPAN_STEPS, steps);
-      if (k0 == 0 || w->group) load_scales(w, &from.rows, k0, k1, from.scales);
-      f->decode[w->bits == 4][w->form](w, &from.rows, k0, k1, decoded);
+      if (k0 == 0 || w->group) load_scales(&from, k0, k1);
+      f->decode[w->bits == 4][w->form](&from, k0, k1, decoded);
       for (int64_t first = 0; first < t->tokens; first += t->block) {
         const int64_t tokens = min_of(t->block, t->tokens - first);
         const char *x = (const char *)t->x + first * token_bytes + tokens * packed_before(f->wide, w, k0);
         floats totals[ROWS][MOST_TOKENS];
-        clear_totals(totals);
-        f->decoded[tokens - 1](w, &from, x, k0, k1, totals);
+        clear_totals(tokens, totals);
+        f->decoded[tokens - 1](&from, x, k0, k1, totals);
         finish(t, first, tokens, row, totals, k0 > 0);
       }
     }
@@ -324,26 +344,29 @@ INLINE void multiply_many(const functions *f, const tile *t) {
 
 // ---- the functions of a precision of x, for values of 8 and 4 bits in every form
 
-#define DEFINE_PIECE(name, wide, bits, form, T)                                                                   \
-  static TARGET __attribute__((noinline)) const char *name(const matrix *w, const weights *from, const char *x,   \
-                                                           int64_t k0, int64_t k1, floats totals[][MOST_TOKENS]) { \
-    return multiply_piece(wide, bits, form, T, w, from, x, k0, k1, totals);                                       \
+#define DEFINE_ROWS(name, wide, bits, form, T)                                           \
+  static TARGET void name##_##T(weights *from, int64_t first, const char *x) {           \
+    multiply_rows(wide, bits, form, T, from, first, x);                                  \
+  }
+#define DEFINE_DECODED(name, wide, bits, form, T)                                        \
+  static TARGET void name##_##T(const weights *from, const char *x, int64_t k0, int64_t k1, floats totals[][MOST_TOKENS]) { \
+    multiply_piece(wide, bits, form, T, from, x, k0, k1, totals);                        \
   }
 #if MOST_TOKENS == 2
-#define DEFINE_PIECES(name, wide, bits, form) \
-  DEFINE_PIECE(name##_1, wide, bits, form, 1) DEFINE_PIECE(name##_2, wide, bits, form, 2)
-#define PIECES(name) {name##_1, name##_2}
+#define EACH_SIZE(DEFINE, name, wide, bits, form) \
+  DEFINE(name, wide, bits, form, 1) DEFINE(name, wide, bits, form, 2)
+#define SIZES(name) {name##_1, name##_2}
 #else
-#define DEFINE_PIECES(name, wide, bits, form)                                             \
-  DEFINE_PIECE(name##_1, wide, bits, form, 1) DEFINE_PIECE(name##_2, wide, bits, form, 2) \
-  DEFINE_PIECE(name##_3, wide, bits, form, 3) DEFINE_PIECE(name##_4, wide, bits, form, 4)
-#define PIECES(name) {name##_1, name##_2, name##_3, name##_4}
+#define EACH_SIZE(DEFINE, name, wide, bits, form)                     \
+  DEFINE(name, wide, bits, form, 1) DEFINE(name, wide, bits, form, 2) \
+  DEFINE(name, wide, bits, form, 3) DEFINE(name, wide, bits, form, 4)
+#define SIZES(name) {name##_1, name##_2, name##_3, name##_4}
 #endif
 
 #define DEFINE_FORM(name, wide, bits, form)                                                                             \
-  DEFINE_PIECES(name, wide, bits, form)                                                                                 \
-  static TARGET void name##_decode(const matrix *w, const group *g, int64_t k0, int64_t k1, ints *to) {                 \
-    decode_piece(wide, bits, form, w, g, k0, k1, to);                                                                   \
+  EACH_SIZE(DEFINE_ROWS, name, wide, bits, form)                                                                                 \
+  static TARGET void name##_decode(const weights *from, int64_t k0, int64_t k1, ints *to) {                              \
+    decode_piece(wide, bits, form, from, k0, k1, to);                                                                   \
   }
 
 #define DEFINE_FORMS(name, wide, bits)     \
@@ -364,11 +387,11 @@ INLINE void multiply_many(const functions *f, const tile *t) {
   DEFINE_FORMS(name##_4, is_wide, 4)                                                                       \
   DEFINE_TWO_FOUR(name##_8, is_wide, 8)                                                                    \
   DEFINE_TWO_FOUR(name##_4, is_wide, 4)                                                                    \
-  DEFINE_PIECES(name##_decoded, is_wide, 0, DECODED)                                                       \
+  EACH_SIZE(DEFINE_DECODED, name##_decoded, is_wide, 0, DECODED)                                                       \
   static const functions name##_functions = {                                                              \
       .wide = is_wide,                                                                                     \
-      .pieces = {BY_FORM(name##_8, PIECES), BY_FORM(name##_4, PIECES)},                                    \
-      .decoded = PIECES(name##_decoded),                                                                   \
+      .rows = {BY_FORM(name##_8, SIZES), BY_FORM(name##_4, SIZES)},                                    \
+      .decoded = SIZES(name##_decoded),                                                                   \
       .decode = {BY_FORM(name##_8, DECODE), BY_FORM(name##_4, DECODE)},                                    \
   };                                                                                                       \
   static TARGET void name##_few(const tile *t) { multiply_few(&name##_functions, t); }                     \
