@@ -8,8 +8,8 @@
     reference        plain torch, any device
 
 The choice depends on the average number of rows per expert, the shape, the dtype and the device: from the device's
-measured table (tuning.py) where it has the shape, else from `_SPARSE_ROWS`; on a CPU from `_NATIVE_ROWS`. Where no
-sparse form wins, the layer runs dense.
+measured table (tuning.py) where it has the shape, else from `_SPARSE_ROWS`; on a CPU from `_NATIVE_ROWS`, for a whole
+layer by the rows of each expert (`experts_for_torch`). Where no sparse form wins, the layer runs dense.
 """
 
 from __future__ import annotations
@@ -24,7 +24,16 @@ from .native_library import Native, library, reason_without
 from .semi_structured import reason_unavailable
 from .tuning import backend_from_table
 
-__all__ = ["DENSE_BACKENDS", "NM_BACKENDS", "Auto", "auto_on", "choose_dense_backend", "choose_nm_backend"]
+__all__ = [
+    "DENSE_BACKENDS",
+    "NM_BACKENDS",
+    "Auto",
+    "auto_on",
+    "choose_dense_backend",
+    "choose_nm_backend",
+    "experts_for_torch",
+    "rows_for_native",
+]
 
 NM_BACKENDS = ("auto", "native", "triton", "semi_structured", "unpack", "reference")
 DENSE_BACKENDS = ("auto", "native", "triton", "grouped_mm", "reference")
@@ -92,13 +101,31 @@ def _native_rows(native: Native, dtype: torch.dtype) -> tuple[float, float]:
     return _NATIVE_ROWS[native.path][dtype]
 
 
-def _native_wins(weight: NMWeight | torch.Tensor, device: torch.device, rows: int) -> bool:
-    """Whether the compiled kernels can run a weight and are the fastest for so many rows."""
+def rows_for_native(weight: NMWeight | torch.Tensor) -> float:
+    """Up to how many rows of an expert the compiled kernels are the fastest; 0 where they cannot run the weight."""
     native = library()
-    if native is None or _reason_not_native(weight, device) is not None:
-        return False
+    if native is None or _reason_not_native(weight, weight.device) is not None:
+        return 0
     packed, dense = _native_rows(native, weight.dtype)
-    return rows <= max(weight.shape[0], 1) * (packed if isinstance(weight, NMWeight) else dense)
+    return packed if isinstance(weight, NMWeight) else dense
+
+
+def experts_for_torch(top_k_index: torch.Tensor, num_experts: int, most: float) -> torch.Tensor | None:
+    """bool (E,): the experts that have more than `most` rows; None for none of them.
+
+    A few experts may have most of the rows, so each is run by what wins for it. On a CPU: reads the ids.
+    """
+    if top_k_index.numel() <= most:
+        return None
+    kept = top_k_index[(top_k_index >= 0) & (top_k_index < num_experts)]
+    many = kept.bincount(minlength=num_experts) > most
+    return many if bool(many.any()) else None
+
+
+def _native_wins(weight: NMWeight | torch.Tensor, rows: int) -> bool:
+    """Whether the compiled kernels can run a weight and are the fastest for so many rows in equal parts."""
+    most = rows_for_native(weight)
+    return most > 0 and rows <= max(weight.shape[0], 1) * most
 
 
 @dataclass(frozen=True)
@@ -183,7 +210,7 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
         return backend
     if backend != "auto":
         return backend
-    if device.type == "cpu" and _native_wins(weight, device, rows):
+    if device.type == "cpu" and _native_wins(weight, rows):
         return "native"
     if device.type != "cuda" or weight.dtype.itemsize != 2:
         return "reference"
@@ -214,7 +241,7 @@ def choose_dense_backend(backend: str, weight: torch.Tensor, rows: int) -> str:
         )
     if backend != "auto":
         return backend
-    if weight.device.type == "cpu" and _native_wins(weight, weight.device, rows):
+    if weight.device.type == "cpu" and _native_wins(weight, rows):
         return "native"
     if weight.device.type != "cuda" or weight.dtype.itemsize != 2:
         return "reference"

@@ -22,7 +22,14 @@ from typing import Any
 import torch
 
 from .define_op import define_op
-from .dispatch import DENSE_BACKENDS, NM_BACKENDS, choose_dense_backend, choose_nm_backend
+from .dispatch import (
+    DENSE_BACKENDS,
+    NM_BACKENDS,
+    choose_dense_backend,
+    choose_nm_backend,
+    experts_for_torch,
+    rows_for_native,
+)
 from .layout import NMWeight
 from .moe_checks import Activation, check_choice, check_layer
 from .moe_native import down_native, layer_native, up_native
@@ -223,10 +230,14 @@ def _layer(
 ) -> torch.Tensor:
     """(T, H) -> (T, H): both projections on one routing."""
     _, H, I = down.shape
+    weights = (gate_up, down, gate_up_bias, down_bias, activation, gated)
+    most = min(rows_for_native(gate_up), rows_for_native(down)) if backend == "auto" else 0
+    if most:
+        return _layer_by_experts(x, top_k_index, top_k_weights, *weights, most=most)
     if x.device.type == "cpu" and all(
         _choose(backend, weight, top_k_index.numel(), H, I)[0] == "native" for weight in (gate_up, down)
     ):
-        return layer_native(x, top_k_index, top_k_weights, gate_up, down, gate_up_bias, down_bias, activation, gated)
+        return layer_native(x, top_k_index, top_k_weights, *weights)
     with torch.cuda.device_of(x):
         routings = Routings(top_k_index, gate_up.shape[0], route_inside)
         if activation == "swigluoai":
@@ -236,6 +247,38 @@ def _layer(
         else:
             hidden = _up(x, top_k_index, gate_up, gate_up_bias, activation, gated, backend, routings)
         return _down(hidden, top_k_index, top_k_weights, down, down_bias, backend, routings)
+
+
+def _layer_by_experts(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: NMWeight | torch.Tensor,
+    down: NMWeight | torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    most: float,
+) -> torch.Tensor:
+    """(T, H) -> (T, H) on a CPU: experts of more than `most` rows by torch's products, the others by the compiled
+    kernels."""
+    weights = (gate_up, down, gate_up_bias, down_bias, activation, gated)
+    E = gate_up.shape[0]
+    many = experts_for_torch(top_k_index, E, most)
+    if many is None:
+        return layer_native(x, top_k_index, top_k_weights, *weights)
+    by_torch = many[top_k_index.clamp(0, E - 1)]
+    light, rest = top_k_index.masked_fill(by_torch, -1), top_k_index.masked_fill(~by_torch, -1)
+    # fp32 until all experts are added
+    out = None
+    if bool(((light >= 0) & (light < E)).any()):
+        out = layer_native(x, light, top_k_weights, *weights, out_dtype=torch.float32)
+    routing = Routings(rest, E, route_inside).rows()
+    fused = activation != "swigluoai"
+    rows = up_reference(x, routing, gate_up, gate_up_bias, activation if fused else "none", gated and fused)
+    hidden = rows if fused else activate_torch(rows, activation, gated)
+    return down_reference(hidden, routing, top_k_weights, down, down_bias, add_to=out)
 
 
 def _up_alone(

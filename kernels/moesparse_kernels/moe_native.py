@@ -70,17 +70,20 @@ def layer_native(
     activation: str,
     gated: bool,
     x_bits: int = 8,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """(T, H) -> (T, H): both projections in one call; arguments as `moe_nm`, `moe_dense` and `moe_quantised` have
-    checked them; x_bits says to how many bits x and h are brought where they meet a quantised weight.
+    checked them. x_bits says to how many bits x and h are brought where they meet a quantised weight; out_dtype, to
+    what the result is rounded, is that of x where None.
 
     Memory: R rows of x and of h, in their dtype or fp32 as the instruction path multiplies, and the result in fp32.
     """
     gates = top_k_weights if top_k_weights.dtype in _GATES else top_k_weights.float()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=out_dtype)
     call = Layer(
         stage=_WHOLE,
         dtype=DTYPES[x.dtype],
+        y_dtype=DTYPES[out.dtype],
         activation=NATIVE_ACTIVATIONS[activation],
         gated=gated,
         x_bits=x_bits,
@@ -135,6 +138,7 @@ def down_native(
     call = Layer(
         stage=_DOWN,
         dtype=DTYPES[rows.dtype],
+        y_dtype=DTYPES[out.dtype],
         experts=weight.shape[0],
         tokens=top_k_index.shape[0],
         top_k=top_k_index.shape[1],

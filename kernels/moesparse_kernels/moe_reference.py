@@ -108,6 +108,7 @@ def down_reference(
     top_k_weights: torch.Tensor,
     weight: AnyWeight,
     bias: torch.Tensor | None,
+    add_to: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Second projection, gates, and the sum over each token's experts.
 
@@ -117,12 +118,13 @@ def down_reference(
         top_k_weights: (T, top_k), any float dtype.
         weight: (E, H, I), packed, quantised or dense.
         bias: (E, H) or None.
+        add_to: (T, H) fp32, to which the sum is added; None for zeros.
 
     Returns:
         (T, H) in the dtype of rows; the sum is fp32 and rounded once.
     """
     T, top_k = routing.row_of.shape
-    out = torch.zeros(T, weight.shape[1], dtype=torch.float32, device=rows.device)
+    out = torch.zeros(T, weight.shape[1], dtype=torch.float32, device=rows.device) if add_to is None else add_to
     gates = top_k_weights.reshape(-1)
     scratch = _scratch(weight, rows.dtype)
     for span, expert in _experts_with_rows(weight, routing.offsets, rows.shape[0]):

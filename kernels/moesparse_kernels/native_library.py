@@ -82,6 +82,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         ("stage", _I32),
         ("dtype", _I32),
+        ("y_dtype", _I32),
         ("activation", _I32),
         ("gated", _I32),
         ("x_bits", _I32),

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from moe_cases import make_layer
+from moe_cases import assert_layer, make_layer
 
-from moesparse_kernels import dispatch, native_library, native_sources
+from moesparse_kernels import dispatch, moe, native_library, native_sources
 from moesparse_kernels.layout import NMWeight
 from moesparse_kernels.moe import moe_nm
 
@@ -115,3 +115,36 @@ def test_structures_are_those_of_the_header():
             for field in line.replace("const ", "").partition(";")[0].split(",")
         ]
         assert fields == [field for field, _ in getattr(native_library, structure)._fields_], structure
+
+
+@pytest.mark.parametrize("activation", ["silu", "swigluoai"])
+def test_each_expert_by_what_wins_for_it(monkeypatch, activation):
+    NATIVE.force_path(None)
+    monkeypatch.setattr(dispatch, "_NATIVE_ROWS", {NATIVE.path: dict.fromkeys(DTYPES, (4, 4))})
+    monkeypatch.setattr(type(NATIVE), "torch_has_better", lambda self, dtype: False)
+    layer = make_layer(9, 2, 6, 64, 32, routing="sentinels", bias=True, activation=activation)
+    # expert 1 has all tokens but the first, 5 rows in all go to the others; ids outside stay
+    layer.top_k_index[1:, 0] = 1
+    layer.top_k_index[1:, 1] = torch.tensor([0, 2, 3, 4, 5, -1, 6, 2**40])
+    seen = {"native": [], "torch": []}
+    for name, function, at in (("native", moe.layer_native, 1), ("torch", moe.up_reference, 1)):
+
+        def noted(*args, name=name, function=function, at=at, **options):
+            seen[name].append(args[at])
+            return function(*args, **options)
+
+        monkeypatch.setattr(moe, function.__name__, noted)
+    out = moe_nm(*layer.routed, *packed(layer), **layer.options)
+    assert_layer(out, layer, "skewed")
+    assert seen["native"][0][1:, 0].tolist() == [-1] * 8
+    assert seen["torch"][0].offsets.diff().tolist() == [0, 8, 0, 0, 0, 0]
+    # no more than 4 rows of any: all by the compiled kernels, without a look at the ids
+    seen["torch"].clear()
+    few = moe_nm(layer.x[:2], layer.top_k_index[:2], layer.top_k_weights[:2], *packed(layer), **layer.options)
+    assert few.shape == (2, 64) and not seen["torch"]
+    # all rows of one expert: all by torch's products
+    seen["native"].clear()
+    one = layer.top_k_index.clone()
+    one[:, 1] = -1
+    moe_nm(layer.x, one, layer.top_k_weights, *packed(layer), **layer.options)
+    assert not seen["native"]

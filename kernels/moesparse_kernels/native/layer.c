@@ -164,14 +164,14 @@ static void add_expert(const layer_run *run, int64_t active, int64_t r0, int64_t
 static void down_chunks(int64_t begin, int64_t end, void *context) {
   const layer_run *run = context;
   const moesparse_layer *call = run->call;
-  const int64_t T = call->tokens, N = call->down.rows, size = dtype_bytes(call->dtype);
+  const int64_t T = call->tokens, N = call->down.rows, size = dtype_bytes(call->y_dtype);
   for (int64_t q = begin; q < end; q++) {
     const int64_t r0 = q * run->down.chunk, r1 = min_of(r0 + run->down.chunk, N);
     float *sums = run->sums + r0 * T;
     memset(sums, 0, T * run->down.chunk * sizeof(float));
     for (int64_t a = 0; a < run->count; a++) add_expert(run, a, r0, r1, sums);
     for (int64_t t = 0; t < T; t++)
-      run->path->narrow(sums + t * run->down.chunk, call->dtype, (char *)call->y + (t * N + r0) * size, r1 - r0);
+      run->path->narrow(sums + t * run->down.chunk, call->y_dtype, (char *)call->y + (t * N + r0) * size, r1 - r0);
   }
 }
 

@@ -5,7 +5,7 @@
 //   y[t] = sum_k gates[t, k] * (h[row(t, k)] @ down[e].T + down_bias[e])
 //
 // Symbols: T tokens, E experts, H hidden, I intermediate, K columns of a matrix, R = T * top_k rows in expert order.
-// Products, biases, activations, gates and sums are fp32; h and y are rounded once to the dtype of x. The bits of a
+// Products, biases, activations, gates and sums are fp32; h is rounded once to the dtype of x, y to its own. The bits of a
 // result depend on the instruction path and on how many tokens an expert has, never on the number of threads.
 //
 // Where a weight has 8 or 4 bits, what meets it is brought to 8 or 13 bits, a scale for each row: x before the first
@@ -64,7 +64,8 @@ typedef struct {
 } moesparse_weight;
 
 typedef struct {
-  int32_t stage, dtype;        // dtype of x, y, rows, biases, and of weights without scales
+  int32_t stage, dtype;        // dtype of x, rows, biases, and of weights without scales
+  int32_t y_dtype;
   int32_t activation, gated;   // gated: the rows of `up` are [gate; up], or alternate for MOESPARSE_SWIGLU_OAI
   int32_t x_bits;              // of x and h where they meet scaled weights: 8 or 13
   int64_t experts, tokens, top_k;
