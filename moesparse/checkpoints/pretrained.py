@@ -204,7 +204,8 @@ def save_pretrained(
 
     Raises:
         CheckpointError: the folder holds files or cannot be written, or a file of the source is a link out of it.
-        UnsupportedModelError: the checkpoints of this family cannot hold packed experts.
+        UnsupportedModelError: the checkpoints of this family cannot hold packed experts, or transformers cannot save
+            the model.
         MoESparseError: packed, and no block holds an n:m pattern.
         ResultError: what was written is not the source with the changes that were meant; it is kept beside `folder`.
     """
@@ -270,7 +271,7 @@ def _save(
             if isinstance(edited, EditedModel):
                 found = edited.write(work, what.max_shard_bytes)
             else:
-                model.save_pretrained(work, state_dict=state, max_shard_size=what.max_shard_bytes)  # type: ignore[operator]
+                _save_anew(model, work, state, what.max_shard_bytes)
                 found = surplus(left=_without_place(origin))
         if origin is not None and (formats := other_formats(origin)):
             found["formats"] = formats
@@ -285,6 +286,17 @@ def _save(
             with kept_aside(work, kept_as):
                 check_written(work, edited.source)
     return found
+
+
+def _save_anew(model: Any, folder: Path, state: dict[str, Any], max_shard_bytes: int) -> None:
+    try:
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
+    except (NotImplementedError, ValueError) as error:
+        # it keeps the steps by which quantised weights were loaded, and cannot go all of them back
+        raise UnsupportedModelError(
+            f"{type(model).__name__} must be a model that transformers can save, and it says: {reason_of(error)}. One "
+            "that was loaded from quantised weights is pruned from its folder (moesparse.prune_checkpoint)"
+        ) from error
 
 
 def _lost_experts(model: nn.Module, source: Path | None) -> bool:

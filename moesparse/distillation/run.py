@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,7 @@ from moesparse.distillation.state import StateFile
 from moesparse.distillation.whole import train_whole
 from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.models.fingerprint import model_fingerprint
+from moesparse.models.formats.said import PACKED, said_of
 from moesparse.models.layers import LayersInMemory, RunOptions
 from moesparse.models.meta import vocabulary_size
 from moesparse.models.on_disk import LayersOnDisk
@@ -237,11 +239,7 @@ def distill_checkpoint(
     numbers = resolve_settings(settings, "blockwise")
     started = time.perf_counter()
     ours, theirs = LayersOnDisk.of(student), LayersOnDisk.of(teacher)
-    if ours.said is not None:
-        raise UnsupportedModelError(
-            f"student must hold plain weights, got {ours.folder}, quantised by {ours.said.get('quant_method')!r}: "
-            "prune with --output-dtype bfloat16 what is to be trained"
-        )
+    check_plain_student(ours.folder)
     pairs = pair_blocks(ours.model, theirs.model)
     seen = windows if isinstance(windows, ImageWindows) else None
     text = FromText(*check_windows(windows, vocabulary_size(theirs.model)), seen=seen)
@@ -283,3 +281,22 @@ def distill_checkpoint(
         text_of_card = None if card is None else card(report)
         output.finish(recipe, tokenizer=tokenizer, card=text_of_card, report=report.beside(ours.folder, len(text.ids)))
     return report
+
+
+def check_plain_student(folder: Path, *, packed: bool = False) -> None:
+    """Refuse a student whose weights are not stored as they are: codes cannot be trained.
+
+    Args:
+        folder: of the student.
+        packed: packed n:m weights are taken, for they will be unpacked.
+
+    Raises:
+        UnsupportedModelError: names the method.
+    """
+    method = (said_of(folder) or {}).get("quant_method")
+    if method is None or (packed and method == PACKED):
+        return
+    cure = "make it dense with `moesparse unpack`"
+    if method != PACKED:
+        cure = "prune with --output-dtype bfloat16 what is to be trained"
+    raise UnsupportedModelError(f"student must hold plain weights, got {folder}, quantised by {method!r}: {cure}")

@@ -96,6 +96,15 @@ def test_a_plain_checkpoint_of_it_is_packed(source, tmp_path, monkeypatch, capsy
     assert code == 0 and "tensors dequantised" in printed, err
 
 
+@pytest.mark.parametrize("mode", ["global", "blockwise"])
+def test_a_quantised_student_is_refused(mode, source, tmp_path, monkeypatch, capsys):
+    code, _, err = run(
+        monkeypatch, capsys, "distill", source, "--teacher", "demo", "--output", tmp_path / "out", "--mode", mode
+    )
+    assert code == 1 and "student must hold plain weights" in err and "--output-dtype bfloat16 what is to be" in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

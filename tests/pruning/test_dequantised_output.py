@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from moesparse import Recipe, prune
 from moesparse.checkpoints.against import compare_folders
 from moesparse.checkpoints.inspection import inspect_folder
+from moesparse.checkpoints.pretrained import load_model, save_pretrained
 from moesparse.checkpoints.repack import pack_folder
 from moesparse.distillation import Settings
 from moesparse.distillation.run import distill_checkpoint
@@ -125,6 +126,8 @@ def test_what_comes_next_works(tmp_path):
     assert trained.zeros[0] == trained.zeros[1] > 0
     with pytest.raises(UnsupportedModelError, match=r"student must hold plain weights.*--output-dtype bfloat16"):
         distill_checkpoint(source, source, tmp_path / "none", WINDOWS)
+    with pytest.raises(UnsupportedModelError, match=r"student must hold plain weights.*with `moesparse unpack`"):
+        distill_checkpoint(tmp_path / "packed", source, tmp_path / "none", WINDOWS)
 
 
 def test_what_it_is_not_for_is_refused(tmp_path):
@@ -136,4 +139,10 @@ def test_what_it_is_not_for_is_refused(tmp_path):
         prune_checkpoint(tmp_path / "plain", tmp_path / "out", None, PLAIN, allow_pruned=True)
     with pytest.raises(UsageError, match="output_dtype must be left out for a model in memory, got 'bfloat16'"):
         prune(whole_model(source), None, PLAIN)
+    loaded = load_model(source)
+    with (
+        pytest.warns(UserWarning, match="is not edited, for it is quantised"),
+        pytest.raises(UnsupportedModelError, match=r"transformers can save.* pruned from its folder"),
+    ):
+        save_pretrained(loaded, tmp_path / "out")
     assert not (tmp_path / "out").exists()
