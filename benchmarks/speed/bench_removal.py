@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.bench_removal                  # 20 GB read, 15 GB written five times; 35 GB of disk
     python -m benchmarks.speed.bench_removal --gigabytes 1    # to look at
-    python -m benchmarks.speed.bench_removal --table          # of docs/formats.md, from the result file
+    python -m benchmarks.speed.bench_removal --show           # what the result file holds
 
 A checkpoint is made with the names, shapes and dtypes of Qwen3-30B-A3B-FP8 and as many layers as fill the bytes asked
 for; its values are random bytes. A plan keeps three quarters of the experts of each layer, drawn at random. Then the
@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import RESULTS
-from benchmarks.speed.files import copy_runs, drop_from_cache, random_bytes, watched
+from benchmarks.speed.files import by_turns, pruned, random_bytes, show
 from moesparse.benchmarking import environment
 from moesparse.experts.origin import Origin
 from moesparse.experts.plan_file import ExpertPlan
@@ -160,60 +158,23 @@ def measure(work: Path, gigabytes: float) -> dict[str, Any]:
     make_plan(Shards.open(work / "tiny"), 2, SIZES | TINY).save(work / "tiny.json")
     infos = [shards.tensors[name] for name in staying(shards, plan)]
     runs = [(info.file, info.offset, info.offset + info.nbytes) for info in infos]
+    sizes: list[int] = []
 
-    def copied() -> float:
-        drop_from_cache(shards.files)
-        seconds = copy_runs(runs, work / "copy")
-        (work / "copy").unlink()
-        print(f"copied in {seconds:.1f} s", flush=True)
-        return seconds
-
-    def pruned(folder: Path, out: Path, file: Path) -> dict[str, Any]:
-        command = [sys.executable, "-m", "moesparse", "prune", str(folder), str(out), "--plan", str(file), "--json"]
-        return watched(command, {"OMP_NUM_THREADS": "1"})
+    def checked() -> None:
+        sizes.append(check(shards, work / "out", plan))
+        shutil.rmtree(work / "out")
 
     bare = pruned(work / "tiny", work / "out-tiny", work / "tiny.json")
-    copies, turns, loads, equal = [copied()], list[dict[str, Any]](), list[float](), 0
-    for _ in range(TURNS):
-        drop_from_cache(shards.files)
-        loads.append(os.getloadavg()[0])
-        turns.append(pruned(source, work / "out", plan_file))
-        print(f"removed in {turns[-1]['seconds']:.1f} s, load {loads[-1]:.1f}", flush=True)
-        # there may be no room for a copy beside it
-        equal = equal or check(shards, work / "out", plan)
-        shutil.rmtree(work / "out")
-        copies.append(copied())
-    found = min(turns, key=lambda turn: turn["seconds"])
+    found = by_turns(runs, work, lambda: pruned(source, work / "out", plan_file), checked, TURNS)
     return {
         "layers": layers,
         "layer_bytes": layer,
         "tensors": len(shards.tensors),
         "bytes_before": shards.nbytes,
-        "bytes_after": equal,
-        "copied": sum(info.nbytes for info in infos),
-        "copy_seconds": copies,
-        "removal_seconds": [turn["seconds"] for turn in turns],
-        "loads": loads,
-        "ratio": found["seconds"] / min(copies),
-        "memory_in_layers": (max(turn["anonymous"] for turn in turns) - bare["anonymous"]) / layer,
+        "bytes_after": sizes[0],
         **found,
         "bare": bare,
     }
-
-
-def show(row: dict[str, Any]) -> None:
-    """What docs/formats.md says."""
-    copies, removals = (", ".join(f"{each:.0f}" for each in row[f"{what}_seconds"]) for what in ("copy", "removal"))
-    bare, loads = row["bare"], ", ".join(f"{each:.1f}" for each in row["loads"])
-    print(
-        f"{row['bytes_before'] / 1e9:.1f} GB, {row['layers']} layers, {row['tensors']:,} tensors -> "
-        f"{row['bytes_after'] / 1e9:.1f} GB\n"
-        f"removals {removals} s ({row['cpu_seconds']:.0f} s of CPU; load {loads}), copies {copies} s: ratio "
-        f"{row['ratio']:.2f}; a tiny checkpoint takes {bare['seconds']:.0f} s\n"
-        f"memory: {row['anonymous'] / 1e6:.0f} MB of its own (tiny checkpoint {bare['anonymous'] / 1e6:.0f}), "
-        f"{row['mapped'] / 1e6:.0f} MB mapped ({bare['mapped'] / 1e6:.0f}); over the tiny one "
-        f"{row['memory_in_layers']:.2f} of the {row['layer_bytes'] / 1e6:.0f} MB of a layer"
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -221,10 +182,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gigabytes", type=float, default=20.0, help="of the checkpoint")
     parser.add_argument("--work", type=Path, help="a folder on the disk to be measured (a temporary one)")
     parser.add_argument("-o", "--output", type=Path, help="result file (results/cpu/bench_removal.json)")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what the result file holds")
+    parser.add_argument("--show", action="store_true", help="measure nothing, print what the result file holds")
     options = parser.parse_args(arguments)
     file = options.output or RESULTS / "cpu" / "bench_removal.json"
-    if not options.table:
+    if not options.show:
         work = Path(tempfile.mkdtemp(dir=options.work))
         try:
             row = measure(work, options.gigabytes)

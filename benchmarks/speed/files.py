@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["copy_runs", "drop_from_cache", "random_bytes", "watched"]
+__all__ = ["by_turns", "copy_runs", "drop_from_cache", "pruned", "random_bytes", "show", "watched"]
 
 Run = tuple[Path, int, int]
 """Bytes of a file: first, and behind the last."""
@@ -66,6 +67,69 @@ def joined(runs: Iterable[Run]) -> list[Run]:
         else:
             found.append((path, start, stop))
     return found
+
+
+def pruned(source: Path, out: Path, plan: Path) -> dict[str, Any]:
+    """`watched`, of the removal by a plan in one thread."""
+    command = [sys.executable, "-m", "moesparse", "prune", str(source), str(out), "--plan", str(plan), "--json"]
+    return watched(command, {"OMP_NUM_THREADS": "1"})
+
+
+def by_turns(
+    runs: Sequence[Run], work: Path, remove: Callable[[], dict[str, Any]], check: Callable[[], None], turns: int
+) -> dict[str, Any]:
+    """A copy of the bytes that stay and their removal's command by turns, each from a cold cache.
+
+    Args:
+        runs: the bytes that stay.
+        work: a folder of the disk.
+        remove: gives what `pruned` gives.
+        check: looks at the result and removes it, for there may be no room for a copy beside it.
+        turns: of the command, between one copy more.
+
+    Returns:
+        What `pruned` gave in its quickest turn, the seconds of all turns, and the ratio of the quickest ones.
+    """
+    files = sorted({path for path, *_ in runs})
+
+    def copied() -> float:
+        drop_from_cache(files)
+        seconds = copy_runs(runs, work / "copy")
+        (work / "copy").unlink()
+        print(f"copied in {seconds:.1f} s", flush=True)
+        return seconds
+
+    copies, found, loads = [copied()], list[dict[str, Any]](), list[float]()
+    for _ in range(turns):
+        drop_from_cache(files)
+        loads.append(os.getloadavg()[0])
+        found.append(remove())
+        print(f"removed in {found[-1]['seconds']:.1f} s, load {loads[-1]:.1f}", flush=True)
+        check()
+        copies.append(copied())
+    best = min(found, key=lambda turn: turn["seconds"])
+    return best | {
+        "copied": sum(stop - start for _, start, stop in runs),
+        "copy_seconds": copies,
+        "removal_seconds": [turn["seconds"] for turn in found],
+        "loads": loads,
+        "ratio": best["seconds"] / min(copies),
+        "anonymous": max(turn["anonymous"] for turn in found),
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    """A row of `by_turns` in words, beside the same command on next to nothing, "bare"."""
+    copies, removals = (", ".join(f"{each:.0f}" for each in row[f"{what}_seconds"]) for what in ("copy", "removal"))
+    bare, loads = row["bare"], ", ".join(f"{each:.1f}" for each in row["loads"])
+    print(
+        f"{row['bytes_before'] / 1e9:.1f} GB, {row['layers']} layers, {row['tensors']:,} tensors -> "
+        f"{row['bytes_after'] / 1e9:.1f} GB\n"
+        f"removals {removals} s ({row['cpu_seconds']:.0f} s of CPU; load {loads}), copies {copies} s: ratio "
+        f"{row['ratio']:.2f}; next to nothing takes {bare['seconds']:.0f} s ({bare['cpu_seconds']:.0f} s of CPU)\n"
+        f"memory: {row['anonymous'] / 1e6:.0f} MB of its own (next to nothing {bare['anonymous'] / 1e6:.0f}), "
+        f"{row['mapped'] / 1e6:.0f} MB mapped ({bare['mapped'] / 1e6:.0f}); a layer has {row['layer_bytes'] / 1e6:.0f}"
+    )
 
 
 def watched(command: Sequence[str], environment: dict[str, str] | None = None) -> dict[str, Any]:

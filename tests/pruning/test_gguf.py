@@ -266,6 +266,13 @@ def test_what_cannot_be_placed_is_refused_by_name(name, message, tmp_path):
         GGUFModel(GGUFFiles(strange(tmp_path / "all.gguf", name)))
 
 
+def test_the_package_names_no_table_of_experts_for_tokens():
+    """DeepSeek-V4 has one, tid2eid; what llama.cpp calls it is not known, so it is refused and not rewritten."""
+    from gguf.constants import TENSOR_NAMES
+
+    assert not [name for name in TENSOR_NAMES.values() if "tid2eid" in name or "hash" in name]
+
+
 def test_what_is_no_expert_stays(tmp_path):
     names = ["ffn_up_shexp", "ffn_gate_inp_shexp", "ffn_norm_exps", "attn_v_exps", "attn_q_norm"]
     names = [f"blk.0.{name}.weight" for name in names] + ["blk.0.ffn_gate_inp.scale", "blk.1.ffn_up.weight"]
