@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from moesparse.errors import CheckpointError, MoESparseError, reason_of
+from moesparse.system.folders import other_formats
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, WEIGHT_SUFFIXES, read_weight_map
 
-__all__ = ["local_folder"]
+__all__ = ["local_folder", "unread_weights"]
 
 # what lies beside the weights is copied into a result, so all of it is wanted; nothing of it is run
 _WEIGHTS = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
+
+# folder of a hub id -> weights of the id that this process did not download
+_left: dict[Path, list[str]] = {}
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:
@@ -36,6 +42,7 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         weights = [SINGLE_FILE]
         if (folder / INDEX_FILE).exists():
             weights += set(read_weight_map(folder / INDEX_FILE).values())
+        _left[folder] = _other_weights(name, folder.name, weights)
         return Path(snapshot_download(name, allow_patterns=weights))
     except MoESparseError:
         raise
@@ -43,3 +50,26 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"MODEL must be a local folder or a hub id with a language model, got {name!r}: {reason_of(error)}"
         ) from error
+
+
+def unread_weights(folder: Path) -> list[str]:
+    """Weights of a checkpoint besides the shards that are read: they are not copied.
+
+    Args:
+        folder: of the checkpoint. Of a hub id, as `local_folder` gave it: also what is there and was not downloaded.
+
+    Returns:
+        Paths within the folder, sorted.
+    """
+    return sorted({*other_formats(folder), *_left.get(folder, ())})
+
+
+def _other_weights(name: str, commit: str, read: Collection[str]) -> list[str]:
+    """Weights that the hub lists for an id besides those that are read; none where it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    # without a network a folder that was downloaded before is used all the same
+    with contextlib.suppress(Exception):
+        files = [each.rfilename for each in HfApi().model_info(name, revision=commit).siblings or ()]
+        return [file for file in files if file.endswith(WEIGHT_SUFFIXES) and file not in read]
+    return []

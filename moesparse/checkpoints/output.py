@@ -15,6 +15,7 @@ from torch import Tensor
 from moesparse.calibration.layers import Stored, from_shards
 from moesparse.checkpoints.against import check_written
 from moesparse.checkpoints.edit import SourceFolder, Surplus, surplus
+from moesparse.checkpoints.hub import unread_weights
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
 from moesparse.checkpoints.requantised import requantise
 from moesparse.experts.plan_file import ExpertPlan
@@ -23,7 +24,7 @@ from moesparse.models.formats.rounding import Rounding
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import ProgressEvent
-from moesparse.system.folders import companions, other_formats
+from moesparse.system.folders import companions
 from moesparse.system.run_folder import RunFolder
 from moesparse.system.shard_writer import MAX_SHARD_BYTES
 from moesparse.system.shards import Shards
@@ -171,7 +172,7 @@ class IntoFolder:
 
     def surplus(self) -> Surplus:
         """What of the source the model has no place for; every layer must be finished."""
-        formats = other_formats(self._layers.folder)
+        formats = unread_weights(self._layers.folder)
         found = self._source.became(*self._others(), set(self._layers.surplus))
         return found | surplus(formats=formats, quantisation=self._source.left_out)
 

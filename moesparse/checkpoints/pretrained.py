@@ -27,7 +27,7 @@ from moesparse.checkpoints.history import (
     noted_with,
     read_report,
 )
-from moesparse.checkpoints.hub import local_folder
+from moesparse.checkpoints.hub import local_folder, unread_weights
 from moesparse.checkpoints.origin import (
     EditedModel,
     edited_model,
@@ -54,7 +54,6 @@ from moesparse.system.folders import (
     companions,
     copy_companions,
     kept_aside,
-    other_formats,
     scratch_folder,
 )
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
@@ -273,7 +272,7 @@ def _save(
             else:
                 _save_anew(model, work, state, what.max_shard_bytes)
                 found = surplus(left=_without_place(origin))
-        if origin is not None and (formats := other_formats(origin)):
+        if origin is not None and (formats := unread_weights(origin)):
             found["formats"] = formats
         files: dict[str, Any] = {"card": what.card, "report": report, "surplus": found, "plan": what.plan}
         files["written"] = _EDITED if isinstance(edited, EditedModel) else _WRITTEN_ANEW

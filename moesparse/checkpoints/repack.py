@@ -20,6 +20,7 @@ from moesparse.checkpoints.against import check_written
 from moesparse.checkpoints.card import card_in_form
 from moesparse.checkpoints.edit import SourceFolder
 from moesparse.checkpoints.history import tell_surplus
+from moesparse.checkpoints.hub import unread_weights
 from moesparse.checkpoints.inspection import bad_groups
 from moesparse.checkpoints.skeleton import Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import CheckpointError, UnsupportedModelError
@@ -27,7 +28,7 @@ from moesparse.models.meta import bare_model, read_config
 from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES
 from moesparse.packed.model import choose_among, nothing_to_pack
 from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.system.folders import atomic_folder, check_output_folder, copy_companions, other_formats
+from moesparse.system.folders import atomic_folder, check_output_folder, copy_companions
 from moesparse.system.json_text import json_with, json_without
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
 from moesparse.system.shard_writer import MAX_SHARD_BYTES, ShardWriter
@@ -310,7 +311,7 @@ def _write(
     Returns:
         Number of shards, and weight files of the source that were not copied.
     """
-    formats = other_formats(skeleton.folder)
+    formats = unread_weights(skeleton.folder)
     written = {spec.name for spec in specs}
     keys = [key for key in skeleton.shards.tensors if key in written]
     started = time.perf_counter()

@@ -106,7 +106,11 @@ def test_code_and_subfolders_come_with_the_weights_and_other_formats_do_not(shar
     assert files_of(found) == files_of(folder) - weights == set(asked)
     assert not weights & set(asked)
     # a result takes all of it over
-    moesparse.prune_checkpoint(found, tmp_path / "out", None, moesparse.Recipe(saliency="magnitude", update="none"))
+    recipe = moesparse.Recipe(saliency="magnitude", update="none")
+    report = moesparse.prune_checkpoint(found, tmp_path / "out", None, recipe)
+    # what was not downloaded is named as what lies beside the weights of a local folder is
+    assert set(report.surplus["formats"]) == weights
+    assert "original/consolidated.00.pth" in (tmp_path / "out" / "moesparse_report.json").read_text()
     for name, text in beside.items():
         assert (tmp_path / "out" / name).read_text() == text
 

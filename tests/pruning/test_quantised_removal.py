@@ -173,11 +173,17 @@ def test_a_byte_that_differs_is_found(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("mtp", [None, "prune"])
-def test_layers_that_predict_further_tokens_are_in_their_own_format(mtp, tmp_path):
+@pytest.mark.parametrize(("mtp", "plain"), [(None, ""), ("prune", ""), ("prune", "further"), ("prune", "trunk")])
+def test_layers_that_predict_further_tokens_are_in_their_own_format(mtp, plain, tmp_path):
+    """In that of the trunk, or plain behind a quantised trunk and the other way round."""
     source = checkpoint(tmp_path / "source", "deepseek_v3", dtype=torch.bfloat16)
     _, is_quantised, quantise, said = CASES["fp8 deepseek"]
-    quantise_folder(source, lambda key, tensor: is_quantised(key, tensor) and "eh_proj" not in key, quantise, said)
+
+    def quantised(key, tensor):
+        here = "further" if key.startswith("model.layers.2.") else "trunk"
+        return is_quantised(key, tensor) and "eh_proj" not in key and here != plain
+
+    quantise_folder(source, quantised, quantise, said)
     further = {name: each for name, each in raw(source).items() if name.startswith("model.layers.2.")}
     recipe = replace(CUT, mtp=mtp)
     report = prune_checkpoint(source, tmp_path / "out", WINDOWS, recipe, batch_size=4)
