@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moesparse.errors import reason_of
-from moesparse.serving.engine import Delta, TokenNote
+from moesparse.serving.engine import Delta, Ended, TokenNote
 from moesparse.serving.requests import Refused
 
 __all__ = ["Chat", "Collected", "Completion", "dump", "error_body", "event", "failed"]
@@ -37,7 +37,9 @@ def error_body(error: Refused) -> dict[str, Any]:
 
 
 def failed(error: Exception) -> Refused:
-    """What a client is told of a defect, or of memory that did not suffice."""
+    """What a client is told of a defect, of memory that did not suffice, or of a server that ends."""
+    if isinstance(error, Ended):
+        return Refused("the server ends", status=503)
     return Refused(f"the server failed: {type(error).__name__}: {reason_of(error)}", status=500)
 
 

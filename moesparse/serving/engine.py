@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +20,13 @@ from moesparse.serving.batch import Batch
 from moesparse.serving.sampling import Sampler, Sampling, log_probabilities
 from moesparse.serving.words import Writer, token_bytes, token_text
 
-__all__ = ["Delta", "Engine", "Text", "TokenNote"]
+__all__ = ["Delta", "Ended", "Engine", "Text", "TokenNote"]
 
 _logger = logging.getLogger(__name__)
+
+
+class Ended(Exception):
+    """The engine was told to end before a text had."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,12 @@ class Engine:
         for text in texts:
             text.emit = emit
         with self._changed:
-            self._waiting.extend(texts)
-            self._changed.notify()
+            closed = self._closed
+            if not closed:
+                self._waiting.extend(texts)
+                self._changed.notify()
+        if closed:
+            self._give_up(texts, Ended())
 
     def cancel(self, texts: Sequence[Text]) -> None:
         """End texts without another word; what already ended stays so."""
@@ -142,11 +150,15 @@ class Engine:
                 text.cancelled = True
             self._changed.notify()
 
-    def close(self, seconds: float) -> bool:
-        """End all texts and the thread; False where a pass takes longer than this."""
+    def end(self) -> None:
+        """End all texts after the pass that is under way, those that come as well, and the thread; does not wait."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def close(self, seconds: float) -> bool:
+        """`end`, and wait; False where the pass takes longer than this."""
+        self.end()
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -155,7 +167,7 @@ class Engine:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._waiting or self._active)
                 if self._closed:
-                    return
+                    break
                 self._waiting = deque(text for text in self._waiting if not text.cancelled)
                 joining = self._next_texts()
             self._leave(lambda row: not row.text.cancelled)
@@ -165,6 +177,13 @@ class Engine:
             if self._active:
                 with self._guarded([row.text for row in self._active]):
                     self._choose(self._active, self._batch.step([row.token for row in self._active]))
+
+        self._give_up([*(row.text for row in self._active), *self._waiting], Ended())
+
+    @staticmethod
+    def _give_up(texts: Iterable[Text], error: Exception) -> None:
+        for text in texts:
+            text.emit(Delta(text.index, error=error))
 
     def _next_texts(self) -> list[Text]:
         """The first that waits, and those behind it with the same prompt, as many as there are rows for."""
@@ -186,8 +205,7 @@ class Engine:
             _logger.exception("a pass of the model failed")
             # a prompt that failed while its row was joined takes the other rows with it
             lost = {*texts, *(row.text for row in self._active if not self._batch.lengths)}
-            for text in lost:
-                text.emit(Delta(text.index, error=error))
+            self._give_up(lost, error)
             self._leave(lambda row: row.text not in lost)
 
     def _leave(self, stays: Callable[[_Row], bool]) -> None:

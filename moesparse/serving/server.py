@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,10 @@ class Server:
         self.rows = self._engine.rows
         served = Served(name, self._engine, tokenizer, vocabulary, max_context or own, chat_template, api_key)
         self.has_chat_template = served.has_chat_template
-        config = uvicorn.Config(make_app(served), log_level=log_level, timeout_graceful_shutdown=GRACE_SECONDS)
-        self._uvicorn = uvicorn.Server(config)
+        # the rest is for a pass of the model, and for clients that do not take what they are told
+        seconds = GRACE_SECONDS + _PASS_SECONDS
+        config = uvicorn.Config(make_app(served), log_level=log_level, timeout_graceful_shutdown=seconds)
+        self._uvicorn = _Uvicorn(config, self._engine)
 
     def run(self) -> bool:
         """Serve until SIGINT or SIGTERM.
@@ -86,12 +88,22 @@ class Server:
         Returns:
             Whether all work has ended; a pass of the model that takes long cannot be stopped.
         """
-        # clients that went away and passes that were cut off are no faults of the server
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         # uvicorn ends in good order and raises what ended it again
         with contextlib.suppress(KeyboardInterrupt):
             self._uvicorn.run(sockets=[self._listener])
         return self._engine.close(_PASS_SECONDS)
+
+
+class _Uvicorn(uvicorn.Server):
+    """A server that tells its clients when it ends."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._engine.end)
+        await super().shutdown(sockets)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -9,7 +9,7 @@ import torch
 from moesparse import demo
 from moesparse.evaluate import generate
 from moesparse.serving.batch import Batch
-from moesparse.serving.engine import Engine, Text
+from moesparse.serving.engine import Ended, Engine, Text
 from moesparse.serving.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -159,3 +159,16 @@ def test_a_prompt_is_scored_as_the_model_scores_it(loaded, engine):
         assert note.logprob == pytest.approx(float(wanted[place, prompt[place + 1]]), abs=1e-4)
         best = wanted[place].topk(2)
         assert [each.logprob for each in note.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_who_is_left_when_the_engine_ends_is_told(loaded):
+    engine = Engine(*loaded, rows=1)
+    endless = Sampling(logit_bias={0: -100.0})
+    texts = [Text(ids(loaded, prompt), 10_000, endless, index=place) for place, prompt in enumerate(PROMPTS[:2])]
+    reader = Reader(engine, *texts)
+    reader.deltas.get(timeout=60)
+    assert engine.close(30)
+    late = Reader(engine, Text(texts[0].prompt, 1, GREEDY))
+    for each in (reader, late):
+        each.read()
+        assert all(isinstance(finish, Ended) for finish in each.finish)

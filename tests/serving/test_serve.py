@@ -153,13 +153,16 @@ class Served:
         return self.client.chat.completions.create(model=self.model, messages=messages, **options)
 
     def end_by_ctrl_c_while_generating(self):
-        """Seconds from SIGINT to the end, and the exit code, with a generation of minutes under way."""
+        """Seconds from SIGINT to the end, the exit code, and what a client is told in a generation of minutes."""
         stream = self.complete(PROMPTS[0], max_tokens=150_000, logit_bias={0: -100}, stream=True)
-        next(iter(stream))
+        next(stream)
         began = time.monotonic()
         self.process.send_signal(signal.SIGINT)
         code = self.process.wait(timeout=60)
-        return time.monotonic() - began, code
+        seconds = time.monotonic() - began
+        with pytest.raises(openai.APIError) as told:
+            list(stream)
+        return seconds, code, told.value.message
 
     def kill(self):
         if self.process.poll() is None:
@@ -626,12 +629,14 @@ def test_where_it_is_and_how_to_try_it_are_told(served, dense):
 
 # the last test of each server
 def test_ctrl_c_ends_it_while_a_generation_of_minutes_runs_and_frees_the_port(served):
-    seconds, code = served.end_by_ctrl_c_while_generating()
+    seconds, code, told = served.end_by_ctrl_c_while_generating()
     log = served.log.read_text()
     assert code == 0, log
+    assert told == "the server ends"
     assert GRACE_SECONDS < 5
     assert seconds < 30  # 5 when nothing else runs: this leaves room for a busy machine, and none for the generation
     assert "the server has ended" in log
+    assert "Traceback" not in log
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", int(re.search(r"127.0.0.1:(\d+)/v1", log)[1])))
