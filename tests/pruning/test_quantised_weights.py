@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from faults import at, kill, killed
+from further_tokens import checkpoint
 from quantised_folders import (
     BY_COMPRESSED_TENSORS,
     BY_TRANSFORMERS,
     CASES,
     dequantised,
+    quantise_folder,
     raw,
     whole_model,
     write_quantised,
@@ -210,3 +212,21 @@ def test_killed_it_goes_on_to_the_same_bytes(case, run, place, count, tmp_path):
     go("out", resume=True)
     assert raw(tmp_path / "out") == raw(tmp_path / "want")
     assert compare_folders(tmp_path / "out", source).problems == []
+
+
+@pytest.mark.parametrize("update", ["none", "obs"])
+def test_layers_that_predict_further_tokens_are_pruned_in_their_format(update, tmp_path):
+    source, out = checkpoint(tmp_path / "source", "deepseek_v3", dtype=torch.bfloat16), tmp_path / "out"
+    _, is_quantised, quantise, said = CASES["fp8 deepseek"]
+    quantise_folder(source, lambda key, tensor: is_quantised(key, tensor) and "eh_proj" not in key, quantise, said)
+    prune_checkpoint(source, out, WINDOWS, replace(ZEROS, update=update, mtp="prune"), batch_size=4)
+    (old, _), (new, _) = expert_weights(source), expert_weights(out)
+    further = [key for key in old if key.startswith("model.layers.2.")]
+    assert len(further) == 8 * 3
+    for key in further:
+        assert ((new[key].unflatten(-1, (-1, 4)) != 0).sum(-1) <= 2).all()
+        kept = new[key] != 0
+        assert new[key][kept].equal(old[key][kept]) == (update == "none")
+    found = compare_folders(out, source)
+    assert found.problems == []
+    assert set(further) <= set(found.tensors["pruned" if update == "none" else "requantised"])
