@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # MOESPARSE_ABI of moesparse_native.h
-ABI = 2
+ABI = 3
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """enum moesparse_dtype."""

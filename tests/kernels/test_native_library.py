@@ -88,7 +88,7 @@ def test_a_library_of_other_sources_is_refused(tmp_path):
 
 def test_a_library_of_another_interface_is_refused(monkeypatch):
     monkeypatch.setattr(native_library, "ABI", 0)
-    with pytest.warns(UserWarning, match=r"\(interface 0, sources \w{16}\), got interface 2, sources \w{16}"):
+    with pytest.warns(UserWarning, match=r"\(interface 0, sources \w{16}\), got interface 3, sources \w{16}"):
         assert native_library._load(native_library.LIBRARY)[0] is None
 
 

@@ -97,25 +97,45 @@ DEFINE_KIND(bf16, BF16, multiply_floats)
 DEFINE_KIND(fp16, FP16, multiply_floats)
 DEFINE_KIND(fp32, FP32, multiply_floats)
 
-static TARGET void unpack_row(const matrix *w, int64_t row, int value_bytes, void *out, int streaming) {
+// eight columns to `to`; `past`: past the caches
+INLINE void put_words(__m128i part, const int past, char *to) {
+  if (past) _mm_stream_si128((__m128i *)to, part);
+  else _mm_storeu_si128((__m128i *)to, part);
+}
+
+INLINE void put_floats(__m256 part, const int past, char *to) {
+  if (past) _mm256_stream_ps((float *)to, part);
+  else _mm256_storeu_ps((float *)to, part);
+}
+
+INLINE void unpack_octets(const int form, const int value_bytes, const int past, const matrix *w, int64_t row, char *to) {
   const uint8_t *p = w->values + row * w->value_row, *index = w->index + row * w->index_row;
   const uint8_t *end = p + w->columns * w->step_bytes / STEP;
-  char *to = out;
-  const int aligned = streaming && (uintptr_t)out % 32 == 0;
   for (int64_t at = 0; at < w->columns / 8; at++, to += 8 * value_bytes) {
     const uint32_t bits = index[at];
     if (at % OCTETS == 0) prefetch(p + AHEAD);
-    if (value_bytes == 2) {
-      const __m128i part = _mm_shuffle_epi8(load_words(p, end), table_words(spread_words[bits]));
-      if (aligned) _mm_stream_si128((__m128i *)to, part);
-      else _mm_storeu_si128((__m128i *)to, part);
+    if (value_bytes == 4) {
+      put_floats(decode_floats(form, p, bits, end), past, to);
     } else {
-      const __m256 part = decode_floats(ANY_NM, p, bits, end);
-      if (aligned) _mm256_stream_ps((float *)to, part);
-      else _mm256_storeu_ps((float *)to, part);
+      // the four values of a 2:4 byte, or up to eight
+      const __m128i kept = form == TWO_FOUR ? _mm_loadl_epi64((const __m128i *)p) : load_words(p, end);
+      put_words(_mm_shuffle_epi8(kept, table_words(spread_words[bits])), past, to);
     }
-    p += __builtin_popcount(bits) * value_bytes;
+    p += form == TWO_FOUR ? 4 * value_bytes : __builtin_popcount(bits) * value_bytes;
   }
+}
+
+INLINE void unpack_past(const int value_bytes, const int past, const matrix *w, int64_t row, char *out) {
+  if (w->form == TWO_FOUR) unpack_octets(TWO_FOUR, value_bytes, past, w, row, out);
+  else unpack_octets(ANY_NM, value_bytes, past, w, row, out);
+}
+
+static TARGET void unpack_row(const matrix *w, int64_t row, int value_bytes, void *out, int streaming) {
+  const int past = streaming && (uintptr_t)out % 32 == 0;
+  if (value_bytes == 2 && past) unpack_past(2, 1, w, row, out);
+  else if (value_bytes == 2) unpack_past(2, 0, w, row, out);
+  else if (past) unpack_past(4, 1, w, row, out);
+  else unpack_past(4, 0, w, row, out);
 }
 
 static TARGET void unpack_end(void) { _mm_sfence(); }

@@ -77,9 +77,11 @@ INLINE uint64_t kept_columns(const uint8_t *index, int64_t columns) {
 
 INLINE void decode(const int wide, const int bits, const int form, const uint8_t *p, int64_t step_bytes,
                    const uint8_t *end, const uint8_t *index, int64_t columns, ints *out) {
+  (void)end;
   // what stands for 0 among values of half a byte
   const __m512i none = bits == 4 ? _mm512_set1_epi8(8) : _mm512_setzero_si512();
-  __m512i values = load_values(bits, form, columns != WIDE_STEP, p, columns == WIDE_STEP ? step_bytes : end - p);
+  const int rest = columns != WIDE_STEP;
+  __m512i values = load_values(bits, form, rest, p, rest ? ceil_div(columns * step_bytes, WIDE_STEP) : step_bytes);
   if (form != DENSE) values = _mm512_mask_expand_epi8(none, kept_columns(index, columns), values);
   if (wide) {
     values = _mm512_sub_epi8(values, none);

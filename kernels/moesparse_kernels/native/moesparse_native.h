@@ -20,7 +20,7 @@
 #include <stdint.h>
 
 // raised with every change of this file: native.py refuses a library of another number
-#define MOESPARSE_ABI 2
+#define MOESPARSE_ABI 3
 
 enum moesparse_dtype { MOESPARSE_BF16, MOESPARSE_FP16, MOESPARSE_FP32 };
 

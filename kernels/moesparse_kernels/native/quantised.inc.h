@@ -12,7 +12,7 @@
 //   splat_scale(s), halves_scale(a, b)  a for the first half of the lanes, b for the others
 //   half_value(bits)             an fp16 number
 //   decode(wide, bits, form, values, step_bytes, end, index, columns, out[])
-//       the registers of a step that has so many columns; reads nothing at `end`, that of the row, or behind
+//       the registers of a step that has so many columns; reads nothing at `end`, that of the matrix, or behind
 // before. A group of 4 rows meets a block of tokens. The products of a span are summed as whole numbers, exactly, and then
 // added times its scale to fp32 sums. What is ahead is prefetched into L2 as in avx512.inc.h.
 
@@ -42,7 +42,8 @@ typedef struct {
 } weights;
 
 typedef struct {
-  const uint8_t *values[ROWS], *index[ROWS], *end[ROWS];
+  const uint8_t *values[ROWS], *index[ROWS];
+  const uint8_t *end; // of the values of the matrix
   int64_t values_ahead, index_ahead; // how many bytes later what is read after them lies
   int64_t step_bytes;
   int lines; // a step is prefetched where the bits of its number that are set here are 0: the first of a cache line
@@ -66,8 +67,8 @@ INLINE group group_of(const weights *from) {
     const int64_t at = min_of(from->row + r, t->row1 - 1);
     g.values[r] = w->values + at * w->value_row;
     g.index[r] = w->index + at * w->index_row;
-    g.end[r] = g.values[r] + from->bytes;
   }
+  g.end = w->values + (w->rows - 1) * w->value_row + from->bytes;
   const int64_t beyond = from->row + from->later - t->row1;
   g.values_ahead = from->later * w->value_row;
   g.index_ahead = from->later * w->index_row;
@@ -191,7 +192,7 @@ INLINE void decode_rows(const int wide, const int bits, const int form, const gr
   prefetch_step(g, form, k);
   for (int r = 0; r < ROWS; r++) {
     ints row[MOST_REGISTERS];
-    decode(wide, bits, form, g->values[r] + g->step_bytes * k, g->step_bytes, g->end[r], g->index[r] + 8 * k, columns,
+    decode(wide, bits, form, g->values[r] + g->step_bytes * k, g->step_bytes, g->end, g->index[r] + 8 * k, columns,
            row);
     for (int i = 0; i < REGISTERS(wide); i++) to[i * ROWS + r] = row[i];
   }

@@ -182,6 +182,7 @@ static void check_layer(const char *path, int n, int m, int64_t H, int64_t I, in
     gates[s] = draw_value();
   }
   moesparse_layer call = {.dtype = dtype,
+                          .y_dtype = dtype,
                           .activation = MOESPARSE_RELU,
                           .gated = 1,
                           .experts = E,
@@ -310,6 +311,7 @@ static void check_quantised_layer(int n, int m, int64_t H, int64_t I, int64_t to
     gates[s] = draw_value();
   }
   const moesparse_layer call = {.dtype = MOESPARSE_FP32,
+                                .y_dtype = MOESPARSE_FP32,
                                 .activation = MOESPARSE_SILU,
                                 .gated = 1,
                                 .x_bits = draw(2) ? 8 : 13,
