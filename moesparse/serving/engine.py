@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from moesparse.serving.batch import Batch
+from moesparse.serving.products import serve_few_rows
 from moesparse.serving.sampling import Sampler, Sampling, log_probabilities
 from moesparse.serving.words import Writer, token_bytes, token_text
 
@@ -106,7 +107,8 @@ class Engine:
     """Continues texts with a model, several in each pass.
 
     Args:
-        model: a transformers causal language model in eval mode, on one device.
+        model: a transformers causal language model in eval mode, on one device; its linear layers take the faster of
+            two products from here on (products.py).
         tokenizer: its tokenizer.
         rows: texts continued together at most; 1 where the model's cache cannot be cut into rows.
 
@@ -115,6 +117,7 @@ class Engine:
     """
 
     def __init__(self, model: Any, tokenizer: Any, rows: int) -> None:
+        serve_few_rows(model)
         self._batch = Batch(model)
         self._tokenizer = tokenizer
         self.rows = rows if rows == 1 or self._batch.joinable() else 1
