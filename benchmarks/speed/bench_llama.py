@@ -12,7 +12,9 @@ attention. They are measured by two models that have a dense feed-forward of 32 
 which is about as many multiplications as the router (128 experts: 43 columns), and taken off. Ours is the expert layer
 alone, given a routing.
 
-Contenders come round after round, so that a disturbance hits all; times are medians over all rounds, by the clock.
+Contenders come round after round, so that a disturbance hits all; times are medians over all rounds, by the clock. In
+a round each runs for a stretch of its own, as llama.cpp's programs do: behind a call of another contender, whose code
+and data are in the caches, a call takes up to a fifth longer (bench_cpu's turns are such, for all alike).
 llama.cpp's random tokens and its routers choose the experts there, a uniform draw here.
 """
 
@@ -124,16 +126,16 @@ class Sitting:
 
     def _ours(self, tokens: int, contenders: list[str]) -> None:
         calls = [RoutedCall.make(self.layer, tokens, "uniform", seed) for seed in range(CALLS)]
-        until = time.perf_counter() + self.seconds * len(contenders)
-        turn = 0
-        while turn < 2 or time.perf_counter() < until:
-            for name in contenders:
+        for name in contenders:
+            until = time.perf_counter() + self.seconds
+            turn = 0
+            while turn < 3 or time.perf_counter() < until:
                 began = time.perf_counter()
                 CONTENDERS[name].run(calls[turn % CALLS])
-                # the first turn of each warms up
-                if turn:
+                # the first two warm up
+                if turn > 1:
                     self.times[name, tokens].append(time.perf_counter() - began)
-            turn += 1
+                turn += 1
 
     def rows(self, contenders: list[str], run: int) -> list[dict[str, Any]]:
         found = []
