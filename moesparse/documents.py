@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from moesparse.errors import MoESparseError, UsageError, reason_of
+from moesparse.errors import MissingFileError, MoESparseError, UsageError, reason_of
 
 __all__ = [
     "ChatTemplate",
     "Chunk",
+    "GivenText",
     "PathLike",
     "SourceRead",
     "check_chats",
@@ -89,6 +90,22 @@ class SourceRead:
     chat_template: str | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class GivenText:
+    """Text that a caller holds, which stands where a file would.
+
+    Attributes:
+        records: strings, each a document, or rows as of a `datasets` object. Read once.
+        name: what errors call it.
+    """
+
+    records: Iterable[Any]
+    name: str = "documents"
+
+    def __fspath__(self) -> str:
+        return self.name
+
+
 @dataclass
 class ChatTemplate:
     """The chat template of a tokenizer.
@@ -108,8 +125,8 @@ class ChatTemplate:
         if not template:
             whose = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
             raise MoESparseError(
-                f"chat records (--chat) need a tokenizer with a chat template, got {whose} without one: put the "
-                'chat_template.jinja of the chat model beside its tokenizer, or give text in "text" without --chat'
+                f"chat records (chat=True) need a tokenizer with a chat template, got {whose} without one: put the "
+                'chat_template.jinja of the chat model beside its tokenizer, or give text in "text" without chat=True'
             )
         said = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
         self.sha256 = hashlib.sha256(said.encode()).hexdigest()
@@ -177,7 +194,7 @@ def read(
     Args:
         source: a file or a name of a dataset.
         block: bytes of plain text read at a time.
-        limit: characters at most, from a dataset.
+        limit: characters at most, from a dataset or a caller.
         chat: lays out chat records; None refuses them.
         found: is told what was read.
 
@@ -214,7 +231,7 @@ def check_chats(found: Sequence[SourceRead]) -> None:
     if not any(note.chats for note in found):
         names = ", ".join(note.source for note in found)
         raise MoESparseError(
-            f'chat (--chat) is for records with "messages" or "conversations", got none in {names}: leave it out'
+            f'chat=True is for records with "messages" or "conversations", got none in {names}: leave it out'
         )
 
 
@@ -235,13 +252,15 @@ def whole_documents(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 
 def _chunks(source: PathLike, block: int, limit: int | None, records: _Records) -> Iterator[Chunk]:
     name = os.fspath(source)
+    if isinstance(source, GivenText):
+        return _limited(_read_given(source, records), limit)
     if is_dataset(source):
         return _limited(_read_dataset(name, records), limit)
     path = Path(name)
     if path.is_dir():
         raise MoESparseError(f"text source {name} must be a file, got a folder; name the files in it")
     if not path.exists():
-        raise MoESparseError(f"text source {name} must be a file or a datasets name (NAME:SPLIT), got neither")
+        raise MissingFileError(f"text source {name} must be a file or a datasets name (NAME:SPLIT), got neither")
     suffix = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
     match suffix.lower():
         case ".jsonl" | ".ndjson" | ".json":
@@ -276,8 +295,8 @@ class _Records:
             self.found.chat_template = self.chat.sha256
         elif keys and not isinstance(text, str):
             raise MoESparseError(
-                f'{where} is a chat record ("{keys[0]}"), which is read only when asked for: give --chat (chat=True '
-                "in Python), and the tokenizer's chat template makes text of it"
+                f'{where} is a chat record ("{keys[0]}"), which is read only when asked for: give chat=True, and '
+                "the tokenizer's chat template makes text of it"
             )
         elif not isinstance(text, str):
             wanted = 'a string "text"' if self.chat is None else 'a string "text", or a list of "messages"'
@@ -385,6 +404,13 @@ def _read_parquet(path: Path, records: _Records) -> Iterator[Chunk]:
                     yield from records.document(record, f"{path} row {row}", ", ".join(wanted))
     except pyarrow.ArrowInvalid as error:
         raise MoESparseError(f"{path} must be a parquet file, got something else or a cut one") from error
+
+
+def _read_given(given: GivenText, records: _Records) -> Iterator[Chunk]:
+    for number, row in enumerate(given.records, start=1):
+        record = {"text": row} if isinstance(row, str) else row
+        got = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        yield from records.document(record, f"record {number} of {given.name}", got)
 
 
 def _read_dataset(spec: str, records: _Records) -> Iterator[Chunk]:

@@ -23,6 +23,10 @@ class CheckpointError(MoESparseError):
     """A folder cannot be read or written as a checkpoint; names the file."""
 
 
+class MissingFileError(UsageError, CheckpointError):
+    """A file or folder that an argument names is not there."""
+
+
 class ResultError(MoESparseError):
     """A result that is not its source with the changes that were meant: a defect, or the source changed meanwhile."""
 

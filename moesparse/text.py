@@ -20,6 +20,7 @@ record has the special tokens that its template writes and no others.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ import torch
 from moesparse.documents import (
     ChatTemplate,
     Chunk,
+    GivenText,
     PathLike,
     SourceRead,
     check_chats,
@@ -53,6 +55,8 @@ _CHARS_PER_TOKEN = 16
 _MIN_PIECE_CHARS = 1 << 16
 # A dataset may be a web crawl: stop reading after this many times what is looked at.
 _DATASET_POOLS = 16
+# How many times shorter the windows are that a refusal still names as a way out.
+_SHORTENED = 4
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,47 @@ def domain_windows(
     return ids, domains
 
 
+def document_windows(
+    documents: Iterable[Any],
+    tokenizer: Any,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = 0,
+    max_length: int | None = None,
+    chat: bool = False,
+    name: str = "documents",
+    found: list[SourceRead] | None = None,
+) -> torch.Tensor:
+    """Windows of text that the caller holds, packed as that of a file: as many as it fills, at most `samples`.
+
+    Args:
+        documents: strings, each a document, or rows with a "text" as of a `datasets` object, streamed or not. Read
+            once, and no further than a dataset of `windows` is.
+        name: what errors call it. The rest is as for `windows`.
+
+    Returns:
+        [n, t] int64, n at most `samples`, in seeded random order; t is min(length, context), or the tokens there are
+        where they are fewer.
+
+    Raises:
+        UsageError: samples or length is below 1. MoESparseError: a record that is no text, or no text at all.
+    """
+    length = _checked_length(samples, length, tokenizer, max_length)
+    rng = random.Random(seed)
+    (stream,) = streams = _read_streams([GivenText(documents, name)], tokenizer, samples, length, chat, found, rng)
+    length = min(length, max(map(len, stream)))
+    held = sum(len(ids) // length for ids in stream)
+    return torch.stack([window for window, _ in _drawn(streams, min(samples, held), length, rng)])
+
+
+def _checked_length(samples: int, length: int, tokenizer: Any, max_length: int | None) -> int:
+    """The length of a window within the model's context; refused where a number cannot be."""
+    if samples < 1:
+        raise UsageError(f"samples must be at least 1, got {samples}")
+    return _bounded_length(length, tokenizer, max_length)
+
+
 def _sample_windows(
     sources: Sequence[PathLike],
     tokenizer: Any,
@@ -180,11 +225,25 @@ def _sample_windows(
     """The windows of `windows`, and the number of the source each comes from."""
     if not sources:
         raise UsageError("source must be a file or a list of files, got an empty list")
-    if samples < 1:
-        raise UsageError(f"samples must be at least 1, got {samples}")
-    length = _bounded_length(length, tokenizer, max_length)
+    length = _checked_length(samples, length, tokenizer, max_length)
     rng = random.Random(seed)
+    streams = _read_streams(sources, tokenizer, samples, length, chat, found, rng)
+    if sum(len(ids) // length for stream in streams for ids in stream) < samples:
+        raise CalibrationError(_too_little(sources, streams, samples, length))
+    chosen = _drawn(streams, samples, length, rng)
+    return torch.stack([window for window, _ in chosen]), [number for _, number in chosen]
 
+
+def _read_streams(
+    sources: Sequence[PathLike],
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    chat: bool,
+    found: list[SourceRead] | None,
+    rng: random.Random,
+) -> list[list[torch.Tensor]]:
+    """The tokens of each source, in stretches that no window crosses: enough for so many windows where it has them."""
     piece_chars = max(_MIN_PIECE_CHARS, _CHARS_PER_TOKEN * length)
     pieces = -(-_CHARS_PER_TOKEN * samples * length // piece_chars)
     streams: list[list[torch.Tensor]] = []
@@ -194,21 +253,25 @@ def _sample_windows(
         limit = _DATASET_POOLS * pieces * piece_chars
         stretches = _sample_stretches(read(one, piece_chars, limit, template, note), piece_chars, pieces, rng)
         streams.append([_encode_stretch(stretch, tokenizer) for stretch in stretches])
-
     if chat:
         check_chats(notes)
     if found is not None:
         found += notes
-    pools = [[w for ids in stream for w in _cut(ids, length)] for stream in streams]
-    if sum(map(len, pools)) < samples:
-        raise CalibrationError(_too_little(sources, streams, samples, length))
+    return streams
+
+
+def _drawn(
+    streams: Sequence[Sequence[torch.Tensor]], samples: int, length: int, rng: random.Random
+) -> list[tuple[torch.Tensor, int]]:
+    """Windows spread over each source, with its number, in random order."""
+    pools = [[window for ids in stream for window in _cut(ids, length)] for stream in streams]
     chosen: list[tuple[torch.Tensor, int]] = []
     shares = _shares([len(pool) for pool in pools], samples)
     for number, (pool, share) in enumerate(zip(pools, shares, strict=True)):
         bounds = [i * len(pool) // share for i in range(share + 1)] if share else []
         chosen += [(pool[rng.randrange(low, high)], number) for low, high in pairwise(bounds)]
     rng.shuffle(chosen)
-    return torch.stack([window for window, _ in chosen]), [number for _, number in chosen]
+    return chosen
 
 
 def evaluation_windows(
@@ -283,8 +346,8 @@ def evaluation_windows(
     count = (len(ids) - length) // stride + 1
     if count < 1:
         raise MoESparseError(
-            f"{os.fspath(source)} must hold a window of {length} tokens, got {len(ids)}; "
-            f"give a longer text or a window of at most {len(ids)} tokens"
+            f"{os.fspath(source)} must hold a window of {length} tokens, got {len(ids)}; give a longer text"
+            + (f" or length={len(ids)}" if len(ids) * _SHORTENED >= length else "")
         )
     cut = torch.tensor(ids).unfold(0, length, stride).clone()
     if ends is None:
@@ -410,15 +473,17 @@ def _shares(available: list[int], samples: int) -> list[int]:
 def _too_little(sources: Sequence[PathLike], streams: list[list[torch.Tensor]], samples: int, length: int) -> str:
     sizes = [len(ids) for stream in streams for ids in stream]
     names = ", ".join(os.fspath(source) for source in sources)
-    held = sum(size // length for size in sizes)
-    message = (
-        f"{names} must hold {samples} windows of {length} tokens ({samples * length} tokens), "
-        f"got {held} ({sum(sizes)} tokens); give more text"
-    )
-    cures = [f"samples={held}"] if held else []
+    held, total = sum(size // length for size in sizes), sum(sizes)
+    # what is cut off at the ends of the sources may be all that lacks
+    times = max(2, math.ceil(samples * length / max(total, 1)))
+    cures = [f"give more text ({times} times as much)"] + ([f"samples={held}"] if held else [])
     shorter = length
     while shorter and sum(size // shorter for size in sizes) < samples:
         shorter -= 1
-    if shorter:
+    # far shorter windows than were asked for are another calibration
+    if shorter * _SHORTENED >= length:
         cures.append(f"length={shorter}")
-    return f"{message}, or {' or '.join(cures)}" if cures else message
+    return (
+        f"{names} must hold {samples} windows of {length} tokens ({samples * length} tokens), got {held} ({total} "
+        f"tokens); {' or '.join(cures)}"
+    )

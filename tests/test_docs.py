@@ -126,10 +126,16 @@ def messages():
 
 
 def test_every_quoted_message_is_in_the_code():
+    from typer.main import get_command
+
+    from moesparse.cli import app
+    from moesparse.cli.language import in_options, options_of
+
     quoted = re.findall(r"^> `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
     ours = [message for message in quoted if not message.startswith("RuntimeError")]
     assert len(ours) > 25
-    texts = messages()
+    options = options_of(get_command(app).commands, None)
+    texts = [form for text in messages() for form in (text, in_options(text, options))]
     for message in ours:
         parts = [re.escape(part.strip(" ,;:")) for part in message.split("...") if part.strip(" ,;:()")]
         pattern = re.compile(".*".join(parts), re.DOTALL)

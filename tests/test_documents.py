@@ -188,12 +188,12 @@ def test_parquet_and_datasets_hold_chats_too(tmp_path, chatty, monkeypatch):
     parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "a.parquet")
     assert torch.equal(stream(tmp_path / "a.parquet", chatty, chat=True), wanted)
     with pytest.raises(
-        MoESparseError, match=r"a\.parquet row 1 is a chat record .*give --chat \(chat=True in Python\)"
+        MoESparseError, match=r"a\.parquet row 1 is a chat record .*give chat=True"
     ):
         stream(tmp_path / "a.parquet", chatty)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_dict({"messages": rows}))
     assert torch.equal(stream("talks:train", chatty, chat=True), wanted)
-    with pytest.raises(MoESparseError, match=r"a row of dataset talks:train is a chat record .*give --chat"):
+    with pytest.raises(MoESparseError, match=r"a row of dataset talks:train is a chat record .*give chat=True"):
         stream("talks:train", chatty)
 
 
@@ -226,7 +226,7 @@ def test_a_record_that_is_no_chat(tmp_path, record, match):
 def test_chats_are_read_when_asked_for_and_where_there_are_some(tmp_path, tokenizer, chatty):
     file = jsonl(tmp_path / "chat.jsonl", {"messages": TALK})
     with pytest.raises(
-        MoESparseError, match=r'line 1 is a chat record \("messages"\), .*give --chat \(chat=True in Py'
+        MoESparseError, match=r'line 1 is a chat record \("messages"\), .*give chat=True'
     ):
         text.windows(file, chatty, samples=1, length=1)
     with pytest.raises(MoESparseError, match=r"need a tokenizer with a chat template, got .* without one: put"):

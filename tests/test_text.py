@@ -330,7 +330,7 @@ def test_too_little_text_says_what_would_fit(tmp_path, tokenizer):
     file = write(tmp_path / "a.txt", "x" * 98)  # 100 tokens with BOS and EOS
     match = (
         r"a\.txt must hold 8 windows of 16 tokens \(128 tokens\), got 6 \(100 tokens\); "
-        r"give more text, or samples=6 or length=12$"
+        r"give more text \(2 times as much\) or samples=6 or length=12$"
     )
     with pytest.raises(CalibrationError, match=match):
         text.windows(file, tokenizer, samples=8, length=16)
@@ -338,14 +338,19 @@ def test_too_little_text_says_what_would_fit(tmp_path, tokenizer):
     assert text.windows(file, tokenizer, samples=8, length=12).shape == (8, 12)
     with pytest.raises(CalibrationError, match=r"got 0 .*or length=100$"):
         text.windows(file, tokenizer, samples=1, length=128)
-    with pytest.raises(CalibrationError, match=r"give more text$"):
+    with pytest.raises(CalibrationError, match=r"give more text \(130 times as much\)$"):
         text.windows(file, tokenizer, samples=101, length=128)
+    # windows of 2 tokens instead of 32 calibrate nothing
+    with pytest.raises(CalibrationError, match=r"got 3 .*; give more text \(16 times as much\) or samples=3$"):
+        text.windows(file, tokenizer, samples=50, length=32)
 
 
 def test_evaluation_text_shorter_than_a_window(tmp_path, tokenizer):
     file = write(tmp_path / "a.txt", "x" * 98)
-    with pytest.raises(MoESparseError, match=r"must hold a window of 128 tokens, got 99; .* of at most 99 tokens"):
+    with pytest.raises(MoESparseError, match=r"a window of 128 tokens, got 99; give a longer text or length=99$"):
         text.evaluation_windows(file, tokenizer, 128)
+    with pytest.raises(MoESparseError, match=r"got 99; give a longer text$"):
+        text.evaluation_windows(file, tokenizer, 400)
     assert text.evaluation_windows(file, tokenizer, 99)[0].shape == (1, 99)
 
 

@@ -11,12 +11,14 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moesparse._version import __version__
 from moesparse.calibration.data import text_of
+from moesparse.calibration.given_text import Text, tokenised
 from moesparse.calibration.layers import BY_WINDOW, from_shards, named_sums, read_sums, record_layers
 from moesparse.calibration.plan import plan_pass, spills
 from moesparse.calibration.statistics import ModelStatistics, check_moments
@@ -32,14 +34,18 @@ from moesparse.system.run_folder import RunFolder
 from moesparse.system.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from moesparse.system.shards import SINGLE_FILE, Shards, TensorSpec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["calibrate_checkpoint", "check_statistics_file", "unfinished_folder"]
 
 
 def calibrate_checkpoint(
     source: str | os.PathLike[str] | LayersOnDisk,
     path: str | os.PathLike[str],
-    windows: Windows,
+    windows: Windows | Text,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     moments: str = "none",
     batch_size: int = 8,
     device: torch.device | str | None = None,
@@ -60,7 +66,8 @@ def calibrate_checkpoint(
     Args:
         source: a folder with safetensors under the names that transformers saves, or what was made of one.
         path: the new file. Until it is there, a folder of this name with ".unfinished" behind it holds what is done.
-        windows: (n, t) int64 windows, (windows, attention mask), or `ImageWindows`.
+        windows: (n, t) int64 windows, (windows, attention mask), or `ImageWindows`; or text, see `calibrate`.
+        tokenizer: for text; None takes that of the source.
         moments: second moments to collect as well: "none", "plain", "gated" or "both".
         batch_size: windows in one forward.
         device: where the layer at work goes; None takes the GPU when there is one.
@@ -85,16 +92,9 @@ def calibrate_checkpoint(
     check_moments(moments)
     check_statistics_file(path)
     layers = LayersOnDisk.of(source)
-    text = text_of(windows, layers.model)
+    text = text_of(tokenised(windows, layers.model, tokenizer, "windows", layers.folder), layers.model)
     processes = layers.processes
-    options = RunOptions(
-        batch_size=batch_size,
-        device=device_at_work(device),
-        allow_pruned=allow_pruned,
-        resume=resume,
-        max_memory=max_memory,
-        progress=progress,
-    )
+    options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory, progress)
     n, length = text.size
     sizes = {"windows": n, "length": length, "batch_size": batch_size, "processes": processes.count}
     spill = spills(plan_pass(layers.model, layers.blocks, moments, **sizes), options, processes)

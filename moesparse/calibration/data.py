@@ -183,7 +183,7 @@ def text_of(windows: Windows, model: Any, domains: Sequence[str] | None = None) 
     if seen is None and blind:
         warnings.warn(
             f"the model is calibrated on text alone and has a {' and a '.join(blind)} tower: experts that only see "
-            "what comes from there look idle. Give records with images in --calibration too (.jsonl or .parquet)",
+            "what comes from there look idle. Give records with images too (.jsonl or .parquet)",
             stacklevel=3,
         )
     return FromText(ids, mask, domains, seen)

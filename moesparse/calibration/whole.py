@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from moesparse.calibration.angles import measure_angles
 from moesparse.calibration.data import text_of
+from moesparse.calibration.given_text import Text, tokenised
 from moesparse.calibration.recorder import Recorder, record, window_sums
 from moesparse.calibration.statistics import ModelStatistics, check_moments, memory_needed
 from moesparse.calibration.windows import Windows
@@ -23,13 +25,17 @@ from moesparse.models.modes import evaluating, placed
 from moesparse.progress import Progress, ProgressEvent
 from moesparse.system.cpu_products import fast_products
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["calibrate"]
 
 
 def calibrate(
     model: nn.Module,
-    windows: Windows,
+    windows: Windows | Text,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     moments: str = "none",
     batch_size: int = 8,
     device: torch.device | str | None = None,
@@ -45,7 +51,8 @@ def calibrate(
     Args:
         model: a transformers MoE model.
         windows: LongTensor [n, t] of token ids, or (ids, attention_mask) with mask [n, t], 0 where there is padding, or
-            `ImageWindows`.
+            `ImageWindows`; or text, strings or a `datasets` object, of which windows are made.
+        tokenizer: for text; None takes that of the folder which the model was loaded from.
         moments: second moments to collect as well: "none", "plain", "gated" or "both". For all blocks at once they take
             `memory_needed(find_moe_blocks(model), moments)` bytes; the first progress event says so.
         batch_size: windows per forward pass; also the unit in which float32 sums are added up in float64.
@@ -67,7 +74,7 @@ def calibrate(
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     blocks = find_moe_blocks(model)
-    text = text_of(windows, model)
+    text = text_of(tokenised(windows, model, tokenizer, "windows"), model)
     ids, mask = text.ids, text.mask
     if not allow_pruned:
         check_dense(blocks)
@@ -76,8 +83,7 @@ def calibrate(
     body = _body(model, blocks)
 
     n, length = ids.shape
-    tokens = 0
-    began = time.perf_counter()
+    tokens, began = 0, time.perf_counter()
 
     def tell(done: int) -> None:
         if progress is not None:

@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesparse.errors import CheckpointError, MoESparseError, UsageError
+from moesparse.errors import CheckpointError, MissingFileError, MoESparseError, UsageError
 from moesparse.system.folders import check_writable, flush
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _all_of(path: Path) -> list[Path]:
     for each in paths:
         if not each.is_file():
             what = f", the split that {path.name} is of" if named else ""
-            raise CheckpointError(f"MODEL must be a GGUF file that is there, got no {each}{what}")
+            raise MissingFileError(f"MODEL must be a GGUF file that is there, got no {each}{what}")
     return paths
 
 

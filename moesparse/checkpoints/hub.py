@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
-from moesparse.errors import CheckpointError, MoESparseError, reason_of
+from moesparse.errors import CheckpointError, MissingFileError, MoESparseError, reason_of
+from moesparse.models.meta import source_of
 from moesparse.system.folders import other_formats
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, WEIGHT_SUFFIXES, read_weight_map
 
-__all__ = ["local_folder", "unread_weights"]
+__all__ = ["check_named", "local_folder", "unread_weights"]
 
 # what lies beside the weights is copied into a result, so all of it is wanted; nothing of it is run
 _WEIGHTS = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
 
+# NAME or OWNER/NAME; whatever has another form can only be a folder
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
 # folder of a hub id -> weights of the id that this process did not download
 _left: dict[Path, list[str]] = {}
+
+
+def check_named(argument: str, source: str | os.PathLike[str]) -> None:
+    """Refuse a model that is no folder and cannot be a hub id, before any work and without asking the hub.
+
+    Args:
+        argument: that names it.
+
+    Raises:
+        MissingFileError: there is no such folder.
+    """
+    name = os.fspath(source_of(source))
+    if not Path(name).exists() and not _HUB_ID.fullmatch(name):
+        raise MissingFileError(
+            f"{argument} must be a local folder or a hub id with a language model, got {name!r}: there is no such "
+            "folder"
+        )
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:
@@ -29,6 +51,8 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is no such folder or id.
     """
+    check_named("MODEL", source)
+    source = source_of(source)
     path = Path(source)
     if path.is_dir():
         return path

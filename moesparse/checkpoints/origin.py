@@ -28,16 +28,9 @@ if TYPE_CHECKING:
 
     from moesparse.packed.conversions import Patterns
 
-__all__ = ["EditedModel", "edited_model", "folder_of", "is_packed", "other_dtype", "stores_other_dtypes"]
+__all__ = ["EditedModel", "edited_model", "is_packed", "other_dtype", "stores_other_dtypes"]
 
 _PACKING = "quantization_config"
-
-
-def folder_of(model: Any) -> Path | None:
-    """The local folder that a model was loaded from, where it still is a checkpoint."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    folder = Path(name) if isinstance(name, str) and name else None
-    return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 def stores_other_dtypes(source: Path, dtype: torch.dtype) -> bool:

@@ -31,21 +31,20 @@ from moesparse.checkpoints.hub import local_folder, unread_weights
 from moesparse.checkpoints.origin import (
     EditedModel,
     edited_model,
-    folder_of,
     is_packed,
     other_dtype,
     stores_other_dtypes,
 )
 from moesparse.checkpoints.repack import pack_folder, unpack_folder
 from moesparse.checkpoints.skeleton import open_skeleton
-from moesparse.checkpoints.tokenizer import find_tokenizer, tokenizer_files
 from moesparse.errors import CheckpointError, UnsupportedModelError, reason_of
 from moesparse.experts.plan_file import PLAN_FILE, ExpertPlan
 from moesparse.experts.surgery import KEPT_KEY
 from moesparse.models.formats.stored import StoredWeights
-from moesparse.models.meta import check_layer_counts, quantization_of, read_config
+from moesparse.models.meta import check_layer_counts, folder_of, quantization_of, read_config
 from moesparse.models.modes import let_experts_run
 from moesparse.models.opener import opener
+from moesparse.models.tokenizer import find_tokenizer, tokenizer_files
 from moesparse.packed.model import state_in_form
 from moesparse.system.folders import (
     JOURNAL_FILE,
@@ -149,7 +148,7 @@ def check_model_folder(folder: Path) -> PreTrainedConfig:
     if (folder / JOURNAL_FILE).exists():
         raise CheckpointError(
             f"MODEL must be a finished checkpoint, got {folder}, which an unfinished run left: give that run's command "
-            "again with --resume"
+            "again with resume=True"
         )
     config = read_config(folder)
     opener(config)

@@ -99,7 +99,7 @@ def pack_folder(
     if skeleton.quantised is not None:
         raise UnsupportedModelError(
             f"IN must hold plain weights, got {source} in {', '.join(skeleton.quantised.formats)}: n:m weights of "
-            "quantised values are not packed yet; pruned with --output-dtype bfloat16 they are plain, and can be"
+            "quantised values are not packed yet; pruned with output_dtype='bfloat16' they are plain, and can be"
         )
     report = FolderReport()
     matrices = {block.name: skeleton.matrices(block) for block in skeleton.blocks}

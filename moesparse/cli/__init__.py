@@ -11,8 +11,10 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 import typer
+import typer.main
 from rich.markup import escape
 
 from moesparse._version import __version__
@@ -27,6 +29,7 @@ from moesparse.cli.evaluate import evaluate
 from moesparse.cli.info import info
 from moesparse.cli.inspect import inspect
 from moesparse.cli.job import job, one_voice
+from moesparse.cli.language import in_options, options_of
 from moesparse.cli.pack import pack, unpack
 from moesparse.cli.prune import HELP as PRUNE_HELP
 from moesparse.cli.prune import prune
@@ -79,13 +82,14 @@ def _options(
 def main() -> None:
     """Entry point: a user's mistake is one line and an exit code, never a traceback."""
     bound_compiled_products()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {_in_options(str(message))}\n"
     with one_voice():
         try:
             app()
         except MoESparseError as error:
             job.claim()
-            console.print(f"[bold red]error:[/] {job.name}{escape(str(error))}", highlight=False, soft_wrap=True)
+            told = escape(_in_options(str(error)))
+            console.print(f"[bold red]error:[/] {job.name}{told}", highlight=False, soft_wrap=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
         except SystemExit as stop:
             if stop.code == _INTERRUPTED:
@@ -108,6 +112,12 @@ def main() -> None:
                 text = f"{kind}{escape(_unexpected(error))}; MOESPARSE_TRACEBACK=1 shows where it happened."
             console.print(text, highlight=False, soft_wrap=True)
             sys.exit(1)
+
+
+def _in_options(text: str) -> str:
+    """What the library says, with the options of the command that runs in the place of its parameters."""
+    commands: Any = getattr(typer.main.get_command(app), "commands", {})
+    return in_options(text, options_of(commands, next((word for word in sys.argv[1:] if word in commands), None)))
 
 
 def _unexpected(error: Exception) -> str:

@@ -257,6 +257,8 @@ class _Run:
         limit = options.parse_limit(self.max_memory)
         model = ModelOnDisk(self.model)
         network, blocks = model.network, model.layers.blocks
+        if not self.dry_run:
+            self.text.check(model.source)
         plan = plan_pass(network, blocks, self.moments, **planned_windows(network, self.text))
         if tell_plan(plan, self.text.device, dry_run=self.dry_run, as_json=self.as_json):
             return None
@@ -285,10 +287,12 @@ class _Run:
     def on_whole_model(self) -> _Done:
         """Load the model."""
         from moesparse.calibration.whole import calibrate
+        from moesparse.checkpoints.hub import local_folder
         from moesparse.experts.origin import Origin
         from moesparse.models.blocks import find_moe_blocks
         from moesparse.models.look import sketches
 
+        self.text.check(str(local_folder(self.model)))
         with at_work(self.statistics, lambda: "", self.text.device, whole=True) as progress:
             model = WholeModel(self.model)
             choose = None if self.chosen is None else self.chosen.for_blocks(find_moe_blocks(model.network))

@@ -159,11 +159,14 @@ class _Run:
 
     def carry_out(self, *, checkpointing: bool, cache: Path | None, save_every: int) -> DistillReport | None:
         """Train, layer by layer where that can be; None in every process but the first."""
-        from moesparse.checkpoints.hub import local_folder
+        from moesparse.checkpoints.hub import check_named, local_folder
         from moesparse.distillation import DistillWarning
         from moesparse.distillation.run import check_plain_student
 
+        for argument, name in (("STUDENT", self.student), ("--teacher", self.teacher)):
+            check_named(argument, name)
         check_plain_student(local_folder(options.model_source(self.student)), packed=True)
+        self.text.check(str(local_folder(self.teacher)))
         # a packed student is small enough to be unpacked: only what is stored dense is read layer by layer
         folders = self.mode == "blockwise" and not self.packed and not _is_packed(options.model_source(self.student))
         with quiet_libraries(), warnings.catch_warnings():

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moesparse.cli.console import print_json, progress_bar, quiet_libraries
 from moesparse.cli.options import CHAT_HELP, check_output_file, model_source, resolve_device
-from moesparse.cli.text import embedded_texts
+from moesparse.cli.text import check_sources, embedded_texts, tell_embedded
 from moesparse.errors import UsageError
 
 EMBEDDED_LENGTH = 256
@@ -86,6 +86,8 @@ def evaluate(
         shown = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed}
         values = ask(model, names, path=tasks_path, batch_size=batch_size, device=device, **shown)
     else:
+        if not text and embedded_texts("heldout", source := model_source(model)):
+            tell_embedded("--text", source)
         values = measure(model, text, chat=chat, length=length, stride=stride, batch_size=batch_size, device=device)
     # shown first: a file that cannot be written after all does not lose what was measured
     if as_json:
@@ -176,7 +178,7 @@ def _load(model: str, device: Any) -> tuple[Any, Any]:
 
     from moesparse.checkpoints.hub import local_folder
     from moesparse.checkpoints.pretrained import check_model_folder, load_model
-    from moesparse.checkpoints.tokenizer import load_tokenizer
+    from moesparse.models.tokenizer import load_tokenizer
 
     folder = local_folder(model_source(model))
     check_model_folder(folder)
@@ -222,10 +224,8 @@ def measure(
         raise UsageError("--text must name a text (.txt, .jsonl, .parquet or a datasets name), got none")
     if text is None and length is None:
         length = EMBEDDED_LENGTH
-    for one in sources:
-        # a wrong name should not cost the loading of a model
-        if not Path(one.path).exists() and ":" not in one.path:
-            raise UsageError(f"--text must be a file or a datasets name such as NAME:SPLIT, got {one.path!r}")
+    # a wrong name should not cost the loading of a model
+    check_sources("--text", text or ())
     with quiet_libraries(), progress_bar() as progress:
         network, tokenizer = _load(model, target)
         result = perplexity_of_files(

@@ -55,12 +55,15 @@ def prune_gguf_file(
         as_json: print the report as JSON.
     """
     from moesparse.checkpoints.gguf import GGUFFiles, output_files
-    from moesparse.cli.options import load_scores
+    from moesparse.cli.options import check_input_file, load_scores
     from moesparse.experts.plan_file import ExpertPlan
     from moesparse.pruning.gguf import GGUFModel, plan_from_scores, prune_gguf
     from moesparse.pruning.recipe import check_removal
 
     refuse_several("MODEL.gguf")
+    for option, file in (("--plan", plan), ("--scores", scores)):
+        if file is not None:
+            check_input_file(option, file)
     chosen = experts is not None or keep_experts is not None
     if (plan is None) == (scores is None) or (plan is not None and (chosen or expert_saliency)):
         raise UsageError(

@@ -49,7 +49,7 @@ class ModelOnDisk:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the folder, for who reads text; refused where it has none."""
-        from moesparse.checkpoints.tokenizer import load_tokenizer
+        from moesparse.models.tokenizer import load_tokenizer
 
         return load_tokenizer(self.folder)
 
@@ -77,7 +77,7 @@ class WholeModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the folder, for who reads text; refused where it has none."""
-        from moesparse.checkpoints.tokenizer import load_tokenizer
+        from moesparse.models.tokenizer import load_tokenizer
 
         return load_tokenizer(self.folder)
 

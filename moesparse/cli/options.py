@@ -10,11 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moesparse.errors import UsageError
+from moesparse.errors import MissingFileError, UsageError
 from moesparse.system.sizes import parse_size
-
-EMBEDDED = "demo"
-"""MODEL by this name is the small model inside the package."""
 
 
 def option(panel: str, help: str, *names: str, **more: Any) -> Any:
@@ -196,8 +193,8 @@ MaxMemory = Annotated[
     str,
     option(
         RUN,
-        "RAM to stay within, such as 24GiB, beside what Python and torch take; refused when it cannot be. Under "
-        "torchrun of each process.",
+        "RAM to stay within, such as 24GiB or 24GB, beside what Python and torch take; refused when it cannot be. "
+        "Under torchrun of each process.",
         metavar="SIZE",
     ),
 ]
@@ -222,19 +219,33 @@ AsJson = Annotated[bool, option(RESULT, "Print the report as one JSON object.", 
 
 def model_source(name: str) -> str:
     """Folder or hub id of MODEL."""
-    from moesparse import demo
+    from moesparse.models.meta import source_of
 
-    return str(demo.model_path()) if name == EMBEDDED and not Path(name).exists() else name
+    return str(source_of(name))
 
 
 def parse_limit(text: str) -> int | None:
-    """--max-memory: "24GiB", "8GB", or "500000000", which are bytes; None for ""."""
+    """--max-memory: "24GiB", "8GB", "8G"; None for ""."""
     if not text:
         return None
     try:
-        return parse_size(f"{text}B" if text.strip()[-1:].isdigit() else text)
+        return parse_size(text)
     except ValueError as error:
-        raise UsageError(f"--max-memory must be a size such as 24GiB or 8GB, got {text!r}") from error
+        number = int(text) if text.strip().isdigit() else 0
+        raise UsageError(
+            f"--max-memory must be a size with a unit, such as {number or 24}GiB or {number or 24}GB, got {text!r}"
+        ) from error
+
+
+def check_input_file(option: str, path: Path) -> None:
+    """Refuse a file to read that is not there, before any work.
+
+    Raises:
+        MissingFileError: names the option.
+    """
+    if not path.is_file():
+        got = f"the folder {path}" if path.is_dir() else f"{path}: there is no such file"
+        raise MissingFileError(f"{option} must be a file to read, got {got}")
 
 
 def check_output_file(option: str, path: Path) -> None:

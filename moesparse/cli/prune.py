@@ -176,7 +176,7 @@ def _check_companions(
 
 
 def _check_files(plan: Path | None, scores: Path | None, removes: bool, statistics: list[str] | None) -> None:
-    """Refuse what a choice from a file leaves nothing to do for."""
+    """Refuse files that are not there, and what a choice from a file leaves nothing to do for."""
     for option, file in (("--plan", plan), ("--scores", scores)):
         if file is not None and statistics:
             raise UsageError(f"--statistics must be left out with {option}, which says who stays, got both")
@@ -184,6 +184,9 @@ def _check_files(plan: Path | None, scores: Path | None, removes: bool, statisti
         raise UsageError("--experts, --keep-experts and --scores must be left out with --plan, which says who stays")
     if scores is not None and not removes:
         raise UsageError("--scores must come with --experts or --keep-experts, for which they choose, got neither")
+    for option, file in (("--plan", plan), ("--scores", scores)):
+        if file is not None:
+            options.check_input_file(option, file)
 
 
 def _prune_gguf(asked: dict[str, Any]) -> None:

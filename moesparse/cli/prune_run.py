@@ -110,6 +110,8 @@ class PruneRun:
         prepare_next_token_layers(model.layers, recipe, saved=saved is not None)
         network, blocks = model.network, model.layers.blocks
         text = self.text if self.reads else replace(self.text, samples=0, length=1)
+        if self.reads and not self.dry_run:
+            self.text.check(model.source)
         plan = plan_run(network, blocks, recipe, **planned_windows(network, text))
         plan = plan_quantised(plan, model.layers, recipe)
         if tell_plan(plan, self.text.device, dry_run=self.dry_run, as_json=self.as_json):
@@ -167,6 +169,8 @@ class PruneRun:
         companions(folder)
         check_not_quantized(read_config(folder))
         check_kept_or_dropped(folder, self.recipe)
+        if self.reads:
+            self.text.check(str(folder))
         with at_work(self.out, lambda: "", self.text.device, whole=True) as progress:
             model = WholeModel(self.model)
             found = model.read(self.text, progress) if self.reads else None
@@ -202,6 +206,8 @@ def _load_statistics(sources: list[str], seed: int | None) -> Any:
     from moesparse.text import parse_source
 
     named = [parse_source(source) for source in sources]
+    for one in named:
+        options.check_input_file("--statistics", Path(one.path))
     domains = [one.domain for one in named]
     if len(set(domains)) != len(domains):
         raise UsageError(f"--statistics must name each domain once, got {', '.join(domains)}: give FILE=DOMAIN")

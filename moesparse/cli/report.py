@@ -10,7 +10,7 @@ import typer
 
 from moesparse.cli.console import console, format_bytes, print_json, quiet_libraries
 from moesparse.cli.evaluate import measure
-from moesparse.cli.options import CHAT_HELP, check_output_file, model_source
+from moesparse.cli.options import CHAT_HELP, check_input_file, check_output_file, model_source
 from moesparse.errors import UsageError
 
 
@@ -56,6 +56,9 @@ def report(
 
     folder, statistics = _split(sources)
     check_output_file("--output", output)
+    for option, file in (("--before", before), ("--after", after)):
+        if file is not None:
+            check_input_file(option, file)
     if png is not None and png.is_file():
         raise UsageError(f"--png must be a folder, got the file {png}")
     if (evaluate or text) and folder is None:

@@ -102,7 +102,7 @@ def _opened(model: str) -> tuple[Path, Any]:
     """The folder of MODEL, looked at, and its tokenizer."""
     from moesparse.checkpoints.hub import local_folder
     from moesparse.checkpoints.pretrained import check_model_folder
-    from moesparse.checkpoints.tokenizer import load_tokenizer
+    from moesparse.models.tokenizer import load_tokenizer
 
     source = model_source(model)
     if Path(source).is_file():

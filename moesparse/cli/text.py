@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from moesparse.cli.console import console
-from moesparse.errors import CalibrationError, UsageError
+from moesparse.errors import MissingFileError, UsageError
 from moesparse.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -18,7 +20,15 @@ if TYPE_CHECKING:
     from moesparse.calibration.windows import ImageWindows
     from moesparse.documents import SourceRead
 
-__all__ = ["CalibrationText", "TextOptions", "calibration_windows", "embedded_texts", "tell_read"]
+__all__ = [
+    "CalibrationText",
+    "TextOptions",
+    "calibration_windows",
+    "check_sources",
+    "embedded_texts",
+    "tell_embedded",
+    "tell_read",
+]
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,17 @@ class TextOptions:
             raise UsageError(
                 f"--temperature must come with --demonstrations-from-model, got {self.temperature} without it"
             )
+        check_sources("--calibration", self.sources)
+
+    def check(self, source: str) -> None:
+        """Refuse to go without text, and say when text that nobody named takes its place: before any work.
+
+        Args:
+            source: the folder of the model.
+        """
+        _named_or_embedded(self.sources, source)
+        if not self.sources:
+            tell_embedded("--calibration", source)
 
     def read(
         self, tokenizer: PreTrainedTokenizerBase, source: str, network: Any, progress: Progress = silent
@@ -150,13 +171,7 @@ def calibration_windows(
     """Calibration windows and their domains: the given texts, or the embedded text for the embedded model."""
     from moesparse import text
 
-    texts = sources or embedded_texts("calibration", source)
-    if not texts:
-        raise CalibrationError(
-            "--calibration must name text for this model (.txt, .jsonl, .parquet or a datasets name), got none; "
-            "only the embedded model brings its own. Example: --calibration c4.jsonl --samples 128 --length 2048"
-        )
-    named = [text.parse_source(argument) for argument in texts]
+    named = [text.parse_source(argument) for argument in _named_or_embedded(sources, source)]
     options: dict[str, Any] = {"max_length": context, "chat": chat, "found": found}
     windows = text.domain_windows(named, tokenizer, samples=samples, length=length, seed=seed, **options)
     if sources:
@@ -165,6 +180,55 @@ def calibration_windows(
         for note, one in zip(found, named, strict=True):
             note.source = f"embedded {one.domain}"
     return windows
+
+
+def _named_or_embedded(sources: Sequence[str], source: str) -> Sequence[str]:
+    """The texts that were named, or those of the embedded model for what has its tokenizer.
+
+    Raises:
+        UsageError: neither.
+    """
+    texts = sources or embedded_texts("calibration", source)
+    if not texts:
+        raise UsageError(
+            "--calibration must name text for this model (.txt, .jsonl, .parquet or a datasets name), got none; "
+            "only the embedded model brings its own. Example: --calibration c4.jsonl --samples 128 --length 2048"
+        )
+    return texts
+
+
+def check_sources(option: str, sources: Sequence[str]) -> None:
+    """Refuse a text that is not there, before any work.
+
+    Raises:
+        MissingFileError: names the option and the text.
+    """
+    from moesparse.documents import is_dataset
+    from moesparse.text import parse_source
+
+    for one in map(parse_source, sources):
+        path = Path(one.path)
+        if path.is_dir():
+            raise UsageError(f"{option} must be a file or a datasets name, got the folder {path}: name the files in it")
+        if not path.exists() and not is_dataset(one.path):
+            raise MissingFileError(
+                f"{option} must be a file or a datasets name such as NAME:SPLIT, got {one.path!r}: there is no such "
+                "file"
+            )
+
+
+def tell_embedded(option: str, source: str) -> None:
+    """Say that the embedded text is taken, for a folder that is not the embedded model itself."""
+    from moesparse import demo
+
+    if Path(source).resolve() == demo.model_path().resolve():
+        return
+    console.print(
+        f"[yellow]no {option}:[/] the embedded texts are taken ({', '.join(demo.DOMAINS)}), because {escape(source)} "
+        f"has the tokenizer of the embedded model; for text of your own give {option} FILE",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def tell_read(found: Sequence[SourceRead]) -> None:

@@ -105,7 +105,7 @@ def refuse_equal(different: Iterable[bool]) -> None:
     if not any(different):
         raise MoESparseError(
             "student's experts must differ from the teacher's to learn block by block, got the teacher's own, of which "
-            "some were removed: mode='global' (--mode global) trains them on the text"
+            "some were removed: mode='global' trains them on the text"
         )
 
 

@@ -298,5 +298,5 @@ def check_plain_student(folder: Path, *, packed: bool = False) -> None:
         return
     cure = "make it dense with `moesparse unpack`"
     if method != PACKED:
-        cure = "prune with --output-dtype bfloat16 what is to be trained"
+        cure = "prune with output_dtype='bfloat16' what is to be trained"
     raise UnsupportedModelError(f"student must hold plain weights, got {folder}, quantised by {method!r}: {cure}")

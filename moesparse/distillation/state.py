@@ -54,8 +54,8 @@ class StateFile:
             return
         if not resume:
             raise UsageError(
-                f"{self._path.parent} holds the state of a run that was stopped; resume it (resume=True, --resume) or "
-                "remove the folder"
+                f"{self._path.parent} holds the state of a run that was stopped; go on with resume=True, or remove "
+                "the folder"
             )
         try:
             held = torch.load(self._path, map_location="cpu", weights_only=True)
@@ -87,7 +87,7 @@ class StateFile:
             partial.unlink(missing_ok=True)
             kept = "The state before it is kept" if self._path.exists() else "No state was saved before"
             raise CheckpointError(
-                f"cannot write {self._path}: {error}. {kept}: make room there and run the same again with --resume"
+                f"cannot write {self._path}: {error}. {kept}: make room there and run the same again with resume=True"
             ) from error
 
     def close(self) -> None:

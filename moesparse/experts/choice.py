@@ -234,7 +234,7 @@ def check_budget(model: nn.Module, budget: str, floor: int | None) -> None:
         raise UsageError(
             f"budget must be 'per-layer' for this model, got 'global': it keeps another number of experts in every "
             f"block, and {type(getattr(model, 'config', model)).__name__} states one for all; moesparse calibrate "
-            "--budget global shows the choice"
+            "with budget='global' shows the choice"
         )
     if floor is not None:
         raise UsageError(f"floor must be left out with budget='per-layer', got {floor}")

@@ -290,15 +290,15 @@ def resample(
     return Stability(sum(counts.values()), overlap.mean(0), kept)
 
 
-def check_criterion(criterion: Criterion) -> None:
+def check_criterion(criterion: Criterion, name: str = "criterion") -> None:
     """Raise UsageError, listing what there is, unless `expert_scores` knows the criterion."""
     if isinstance(criterion, str):
         if criterion not in EXPERT_CRITERIA:
-            raise UsageError(f"criterion must be one of {', '.join(EXPERT_CRITERIA)}, got {criterion!r}")
+            raise UsageError(f"{name} must be one of {', '.join(EXPERT_CRITERIA)}, got {criterion!r}")
         return
     if len(criterion) != 3 or tuple(map(float, criterion[1:])) not in _SUMS:
         held = ", ".join(f"({a:g}, {B:g})" for a, B in _SUMS)
-        raise UsageError(f"criterion (b, a, B) must have (a, B) among {held}, got {criterion}")
+        raise UsageError(f"{name} (b, a, B) must have (a, B) among {held}, got {criterion}")
 
 
 def sums_needed(criterion: Criterion) -> tuple[str, ...]:

@@ -65,10 +65,10 @@ class DomainReport:
         }
 
 
-def check_mix(mix: str) -> None:
+def check_mix(mix: str, name: str = "mix") -> None:
     """Raise UsageError unless `mix` is one of MIXES."""
     if mix not in MIXES:
-        raise UsageError(f"mix must be one of {', '.join(MIXES)}, got {mix!r}")
+        raise UsageError(f"{name} must be one of {', '.join(MIXES)}, got {mix!r}")
 
 
 def mixed_scores(domains: Mapping[str, Sums], criterion: Criterion, mix: str = DEFAULT_MIX, *, seed: int = 0) -> Tensor:

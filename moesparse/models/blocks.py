@@ -9,6 +9,7 @@ read here, so that no family is named in the code that finds. What does not fit 
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesparse.errors import UnsupportedModelError
+from moesparse.errors import UnsupportedModelError, UsageError
 
-__all__ = ["ExpertMatrix", "MoEBlock", "check_coverage", "decoder_layers", "find_moe_blocks"]
+__all__ = ["ExpertMatrix", "MoEBlock", "check_coverage", "check_module", "decoder_layers", "find_moe_blocks"]
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -182,9 +183,10 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
         One block for each experts module; every expert parameter of the model is in exactly one of them.
 
     Raises:
-        UnsupportedModelError: the model has no experts, or some that do not fit or are packed already; names the
-            parameter and what it lacks.
+        UsageError: it is no model. UnsupportedModelError: it has no experts, or some that do not fit or are packed
+            already; names the parameter and what it lacks.
     """
+    check_module(model)
     blocks: list[MoEBlock] = []
     names: dict[nn.Module, str] = {}
     for name, experts in model.named_modules(remove_duplicate=False):
@@ -208,6 +210,21 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
             "moesparse prunes Mixture-of-Experts models"
         )
     return blocks
+
+
+def check_module(model: object) -> None:
+    """Refuse what is no model in memory, such as the name of one.
+
+    Raises:
+        UsageError: says what loads one.
+    """
+    if isinstance(model, nn.Module):
+        return
+    got = repr(os.fspath(model)) if isinstance(model, str | os.PathLike) else type(model).__name__
+    raise UsageError(
+        f"model must be a model of transformers in memory, got {got}: model, tokenizer = "
+        "moesparse.load_pretrained(NAME) gives one, and moesparse.prune_checkpoint prunes from folder to folder"
+    )
 
 
 def check_coverage(model: nn.Module, blocks: list[MoEBlock]) -> None:

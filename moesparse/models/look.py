@@ -111,7 +111,7 @@ def check_dense(blocks: Sequence[MoEBlock]) -> None:
     Raises:
         CalibrationError: names the block with an expert of zeros, with those that a pruning leaves, or a masked router.
     """
-    cure = "Calibrate the dense model, or go on from this one with --allow-pruned (allow_pruned=True)."
+    cure = "Calibrate the dense model, or go on from this one with allow_pruned=True."
     for block in blocks:
         for matrix in block.matrices:
             weight = matrix.weight

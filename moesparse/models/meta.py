@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moesparse.demo import model_path
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError, reason_of
 from moesparse.models.formats.said import formats_of, said_of
 from moesparse.models.opener import opener
@@ -24,13 +25,18 @@ __all__ = [
     "check_layer_counts",
     "context_length",
     "dtype_of",
+    "folder_of",
     "meta_model",
     "quantization_of",
     "read_config",
+    "source_of",
     "vocabulary_size",
 ]
 
 _FEW_LAYERS = 1000
+
+# a model by this name is the small one inside the package
+_EMBEDDED = "demo"
 
 SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Types that transformers lacks -> what it has for the same model; it reads the text model of Kimi-K2.5 so itself."""
@@ -140,6 +146,18 @@ def _check_config(file: Path) -> None:
                     f"{file} must name a dtype of torch, which transformers asks for, got {key} = {name!r}: name that "
                     f"of the weights, such as bfloat16, or remove {key}"
                 )
+
+
+def source_of(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The folder or hub id of a model as a caller names it: "demo" is the embedded one, unless a folder is called that."""
+    return model_path() if name == _EMBEDDED and not Path(name).exists() else name
+
+
+def folder_of(model: Any) -> Path | None:
+    """The local folder that a model was loaded from, where it still is a checkpoint."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    folder = Path(name) if isinstance(name, str) and name else None
+    return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 def quantization_of(config: PreTrainedConfig | None) -> str | None:

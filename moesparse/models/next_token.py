@@ -234,7 +234,7 @@ def check_runs(found: NextTokenLayers) -> None:
     if problem:
         raise UnsupportedModelError(
             f"{problem}. So no text is run through it: prune by magnitude without an update, which needs none, or "
-            "leave these layers out with mtp='drop' (--mtp drop)"
+            "leave these layers out with mtp='drop'"
         )
 
 

@@ -26,7 +26,7 @@ from moesparse.models.formats.said import PACKED, said_of
 from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.keys import checkpoint_views
 from moesparse.models.layers import Layers
-from moesparse.models.meta import dtype_of, meta_model, read_config
+from moesparse.models.meta import dtype_of, meta_model, read_config, source_of
 from moesparse.models.next_token import Behind, attach, attached, check_runs, find_next_token_layers
 from moesparse.system.memory import return_free_memory
 from moesparse.system.processes import Processes
@@ -59,7 +59,7 @@ class LayersOnDisk(Layers):
         """Build the model without its weights.
 
         Args:
-            folder: a checkpoint of safetensors under the names that transformers saves.
+            folder: a checkpoint of safetensors under the names that transformers saves, or "demo".
             output_dtype: have a quantised checkpoint as a plain one in this dtype of torch; None leaves it quantised.
 
         Raises:
@@ -67,7 +67,7 @@ class LayersOnDisk(Layers):
             UnsupportedModelError: no experts, or experts that cannot be handled in pieces; named.
             UsageError: an output dtype for a checkpoint that is not quantised.
         """
-        self.folder, self.output_dtype = Path(folder), output_dtype
+        self.folder, self.output_dtype = Path(source_of(folder)), output_dtype
         self.said = said_of(self.folder)
         if output_dtype is not None and self.packed:
             raise UsageError(

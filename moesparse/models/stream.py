@@ -123,7 +123,7 @@ class LayerStream:
         if behind is not None and inputs is not None:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: the layer that predicts a further token is run on text alone, got images: "
-                "leave it out with mtp='drop', or as it is with 'keep' (--mtp)"
+                "leave it out with mtp='drop', or as it is with mtp='keep'"
             )
         let_experts_run(model)
         self._inputs, self._adds = inputs, False

@@ -112,7 +112,7 @@ def check_not_quantized(config: Any) -> None:
         raise UnsupportedModelError(
             f"the model must not be quantised, got one by {method!r}, also where it was loaded as bf16: its config "
             "would describe the pruned one wrongly; prune its folder layer by layer (moesparse.prune_checkpoint), in "
-            "its format or with --output-dtype bfloat16 into a plain one"
+            "its format, or with output_dtype='bfloat16' into a plain one"
         )
 
 

@@ -122,20 +122,37 @@ class Recipe:
     divisible_by: int | None = None
     output_dtype: str | None = None
 
+    @classmethod
+    def of(cls, given: Recipe | str | float | None) -> Recipe:
+        """A recipe as a caller says it: itself, the pattern alone ("2:4", 0.5), or None, the default.
+
+        Raises:
+            UsageError: it is none of these.
+        """
+        if isinstance(given, cls):
+            return given
+        if given is None:
+            return cls()
+        if isinstance(given, bool) or not isinstance(given, str | int | float):
+            raise UsageError(
+                f'recipe must be a moesparse.Recipe or a pattern such as "2:4" or 0.5, got {type(given).__name__}'
+            )
+        return cls(weights=given)
+
     def __post_init__(self) -> None:
         if self.target_bytes is not None:
             self._check_target()
         if self.patterns is not None:
             self._check_patterns()
         if self.weights is not None:
-            object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))
+            self._check_weights()
         elif self.patterns is None and not self.removes_experts and self.target_bytes is None:
             raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
         check_removal(self.experts, self.keep_experts)
         check_rules(self.saliency, self.update)
         check_divisor(self.divisible_by)
         self._check_files()
-        check_mix(self.expert_mix)
+        check_mix(self.expert_mix, "expert_mix")
         if self.expert_budget not in BUDGETS:
             raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
         if self.mtp is not None and self.mtp not in MTP_CHOICES:
@@ -146,6 +163,12 @@ class Recipe:
             for name in ("refine_experts", "protect_experts", "expert_floor", "divisible_by"):
                 if getattr(self, name) not in (None, False):
                     raise UsageError(f"{name} must come with experts or keep_experts, got neither")
+
+    def _check_weights(self) -> None:
+        try:
+            object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))  # type: ignore[arg-type]
+        except UsageError as error:
+            raise UsageError(f"weights must be a pattern, got {self.weights!r}: {error}") from error
 
     def _check_target(self) -> None:
         check_target(self.target_bytes)  # type: ignore[arg-type]
@@ -163,7 +186,7 @@ class Recipe:
     def _check_files(self) -> None:
         """A plan or scores beside what they decide, or what takes text."""
         if self.plan is None and self.scores is None:
-            check_criterion(self.expert_saliency)
+            check_criterion(self.expert_saliency, "expert_saliency")
             return
         name = "scores" if self.plan is None else "plan"
         others = ["target_bytes", "refine_experts", "protect_experts", "expert_floor"]

@@ -20,14 +20,16 @@ from torch import nn
 
 from moesparse._version import __version__
 from moesparse.calibration.data import Calibration, Given, Saved, calibration_of
+from moesparse.calibration.given_text import Text, tokenised
 from moesparse.calibration.plan import spills
 from moesparse.calibration.statistics import ModelStatistics
-from moesparse.calibration.windows import Windows
 from moesparse.checkpoints.card import card_in_form
 from moesparse.checkpoints.history import REPORT_FILE, following, read_report
+from moesparse.checkpoints.hub import local_folder
 from moesparse.checkpoints.output import IntoFolder
 from moesparse.errors import CheckpointError, UsageError
 from moesparse.experts.plan_file import PLAN_FILE, ExpertPlan
+from moesparse.models.blocks import check_module
 from moesparse.models.layers import RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import Progress, silent
@@ -51,10 +53,11 @@ __all__ = ["experts_folder", "prune", "prune_checkpoint", "what_is_left"]
 
 def prune(
     model: nn.Module,
-    calibration: Windows | ModelStatistics | Mapping[str, ModelStatistics] | None,
-    recipe: Recipe | None = None,
+    calibration: Given | Text,
+    recipe: Recipe | str | float | None = None,
     *,
     domains: Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
     progress: Progress = silent,
@@ -70,8 +73,10 @@ def prune(
         calibration: (n, t) int64 windows, or (windows, attention mask), or `ImageWindows`, or saved statistics of this
             very model, or None where the recipe looks at weights alone (magnitude, no update). To remove experts
             alone, also saved statistics by domain.
-        recipe: what to do; the default is 2:4 by the rules measured best.
+            Also text, strings or a `datasets` object, of which `moesparse.text.document_windows` makes windows.
+        recipe: what to do, or only its pattern, "2:4" or 0.5; the default is 2:4 by the rules measured best.
         domains: of each window, for the choice of experts; None is one domain.
+        tokenizer: for text; None takes that of the folder which the model was loaded from.
         batch_size: windows in one forward.
         device: where the layer at work goes; None takes the GPU when there is one.
         progress: called with every step.
@@ -82,10 +87,12 @@ def prune(
 
     Raises:
         UnsupportedModelError: no experts, or experts this package cannot handle; named.
-        UsageError: the pattern does not divide a matrix, or mtp="prune"; raised before anything is changed.
+        UsageError: no model, no calibration data or no recipe; a pattern that does not divide a matrix; mtp="prune".
+            Raised before anything is changed.
         CalibrationError: the windows or statistics do not fit this model.
     """
-    recipe = recipe or Recipe()
+    check_module(model)
+    recipe = Recipe.of(recipe)
     check_in_memory(getattr(model, "config", None), recipe)
     if recipe.output_dtype is not None:
         raise UsageError(
@@ -93,16 +100,17 @@ def prune(
             "of a quantised checkpoint (moesparse.prune_checkpoint)"
         )
     options = RunOptions(batch_size, device_at_work(device), allow_pruned, progress=progress)
+    given = tokenised(calibration, model, tokenizer)
     if recipe.target_bytes is not None:
-        return prune_to_budget(model, calibration, recipe, options, domains)
-    return carry_out_in_place(model, calibration_of(calibration, model, domains), recipe, options)
+        return prune_to_budget(model, given, recipe, options, domains)
+    return carry_out_in_place(model, calibration_of(given, model, domains), recipe, options)
 
 
 def prune_checkpoint(
     source: str | os.PathLike[str] | LayersOnDisk,
     out: str | os.PathLike[str],
-    calibration: Windows | ModelStatistics | Mapping[str, ModelStatistics] | None,
-    recipe: Recipe | None = None,
+    calibration: Given | Text,
+    recipe: Recipe | str | float | None = None,
     *,
     domains: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -132,14 +140,15 @@ def prune_checkpoint(
     A process that ends is a ProcessError in the others.
 
     Args:
-        source: a folder with safetensors under the names that transformers saves, or what was made of one.
+        source: a folder with safetensors under the names that transformers saves, a hub id, "demo", or what was made
+            of one.
         out: a new or empty folder, or with `resume` one that holds an unfinished run.
         calibration: (n, t) int64 windows, or (windows, attention mask), or `ImageWindows`, or None where the recipe
             looks at weights alone (magnitude, no update). To remove experts without a refit also saved statistics of
-            the model, or of its domains by name.
-        recipe: what to do: weights of one pattern, the removal of experts, or both.
+            the model, or of its domains by name. Also text, as in `prune`.
+        recipe: what to do: weights of one pattern, the removal of experts, or both; or only the pattern.
         domains: of each window, for the choice of experts; None is one domain.
-        tokenizer: saved beside the weights.
+        tokenizer: saved beside the weights, and for text; None takes that of the source.
         card: gives the text of README.md.
         batch_size: windows in one forward.
         device: where the layer at work goes; None takes the GPU when there is one.
@@ -161,11 +170,12 @@ def prune_checkpoint(
             named.
         CalibrationError: the windows do not fit the model, or it was pruned before.
     """
-    recipe = recipe or Recipe()
+    recipe = Recipe.of(recipe)
     options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory, progress)
     _check_layered(calibration, recipe)
-    layers = LayersOnDisk.of(source, recipe.output_dtype)
-    data = calibration_of(calibration, layers.model, domains)
+    layers = LayersOnDisk.of(source if isinstance(source, LayersOnDisk) else local_folder(source), recipe.output_dtype)
+    given = tokenised(calibration, layers.model, tokenizer, folder=layers.folder)
+    data = calibration_of(given, layers.model, domains)
     check_quantised(layers, recipe)
     prepare_next_token_layers(layers, recipe, saved=isinstance(data, Saved))
     check_work(layers, data, recipe)
@@ -176,7 +186,7 @@ def prune_checkpoint(
     return work.carry_out_both(layers, Path(out), complete)
 
 
-def _check_layered(calibration: Given, recipe: Recipe) -> None:
+def _check_layered(calibration: Given | Text, recipe: Recipe) -> None:
     """Refuse what only a whole model can do, before anything is opened."""
     wants_one = not recipe.removes_experts
     if (

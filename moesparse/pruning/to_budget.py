@@ -317,7 +317,7 @@ def _split(calibration: Any, domains: Sequence[str] | None) -> tuple[Any, tuple[
     if isinstance(calibration, ImageWindows):
         raise UsageError(
             "calibration must be text alone to keep some of it aside for the comparison with a uniform choice, got "
-            "images: set compare_uniform=False (--no-compare-uniform)"
+            "images: give compare_uniform=False"
         )
     ids, mask = calibration if isinstance(calibration, tuple) else (calibration, None)
     if len(ids) < 2:

@@ -111,7 +111,7 @@ class RunFolder:
                 kept = what_is_kept(path) or "No part was finished"
                 raise CheckpointError(
                     f"cannot write {path}: {reason}. {kept}: make room there or mend it, and run the same again with "
-                    "--resume"
+                    "resume=True"
                 ) from error
 
     @classmethod
@@ -337,7 +337,7 @@ def _saying_what_is_kept(folder: Path) -> Iterator[None]:
         if not kept:
             raise
         text = str(error).removesuffix(".")
-        raise type(error)(f"{text}. {kept}; the same again with --resume goes on from there") from error
+        raise type(error)(f"{text}. {kept}; the same again with resume=True goes on from there") from error
 
 
 def _remove_if_empty(folder: Path, *, made: bool) -> None:
@@ -372,7 +372,7 @@ def check_inputs(done: str, held: Mapping[str, Any], inputs: Mapping[str, Any], 
         resume: go on where they are the same.
     """
     if not resume:
-        raise CheckpointError(f"{done}. Go on with --resume, or remove the folder to start again")
+        raise CheckpointError(f"{done}. Go on with resume=True, or remove the folder to start again")
     # through JSON, as the old ones went
     inputs = json.loads(json.dumps(inputs))
     for name in sorted(inputs.keys() | held.keys()):

@@ -229,7 +229,7 @@ def test_commands_read_them_through_the_folder_of_the_model(reader, tmp_path, mo
 
 def test_a_report_says_how_many_images_were_seen_and_bytes_are_not_compared_on_them(reader, tmp_path):
     model, found = tiny_model("qwen3_vl_moe", vocab_size=264), drawn(lines(tmp_path, *six()), reader)
-    with pytest.raises(UsageError, match=r"text alone to keep some of it aside .*--no-compare-uniform"):
+    with pytest.raises(UsageError, match=r"text alone to keep some of it aside .*compare_uniform=False"):
         moesparse.prune(model, found, moesparse.Recipe(target_bytes="0.6"))
     with pytest.raises(UsageError, match=r"windows must be text alone to refine the choice, got images"):
         moesparse.prune(model, found, moesparse.Recipe(weights=None, experts=0.25, refine_experts=True))

@@ -217,7 +217,7 @@ def test_zeros_that_rounding_leaves_are_dense_and_those_of_a_pruning_are_not():
     check_dense(zeroed(lambda weight: torch.rand_like(weight) < 0.14))
     one_in_each_row = lambda weight: torch.arange(weight.shape[-1]).expand_as(weight) < 3  # noqa: E731
     for pruned in (one_in_each_row, lambda weight: torch.rand_like(weight) < 0.3):
-        with pytest.raises(CalibrationError, match=r"must be dense.*--allow-pruned"):
+        with pytest.raises(CalibrationError, match=r"must be dense.*allow_pruned=True"):
             check_dense(zeroed(pruned))
 
 

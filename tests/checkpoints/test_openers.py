@@ -17,10 +17,10 @@ from small_text import make_tokenizer, prose, run_cure
 from transformers import AutoModelForCausalLM
 
 import moesparse
-from moesparse.checkpoints.tokenizer import find_tokenizer, load_tokenizer
 from moesparse.cli import main
 from moesparse.errors import CheckpointError
 from moesparse.models.meta import meta_model
+from moesparse.models.tokenizer import find_tokenizer, load_tokenizer
 from moesparse.testing import tiny_model
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4976698672\n"

@@ -102,7 +102,7 @@ def test_calibrate_writes_statistics_that_score(folder, tmp_path, monkeypatch, c
     [
         (("--keep-experts", 0), "keep must be between 1 and the 8 experts of a block, got 0"),
         (("--keep-experts", 9), "keep must be between 1 and the 8 experts of a block, got 9"),
-        (("--experts", 0.5, "--expert-saliency", "reep"), "criterion must be one of frequency, gate-sum"),
+        (("--experts", 0.5, "--expert-saliency", "reep"), "--expert-saliency must be one of frequency, gate-sum"),
         (("--experts", 0.5, "--keep-experts", 4), "only one of experts and keep_experts"),
         (("--weights", "none"), "must prune weights or remove experts"),
         (("--experts", 0.5, "--mix", "loud"), "mix must be one of pooled, equal, got 'loud'"),
@@ -303,10 +303,10 @@ def test_a_limit_that_cannot_be_kept_is_refused(folder, tmp_path, monkeypatch, c
         options = (tmp_path / "out", *arguments, "--max-memory", "1MB")
         code, _, err = run(monkeypatch, capsys, folder, command, *options)
         assert code == 2
-        assert "max_memory must be at least" in err and "got 1,000,000" in err
+        assert "--max-memory must be at least" in err and "got 1,000,000" in err
         code, _, err = run(monkeypatch, capsys, folder, command, tmp_path / "out", *arguments, "--max-memory", "1 heap")
         assert code == 2
-        assert "--max-memory must be a size such as 24GiB or 8GB, got '1 heap'" in err
+        assert "--max-memory must be a size with a unit, such as 24GiB or 24GB, got '1 heap'" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -100,13 +100,13 @@ def test_prune_carries_the_plan_out_with_and_without_text(made, tmp_path, monkey
             ("--plan", "P", "--statistics", "S"),
             "--statistics must be left out with --plan, which says who stays, got both",
         ),
-        (("--plan", "P", "--divisible-by", "8"), "plan must keep a multiple of divisible_by=8 experts in every layer"),
-        (("--plan", "P", "--refine-experts"), "refine_experts must be left out with plan, got True"),
+        (("--plan", "P", "--divisible-by", "8"), "--plan must keep a multiple of --divisible-by 8 experts in"),
+        (("--plan", "P", "--refine-experts"), "--refine-experts must be left out with --plan, got True"),
         (("--plan", "P", "--calibration", "T", "--update", "none"), "--calibration must be left out with --plan"),
         (("--scores", "C"), "--scores must come with --experts or --keep-experts, for which they choose, got neither"),
         (("--scores", "C", "--experts", "0.5", "--expert-saliency", "aimer"), "must be one that --scores holds, freq"),
         (("--plan", "C"), 'scores.json must be a file with "format": "moesparse-plan", got \'moesparse-scores\''),
-        (("--plan", "X"), "cannot read"),
+        (("--plan", "X"), "--plan must be a file to read, got"),
     ],
 )
 def test_what_does_not_go_together(options, message, made, tmp_path, monkeypatch, capsys):
@@ -181,8 +181,11 @@ def test_prune_and_inspect_a_gguf_file(gguf_model, tmp_path, monkeypatch, capsys
         (("--plan", "P", "--weights", "2:4"), "--weights must be left out for a GGUF model"),
         (("--plan", "P", "--calibration", "t.txt"), "--calibration must be left out for a GGUF model"),
         (("--plan", "P", "--dry-run"), "--dry-run must be left out for a GGUF model"),
-        (("--plan", "P", "--divisible-by", "8"), "plan must keep a multiple of divisible_by=8 experts"),
-        (("--scores", "C", "--keep-experts", "12", "--divisible-by", "8"), "keep must be a multiple of divisible_by=8"),
+        (("--plan", "P", "--divisible-by", "8"), "--plan must keep a multiple of --divisible-by 8 experts"),
+        (
+            ("--scores", "C", "--keep-experts", "12", "--divisible-by", "8"),
+            "--keep-experts must be a multiple of --divisible-by 8",
+        ),
     ],
 )
 def test_what_a_gguf_file_has_no_use_for(options, message, gguf_model, tmp_path, monkeypatch, capsys):

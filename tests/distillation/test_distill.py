@@ -451,7 +451,7 @@ class TestRefusals:
 
     def test_experts_that_are_the_teachers_own_learn_nothing_block_by_block(self):
         student, teacher = removed(), tiny_model("mixtral")
-        with pytest.raises(MoESparseError, match=r"student's experts must differ .* mode='global' \(--mode global\)"):
+        with pytest.raises(MoESparseError, match=r"student's experts must differ .* mode='global'"):
             distill(student, teacher, windows(), "blockwise")
         # one weight of one expert is enough
         with torch.no_grad():

@@ -130,7 +130,7 @@ def test_a_state_of_another_run_is_refused(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         distill(*student_and_teacher(), ids, settings=SETTINGS, state=tmp_path, save_every=1, progress=stop)
-    with pytest.raises(UsageError, match=r"holds the state of a run that was stopped; resume it"):
+    with pytest.raises(UsageError, match=r"holds the state of a run that was stopped; go on with resume=True"):
         distill(*student_and_teacher(), ids, settings=SETTINGS, state=tmp_path)
     for change, message in (
         (
@@ -320,7 +320,7 @@ def test_states_are_replaced_as_a_whole(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(state_module, "torch", types.SimpleNamespace(save=breaks, load=torch.load))
-    with pytest.raises(CheckpointError, match=r"disk full\. The state before it is kept: make room .*--resume"):
+    with pytest.raises(CheckpointError, match=r"disk full\. The state before it is kept: make room .*resume=True"):
         file.save({"rows": [1, 2]})
     assert torch.load(Path(tmp_path) / "state.pt", weights_only=True)["rows"] == [1]
 
@@ -425,7 +425,7 @@ class TestSurvival:
         with monkeypatch.context() as patch:
             progress = Watch(patch, at("write layer-00001.partial", fail(), 5)).progress
             with pytest.raises(
-                CheckpointError, match=r"No space left on device. 1 finished parts are kept .* --resume"
+                CheckpointError, match=r"No space left on device. 1 finished parts are kept .* resume=True"
             ):
                 self.run(folders, tmp_path / "out", progress=progress)
         self.run(folders, tmp_path / "out", resume=True)
@@ -459,7 +459,7 @@ class TestStates:
                     size = (disk.path / "state" / "state.pt").stat().st_size
                     disk.remount(f"size={size * 3 // 2}")
 
-            with pytest.raises(CheckpointError, match=r"The state before it is kept: make room there .*--resume"):
+            with pytest.raises(CheckpointError, match=r"The state before it is kept: make room there .*resume=True"):
                 distill(*student_and_teacher(), windows(), progress=fill, **arguments)
             disk.remount("size=64m")
             resumed = distill(*student_and_teacher(), windows(), resume=True, **arguments)

@@ -159,6 +159,6 @@ def test_records_that_do_not_join_are_refused_with_the_cure():
     ids, seen = map(list, zip(*(record(model, seed) for seed in range(2)), strict=True))
     seen[1]["pixel_values"] = torch.rand(1, 20, 48)
     with pytest.raises(
-        UsageError, match=r"must be of one form to run together, got others in windows \[0, 1\]: give batch_size 1"
+        UsageError, match=r"must be of one form to run together, got others in windows \[0, 1\]: give batch_size=1"
     ):
         LayerStream(model, decoder_layers(model, find_moe_blocks(model))[0], torch.stack(ids), None, 2, inputs=seen)

@@ -124,7 +124,7 @@ def test_what_comes_next_works(tmp_path):
     settings = Settings(epochs=1, batch_size=2, micro_batch=2)
     trained = distill_checkpoint(out, source, tmp_path / "trained", WINDOWS, settings=settings)
     assert trained.zeros[0] == trained.zeros[1] > 0
-    with pytest.raises(UnsupportedModelError, match=r"student must hold plain weights.*--output-dtype bfloat16"):
+    with pytest.raises(UnsupportedModelError, match=r"student must hold plain weights.*output_dtype='bfloat16'"):
         distill_checkpoint(source, source, tmp_path / "none", WINDOWS)
     with pytest.raises(UnsupportedModelError, match=r"student must hold plain weights.*with `moesparse unpack`"):
         distill_checkpoint(tmp_path / "packed", source, tmp_path / "none", WINDOWS)

@@ -92,7 +92,7 @@ def test_what_would_move_zeros_is_refused_before_any_work(tmp_path, monkeypatch,
             UsageError,
             "which is packed, .* moesparse unpack makes it dense",
         ),
-        (CUT, CalibrationError, r"must be dense, got \d+% zeros .* --allow-pruned"),
+        (CUT, CalibrationError, r"must be dense, got \d+% zeros .* allow_pruned=True"),
     ):
         with pytest.raises(error, match=match):
             prune_checkpoint(packed, out, WINDOWS, recipe)

@@ -152,16 +152,31 @@ def test_forward_passes_have_a_rate_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("24GiB", 24 * GIB), ("8GB", 8 * 10**9), ("1.5 MiB", 1572864), ("4096", 4096), ("2kb", 2000)]
+    ("text", "count"),
+    [
+        ("24GiB", 24 * GIB),
+        ("8GB", 8 * 10**9),
+        ("1.5 MiB", 1572864),
+        ("4096B", 4096),
+        ("2kb", 2000),
+        ("24G", 24 * 10**9),
+        ("3Gi", 3 * GIB),
+    ],
 )
 def test_sizes(text, count):
     assert parse_limit(text) == count
 
 
-@pytest.mark.parametrize("text", ["many", "-1GB", "GB", "1 parsec", "0"])
+@pytest.mark.parametrize("text", ["many", "-1GB", "GB", "1 parsec", "0", "0GB", "24"])
 def test_what_is_no_size(text):
     with pytest.raises(UsageError, match="--max-memory must be"):
         parse_limit(text)
+
+
+def test_a_number_alone_is_asked_for_its_unit():
+    with pytest.raises(UsageError, match=r"must be a size with a unit, such as 24GiB or 24GB, got '24'$"):
+        parse_limit("24")
+    assert parse_limit("") is None
 
 
 def test_a_dry_run_needs_config_json_alone(tmp_path):

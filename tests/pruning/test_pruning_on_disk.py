@@ -148,7 +148,7 @@ def stopped(source, tmp_path):
 
 
 def test_without_resume_it_says_what_it_found(source, stopped):
-    with pytest.raises(CheckpointError, match=r"unfinished run, 2 parts done: .*--resume"):
+    with pytest.raises(CheckpointError, match=r"unfinished run, 2 parts done: .*resume=True"):
         run(source, stopped)
     with pytest.raises(CheckpointError, match="unfinished"):
         moesparse.load_pretrained(stopped)

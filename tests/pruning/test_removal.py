@@ -91,7 +91,7 @@ def test_a_checkpoint_says_which_experts_are_left(tmp_path):
         ({"refine_experts": True}, "must come with experts or keep_experts"),
         ({"expert_floor": 3}, "expert_floor must come with experts or keep_experts"),
         ({"experts": 0.5, "expert_budget": "equal"}, "expert_budget must be one of per-layer, global, got 'equal'"),
-        ({"experts": 0.25, "expert_saliency": "reep"}, "criterion must be one of frequency, .* got 'reep'"),
+        ({"experts": 0.25, "expert_saliency": "reep"}, "expert_saliency must be one of frequency, .* got 'reep'"),
     ],
 )
 def test_recipes_that_cannot_be(recipe, message):

@@ -100,10 +100,10 @@ def stopped(source, out, recipe, place, count=1):
 
 def test_without_resume_it_says_what_it_found(source, tmp_path):
     stopped(source, tmp_path / "out", RECIPES["refit"], "renamed out/moesparse_journal", 5)
-    with pytest.raises(CheckpointError, match=r"unfinished run, 4 parts done: .*out. Go on with --resume"):
+    with pytest.raises(CheckpointError, match=r"unfinished run, 4 parts done: .*out. Go on with resume=True"):
         run(source, tmp_path / "out", RECIPES["refit"])
     stopped(source, tmp_path / "two", RECIPES["both"], "progress calibrate")
-    with pytest.raises(CheckpointError, match=r"left the smaller model in .*two.experts. Go on with --resume"):
+    with pytest.raises(CheckpointError, match=r"left the smaller model in .*two.experts. Go on with resume=True"):
         run(source, tmp_path / "two", RECIPES["both"])
 
 
@@ -134,7 +134,7 @@ def test_a_full_disk_keeps_what_is_finished(source, both, tmp_path, monkeypatch)
     for place, done in (("write statistics-00002", 2), ("write layer-00001", 4)):
         with monkeypatch.context() as patch:
             progress = Watch(patch, at(place, fail())).progress
-            with pytest.raises(CheckpointError, match=rf"No space left on device. {done} finished parts .*--resume"):
+            with pytest.raises(CheckpointError, match=rf"No space left on device. {done} finished parts .*resume=True"):
                 run(source, tmp_path / "out", RECIPES["both"], resume=True, progress=progress)
     run(source, tmp_path / "out", RECIPES["both"], resume=True)
     assert_same(tmp_path / "out", both)
@@ -215,7 +215,7 @@ def test_a_calibration_that_is_killed_goes_on(source, tmp_path, place, count):
     path = tmp_path / "s.stats"
     killed(lambda progress: calibration(path, progress=progress), at(place, kill, count))
     if json.loads((tmp_path / "s.stats.unfinished" / JOURNAL_FILE).read_text())["parts"]:
-        with pytest.raises(CheckpointError, match=r"unfinished run, \d parts done: .*--resume"):
+        with pytest.raises(CheckpointError, match=r"unfinished run, \d parts done: .*resume=True"):
             calibration(path)
         with pytest.raises(CheckpointError, match="with another seed: 0, now 1"):
             calibration(path, seed=1, resume=True)

@@ -79,7 +79,7 @@ def test_killed_at_a_named_step_it_goes_on_to_the_same_bits(source, pruned, tmp_
     killed(lambda progress: run(source, out, progress=progress), at(place, kill, count), CALLS)
     assert parts(out) == done
     if done:
-        with pytest.raises(CheckpointError, match=f"holds an unfinished run, {done} parts done: .* --resume"):
+        with pytest.raises(CheckpointError, match=f"holds an unfinished run, {done} parts done: .* resume=True"):
             run(source, out)
     run(source, out, resume=True)
     assert_same(out, pruned)
@@ -107,7 +107,7 @@ def test_a_full_disk_keeps_what_is_finished(source, pruned, tmp_path, monkeypatc
     said = f"No space left on device. {done} finished parts are kept in" if done else "left on device. No part was"
     with monkeypatch.context() as patch:
         progress = Watch(patch, at(place, fail(), count), CALLS).progress
-        with pytest.raises(CheckpointError, match=rf"cannot write .*{said}.*--resume"):
+        with pytest.raises(CheckpointError, match=rf"cannot write .*{said}.*resume=True"):
             run(source, out, progress=progress)
     assert parts(out) == done
     run(source, out, resume=True)
@@ -155,7 +155,7 @@ def test_a_folder_that_cannot_be_written(source, pruned, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             read_only = fail(OSError(errno.EROFS, "Read-only file system"))
             progress = Watch(patch, at("write layer-00001.partial", read_only)).progress
-            with pytest.raises(CheckpointError, match=r"Read-only file system. 1 finished parts are kept .* --resume"):
+            with pytest.raises(CheckpointError, match=r"Read-only file system. 1 finished parts are .* resume=True"):
                 run(source, out, progress=progress)
         disk.remount("ro")
         with pytest.raises(CheckpointError, match=r"cannot write .*Read-only file system. 1 finished parts are kept"):
@@ -182,7 +182,7 @@ def test_a_shard_of_the_source_that_is_lost_on_the_way(source, pruned, tmp_path,
                 os.truncate(shard, 10_000)
 
     said = "cannot be read any more.*put it back" if harm == "vanish" else "was changed while it was read"
-    with pytest.raises(CheckpointError, match=rf"model.safetensors .*{said}.* 2 finished parts are kept .*--resume"):
+    with pytest.raises(CheckpointError, match=rf"model.safetensors .*{said}.* 2 finished parts are kept .*resume=True"):
         run(tmp_path / "source", out, progress=lose)
     shutil.copy(source / "model.safetensors", shard)
     run(tmp_path / "source", out, resume=True)
