@@ -187,9 +187,7 @@ def test_parquet_and_datasets_hold_chats_too(tmp_path, chatty, monkeypatch):
     rows = [[{**each, "name": None} for each in TALK], [{**TALK[0], "name": None}]]
     parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "a.parquet")
     assert torch.equal(stream(tmp_path / "a.parquet", chatty, chat=True), wanted)
-    with pytest.raises(
-        MoESparseError, match=r"a\.parquet row 1 is a chat record .*give chat=True"
-    ):
+    with pytest.raises(MoESparseError, match=r"a\.parquet row 1 is a chat record .*give chat=True"):
         stream(tmp_path / "a.parquet", chatty)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_dict({"messages": rows}))
     assert torch.equal(stream("talks:train", chatty, chat=True), wanted)
@@ -225,9 +223,7 @@ def test_a_record_that_is_no_chat(tmp_path, record, match):
 
 def test_chats_are_read_when_asked_for_and_where_there_are_some(tmp_path, tokenizer, chatty):
     file = jsonl(tmp_path / "chat.jsonl", {"messages": TALK})
-    with pytest.raises(
-        MoESparseError, match=r'line 1 is a chat record \("messages"\), .*give chat=True'
-    ):
+    with pytest.raises(MoESparseError, match=r'line 1 is a chat record \("messages"\), .*give chat=True'):
         text.windows(file, chatty, samples=1, length=1)
     with pytest.raises(MoESparseError, match=r"need a tokenizer with a chat template, got .* without one: put"):
         text.windows(file, tokenizer, samples=1, length=1, chat=True)

@@ -63,7 +63,7 @@ def tokenised(
     if tokenizer is None:
         raise UsageError(
             f"tokenizer must come with {name} as text, got none, and {type(model).__name__} was not loaded from a "
-            "folder that has one: give tokenizer=AutoTokenizer.from_pretrained(NAME), or windows of token ids"
+            "folder that has one: give tokenizer=TOKENIZER, or windows of token ids"
         )
     return document_windows(given, tokenizer, max_length=context_length(model), name=name)
 

@@ -1,7 +1,8 @@
 """What the library says, in the words of the command line: there `keep_experts=4` is `--keep-experts 4`.
 
 The library names parameters of Python, and by one grammar: "NAME must ...", "must come with NAME", "NAME=VALUE". Names
-with an underscore are known wherever they stand, names that are plain words only where that grammar has a name.
+with an underscore are known wherever they stand, but in quotes and before a colon; names that are plain words only
+where that grammar has a name.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def in_options(text: str, options: Mapping[str, _Option]) -> str:
     names = "|".join(sorted(options, key=len, reverse=True))
     told = "|".join(name for name in sorted(options, key=len, reverse=True) if "_" in name)
     text = re.sub(rf"(?<![\w./-])({names})=({_VALUE})", lambda found: options[found[1]].given(found[2]), text)
-    text = re.sub(rf"(?<![\w./-])({told})(?![\w=(/-]|\.\w)", lambda found: options[found[1]].on, text)
+    text = re.sub(rf"(?<![\w./'-])({told})(?![\w=(/-]|\.\w|: )", lambda found: options[found[1]].on, text)
     # twice: of "with experts or keep_experts" and "with plan or scores" the second name follows the first
     for before in (_BEFORE, r"(?:with|of) --[\w-]+ (?:and|or) "):
         text = re.sub(rf"({before})({names})(?={_BEHIND})", lambda found: found[1] + options[found[2]].on, text)

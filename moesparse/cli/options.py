@@ -34,6 +34,15 @@ PrunedModel = Annotated[
     str, typer.Argument(help="A local folder, a hub id, a GGUF file, or 'demo' for the embedded model.")
 ]
 
+Recipe = Annotated[
+    str,
+    option(
+        WEIGHTS,
+        "A YAML file with fields of moesparse.Recipe, or a published recipe: cpu, default, paper, reap-25. Options "
+        "beside it override its fields.",
+        metavar="FILE",
+    ),
+]
 Weights = Annotated[
     str,
     option(
@@ -71,7 +80,8 @@ Update = Annotated[
     ),
 ]
 Propagate = Annotated[
-    bool, option(RULES, "Feed each block what the pruned blocks before it give.", "--propagate/--no-propagate")
+    bool | None,
+    option(RULES, "Feed each block what the pruned blocks before it give (the default).", "--propagate/--no-propagate"),
 ]
 
 Experts = Annotated[float | None, option(EXPERTS, "Remove this share of the experts of every block, for example 0.25.")]
@@ -97,8 +107,8 @@ RefineExperts = Annotated[
     bool, option(EXPERTS, "Swap experts while the block's output error falls; slower.", "--refine-experts")
 ]
 MIX_HELP = (
-    "Several domains become one choice of experts by the sums of all text (pooled), or by the mean of their scores, "
-    "each normalised to sum 1 in every block (equal)."
+    "Several domains become one choice of experts by the sums of all text (pooled, the default), or by the mean of "
+    "their scores, each normalised to sum 1 in every block (equal)."
 )
 Mix = Annotated[str, option(EXPERTS, MIX_HELP)]
 ProtectSuperExperts = Annotated[
@@ -138,14 +148,19 @@ TargetBytes = Annotated[
     ),
 ]
 Choices = Annotated[
-    str, option(BYTES, "Of the search for --target-bytes: drop (whole experts), dense and n:m, by commas.")
+    str,
+    option(
+        BYTES,
+        "Of the search for --target-bytes: drop (whole experts), dense and n:m, by commas. Default: "
+        "drop,2:4,3:8,4:8,5:8,6:8,dense.",
+    ),
 ]
 CompareUniform = Annotated[
-    bool,
+    bool | None,
     option(
         BYTES,
         "With --target-bytes: prune a copy to the best uniform choice at no more bytes too, measure both on "
-        "calibration windows kept aside, keep the better. Twice the time, and memory for the copy.",
+        "calibration windows kept aside, keep the better (the default). Twice the time, and memory for the copy.",
         "--compare-uniform/--no-compare-uniform",
     ),
 ]

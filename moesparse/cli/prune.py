@@ -11,6 +11,7 @@ import typer
 from moesparse.cli import options
 from moesparse.cli.console import print_json, quiet_libraries
 from moesparse.cli.prune_run import PruneRun
+from moesparse.cli.recipe import Asked
 from moesparse.cli.show import show_pruned
 from moesparse.cli.text import TextOptions
 from moesparse.errors import UsageError
@@ -44,7 +45,7 @@ Examples:
 
   moesparse prune allenai/OLMoE-1B-7B-0924 out/olmoe --weights 2:4 --calibration c4.jsonl
 
-  moesparse prune mixtral/ out/paper --saliency moe-pruner --update none --calibration c4.jsonl
+  moesparse prune mixtral/ out/paper --recipe paper --calibration c4.jsonl
 
   moesparse prune demo out/twelve-experts --keep-experts 12
 
@@ -56,7 +57,6 @@ Examples:
 
   torchrun --nproc-per-node 8 -m moesparse prune mixtral/ out/mixtral --calibration c4.jsonl
 """
-_CHOICES = "drop,2:4,3:8,4:8,5:8,6:8,dense"
 _SEED_HELP = "Seed of the choice of windows, 0 when left out; with --statistics it must be theirs."
 _REPORT_HELP = "Also write the report as JSON to this file."
 
@@ -66,6 +66,7 @@ def prune(
     out: Annotated[
         Path, typer.Argument(help="A new or empty folder for the pruned checkpoint; a file for a GGUF file.")
     ],
+    recipe: options.Recipe = "",
     weights: options.Weights = "",
     saliency: options.Saliency = "",
     update: options.Update = "",
@@ -76,12 +77,12 @@ def prune(
     scores: options.Scores = None,
     expert_saliency: options.ExpertSaliency = "",
     refine_experts: options.RefineExperts = False,
-    mix: options.Mix = "pooled",
+    mix: options.Mix = "",
     protect_super_experts: options.ProtectSuperExperts = False,
     target_bytes: options.TargetBytes = "",
     mtp: options.Mtp = "",
-    choices: options.Choices = _CHOICES,
-    compare_uniform: options.CompareUniform = True,
+    choices: options.Choices = "",
+    compare_uniform: options.CompareUniform = None,
     calibration: options.Calibration = None,
     chat: options.Chat = False,
     statistics: options.Statistics = None,
@@ -92,7 +93,7 @@ def prune(
     seed: Annotated[int | None, options.option(options.TEXT, _SEED_HELP)] = None,
     batch_size: options.BatchSize = 8,
     device: options.Device = "auto",
-    propagate: options.Propagate = True,
+    propagate: options.Propagate = None,
     allow_pruned: options.AllowPruned = False,
     resume: options.Resume = False,
     dry_run: options.DryRun = False,
@@ -105,88 +106,23 @@ def prune(
     """See HELP."""
     asked = dict(locals())
     from moesparse.checkpoints.gguf import is_gguf
-    from moesparse.experts.plan_file import ExpertPlan
-    from moesparse.pruning.recipe import DEFAULT_EXPERT_SALIENCY, DEFAULT_SALIENCY, DEFAULT_UPDATE, Recipe
 
     if is_gguf(model):
         _prune_gguf(asked)
         return
-    removes = experts is not None or keep_experts is not None
-    _check_files(plan, scores, removes, statistics)
-    _check_companions(weights, target_bytes, removes, expert_saliency, statistics, choices)
-    held, expert_saliency = options.load_scores(scores, expert_saliency)
-    pattern = _pattern(weights, removes or plan is not None)
-    if (plan or scores) and pattern is None and not (calibration or demonstrations_from_model):
-        # no text that the kept experts could be refitted on
-        update = update or "none"
-    recipe = Recipe(
-        weights=pattern,
-        target_bytes=target_bytes or None,
-        choices=choices.split(","),
-        compare_uniform=compare_uniform,
-        saliency=saliency or DEFAULT_SALIENCY,
-        update=update or DEFAULT_UPDATE,
-        propagate=propagate,
-        seed=seed or 0,
-        experts=experts,
-        keep_experts=keep_experts,
-        divisible_by=divisible_by,
-        expert_saliency=expert_saliency or DEFAULT_EXPERT_SALIENCY,
-        refine_experts=refine_experts,
-        expert_mix=mix,
-        protect_experts=protect_super_experts,
-        mtp=mtp or None,
-        plan=None if plan is None else ExpertPlan.load(plan),
-        scores=held,
-        output_dtype=output_dtype or None,
-    )
+    wanted = Asked.by(asked)
     written: dict[str, Any] = {"from_model": demonstrations_from_model, "temperature": temperature, "chat": chat}
     machine: dict[str, Any] = {"batch_size": batch_size, "device": options.resolve_device(device)}
-    text = TextOptions(calibration or [], samples, length, seed or 0, **written, **machine)
-    same = ("model", "out", "seed", "allow_pruned", "resume", "dry_run", "max_memory", "whole", "as_json")
+    text = TextOptions(calibration or [], samples, length, wanted.recipe.seed, **written, **machine)
+    same = ("model", "out", "allow_pruned", "resume", "dry_run", "max_memory", "whole", "as_json")
     how: dict[str, Any] = {name: asked[name] for name in same}
-    run = PruneRun(recipe=recipe, text=text, statistics=statistics or [], names_update=bool(update), **how)
+    how |= {"seed": wanted.seed, "names_update": wanted.names_update}
+    run = PruneRun(recipe=wanted.recipe, text=text, statistics=statistics or [], **how)
     run.check(report)
     with quiet_libraries():
         found = run.on_whole_model() if run.loads else run.layer_by_layer()
     if found is not None:
         _tell(found, out, report, as_json)
-
-
-def _pattern(weights: str, removes: bool) -> str | None:
-    """What --weights stands for."""
-    from moesparse.pruning.recipe import DEFAULT_WEIGHTS
-
-    weights = weights or ("none" if removes else DEFAULT_WEIGHTS)
-    return None if weights == "none" else weights
-
-
-def _check_companions(
-    weights: str, target_bytes: str, removes: bool, expert_saliency: str, statistics: list[str] | None, choices: str
-) -> None:
-    """Refuse an option that has no effect without another one, or none beside it."""
-    if weights and target_bytes:
-        raise UsageError(f"--weights must be left out with --target-bytes, which chooses patterns, got {weights}")
-    if expert_saliency and not (removes or target_bytes):
-        raise UsageError("--expert-saliency must come with --experts, --keep-experts or --target-bytes, got none")
-    if statistics and not removes:
-        raise UsageError("--statistics must come with --experts or --keep-experts, for which they choose, got neither")
-    if not target_bytes and choices != _CHOICES:
-        raise UsageError(f"--choices must come with --target-bytes, which searches among them, got {choices} alone")
-
-
-def _check_files(plan: Path | None, scores: Path | None, removes: bool, statistics: list[str] | None) -> None:
-    """Refuse files that are not there, and what a choice from a file leaves nothing to do for."""
-    for option, file in (("--plan", plan), ("--scores", scores)):
-        if file is not None and statistics:
-            raise UsageError(f"--statistics must be left out with {option}, which says who stays, got both")
-    if plan is not None and (removes or scores is not None):
-        raise UsageError("--experts, --keep-experts and --scores must be left out with --plan, which says who stays")
-    if scores is not None and not removes:
-        raise UsageError("--scores must come with --experts or --keep-experts, for which they choose, got neither")
-    for option, file in (("--plan", plan), ("--scores", scores)):
-        if file is not None:
-            options.check_input_file(option, file)
 
 
 def _prune_gguf(asked: dict[str, Any]) -> None:

@@ -44,8 +44,7 @@ def forward_inputs(
         joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
     except RuntimeError as error:
         raise UsageError(
-            f"records of images must be of one form to run together, got others in windows {numbers}: "
-            "give batch_size=1"
+            f"records of images must be of one form to run together, got others in windows {numbers}: give batch_size=1"
         ) from error
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return {"input_ids": ids, "use_cache": False} | {

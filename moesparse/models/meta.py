@@ -149,7 +149,7 @@ def _check_config(file: Path) -> None:
 
 
 def source_of(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The folder or hub id of a model as a caller names it: "demo" is the embedded one, unless a folder is called that."""
+    """Folder or hub id of a model as a caller names it: "demo" is the embedded one, unless a folder is called that."""
     return model_path() if name == _EMBEDDED and not Path(name).exists() else name
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.choice import Rule
@@ -16,6 +17,7 @@ from moesparse.experts.scores_file import ExpertScores
 from moesparse.experts.selection import BUDGETS, check_divisor
 from moesparse.models.blocks import MoEBlock
 from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, DROP, check_choices, check_target
+from moesparse.pruning.recipe_file import PUBLISHED, find_recipe, read_fields, write_fields
 from moesparse.weights.mask_rules import check_rules
 from moesparse.weights.patterns import Pattern
 from moesparse.weights.weight_rules import parse_update
@@ -30,6 +32,7 @@ __all__ = [
     "Recipe",
     "check_patterns",
     "check_removal",
+    "recipe_fields",
 ]
 
 DEFAULT_WEIGHTS = "2:4"
@@ -38,6 +41,8 @@ DEFAULT_UPDATE = "least-squares+rescale"
 DEFAULT_EXPERT_SALIENCY = "reap"
 MTP_CHOICES = ("prune", "keep", "drop")
 OUTPUT_DTYPES = ("bfloat16", "float16", "float32")
+# fields that are files of their own
+_FILES = ("plan", "scores")
 
 
 def check_removal(experts: float | None, keep_experts: int | None) -> None:
@@ -124,7 +129,7 @@ class Recipe:
 
     @classmethod
     def of(cls, given: Recipe | str | float | None) -> Recipe:
-        """A recipe as a caller says it: itself, the pattern alone ("2:4", 0.5), or None, the default.
+        """A recipe as a caller says it: itself, its pattern ("2:4", 0.5), a file or published name; None is default.
 
         Raises:
             UsageError: it is none of these.
@@ -133,11 +138,33 @@ class Recipe:
             return given
         if given is None:
             return cls()
+        if isinstance(given, str) and (given in PUBLISHED or given.endswith((".yaml", ".yml"))):
+            return cls.load(given)
         if isinstance(given, bool) or not isinstance(given, str | int | float):
             raise UsageError(
                 f'recipe must be a moesparse.Recipe or a pattern such as "2:4" or 0.5, got {type(given).__name__}'
             )
         return cls(weights=given)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> Recipe:
+        """A recipe from a YAML file of its fields, or a published one: cpu, default, paper, reap-25.
+
+        Raises:
+            UsageError: no such file, an unknown field, or what a recipe cannot be.
+        """
+        return cls(**recipe_fields(file))
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write all fields to a YAML file, from which `load` makes this recipe again.
+
+        Raises:
+            UsageError: it holds a plan or scores, which are files of their own. CheckpointError: it cannot be written.
+        """
+        for name in _FILES:
+            if getattr(self, name) is not None:
+                raise UsageError(f"{name} must be left out of a recipe that is saved: {name}.save writes its own file")
+        write_fields(file, self.to_dict())
 
     def __post_init__(self) -> None:
         if self.target_bytes is not None:
@@ -317,3 +344,13 @@ class Recipe:
         unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
         unused += [name for name in ("patterns", "mtp", "divisible_by", "output_dtype") if getattr(self, name) is None]
         return {name: value for name, value in found.items() if name not in unused}
+
+
+def recipe_fields(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields that the file of a recipe names, or a published recipe; see `Recipe.load`.
+
+    Raises:
+        UsageError: as there, but for what fields cannot be together.
+    """
+    kinds = get_type_hints(Recipe)
+    return read_fields(find_recipe(file), kinds, beside=_FILES)

@@ -110,6 +110,7 @@ def test_prune_carries_the_plan_out_with_and_without_text(made, tmp_path, monkey
     ],
 )
 def test_what_does_not_go_together(options, message, made, tmp_path, monkeypatch, capsys):
+    (made / "t").write_text("text")
     files = {"P": made / "plan.json", "C": made / "scores.json", "S": made / "stats", "T": made / "t", "X": made / "x"}
     options = [files.get(each, each) for each in options]
     code, _, err = run(monkeypatch, capsys, "prune", "demo", tmp_path / "out", *options)

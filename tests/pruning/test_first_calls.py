@@ -36,7 +36,7 @@ def test_a_pattern_stands_for_the_recipe_of_it(given, pattern):
     [
         ({"weights": "2:4"}, r'recipe must be a moesparse\.Recipe or a pattern such as "2:4" or 0\.5, got dict'),
         (True, "recipe must be a moesparse.Recipe or a pattern .*, got bool"),
-        ("two of four", 'pattern must be n:m such as "2:4" or a ratio such as 0.5, got \'two of four\''),
+        ("two of four", "pattern must be n:m such as \"2:4\" or a ratio such as 0.5, got 'two of four'"),
         (1.5, "pattern ratio must be between 0 and 1"),
     ],
 )
