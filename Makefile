@@ -123,6 +123,10 @@ test-vllm: .venv-vllm-layer/.installed .venv-vllm-engine/.installed ## vLLM in e
 test-transformers4: $(STAMP) .venv-transformers4/.installed ## results read by transformers 4.57, not part of `make test`
 	TRANSFORMERS4_PYTHON=.venv-transformers4/bin/python $(BIN)/python -m pytest -p no:cacheprovider tests/transformers4
 
+# the environment of the page, not ours: no stamp
+quickstart: ## docs/quickstart.md on a fresh clone with an empty home, by its own install line; not part of `make test`
+	$(PYTHON) tests/quickstart.py out/quickstart
+
 lint: $(STAMP) ## ruff, mypy, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -136,4 +140,4 @@ format: $(STAMP) ## ruff's fixes and layout
 clean: ## remove what the targets made
 	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu test-triton test-vllm gpu peers lint format clean
+.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu test-triton test-vllm quickstart gpu peers lint format clean

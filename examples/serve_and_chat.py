@@ -1,6 +1,6 @@
 """Start `moesparse serve`, talk to it with the openai client, and end it.
 
-pip install 'moesparse[serve]'
+pip install '.[serve]'                                  # in the source folder
 python examples/serve_and_chat.py                       # the embedded model
 python examples/serve_and_chat.py out/olmoe-packed --prompt "The capital of France is"
 """

@@ -4,25 +4,19 @@ import ast
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
-import time
+import tomllib
 from pathlib import Path
 
 import pytest
+import quickstart
 
 import moesparse
 import moesparse_kernels
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-
-
-def blocks(page):
-    """(language, text) of the fenced blocks of a page."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -42,64 +36,44 @@ def shell(tmp_path, monkeypatch):
     return place
 
 
-def run(arguments, place, **options):
-    done = subprocess.run(arguments, cwd=place, capture_output=True, text=True, timeout=400, **options)
-    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
 def test_the_quick_start_runs_as_it_is_written(shell):
     pytest.importorskip("openai")
     pytest.importorskip("lm_eval")
+    pytest.importorskip("matplotlib")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("127.0.0.1", 8177))
+            listener.bind(("127.0.0.1", quickstart.PORT))
         except OSError:
-            pytest.skip("port 8177, which the page names, is taken here")
-    server, said, told = None, [], []
-    try:
-        for language, text in blocks("quickstart.md"):
-            if language == "python":
-                told.append(run([sys.executable, "-c", text], shell).stdout)
-                continue
-            for line in text.splitlines():
-                if line.startswith("moesparse serve"):
-                    server = _serve(line, shell)
-                elif not line.startswith("pip install"):
-                    done = run(line, shell, shell=True)
-                    said.append(done.stdout + done.stderr)
-    finally:
-        if server is not None:
-            server.send_signal(signal.SIGINT)
-            server.wait(timeout=30)
-    output = "\n".join(said)
-    assert "50.0% of the expert weights are zero" in output
-    assert "verified" in output
-    assert re.search(r"demo_continuation .*0\.\d{4}", output)
-    loaded, served = told
-    assert loaded == served
-    assert loaded.startswith("It is a truth universally acknowledged, that")
-    assert server.returncode == 0
+            pytest.skip(f"port {quickstart.PORT}, which the page names, is taken here")
+    quickstart.run_page(shell, os.environ, sys.executable).check()
 
 
-def _serve(line, place):
-    log = place / "server.log"
-    with log.open("w") as file:
-        # exec: the signal is for the server, not for a shell before it
-        server = subprocess.Popen(
-            f"exec {line}",
-            shell=True,
-            cwd=place,
-            stdout=file,
-            stderr=file,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    until = time.monotonic() + 120
-    while "startup complete" not in log.read_text():
-        assert server.poll() is None and time.monotonic() < until, log.read_text()
-        time.sleep(0.05)
-    return server
+def test_the_quick_start_is_read_whole(tmp_path):
+    page = quickstart.PAGE.read_text()
+    found = list(quickstart.steps())
+    kinds = [kind for kind, _ in found]
+    assert len(quickstart.blocks()) == page.count("\n```\n") == (page.count("```")) / 2
+    assert kinds.index("install") == 0 and kinds.count("install") == kinds.count("serve") == 1
+    assert kinds.index("serve") < len(kinds) - 1 - kinds[::-1].index("python")
+    # every command of a fence, and none in passing that no fence holds
+    shown = set(re.findall(r"moesparse (\w+)", "\n".join(text for kind, text in found if kind in ("shell", "serve"))))
+    assert shown == {"prune", "inspect", "report", "eval", "pack", "serve"}
+    assert str(quickstart.PORT) in next(text for kind, text in found if kind == "serve")
+    (tmp_path / "page.md").write_text("```console\nls\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md has a block of console, which nobody runs"):
+        list(quickstart.steps(tmp_path / "page.md"))
+
+
+def test_the_install_line_brings_what_the_page_uses():
+    (line,) = (text for kind, text in quickstart.steps() if kind == "install")
+    named = set(re.fullmatch(r"pip install '\.\[([\w,]+)\]'", line)[1].split(","))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    needed = {"openai": "serve", "uvicorn": "serve", "lm-eval": "eval", "matplotlib": "plots"}
+    for package, extra in needed.items():
+        assert any(each.startswith(package) for each in extras[extra]), package
+    assert named == set(needed.values())
+    assert line in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/serving.md", "docs/troubleshooting.md"])
