@@ -347,7 +347,7 @@ def test_a_quantised_model_whose_library_is_missing_is_one_sentence(folder, good
     )
     assert code == 1 and re.search(wanted, sentence), sentence
     code, sentence = said(monkeypatch, capsys, words["prune"])
-    assert code == 1 and "weights must be none for a checkpoint quantised by 'awq', got 2:4" in sentence
+    assert code == 1 and "must hold tensors of awq, as its quantization_config says, got plain ones alone" in sentence
 
 
 # Code of a checkpoint

@@ -116,9 +116,9 @@ def test_a_link_out_of_the_folder_is_refused_before_any_work(more, source, text,
 
 
 @pytest.mark.parametrize(
-    "more", [("--whole", "--allow-pruned"), ("--target-bytes", "0.7"), ("--experts", "0.25", "--whole"), ()], ids=str
+    "more", [("--whole", "--allow-pruned"), ("--target-bytes", "0.7"), ("--experts", "0.25", "--whole")], ids=str
 )
-def test_quantised_weights_are_refused_before_any_work(more, source, text, tmp_path):
+def test_a_whole_quantised_model_is_refused_before_any_work(more, source, text, tmp_path):
     file = source / "config.json"
     held = json.loads(file.read_text())
     file.write_text(json.dumps(held | {"quantization_config": {"quant_method": "mxfp4"}}))

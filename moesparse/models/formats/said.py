@@ -33,8 +33,10 @@ def said_of(folder: Path) -> dict[str, Any] | None:
     """What a folder says of its formats, as quantization_config has it; None where it says nothing.
 
     Raises:
-        CheckpointError: config.json and the side file say different things.
+        CheckpointError: there is no config.json, or it and the side file say different things.
     """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"MODEL must be a folder with a config.json, got {folder} without one")
     said = read_json(folder / "config.json").get("quantization_config")
     beside = read_json(folder / SIDE_FILE).get("quantization") if (folder / SIDE_FILE).is_file() else None
     if said is not None and not isinstance(said, dict):
