@@ -1,5 +1,6 @@
 """Refusals name options on the command line and parameters in Python, and files that are not there come before work."""
 
+import dataclasses
 import shutil
 import sys
 import warnings
@@ -11,6 +12,7 @@ from typer.main import get_command
 from moesparse import demo, load_pretrained, text
 from moesparse.cli import app, main
 from moesparse.cli.language import in_options, options_of
+from moesparse.distillation.settings import PRESETS
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
 from moesparse.pruning.recipe import Recipe
 from moesparse.testing import tiny_model
@@ -72,6 +74,29 @@ def test_the_same_refusal_in_both_languages(parameters, options, message, tmp_pa
     told = {name: as_option.get(name, f"--{name.replace('_', '-')}") for name in names}
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {message.format(**told)}"), err
+
+
+def test_the_same_refusals_of_other_commands(tmp_path, monkeypatch, capsys):
+    novel = demo.text_path("heldout", "novel")
+    small = PRESETS["small"]["global"]
+    with pytest.raises(UsageError, match=r"^learning_rate must be positive, got 0"):
+        dataclasses.replace(small, learning_rate=0.0)
+    with pytest.raises(UsageError, match=r"^batch_size must be a multiple of micro_batch=3, got 4$"):
+        dataclasses.replace(small, batch_size=4, micro_batch=3)
+    _, tokenizer = demo.load()
+    with pytest.raises(UsageError, match=r"^stride must lie in 1\.\.16 \(the window\), got 99$"):
+        text.evaluation_windows(novel, tokenizer, 16, stride=99)
+    distill = ("distill", "demo", "--teacher", "demo", "-o", tmp_path / "out")
+    for words, told in (
+        ((*distill, "--lr", 0), "--lr must be positive, got 0"),
+        (
+            (*distill, "--batch-size", 4, "--micro-batch", 3),
+            "--batch-size must be a multiple of --micro-batch 3, got 4",
+        ),
+        (("eval", "demo", "--text", novel, "--length", 16, "--stride", 99), "--stride must lie in 1..16 (the window)"),
+    ):
+        code, out, err = run(monkeypatch, capsys, *words)
+        assert (code, out) == (2, "") and err.splitlines()[-1].startswith(f"error: {told}"), err
 
 
 @pytest.mark.parametrize(
