@@ -120,6 +120,20 @@ class Findings:
         if self.before is not None and self.after is not None:
             _check_same_texts(self.before, self.after)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; without what is not known."""
+        found: dict[str, Any] = {"title": self.title, "perplexity before": self.before, "perplexity after": self.after}
+        found |= {"tensors": self.tensors}
+        if self.checkpoint is not None:
+            found |= {"recipe": self.checkpoint.recipe, "earlier": self.checkpoint.earlier or None}
+            found |= {"kept_experts": self.checkpoint.kept, "report": self.checkpoint.run}
+            found |= {"stored_bytes": self.checkpoint.stored_bytes, "packed": self.checkpoint.packed}
+        if self.routing is not None:
+            domains = {name: tokens.tolist() for name, tokens in self.routing.domains.items()}
+            named = {"fingerprint": self.routing.fingerprint, "blocks": list(self.routing.blocks)}
+            found |= {"routing": named | {"texts": self.routing.texts, "tokens per expert": domains}}
+        return {name: value for name, value in found.items() if value is not None}
+
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """Read the small files of a checkpoint; no weight is loaded.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from moesparse._version import __version__
 from moesparse.report import figures
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Page", "Section", "format_size", "layer_of", "ranges"]
+
+_DATA_FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,21 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """A figure by its file name, with what a blind reader hears."""
+    """A figure by its file name, with what a blind reader hears; drawn for a width in inches."""
 
     kind: ClassVar = "figure"
     name: str
     alt: str
-    figure: Figure
+    draw: Callable[..., Figure]
 
     @property
-    def svg(self) -> str:
-        return base64.b64encode(figures.to_svg(self.figure)).decode()
+    def svgs(self) -> dict[str, Markup]:
+        """To stand in the page, whose colours they take: for a broad one and for a slim one."""
+        widths = {"broad": figures.WIDTH, "slim": figures.SLIM}
+        return {
+            kind: Markup(figures.to_inline_svg(self.draw(width=width), f"{self.name}-{kind}", self.alt))
+            for kind, width in widths.items()
+        }
 
 
 @dataclass
@@ -76,9 +85,9 @@ class Section:
         """A table; every column but the first is set to the right where `numeric`."""
         self.parts.append(_Table(header, rows, numeric))
 
-    def show(self, name: str, alt: str, figure: Figure) -> None:
-        """A figure; `name` is that of its file."""
-        self.parts.append(_Drawing(name, alt, figure))
+    def show(self, name: str, alt: str, draw: Callable[..., Figure]) -> None:
+        """A figure; `name` is that of its file, and `draw` makes it for a `width`."""
+        self.parts.append(_Drawing(name, alt, draw))
 
     @property
     def figures(self) -> list[_Drawing]:
@@ -93,11 +102,13 @@ class Page:
         title: of the page.
         sections: in reading order.
         missing: sentences on what the page cannot show and what would supply it.
+        data: what it was drawn from, JSON that a reader can save.
     """
 
     title: str
     sections: list[Section]
     missing: list[str]
+    data: dict[str, Any]
 
     def to_html(self) -> str:
         """One self-contained HTML document; equal pages give equal text."""
@@ -109,12 +120,20 @@ class Page:
             keep_trailing_newline=True,
             undefined=StrictUndefined,
         )
-        template = environment.get_template("page.html.jinja")
-        return template.render(title=self.title, sections=self.sections, missing=self.missing, version=__version__)
+        data = json.dumps(self.data, separators=(",", ":")).encode()
+        return environment.get_template("page.html.jinja").render(
+            title=self.title,
+            sections=self.sections,
+            missing=self.missing,
+            version=__version__,
+            data=base64.b64encode(data).decode(),
+            data_name=_DATA_FILE,
+            data_size=f"{max(1, round(len(data) / 1024)):,} KiB",
+        )
 
     def pngs(self) -> dict[str, bytes]:
         """Every figure by name."""
-        return {each.name: figures.to_png(each.figure) for section in self.sections for each in section.figures}
+        return {each.name: figures.to_png(each.draw()) for section in self.sections for each in section.figures}
 
 
 def layer_of(block: str) -> str:

@@ -2,18 +2,20 @@
 
 The page is drawn from what is at hand: a pruned folder (with the moesparse_report.json that `moesparse prune` leaves in
 it, or without), files of statistics, measured perplexities. What none of them tells is named as missing at the end,
-with what would supply it. The HTML is one file: inline style, embedded SVG, no script, nothing fetched.
+with what would supply it. The HTML is one file: inline style, inline SVG, no script, nothing fetched.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesparse.checkpoints.history import REPORT_FILE
+from moesparse.checkpoints.recipe_words import recipe_in_words
 from moesparse.report import figures
 from moesparse.report.findings import (
     Findings,
@@ -84,7 +86,7 @@ def build(findings: Findings) -> Page:
             missing.append(made)
         elif made is not None:
             sections.append(made)
-    return Page(findings.title, sections, missing)
+    return Page(findings.title, sections, missing, findings.to_dict())
 
 
 def _summary(findings: Findings) -> Section | str | None:
@@ -140,7 +142,9 @@ def _perplexity(findings: Findings) -> Section | str:
         f"{name} " + " to ".join(f"{value:.2f}" for value in group.values()) for name, group in groups.items()
     )
     section.show(
-        "perplexity", f"Perplexity per text: {words}", figures.bars(groups, label="perplexity, lower is better")
+        "perplexity",
+        f"Perplexity per text: {words}",
+        partial(figures.bars, groups, label="perplexity, lower is better"),
     )
     header = ["text", *(f"perplexity {name}" for name in sides), *(f"bits/byte {name}" for name in sides), "tokens"]
     rows = []
@@ -183,7 +187,7 @@ def _sizes(findings: Findings) -> Section | str | None:
         f"{what} {name} {format_size(value)}" for what, group in groups.items() for name, value in group.items()
     )
     mib = {what: {name: value / 2**20 for name, value in group.items()} for what, group in groups.items()}
-    section.show("bytes", f"Bytes: {alt}", figures.bars(mib, label="MiB"))
+    section.show("bytes", f"Bytes: {alt}", partial(figures.bars, mib, label="MiB"))
     stored = format_size(checkpoint.stored_bytes)
     section.say(
         f"The weight files of this folder hold {stored}, {_FORMS[checkpoint.packed]}. Packed: the kept values and one "
@@ -219,7 +223,7 @@ def _budget(findings: Findings) -> Section | None:
         for layer, row, dropped, pruned in zip(layers, cells, *losses.values(), strict=True)
     ]
     alt = "Pattern of each matrix and estimated loss, layer by layer; the table has the numbers"
-    section.show("budget", alt, figures.budget_map(cells, losses, layers, matrices))
+    section.show("budget", alt, partial(figures.budget_map, cells, losses, layers, matrices))
     section.say("Losses are estimates in nats per token; what was measured is said above.")
     section.tabulate(["layer", *matrices, "loss by removal", "by patterns"], rows)
     return section
@@ -261,7 +265,7 @@ def _removal(findings: Findings) -> Section | str | None:
         gone = [block["removed"] for block in blocks]
         alt = f"Scores by {removal['criterion']}, layer by expert, removed experts crossed; the table has the numbers"
         label = f"{removal['criterion']}, share of the layer's largest"
-        section.show("scores", alt, figures.heat_map(values, names, label=label, removed=gone, top=1.0))
+        section.show("scores", alt, partial(figures.heat_map, values, names, label=label, removed=gone, top=1.0))
     else:
         section.say("The scores were not kept with this folder.")
     fits = {fit["name"]: fit for fit in removal.get("refit") or ()}
@@ -304,7 +308,8 @@ def _routing(findings: Findings) -> Section | str:
     shares = even_shares(tokens)
     section.say(f"{source} 1 is an even share of the layer's tokens, {tokens.shape[1]} would be all of them.")
     alt = "Share of tokens per layer and expert; the table below sums it up"
-    section.show("routing", alt, figures.heat_map(shares.float(), names, label="even shares", removed=removed))
+    draw = partial(figures.heat_map, shares.float(), names, label="even shares", removed=removed)
+    section.show("routing", alt, draw)
     effective = torch.exp2(_entropy(shares / tokens.shape[1]))
     header = ["layer", "tokens routed", "busiest expert", "experts in effect", "without tokens"]
     rows = [
@@ -372,9 +377,9 @@ def _specialisation(findings: Findings) -> Section | str:
     )
     mean = between.mean(1)
     words = ", ".join(f"layer {row} {float(value):.3f}" for row, value in zip(rows, mean, strict=True))
-    section.show("specialisation", f"Mean divergence in bits: {words}", figures.divergence(pairs, names, rows))
+    section.show("specialisation", f"Mean divergence in bits: {words}", partial(figures.divergence, pairs, names, rows))
     maps = {name: values.float() for name, values in shares.items()}
-    section.show("domains", "Routing of each domain, layer by expert", figures.domain_maps(maps, rows))
+    section.show("domains", "Routing of each domain, layer by expert", partial(figures.domain_maps, maps, rows))
     lines = []
     for number, row in enumerate(rows):
         least, most = int(between[number].argmin()), int(between[number].argmax())
@@ -438,19 +443,29 @@ def _recipe(findings: Findings) -> Section | str | None:
     if checkpoint.recipe is None:
         return "No recipe: config.json does not say that this folder was pruned by moesparse."
     section = Section("Recipe")
+    section.say(recipe_in_words(checkpoint.recipe))
     rows = [[key, _shown(value)] for key, value in checkpoint.recipe.items()]
     if checkpoint.run is not None:
-        rows += [[f"calibration {key}", str(value)] for key, value in checkpoint.run["calibration"].items()]
+        rows += [[f"calibration {key}", _shown(value)] for key, value in checkpoint.run["calibration"].items()]
         rows += [["seconds", f"{checkpoint.run['seconds']:.1f}"], ["moesparse", checkpoint.run["version"]]]
     section.tabulate(["", ""], rows, numeric=False)
     for number, recipe in enumerate(checkpoint.earlier, start=1):
-        section.say(f"Step {number} before that:")
+        section.say(f"Step {number} before that: {recipe_in_words(recipe)}")
         section.tabulate(["", ""], [[key, _shown(value)] for key, value in recipe.items()], numeric=False)
     return section
 
 
 def _shown(value: Any) -> str:
-    """A value of the recipe in words; patterns by layer stand elsewhere on the page."""
+    """A value of the recipe or of the calibration in words; patterns by layer stand elsewhere on the page."""
     if isinstance(value, dict):
-        return "by layer and matrix, see above"
-    return "none" if value is None else ", ".join(value) if isinstance(value, list) else str(value)
+        return _source(value) if "source" in value else "by layer and matrix, see above"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _source(read: dict[str, Any]) -> str:
+    """A text that was read, as a report has it."""
+    count = read.get("documents")
+    chats = f", {read['chats']:,} of them chats" if read.get("chats") else ""
+    return f"{read['source']}" + (f" ({count:,} document{'s' if count != 1 else ''}{chats})" if count else "")
