@@ -108,7 +108,7 @@ def calibrate_checkpoint(
         "release": __version__,
     }
     folder = unfinished_folder(path)
-    with RunFolder.open(folder, inputs, resume=resume, processes=processes) as run:
+    with RunFolder.open(folder, inputs, resume=resume, layers=len(layers), processes=processes) as run:
         look = Look(layers, options)
         stream = text.stream(layers, options, look, run.path if spill else None)
         for position, recorders in record_layers(layers, stream, progress, start=len(run.aside), moments=moments):

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import re
+
 STORED_DENSE = ": its weights are stored dense with zeros"
 STORED_PACKED = " after `import moesparse`: its experts are stored packed"
 
 TEMPLATE = """---
 library_name: transformers
 tags: [moesparse, mixture-of-experts, pruned, {tag}]
-base_model: {base}
----
+{base_model}---
 # {base}, {what}
 
 The experts of `{base}` were pruned one-shot with moesparse {version}. Attention, norms, embeddings and shared experts
-are unchanged{router}. Plain transformers loads the folder{zeros}.
+are unchanged{router}. {recipe} Plain transformers loads the folder{zeros}.
 
 | | |
 |---|---|
 {rows}
 """
+
+
+def base_of_card(card: str) -> str | None:
+    """The hub's name of the model that a card of ours says it was made of; None where it is not ours or says none."""
+    head = re.match(r"---\n(.*?)^---$", card, re.DOTALL | re.MULTILINE)
+    if head is None or "tags: [moesparse," not in head[1]:
+        return None
+    named = re.search(r"^base_model: (\S+)$", head[1], re.MULTILINE)
+    return None if named is None else named[1]
 
 
 def is_packed_form(card: str) -> bool:

@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a folder."""
+"""From a folder or a hub id to a folder, and from a folder to the hub."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from moesparse.checkpoints.card import base_of_card
 from moesparse.errors import CheckpointError, MissingFileError, MoESparseError, reason_of
 from moesparse.models.meta import source_of
 from moesparse.system.folders import other_formats
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, WEIGHT_SUFFIXES, read_weight_map
 
-__all__ = ["check_named", "local_folder", "unread_weights"]
+__all__ = ["check_named", "hub_id", "local_folder", "push_folder", "unread_weights"]
 
 # what lies beside the weights is copied into a result, so all of it is wanted; nothing of it is run
 _WEIGHTS = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES]
+_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # NAME or OWNER/NAME; whatever has another form can only be a folder
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -97,3 +99,47 @@ def _other_weights(name: str, commit: str, read: Collection[str]) -> list[str]:
         files = [each.rfilename for each in HfApi().model_info(name, revision=commit).siblings or ()]
         return [file for file in files if file.endswith(WEIGHT_SUFFIXES) and file not in read]
     return []
+
+
+def hub_id(source: str | os.PathLike[str]) -> str | None:
+    """The name "owner/name" that the hub has for a model, for a card to name it.
+
+    Args:
+        source: as the user named it: a hub id; a folder of the hub's cache, which says where it is from; or a folder
+            with a card of ours, which names the model that it was made of.
+
+    Returns:
+        None where nothing says so: a folder's own name is no id.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return os.fspath(source) if _ID.fullmatch(os.fspath(source)) else None
+    commit = path.resolve()
+    kind, _, name = commit.parent.parent.name.partition("--")
+    if commit.parent.name == "snapshots" and kind == "models":
+        return name.replace("--", "/", 1)
+    card = path / "README.md"
+    return base_of_card(card.read_text(errors="replace")) if card.is_file() else None
+
+
+def push_folder(folder: str | os.PathLike[str], repository: str) -> str:
+    """Upload all files of a checkpoint; a repository that is not there yet is made, private.
+
+    Returns:
+        Its address.
+
+    Raises:
+        CheckpointError: the hub refuses, or cannot be reached; the folder is whole all the same.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        found = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=found.repo_id, folder_path=Path(folder), commit_message="Upload by moesparse")
+    except Exception as error:  # huggingface_hub's many kinds, often over many lines
+        raise CheckpointError(
+            f"{folder} is whole and was not pushed to {repository}: {reason_of(error)}. `hf upload {repository} "
+            f"{folder}` does it later"
+        ) from error
+    return str(found)

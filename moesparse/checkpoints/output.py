@@ -125,7 +125,8 @@ class IntoFolder:
         """
         companions(layers.folder)
         source = SourceFolder(layers.folder, layers.model, layers.model.config, layers.shards, mtp)
-        with RunFolder.open(folder, inputs, resume=options.resume, processes=layers.processes) as run:
+        how: dict[str, Any] = {"resume": options.resume, "layers": len(layers), "processes": layers.processes}
+        with RunFolder.open(folder, inputs, **how) as run:
             if run.redone:
                 what = f"redo {run.redone[0]} and what follows: it was damaged"
                 options.progress(ProgressEvent(what, 0, 1, "layer"))

@@ -28,7 +28,8 @@ HELP = """Run text through a dense model once and save the sums that every crite
 
 The checkpoint is read layer by layer: it need not fit in memory, and a run that was stopped goes on with --resume
 from what it has left in STATISTICS.unfinished. --demonstrations-from-model and --whole load the whole model. A file
-that is there is neither used again nor written over. With torchrun several processes share the text.
+that is there is not written over; with --resume it is finished, and it is said what it holds. With torchrun several
+processes share the text.
 
 From Python, moesparse.ModelStatistics.load reads the file, and files of the same model add up.
 
@@ -111,6 +112,9 @@ def calibrate(
     count: dict[str, Any] = {"keep": keep_experts, "remove": experts, "divisible_by": divisible_by}
     chosen = _Choice.asked(expert_saliency, mix, seed, count, budget, expert_floor)
     _check_files(plan, scores, chosen)
+    if resume and statistics.is_file() and chosen is None and scores is None:
+        _tell_finished(statistics, seed, as_json=as_json)
+        return
     check_statistics_file(statistics)
     made = demonstrations_from_model
     if (whole or made is not None) and (resume or dry_run or max_memory):
@@ -127,6 +131,28 @@ def calibrate(
         done = run.on_whole_model() if whole or made is not None else run.layer_by_layer()
     if done is not None:
         _tell(done, statistics, chosen, plan, scores, as_json)
+
+
+def _tell_finished(path: Path, seed: int, *, as_json: bool) -> None:
+    """What a run with --resume has to say where its file is there.
+
+    Raises:
+        CheckpointError: its text was drawn by another seed.
+    """
+    from moesparse.calibration.statistics import ModelStatistics
+    from moesparse.system.unfinished import check_inputs
+
+    found = ModelStatistics.load(path)
+    check_inputs(f"STATISTICS is finished: {path}", {"seed": found.seed}, {"seed": seed}, resume=True)
+    if as_json:
+        facts = {"output": str(path), "tokens": found.tokens, "fingerprint": found.fingerprint}
+        print_json({**facts, "text": found.text_hash, "already_finished": True})
+        return
+    console.print(
+        f"already finished: {path}, nothing was done. {found.tokens:,} tokens, {len(found.blocks)} blocks",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _check_files(plan: Path | None, scores: Path | None, chosen: _Choice | None) -> None:
@@ -252,7 +278,7 @@ class _Run:
         from moesparse.calibration.checkpoint import calibrate_checkpoint, unfinished_folder
         from moesparse.calibration.plan import plan_pass
         from moesparse.experts.origin import Origin
-        from moesparse.system.run_folder import what_is_kept
+        from moesparse.system.unfinished import what_is_kept
 
         limit = options.parse_limit(self.max_memory)
         model = ModelOnDisk(self.model)

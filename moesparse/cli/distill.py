@@ -14,8 +14,10 @@ from moesparse.cli import options
 from moesparse.cli.console import print_json, progress_bar, quiet_libraries
 from moesparse.cli.job import job, joined, saying_what_is_left
 from moesparse.cli.model import ModelOnDisk, WholeModel
+from moesparse.cli.push import check_push, pushed
 from moesparse.cli.show import show_distilled
 from moesparse.cli.text import TextOptions, embedded_texts
+from moesparse.cli.unfinished import finished_report, tell_finished
 from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,13 +50,14 @@ def distill(
     mode: Annotated[
         str,
         options.option(
-            TRAINING,
+            options.FIRST,
             "global: both models whole, cross-entropy and expert loss (the paper's). blockwise: expert loss alone, one "
             "layer of each model in memory at a time.",
         ),
     ] = "global",
     preset: Annotated[
-        str, options.option(TRAINING, "paper (lr 2e-5, 3 epochs), or small: minutes on a CPU for the embedded model.")
+        str,
+        options.option(options.FIRST, "paper (lr 2e-5, 3 epochs), or small: minutes on a CPU for the embedded model."),
     ] = "",
     learning_rate: Annotated[
         float | None, options.option(TRAINING, "Of AdamW at the start; cosine to 0.", "--lr")
@@ -82,7 +85,7 @@ def distill(
     chat: options.Chat = False,
     samples: Annotated[
         int | None,
-        options.option(options.TEXT, "Windows to train on: 1000, or 240 of the embedded model's own text.", min=1),
+        options.option(options.FIRST, "Windows to train on: 1000, or 240 of the embedded model's own text.", min=1),
     ] = None,
     length: options.Length = 2048,
     seed: Annotated[int, options.option(options.TEXT, "Seed of the choice and of the order of windows.")] = 0,
@@ -97,7 +100,7 @@ def distill(
     resume: Annotated[
         bool,
         options.option(
-            options.RUN,
+            options.FIRST,
             "Go on from what a stopped run has left: OUT.state, or OUT itself in blockwise mode.",
             "--resume",
         ),
@@ -107,9 +110,11 @@ def distill(
         Path | None, options.option(options.RUN, "Folder for TensorBoard (moesparse\\[tensorboard]).")
     ] = None,
     packed: Annotated[bool, options.option(options.RESULT, "Write n:m blocks packed.", "--packed")] = False,
+    push_to_hub: options.PushToHub = "",
     as_json: options.AsJson = False,
 ) -> None:
     """See HELP."""
+    check_push(push_to_hub)
     target = options.resolve_device(device)
     changes: dict[str, Any] = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size}
     changes |= {"micro_batch": micro_batch, "expert_weight": expert_weight, "logit_share": logit_share}
@@ -120,11 +125,16 @@ def distill(
         windows = samples or (_EMBEDDED_WINDOWS if small and not calibration else _WINDOWS)
         text = TextOptions(calibration or [], windows, length, seed, device=target, chat=chat)
         run = _Run(student, teacher, output, mode, settings, text, resume, logs, packed)
+        held = run.finished()
+        if held is not None:
+            tell_finished(held, output, None, pushed(output, push_to_hub), as_json=as_json)
+            return
         report = run.carry_out(checkpointing=checkpointing, cache=cache, save_every=save_every)
     if report is None:
         return
+    more = pushed(output, push_to_hub)
     if as_json:
-        print_json(report.to_dict() | {"output": str(output)})
+        print_json(report.to_dict() | {"output": str(output), **more})
         return
     show_distilled(report, output)
 
@@ -157,6 +167,24 @@ class _Run:
     logs: Path | None
     packed: bool
 
+    def finished(self) -> dict[str, Any] | None:
+        """With --resume: the report in OUT, where such a training has ended; None where one is still to run.
+
+        Raises:
+            CheckpointError: OUT was trained by other settings; names those that differ.
+        """
+        from moesparse.system.unfinished import check_inputs
+
+        held = finished_report(self.output) if self.resume else None
+        trained = None if held is None else held["recipe"].get("distillation")
+        if trained is None:
+            return None
+        settings = {name: value for name, value in trained.items() if name != "windows"}
+        wanted = {"mode": self.mode, **self.settings.to_dict()}
+        done = f"OUT is finished: {self.output}"
+        check_inputs(done, {"settings": settings}, {"settings": wanted}, resume=True)
+        return held
+
     def carry_out(self, *, checkpointing: bool, cache: Path | None, save_every: int) -> DistillReport | None:
         """Train, layer by layer where that can be; None in every process but the first."""
         from moesparse.checkpoints.hub import check_named, local_folder
@@ -180,7 +208,8 @@ class _Run:
         """One layer of each model in memory at a time."""
         from moesparse.distillation import distill_checkpoint
         from moesparse.distillation.card import distilled_card
-        from moesparse.system.run_folder import check_run_folder, what_is_kept
+        from moesparse.system.run_folder import check_run_folder
+        from moesparse.system.unfinished import what_is_kept
 
         check_run_folder(self.output)
         student, teacher = ModelOnDisk(self.student), ModelOnDisk(self.teacher)

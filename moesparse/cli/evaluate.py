@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moesparse.cli.console import print_json, progress_bar, quiet_libraries
-from moesparse.cli.options import CHAT_HELP, check_output_file, model_source, resolve_device
+from moesparse.cli.options import CHAT_HELP, check_output_file, model_source, option, resolve_device
 from moesparse.cli.text import check_sources, embedded_texts, tell_embedded
 from moesparse.errors import UsageError
 
+_TEXT, _TASKS = "Text", "Tasks"
 EMBEDDED_LENGTH = 256
 """Window of the embedded model's own figures; it was trained on it."""
 
@@ -28,14 +29,14 @@ def evaluate(
             "Repeat."
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help=CHAT_HELP)] = False,
+    chat: Annotated[bool, option(_TEXT, CHAT_HELP, "--chat")] = False,
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens in a window (2048; 256 for the embedded text); bounded by the context.", min=2),
+        option(_TEXT, "Tokens in a window (2048; 256 for the embedded text); bounded by the context.", min=2),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens from one window's start to the next; the window's length if left out.", min=1),
+        option(_TEXT, "Tokens from one window's start to the next; the window's length if left out.", min=1),
     ] = None,
     tasks: Annotated[
         list[str] | None,
@@ -46,13 +47,13 @@ def evaluate(
     ] = None,
     tasks_path: Annotated[
         Path | None,
-        typer.Option(help="A folder with lm-eval task files of your own. Python functions they name are run."),
+        option(_TASKS, "A folder with lm-eval task files of your own. Python functions they name are run."),
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples before each question of a task; the task's own if left out.", min=0)
+        int | None, option(_TASKS, "Examples before each question of a task; the task's own if left out.", min=0)
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first questions of each task.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of examples.")] = 0,
+    limit: Annotated[int | None, option(_TASKS, "Only the first questions of each task.", min=1)] = None,
+    seed: Annotated[int, option(_TASKS, "Seed of the choice of examples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Windows, or answers to a task, in one forward.", min=1)] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON here.")] = None,

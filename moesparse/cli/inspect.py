@@ -12,6 +12,7 @@ from rich.table import Table
 from moesparse.cli.console import format_bytes, print_json, progress_bar, quiet_libraries
 from moesparse.cli.gguf import inspect_gguf
 from moesparse.cli.options import model_source
+from moesparse.cli.unfinished import tell_unfinished
 from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def inspect(
 
       moesparse inspect out/demo-2to4 --against demo
 
+    Of a folder that a run has not finished it is said how far the run is and how it goes on, and the end is 1.
+
     Of a GGUF file the layers with experts are listed, what they are quantised to, and what was noted of a removal.
     """
     from moesparse.checkpoints.gguf import is_gguf
@@ -57,6 +60,8 @@ def inspect(
             raise UsageError("--verify and --against must be left out for a GGUF file")
         inspect_gguf(model, as_json=as_json)
         return
+    if tell_unfinished(model, as_json=as_json):
+        raise typer.Exit(1)
     from moesparse.checkpoints.against import compare_folders
     from moesparse.checkpoints.hub import local_folder
     from moesparse.checkpoints.inspection import inspect_folder
@@ -81,6 +86,8 @@ def inspect(
 
 
 def _show(result: Inspection) -> None:
+    from moesparse.checkpoints.recipe_words import recipe_in_words
+
     # a block and its tensors in one column, as of `moesparse prune`: 80 columns hold the names whole
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("block\n  tensor", no_wrap=True)
@@ -106,19 +113,17 @@ def _show(result: Inspection) -> None:
         f"others {format_bytes(result.other_bytes)}",
         soft_wrap=True,
     )
+    # words of a folder, which may hold what rich would take for markup; folded where a person reads them
+    plain: dict[str, Any] = {"soft_wrap": not out.is_terminal, "markup": False, "highlight": False}
     if result.recipe is not None:
-        out.print("pruned by " + _in_words(result.recipe), soft_wrap=True)
+        out.print(recipe_in_words(result.recipe), **plain)
     for number, recipe in enumerate(result.earlier, start=1):
-        out.print(f"step {number} before: {_in_words(recipe)}", soft_wrap=True)
+        out.print(f"step {number} before: {recipe_in_words(recipe)}", **plain)
     if result.verified is not None:
         verdict = "looked at, and not all of it holds" if result.problems else "verified"
         out.print(
             f"{verdict}: " + ", ".join(f"{key} {value}" for key, value in result.verified.items()), soft_wrap=True
         )
-
-
-def _in_words(recipe: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in recipe.items())
 
 
 def _show_compared(found: Comparison) -> None:

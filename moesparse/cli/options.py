@@ -19,9 +19,10 @@ def option(panel: str, help: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
-WEIGHTS, RULES, EXPERTS, BYTES, TEXT, RUN, RESULT = (
-    "What to prune",
-    "How",
+# the first panel is the one that typer shows first, with --help in it: what most runs are given
+FIRST, WEIGHTS, EXPERTS, BYTES, TEXT, RUN, RESULT = (
+    "Options",
+    "Weights",
     "Experts",
     "Bytes to aim at",
     "Calibration text",
@@ -37,7 +38,7 @@ PrunedModel = Annotated[
 Recipe = Annotated[
     str,
     option(
-        WEIGHTS,
+        FIRST,
         "A YAML file with fields of moesparse.Recipe, or a published recipe: cpu, default, paper, reap-25. Options "
         "beside it override its fields.",
         metavar="FILE",
@@ -46,7 +47,7 @@ Recipe = Annotated[
 Weights = Annotated[
     str,
     option(
-        WEIGHTS,
+        FIRST,
         "n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run), the ratio removed, or none. Default: "
         "2:4, or none when experts are removed.",
     ),
@@ -65,7 +66,7 @@ AllowPruned = Annotated[bool, option(WEIGHTS, "Accept a model with pruned expert
 Saliency = Annotated[
     str,
     option(
-        RULES,
+        FIRST,
         "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm "
         "(the default).",
     ),
@@ -73,7 +74,7 @@ Saliency = Annotated[
 Update = Annotated[
     str,
     option(
-        RULES,
+        FIRST,
         "Weight rule: none (the paper's), rescale (one scalar per expert), obs (SparseGPT's update), least-squares "
         "(kept weights re-solved; kept experts too, after others were removed), asymmetric (the same, and down "
         "answers for gate and up), or two joined by +. least-squares+rescale when left out.",
@@ -81,10 +82,12 @@ Update = Annotated[
 ]
 Propagate = Annotated[
     bool | None,
-    option(RULES, "Feed each block what the pruned blocks before it give (the default).", "--propagate/--no-propagate"),
+    option(
+        WEIGHTS, "Feed each block what the pruned blocks before it give (the default).", "--propagate/--no-propagate"
+    ),
 ]
 
-Experts = Annotated[float | None, option(EXPERTS, "Remove this share of the experts of every block, for example 0.25.")]
+Experts = Annotated[float | None, option(FIRST, "Remove this share of the experts of every block, for example 0.25.")]
 KeepExperts = Annotated[int | None, option(EXPERTS, "Or: how many experts of every block stay.")]
 DivisibleBy = Annotated[
     int | None,
@@ -168,7 +171,7 @@ CompareUniform = Annotated[
 Calibration = Annotated[
     list[str] | None,
     option(
-        TEXT,
+        FIRST,
         "Text: FILE.txt, .jsonl or .parquet (field 'text'), in gzip too, or a datasets name. FILE=DOMAIN names its "
         "domain. Repeat. A model for images and text also takes records of both: .jsonl or .parquet with 'image' or "
         "'images' beside 'text' or 'messages'.",
@@ -197,13 +200,18 @@ Temperature = Annotated[
     float,
     option(TEXT, "Of what the model writes: 0 takes the likeliest token, above 0 tokens are drawn by --seed."),
 ]
-Samples = Annotated[int, option(TEXT, "Calibration windows.", min=1)]
-Length = Annotated[int, option(TEXT, "Tokens in a window; bounded by the model's context.", min=2)]
+Samples = Annotated[int, option(FIRST, "Calibration windows.", min=1)]
+Length = Annotated[int, option(FIRST, "Tokens in a window; bounded by the model's context.", min=2)]
 
 BatchSize = Annotated[int, option(RUN, "Windows in one forward.", min=1)]
 Device = Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1: where the layer at work goes.")]
-Resume = Annotated[bool, option(RUN, "Go on with the unfinished run that was left there.", "--resume")]
-DryRun = Annotated[bool, option(RUN, "Only print the plan: memory, bytes, time. config.json is enough.", "--dry-run")]
+Resume = Annotated[
+    bool,
+    option(
+        FIRST, "Go on with the unfinished run that was left there; where it is finished, say what it holds.", "--resume"
+    ),
+]
+DryRun = Annotated[bool, option(FIRST, "Only print the plan: memory, bytes, time. config.json is enough.", "--dry-run")]
 MaxMemory = Annotated[
     str,
     option(
@@ -227,6 +235,23 @@ OutputDtype = Annotated[
     option(
         RESULT,
         "Of a quantised checkpoint, write a plain one: bfloat16, float16 or float32. Default: in its own formats.",
+    ),
+]
+PushToHub = Annotated[
+    str,
+    option(
+        RESULT,
+        "Then upload OUT to this repository of the hub, NAME or OWNER/NAME; a new one is private.",
+        metavar="REPOSITORY",
+    ),
+]
+BaseModel = Annotated[
+    str,
+    option(
+        RESULT,
+        "What the card calls the model that was pruned, OWNER/NAME on the hub. Default: MODEL where it is such a name "
+        "or was downloaded by it, else none.",
+        metavar="ID",
     ),
 ]
 AsJson = Annotated[bool, option(RESULT, "Print the report as one JSON object.", "--json")]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moesparse.cli.console import console, format_bytes, print_json, progress_bar, quiet_libraries
-from moesparse.cli.options import model_source
+from moesparse.cli.options import PushToHub, model_source
+from moesparse.cli.push import check_push, pushed
 
 if TYPE_CHECKING:
     from moesparse.checkpoints.repack import FolderReport
@@ -25,6 +26,7 @@ def pack(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help=_OUT_HELP)],
     shard_size: Annotated[float, typer.Option(help=_SHARD_HELP, min=0.000001)] = 5.0,
+    push_to_hub: PushToHub = "",
     as_json: Annotated[bool, typer.Option("--json", help=_JSON_HELP)] = False,
 ) -> None:
     """Pack the n:m sparse experts of a checkpoint: 9/16 of their bytes at 2:4 in bf16, the same results.
@@ -41,11 +43,12 @@ def pack(
     from moesparse.checkpoints.repack import pack_folder
     from moesparse.system.folders import check_output_folder
 
+    check_push(push_to_hub)
     check_output_folder(out)
     with quiet_libraries(), progress_bar() as progress:
         folder = local_folder(model_source(model))
         report = pack_folder(folder, out, max_shard_bytes=int(shard_size * 1e9), progress=progress)
-    _show(report, out, "packed", as_json)
+    _show(report, out, "packed", as_json, pushed(out, push_to_hub))
 
 
 def unpack(
@@ -68,14 +71,14 @@ def unpack(
     with quiet_libraries(), progress_bar() as progress:
         folder = local_folder(model_source(model))
         report = unpack_folder(folder, out, max_shard_bytes=int(shard_size * 1e9), progress=progress)
-    _show(report, out, "unpacked", as_json)
+    _show(report, out, "unpacked", as_json, {})
 
 
-def _show(report: FolderReport, out: Path, done: str, as_json: bool) -> None:
+def _show(report: FolderReport, out: Path, done: str, as_json: bool, more: dict[str, str]) -> None:
     from moesparse.checkpoints.edit import say_surplus
 
     if as_json:
-        print_json(asdict(report) | {"output": str(out)})
+        print_json(asdict(report) | {"output": str(out), **more})
         return
     for sentence in say_surplus({"formats": report.formats} if report.formats else {}):
         console.print(sentence, highlight=False, soft_wrap=True)

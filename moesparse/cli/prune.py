@@ -11,9 +11,11 @@ import typer
 from moesparse.cli import options
 from moesparse.cli.console import print_json, quiet_libraries
 from moesparse.cli.prune_run import PruneRun
+from moesparse.cli.push import check_push, pushed
 from moesparse.cli.recipe import Asked
 from moesparse.cli.show import show_pruned
 from moesparse.cli.text import TextOptions
+from moesparse.cli.unfinished import tell_finished
 from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ Examples:
   moesparse prune model-Q4_K_M.gguf out/model-Q4_K_M.gguf --plan out/olmoe/moesparse_plan.json
 
   moesparse prune demo out/demo-0.7 --target-bytes 0.7
+
+  moesparse prune allenai/OLMoE-1B-7B-0924 out/olmoe --calibration c4.jsonl --push-to-hub olmoe-2to4
 
   torchrun --nproc-per-node 8 -m moesparse prune mixtral/ out/mixtral --calibration c4.jsonl
 """
@@ -101,6 +105,8 @@ def prune(
     whole: options.Whole = False,
     output_dtype: options.OutputDtype = "",
     report: Annotated[Path | None, options.option(options.RESULT, _REPORT_HELP)] = None,
+    base_model: options.BaseModel = "",
+    push_to_hub: options.PushToHub = "",
     as_json: options.AsJson = False,
 ) -> None:
     """See HELP."""
@@ -114,15 +120,11 @@ def prune(
     written: dict[str, Any] = {"from_model": demonstrations_from_model, "temperature": temperature, "chat": chat}
     machine: dict[str, Any] = {"batch_size": batch_size, "device": options.resolve_device(device)}
     text = TextOptions(calibration or [], samples, length, wanted.recipe.seed, **written, **machine)
-    same = ("model", "out", "allow_pruned", "resume", "dry_run", "max_memory", "whole", "as_json")
+    same = ("model", "out", "allow_pruned", "resume", "dry_run", "max_memory", "whole", "base_model", "as_json")
     how: dict[str, Any] = {name: asked[name] for name in same}
     how |= {"seed": wanted.seed, "names_update": wanted.names_update}
     run = PruneRun(recipe=wanted.recipe, text=text, statistics=statistics or [], **how)
-    run.check(report)
-    with quiet_libraries():
-        found = run.on_whole_model() if run.loads else run.layer_by_layer()
-    if found is not None:
-        _tell(found, out, report, as_json)
+    _carry_out(run, report, push_to_hub)
 
 
 def _prune_gguf(asked: dict[str, Any]) -> None:
@@ -147,11 +149,25 @@ def _prune_gguf(asked: dict[str, Any]) -> None:
         report.write_text(found.to_json())
 
 
-def _tell(result: Report, out: Path, report: Path | None, as_json: bool) -> None:
+def _carry_out(run: PruneRun, report: Path | None, repository: str) -> None:
+    """Prune where that is not done yet, push where that is asked for, and say what was done."""
+    run.check(report)
+    check_push(repository, run.base_model)
+    with quiet_libraries():
+        held = run.finished()
+        if held is not None:
+            tell_finished(held, run.out, report, pushed(run.out, repository), as_json=run.as_json)
+            return
+        found = run.on_whole_model() if run.loads else run.layer_by_layer()
+    if found is not None:
+        _tell(found, run.out, report, pushed(run.out, repository), run.as_json)
+
+
+def _tell(result: Report, out: Path, report: Path | None, more: dict[str, str], as_json: bool) -> None:
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(result.to_json())
     if as_json:
-        print_json(result.to_dict() | {"output": str(out)})
+        print_json(result.to_dict() | {"output": str(out), **more})
         return
     show_pruned(result, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from moesparse.cli.model import ModelOnDisk, WholeModel, at_work
 from moesparse.cli.plan import planned_windows, tell_plan
 from moesparse.cli.show import show_budget
 from moesparse.cli.text import CalibrationText, TextOptions
+from moesparse.cli.unfinished import finished_report
 from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class PruneRun:
     dry_run: bool
     max_memory: str
     whole: bool
+    base_model: str
     as_json: bool
     names_update: bool
 
@@ -88,6 +91,28 @@ class PruneRun:
         if self.loads:
             refuse_several(", ".join(self.loads))
 
+    def finished(self) -> dict[str, Any] | None:
+        """With --resume: the report in OUT, where a run by this recipe has ended; None where one is still to run.
+
+        Raises:
+            CheckpointError: OUT holds the result of another recipe; names the fields that differ.
+        """
+        from moesparse.checkpoints.history import joined_recipe, read_report
+        from moesparse.pruning.run import experts_folder, first_step
+        from moesparse.system.unfinished import check_inputs
+
+        held = finished_report(self.out) if self.resume and not self.dry_run else None
+        if held is None:
+            return None
+        model = ModelOnDisk(self.model, self.recipe.output_dtype)
+        before = read_report(model.folder) or {}
+        wanted = joined_recipe(before.get("recipe"), self._recipe_of(model).to_dict())
+        check_inputs(f"OUT is finished: {self.out}", {"recipe": held["recipe"]}, {"recipe": wanted}, resume=True)
+        if first_step(self.out) is not None and not job.rank:
+            # killed behind its last step but one
+            shutil.rmtree(experts_folder(self.out))
+        return held
+
     def layer_by_layer(self) -> Report | None:
         """Print the plan, then prune from folder to folder; None where there is no more to tell."""
         from moesparse.pruning.card import model_card
@@ -124,7 +149,7 @@ class PruneRun:
                 saved if found is None else found.windows,
                 recipe,
                 domains=None if found is None else found.domains,
-                card=lambda report: model_card(self.model, report),
+                card=lambda report: model_card(self.model, report, self.base_model or None),
                 complete=lambda report: _with_sources(report, found),
                 batch_size=self.text.batch_size,
                 device=self.text.device,
@@ -193,7 +218,7 @@ class PruneRun:
                 self.out,
                 source=model.source,
                 recipe=result.recipe,
-                card=model_card(self.model, result),
+                card=model_card(self.model, result, self.base_model or None),
                 report=result.to_dict(),
                 plan=result.plan,
             )

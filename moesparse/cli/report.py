@@ -10,8 +10,10 @@ import typer
 
 from moesparse.cli.console import console, format_bytes, print_json, quiet_libraries
 from moesparse.cli.evaluate import measure
-from moesparse.cli.options import CHAT_HELP, check_input_file, check_output_file, model_source
+from moesparse.cli.options import CHAT_HELP, check_input_file, check_output_file, model_source, option
 from moesparse.errors import UsageError
+
+_PERPLEXITY = "Perplexity"
 
 
 def report(
@@ -25,18 +27,18 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path("report.html"),
     png: Annotated[Path | None, typer.Option(help="Also write every figure as a PNG into this folder.")] = None,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Measure perplexity on the embedded texts (models with its tokenizer).")
+        bool, option(_PERPLEXITY, "Measure it on the embedded texts (models with its tokenizer).", "--evaluate")
     ] = False,
-    text: Annotated[list[str] | None, typer.Option(help="Measure perplexity on FILE or FILE=NAME. Repeat.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help=CHAT_HELP)] = False,
-    dense: Annotated[str | None, typer.Option(help="The model before pruning: measured on the same texts.")] = None,
+    text: Annotated[list[str] | None, option(_PERPLEXITY, "Measure it on FILE or FILE=NAME. Repeat.")] = None,
+    chat: Annotated[bool, option(_PERPLEXITY, CHAT_HELP, "--chat")] = False,
+    dense: Annotated[str | None, option(_PERPLEXITY, "The model before pruning: measured on the same texts.")] = None,
     before: Annotated[
-        Path | None, typer.Option(help="Or: its perplexities from a file that `moesparse eval --json` gave.")
+        Path | None, option(_PERPLEXITY, "Or: its perplexities from a file that `moesparse eval --json` gave.")
     ] = None,
-    after: Annotated[Path | None, typer.Option(help="The same of the pruned model.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens in a window, as in moesparse eval.", min=2)] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows in one forward.", min=1)] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1: where perplexity is measured.")] = "auto",
+    after: Annotated[Path | None, option(_PERPLEXITY, "The same of the pruned model.")] = None,
+    length: Annotated[int | None, option(_PERPLEXITY, "Tokens in a window, as in moesparse eval.", min=2)] = None,
+    batch_size: Annotated[int, option(_PERPLEXITY, "Windows in one forward.", min=1)] = 8,
+    device: Annotated[str, option(_PERPLEXITY, "auto, cpu, cuda, cuda:1: where it is measured.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as one JSON object.")] = False,
 ) -> None:
     """Write one self-contained HTML page about a pruned checkpoint, about saved statistics, or about both.
@@ -56,9 +58,9 @@ def report(
 
     folder, statistics = _split(sources)
     check_output_file("--output", output)
-    for option, file in (("--before", before), ("--after", after)):
+    for name, file in (("--before", before), ("--after", after)):
         if file is not None:
-            check_input_file(option, file)
+            check_input_file(name, file)
     if png is not None and png.is_file():
         raise UsageError(f"--png must be a folder, got the file {png}")
     if (evaluate or text) and folder is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesparse.checkpoints.card import STORED_DENSE, TEMPLATE
+from moesparse.checkpoints.hub import hub_id
+from moesparse.checkpoints.recipe_words import recipe_in_words
 
 if TYPE_CHECKING:
     from moesparse.pruning.report import Report
@@ -12,12 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["model_card"]
 
 
-def model_card(base: str, report: Report) -> str:
+def model_card(base: str, report: Report, base_model: str | None = None) -> str:
     """Markdown for the checkpoint's README.md.
 
     Args:
         base: the model that was pruned, as the user named it.
         report: what `prune` returned.
+        base_model: its name on the hub; None takes what `hub_id` finds, and the card names none where that is nothing.
     """
     recipe = report.recipe
     what: list[str] = []
@@ -51,9 +55,15 @@ def model_card(base: str, report: Report) -> str:
         rows["calibration tokens"] = f"{report.calibration['tokens']:,}"
     if told is not None:
         rows["experts chosen by"] = f"{told} of a file"
+    if report.sizes:
+        dense, packed = report.sizes["before"]["experts"], report.sizes["after"]["packed"]
+        rows["bytes of the experts, dense before and packed now"] = f"{dense:,}, {packed:,} ({packed / dense:.1%})"
+    known = base_model or hub_id(base)
     return TEMPLATE.format(
         tag="2-4-sparsity" if recipe["weights"] == "2:4" else "sparse" if report.blocks else "expert-pruned",
-        base=base.rstrip("/").rsplit("/", 2)[-1] if base.startswith(("/", ".")) else base,
+        base=known or Path(base).resolve().name,
+        base_model="" if known is None else f"base_model: {known}\n",
+        recipe=recipe_in_words(recipe),
         version=report.version,
         what=", ".join(what),
         router="" if report.experts is not None else ", and so is the router",

@@ -42,13 +42,13 @@ from moesparse.pruning.report import Report
 from moesparse.pruning.to_budget import prune_to_budget
 from moesparse.system.folders import JOURNAL_FILE, check_output_folder
 from moesparse.system.processes import device_at_work
-from moesparse.system.run_folder import check_inputs, what_is_kept
 from moesparse.system.shards import read_json
+from moesparse.system.unfinished import check_inputs, what_is_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["experts_folder", "prune", "prune_checkpoint", "what_is_left"]
+__all__ = ["experts_folder", "first_step", "prune", "prune_checkpoint", "what_is_left"]
 
 
 def prune(
@@ -316,6 +316,13 @@ class _Work:
 def experts_folder(out: Path) -> Path:
     """Where the smaller model lies while its weights are pruned into `out`."""
     return out.with_name(f"{out.name}.experts")
+
+
+def first_step(out: Path) -> dict[str, Any] | None:
+    """The report of the smaller model that a run of two steps has left beside its output; None where none is whole."""
+    file = experts_folder(out) / REPORT_FILE
+    held = read_json(file, "a report") if file.is_file() else {}
+    return held if "inputs" in held and not file.with_name(JOURNAL_FILE).exists() else None
 
 
 def what_is_left(out: Path) -> str:

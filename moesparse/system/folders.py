@@ -17,6 +17,7 @@ from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, WEIGHT_SUFFIXES, re
 
 __all__ = [
     "JOURNAL_FILE",
+    "LOCK_FILE",
     "atomic_folder",
     "check_output_folder",
     "check_writable",
@@ -30,6 +31,9 @@ __all__ = [
 
 JOURNAL_FILE = "moesparse_journal.json"
 """In a folder that a run has not finished, see moesparse.system.run_folder."""
+
+LOCK_FILE = ".moesparse.lock"
+"""Beside it, held by the process at work there."""
 
 _PARTIAL = ".partial"
 

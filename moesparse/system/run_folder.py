@@ -25,15 +25,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from moesparse.errors import CheckpointError, MoESparseError, ResultError, UsageError
-from moesparse.system.folders import JOURNAL_FILE, check_output_folder, flush
+from moesparse.system.folders import JOURNAL_FILE, LOCK_FILE, check_output_folder, flush
 from moesparse.system.manifest import file_hash, write_manifest_entries
 from moesparse.system.processes import Processes
 from moesparse.system.shard_writer import write_shards
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json
+from moesparse.system.unfinished import check_inputs, what_is_kept
 
-__all__ = ["Part", "RunFolder", "check_inputs", "check_run_folder", "claimed", "locked", "what_is_kept"]
+__all__ = ["Part", "RunFolder", "check_run_folder", "claimed", "locked"]
 
-_LOCK_FILE = ".moesparse.lock"
 _FORMAT = 1
 
 
@@ -59,6 +59,7 @@ class _Journal:
     inputs: dict[str, Any]
     parts: list[Part] = field(default_factory=list)
     final: dict[str, str] | None = None
+    layers: int | None = None
 
 
 class RunFolder:
@@ -83,6 +84,7 @@ class RunFolder:
         inputs: Mapping[str, Any],
         *,
         resume: bool,
+        layers: int | None = None,
         processes: Processes | None = None,
     ) -> Iterator[RunFolder]:
         """Start a run, or go on with one.
@@ -91,6 +93,7 @@ class RunFolder:
             folder: new, empty, or holding an unfinished run.
             inputs: JSON of everything the result depends on; a run goes on only with the same.
             resume: go on where the journal ends; without a journal, or with no part finished, start.
+            layers: how many the run goes over, for who looks at the folder meanwhile.
             processes: that share the run.
 
         Raises:
@@ -103,7 +106,7 @@ class RunFolder:
         _check_alike(processes, inputs)
         with contextlib.ExitStack() as stack:
             try:
-                journal, redone = processes.from_first(lambda: cls._start(path, dict(inputs), resume, stack))
+                journal, redone = processes.from_first(lambda: cls._start(path, dict(inputs), resume, layers, stack))
                 with _saying_what_is_kept(path):
                     yield cls(path, journal, redone, processes)
             except (OSError, SafetensorError) as error:
@@ -116,7 +119,7 @@ class RunFolder:
 
     @classmethod
     def _start(
-        cls, path: Path, inputs: dict[str, Any], resume: bool, stack: contextlib.ExitStack
+        cls, path: Path, inputs: dict[str, Any], resume: bool, layers: int | None, stack: contextlib.ExitStack
     ) -> tuple[_Journal, list[str]]:
         """The journal to go on with, locked until the stack is left, and the parts to do again."""
         check_run_folder(path)
@@ -125,6 +128,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(path))
         journal = _read_journal(found, inputs, resume) if found.exists() else _Journal(inputs)
+        journal.layers = layers
         run = cls(path, journal, [], Processes())
         stack.callback(run._leave_nothing_unfinished)
         run._drop_damaged()
@@ -278,7 +282,7 @@ class RunFolder:
     def _leave_nothing_unfinished(self) -> None:
         """A run that ends without a finished part leaves no trace."""
         scratch = [*self.path.glob("*.partial"), self.path / JOURNAL_FILE]
-        if not self._journal.parts and set(self.path.iterdir()) <= {*scratch, self.path / _LOCK_FILE}:
+        if not self._journal.parts and set(self.path.iterdir()) <= {*scratch, self.path / LOCK_FILE}:
             for left in scratch:
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
@@ -303,15 +307,8 @@ def check_run_folder(path: Path) -> None:
     """
     if (path / JOURNAL_FILE).exists():
         return
-    if not (path.is_dir() and {file.name for file in path.iterdir()} <= {_LOCK_FILE}):
+    if not (path.is_dir() and {file.name for file in path.iterdir()} <= {LOCK_FILE}):
         check_output_folder(path)
-
-
-def what_is_kept(folder: Path) -> str:
-    """A sentence about the finished parts that the journal of a folder lists; "" when there are none."""
-    file = folder / JOURNAL_FILE
-    done = len(read_json(file, "a journal")["parts"]) if file.exists() else 0
-    return f"{done} finished parts are kept in {folder}" if done else ""
 
 
 def _check_alike(processes: Processes, inputs: Mapping[str, Any]) -> None:
@@ -362,27 +359,6 @@ def _read_journal(file: Path, inputs: dict[str, Any], resume: bool) -> _Journal:
     return journal
 
 
-def check_inputs(done: str, held: Mapping[str, Any], inputs: Mapping[str, Any], *, resume: bool) -> None:
-    """Refuse to go on with a run without being told to, or with another one's.
-
-    Args:
-        done: says what was found.
-        held: the inputs of the run that was stopped, as they were read from its JSON.
-        inputs: those of this one.
-        resume: go on where they are the same.
-    """
-    if not resume:
-        raise CheckpointError(f"{done}. Go on with resume=True, or remove the folder to start again")
-    # through JSON, as the old ones went
-    inputs = json.loads(json.dumps(inputs))
-    for name in sorted(inputs.keys() | held.keys()):
-        if inputs.get(name) != held.get(name):
-            raise CheckpointError(
-                f"{done}, with another {name}: {held.get(name)!r}, now {inputs.get(name)!r}. Give the same again, or "
-                "remove the folder"
-            )
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep every other run out of a folder for the body, by a lock that no dead process holds.
@@ -390,12 +366,12 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process has it; names its id.
     """
-    file = _lock(folder / _LOCK_FILE, folder)
+    file = _lock(folder / LOCK_FILE, folder)
     try:
         yield
     finally:
         if not (folder / JOURNAL_FILE).exists():
-            (folder / _LOCK_FILE).unlink(missing_ok=True)
+            (folder / LOCK_FILE).unlink(missing_ok=True)
         file.close()
 
 
@@ -406,7 +382,7 @@ def claimed(out: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process is at work on it, or there is no writing there.
     """
-    path = out.absolute().with_name(f".{out.name}{_LOCK_FILE}")
+    path = out.absolute().with_name(f".{out.name}{LOCK_FILE}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _lock(path, out)

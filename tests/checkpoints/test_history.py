@@ -117,8 +117,9 @@ def test_packed_and_unpacked_it_says_the_same(removed, tmp_path):
 def test_commands_and_the_page_show_both(removed, tmp_path):
     step(removed, tmp_path / "out", WEIGHTS)
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")], env={"COLUMNS": "200"})
-    assert re.search(r"pruned by weights=2:4.*keep_experts=5", shown.stdout)
-    assert "step 1 before: weights=None" in shown.stdout
+    said = "5 experts of every block stay, chosen by frequency"
+    assert re.search(rf"^{said}\. Of the experts, 2 of every 4 weights stay", shown.stdout, re.MULTILINE)
+    assert f"step 1 before: {said}.\n" in shown.stdout
     pytest.importorskip("matplotlib")
     page = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "-o", str(tmp_path / "page.html")])
     assert page.exit_code == 0, page.output
