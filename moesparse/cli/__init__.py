@@ -45,7 +45,6 @@ app = typer.Typer(
     name="moesparse",
     help="Prune Mixture-of-Experts language models and keep what they know.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

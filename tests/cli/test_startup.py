@@ -1,6 +1,7 @@
 """--help and --version are said at once: nothing heavy is imported before a command has work to do."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -30,3 +31,38 @@ def test_help_imports_nothing_heavy(asked):
     length, modules = json.loads(done.stdout.splitlines()[-1])
     assert length > 10
     assert not {*HEAVY} & {*modules}
+
+
+def said_lightly(*arguments, **environment):
+    """What a command of this name prints, which must import nothing heavy on the way."""
+    program = f"import sys; sys.argv[0] = 'moesparse'\n{SAY_AND_LIST}print(said.getvalue())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | environment,
+    )
+    listed, _, said = done.stdout.partition("\n")
+    assert not {*HEAVY} & {*json.loads(listed)[1]}
+    return said
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_is_given_a_script_that_asks_for_completions(shell):
+    # the shell around a test is not one that can be told
+    script = said_lightly("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert f"complete_{shell}" in script and "_MOESPARSE_COMPLETE" in script
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("moesparse pr", ["prune"]),
+        ("moesparse prune --sal", ["--saliency"]),
+        ("moesparse prune demo out --keep", ["--keep-experts"]),
+    ],
+)
+def test_words_are_completed_without_anything_heavy(typed, words):
+    asked = {"_MOESPARSE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    assert said_lightly(**asked).split() == words
