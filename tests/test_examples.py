@@ -1,9 +1,11 @@
 """The scripts of examples/ run as their first lines say, and print what they promise."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,45 @@ def test_serve_and_chat():
     completion, chat = re.fullmatch(r"completion: (.*)\nchat: (.*)\n", out, re.DOTALL).groups()
     assert completion.startswith("And the LORD spake unto Moses")
     assert chat == completion
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = notebook["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    # shipped as it is before the first run
+    assert all(cell["outputs"] == [] for cell in cells if cell["cell_type"] == "code")
+    assert not any(line.startswith(("!", "%")) for cell in code for line in cell.splitlines())
+    file = tmp_path / "cells.py"
+    file.write_text("\n".join(code))
+    done = subprocess.run(
+        [sys.executable, file],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)},
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 blocks of experts" in done.stdout and "50% of the expert weights are zero" in done.stdout
+    dense, packed = map(float, re.findall(r"(\d+\.\d) MB", done.stdout))
+    assert packed < 0.7 * dense
+    assert "It is a truth universally acknowledged, that" in done.stdout
+
+
+def test_the_image_is_made_as_the_quick_start_installs():
+    """There is no engine here to build it: what its steps name must be there."""
+    text = (EXAMPLES.parent / "Dockerfile").read_text()
+    steps = re.sub(r"\\\n\s*", "", text).splitlines()
+    words = [step.split(maxsplit=1) for step in steps if step and not step.startswith("#")]
+    assert [word for word, _ in words] == ["FROM", "RUN", "COPY", "RUN", "WORKDIR", "EXPOSE", "ENTRYPOINT", "CMD"]
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    installed = set(re.search(r'pip install --no-cache-dir "/src\[(.*?)\]"', text)[1].split(","))
+    page = (EXAMPLES.parent / "docs" / "quickstart.md").read_text()
+    wanted = set(re.search(r"^pip install '[\w./-]*\[(.*?)\]'", page, re.MULTILINE)[1].split(","))
+    assert wanted <= installed <= set(project["optional-dependencies"])
+    assert json.loads(words[-2][1])[0] in project["scripts"]
+    oldest = tuple(map(int, re.search(r"(\d+)\.(\d+)", project["requires-python"]).groups()))
+    assert tuple(map(int, re.search(r"python:(\d+)\.(\d+)", text).groups())) >= oldest
