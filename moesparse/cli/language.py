@@ -19,7 +19,6 @@ _STANDS_FOR = {
     "protect_experts": "protect_super_experts",
     "expert_mix": "mix",
     "expert_budget": "budget",
-    "floor": "expert_floor",
     "keep": "keep_experts",
     "remove": "experts",
     "criterion": "expert_saliency",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ __all__ = [
     "choose_rule",
     "score_windows",
 ]
+
+
+# parameters of `choose_experts` -> the fields of a recipe that they come from
+_FIELDS = {"keep": "keep_experts", "remove": "experts", "budget": "expert_budget", "floor": "expert_floor"}
+_COUNTS = re.compile(rf"\b({'|'.join(_FIELDS)})(?= must |=)")
 
 
 @dataclass(frozen=True)
@@ -229,15 +234,15 @@ def check_budget(model: nn.Module, budget: str, floor: int | None) -> None:
     config takes an int). `choose_from_statistics` shows what a global budget would keep.
     """
     if budget not in BUDGETS:
-        raise UsageError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+        raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     if budget == "global":
         raise UsageError(
-            f"budget must be 'per-layer' for this model, got 'global': it keeps another number of experts in every "
-            f"block, and {type(getattr(model, 'config', model)).__name__} states one for all; moesparse calibrate "
-            "with budget='global' shows the choice"
+            f"expert_budget must be 'per-layer' for this model, got 'global': it keeps another number of experts in "
+            f"every block, and {type(getattr(model, 'config', model)).__name__} states one for all; moesparse "
+            "calibrate with expert_budget='global' shows the choice"
         )
     if floor is not None:
-        raise UsageError(f"floor must be left out with budget='per-layer', got {floor}")
+        raise UsageError(f"expert_floor must be left out with expert_budget='per-layer', got {floor}")
 
 
 def merged_statistics(fingerprint: str, parts: Mapping[str, ModelStatistics]) -> ModelStatistics:
@@ -287,20 +292,29 @@ def choose_rule(
     protect: Sequence[tuple[int, int]] = (),
     divisible_by: int | None = None,
 ) -> Callable[[Tensor], list[Tensor]]:
-    """`choose_experts` with all but the scores fixed: top_k and groups are those of the blocks' routers."""
+    """`choose_experts` with all but the scores fixed: top_k and groups are those of the blocks' routers.
+
+    What it refuses is named as the fields of a recipe are.
+    """
     counts = {block.num_experts for block in blocks}
     if len(counts) != 1:
         raise UsageError(f"every block must have the same number of experts, got {sorted(counts)}")
     groups = next((group for group in map(router_groups, blocks) if group is not None), None)
     top_k = max(block.top_k or 1 for block in blocks)
-    return partial(
-        choose_experts,
-        keep=keep,
-        remove=remove,
-        top_k=top_k,
-        groups=groups,
-        budget=budget,
-        floor=floor,
-        protect=protect,
-        divisible_by=divisible_by,
-    )
+    how: dict[str, Any] = {
+        "keep": keep,
+        "remove": remove,
+        "budget": budget,
+        "floor": floor,
+        "divisible_by": divisible_by,
+    }
+
+    def choose(scores: Tensor) -> list[Tensor]:
+        try:
+            return choose_experts(scores, top_k=top_k, groups=groups, protect=protect, **how)
+        except UsageError as error:
+            # who calls gave the fields of a recipe
+            text = _COUNTS.sub(lambda found: _FIELDS[found[1]], str(error))
+            raise UsageError(text) from error
+
+    return choose

@@ -108,7 +108,11 @@ def test_the_same_refusals_of_other_commands(tmp_path, monkeypatch, capsys):
         ("prune", "images: give compare_uniform=False", "images: give --no-compare-uniform"),
         ("calibrate", "the same again with resume=True goes on", "the same again with --resume goes on"),
         ("prune", "give more text or samples=6 or length=12", "give more text or --samples 6 or --length 12"),
-        ("prune", "floor must be given with budget='global'", "--expert-floor must be given with --budget global"),
+        (
+            "prune",
+            "expert_floor must be given with expert_budget='global'",
+            "--expert-floor must be given with --budget global",
+        ),
         ("distill", "learning_rate must be positive, got 0", "--lr must be positive, got 0"),
         ("distill", "batch_size must divide by micro_batch=3", "--batch-size must divide by --micro-batch 3"),
         # an option of another command

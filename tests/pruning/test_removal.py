@@ -102,9 +102,9 @@ def test_recipes_that_cannot_be(recipe, message):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"keep_experts": 0}, "keep must be between 1 and the 8 experts"),
-        ({"keep_experts": 9}, "keep must be between 1 and the 8 experts"),
-        ({"experts": 0.5, "expert_floor": 3}, "floor must be left out with budget='per-layer', got 3"),
+        ({"keep_experts": 0}, "keep_experts must be between 1 and the 8 experts"),
+        ({"keep_experts": 9}, "keep_experts must be between 1 and the 8 experts"),
+        ({"experts": 0.5, "expert_floor": 3}, "expert_floor must be left out with expert_budget='per-layer', got 3"),
         (
             {"experts": 0.5, "expert_budget": "global"},
             "got 'global': it keeps another number of experts in every block",

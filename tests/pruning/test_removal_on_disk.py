@@ -157,7 +157,7 @@ def test_saved_statistics_choose_and_no_text_is_run(source, tmp_path):
     ("recipe", "said"),
     [
         (Recipe(weights=None, experts=0.5, refine_experts=True), "refine_experts must be False to run layer by layer"),
-        (Recipe(weights=None, keep_experts=9), "keep must be between 1 and the 8 experts"),
+        (Recipe(weights=None, keep_experts=9), "keep_experts must be between 1 and the 8 experts"),
         (Recipe(weights=None, experts=0.5, expert_budget="global"), "got 'global': it keeps another number"),
     ],
 )
