@@ -72,7 +72,7 @@ CONTENDERS: tuple[Contender, ...] = (
         whole=True,
     ),
     _ours("sparsegpt + obs", recipe={"saliency": "sparsegpt", "update": "obs"}),
-    _ours("default", parts=("quality",), recipe={}),
+    _ours("default", parts=("quality",), recipe={"saliency": "gated-admm"}),
     _plain("wanda"),
     _plain("sparsegpt"),
     _llm_compressor("wanda", fair=False),

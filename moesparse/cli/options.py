@@ -67,8 +67,8 @@ Saliency = Annotated[
     str,
     option(
         FIRST,
-        "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm "
-        "(the default).",
+        "Mask rule: magnitude, wanda, moe-pruner (|W| * ||X * gate||), sparsegpt, gated-sparsegpt, admm, gated-admm. "
+        "When left out, gated-admm on a GPU and gated-sparsegpt, at a third of the time, on a CPU.",
     ),
 ]
 Update = Annotated[

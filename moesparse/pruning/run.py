@@ -74,7 +74,8 @@ def prune(
             very model, or None where the recipe looks at weights alone (magnitude, no update). To remove experts
             alone, also saved statistics by domain.
             Also text, strings or a `datasets` object, of which `moesparse.text.document_windows` makes windows.
-        recipe: what to do, or only its pattern, "2:4" or 0.5; the default is 2:4 by the rules measured best.
+        recipe: what to do, or only its pattern, "2:4" or 0.5; the default is 2:4 by the rules measured best of those
+            that the device can afford.
         domains: of each window, for the choice of experts; None is one domain.
         tokenizer: for text; None takes that of the folder which the model was loaded from.
         batch_size: windows in one forward.
@@ -92,14 +93,14 @@ def prune(
         CalibrationError: the windows or statistics do not fit this model.
     """
     check_module(model)
-    recipe = Recipe.of(recipe)
+    options = RunOptions(batch_size, device_at_work(device), allow_pruned, progress=progress)
+    recipe = Recipe.of(recipe).on(options.device)
     check_in_memory(getattr(model, "config", None), recipe)
     if recipe.output_dtype is not None:
         raise UsageError(
             f"output_dtype must be left out for a model in memory, got {recipe.output_dtype!r}: it is for the folder "
             "of a quantised checkpoint (moesparse.prune_checkpoint)"
         )
-    options = RunOptions(batch_size, device_at_work(device), allow_pruned, progress=progress)
     given = tokenised(calibration, model, tokenizer)
     if recipe.target_bytes is not None:
         return prune_to_budget(model, given, recipe, options, domains)
@@ -170,8 +171,8 @@ def prune_checkpoint(
             named.
         CalibrationError: the windows do not fit the model, or it was pruned before.
     """
-    recipe = Recipe.of(recipe)
     options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory, progress)
+    recipe = Recipe.of(recipe).on(options.device)
     _check_layered(calibration, recipe)
     layers = LayersOnDisk.of(source if isinstance(source, LayersOnDisk) else local_folder(source), recipe.output_dtype)
     given = tokenised(calibration, layers.model, tokenizer, folder=layers.folder)

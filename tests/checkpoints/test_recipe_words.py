@@ -14,7 +14,7 @@ from moesparse.weights.weight_rules import UPDATE_RULES
     ("recipe", "words"),
     [
         (
-            Recipe(),
+            Recipe(saliency="gated-admm"),
             "Of the experts, 2 of every 4 weights stay (2:4), chosen by gated-admm; the kept ones are solved for again "
             "by least squares and are rescaled, one number for each expert.",
         ),
@@ -34,7 +34,7 @@ from moesparse.weights.weight_rules import UPDATE_RULES
             "being a multiple of 4. Layers that predict further tokens are left out.",
         ),
         (
-            Recipe(weights="4:8", experts=0.25, expert_saliency="random", seed=3, expert_mix="equal"),
+            Recipe("4:8", "gated-admm", experts=0.25, expert_saliency="random", seed=3, expert_mix="equal"),
             "25% of the experts of every block are removed, chosen by random, every domain of the text counting the "
             "same, seed 3; those that stay are refitted. Of the experts, 4 of every 8 weights stay (4:8), chosen by "
             "gated-admm; the kept ones are solved for again by least squares and are rescaled, one number for each "

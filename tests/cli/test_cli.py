@@ -81,6 +81,17 @@ def test_magnitude_plans_to_run_nothing(tmp_path, monkeypatch, capsys):
     assert plan["flops"]["masks"] > 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [((), True), (("--saliency", "wanda"), False), (("--weights", "none", "--experts", "0.25"), False)],
+)
+def test_the_mask_rule_of_this_device_is_said_where_none_was_named(arguments, said, tmp_path, monkeypatch, capsys):
+    how = (*arguments, "--device", "cpu", "--dry-run")
+    code, out, err = in_process(monkeypatch, capsys, "prune", "demo", tmp_path / "out", *how)
+    assert code == 0, err
+    assert ("Mask rule: gated-sparsegpt, the default of this device" in out + err) == said
+
+
 def test_inspect_shows_the_pattern_in_every_expert_matrix_and_nothing_else_changed(pruned, monkeypatch, capsys):
     folder, _ = pruned
     code, out, err = in_process(monkeypatch, capsys, "inspect", folder, "--json")

@@ -136,6 +136,25 @@ def test_experts_outputs_are_calibrated_only_where_they_are_read(recipe, read, m
         prune(tiny_model("mixtral"), windows(n=2), recipe)
 
 
+@pytest.mark.parametrize(
+    ("device", "rule"),
+    [(None, "gated-sparsegpt"), ("cpu", "gated-sparsegpt"), ("cuda:1", "gated-admm"), ("mps", "gated-admm")],
+)
+def test_the_mask_rule_left_out_is_what_the_device_can_afford(device, rule):
+    device = None if device is None else torch.device(device)
+    assert Recipe().on(device) == Recipe(saliency=rule)
+    assert Recipe(saliency="wanda").on(device) == Recipe(saliency="wanda")
+
+
+def test_a_report_names_the_rule_of_the_device():
+    left_out, named = tiny_model("mixtral"), tiny_model("mixtral")
+    report = prune(left_out, windows(n=2), device="cpu")
+    assert report.recipe == prune(named, windows(n=2), Recipe(saliency="gated-sparsegpt")).recipe
+    assert report.recipe["saliency"] == "gated-sparsegpt"
+    for a, b in zip(left_out.state_dict().items(), named.state_dict().items(), strict=True):
+        assert torch.equal(a[1], b[1]), a[0]
+
+
 def test_rescale_brings_the_output_energy_back():
     ids = windows(n=8)
     dense, model = tiny_model("mixtral"), tiny_model("mixtral")
