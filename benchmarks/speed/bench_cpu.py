@@ -2,6 +2,7 @@
 
     make bench-cpu                                           # the shapes below, one thread and two
     make bench-cpu ARGS="--shapes OLMoE-1B-7B --tokens 1 16 --threads 1 --routing uniform"
+    MOESPARSE_NATIVE_PATH=avx2 make bench-cpu                # another instruction path than the CPU's best
     python -m benchmarks.speed.cpu_tables                    # of the results there are, as in README and docs
 
 Contenders take turns in one process, each turn with another routing (16 of them), so that weights come from memory and
@@ -9,6 +10,8 @@ a disturbance hits all alike. Each is compared with fp64 first. A row holds the 
 clock, or with one thread by the thread's own CPU time, which can be compared on a busy machine too. `ratio` is the
 fastest dense layer's time over the contender's, in the turns that both had. `read` is a plain read of the packed bytes
 of the experts that have tokens. Rows that were measured together have the same `run`. Losses are printed like wins.
+
+What another path than the best one does is a result file of its own, bench_cpu_avx2.json; torch uses what the CPU has.
 
 A run that was cut off goes on where it stopped: what this commit has measured is left out, unless --again is given.
 """
@@ -160,10 +163,11 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
     options.add_argument("--again", action="store_true", help="measure also what this commit has measured already")
     chosen = options.parse_args(arguments)
-    results = ResultFile(device_folder(chosen.results, CPU) / "bench_cpu.json", environment(CPU))
     native = library()
     if native is None:
         raise SystemExit(f"there are no compiled kernels to measure: {reason_without()}")
+    name = "bench_cpu" if native.path == native.paths[0] else f"bench_cpu_{native.path}"
+    results = ResultFile(device_folder(chosen.results, CPU) / f"{name}.json", environment(CPU))
     for name in chosen.shapes:
         shape, layer = fitted(SHAPES[name], chosen.memory), None
         for threads, law, tokens in itertools.product(chosen.threads, chosen.routing, chosen.tokens):

@@ -113,6 +113,34 @@ def _milliseconds(microseconds: float | None) -> float | None:
     return None if microseconds is None else microseconds / 1e3
 
 
+def other_paths(results: Path) -> str:
+    """Instruction paths that were measured although the CPU has a better one, for one token."""
+    lines = []
+    for file in sorted((results / "cpu").glob("bench_cpu_*.json")):
+        rows = _select(_rows(results, file.stem), tokens=1, routing="uniform")
+        for shape, threads in dict.fromkeys((row["shape"], row["threads"]) for row in rows):
+            found = Together(_select(rows, shape=shape, threads=threads), "best_us")
+            ratios = (found.ratio(DEFAULT), found.ratio(TORCH), found.ratio(["dense native"]), found.ratio(["read"]))
+            cells = (_milliseconds(found.time("packed")), *ratios)
+            lines.append([file.stem.removeprefix("bench_cpu_"), shape, str(threads), *map(_number, cells)])
+    head = ["path", "a whole layer, 1 token", "threads", "packed, ms", "times the fastest default dense"]
+    more = ["times the fastest dense, oneDNN off too", "times our own dense", "share of a plain read's rate"]
+    return _table([*head, *more], lines) if lines else _NOTHING
+
+
+def unpacked(results: Path) -> str:
+    """One matrix from packed to dense."""
+    lines = []
+    rows = _rows(results, "unpack")
+    for key in dict.fromkeys((row["shape"], row["dtype"], row["op"], row["threads"]) for row in rows):
+        same = _select(rows, **dict(zip(("shape", "dtype", "op", "threads"), key, strict=True)))
+        times = {row["contender"]: row["best_us"] / 1e3 for row in same}
+        cells = (times.get("native"), times.get("torch"), times["torch"] / times["native"] if len(times) == 2 else None)
+        lines.append([key[0], key[1], key[2], str(key[3]), *map(_number, cells)])
+    head = ["matrix", "dtype", "pattern", "threads", "compiled kernels, ms", "torch, ms", "times"]
+    return _table(head, lines) if lines else _NOTHING
+
+
 _SPOKEN = {
     "transformers grouped_mm": "transformers, its default",
     "transformers eager": "transformers, eager",
@@ -214,6 +242,8 @@ def serve(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "layers": layers,
+    "other_paths": other_paths,
+    "unpack": unpacked,
     "llama": llama,
     "llama_one_thread": lambda results: llama(results, 1),
     "generate": generate,
@@ -244,6 +274,10 @@ def floors(results: Path) -> list[tuple[str, float, float | None]]:
             same = _select(rows, shape=shape, threads=2, routing="uniform", tokens=tokens)
             reached = Together(same, "best_us").ratio(DEFAULT)
             found.append((f"{shape}, {_tokens(tokens)}, 2 threads, times default dense", 1.0, reached))
+    for shape in SHAPES:
+        same = _select(_rows(results, "bench_cpu_avx2"), shape=shape, threads=1, routing="uniform", tokens=1)
+        reached = Together(same, "best_us").ratio(DEFAULT)
+        found.append((f"{shape}, {_tokens(1)}, AVX2, times default dense", 2.2, reached))
     for tokens in sorted({row["tokens"] for row in beside}):
         each = Together(_select(beside, threads=1, tokens=tokens), "us")
         name = _tokens(tokens)

@@ -45,6 +45,19 @@ def test_layers_beside_the_fastest_dense_of_each_kind(write):
     assert lines[4] == "| S | 2 | uniform | 2.00 / - | - / - | - / - | 1.50 / - | - / - | - / - |"
 
 
+def test_other_paths_and_unpacking_stand_in_tables_of_their_own(write):
+    folder = write("bench_cpu", rows(1))
+    assert cpu_tables.other_paths(folder) == cpu_tables.unpacked(folder) == "(not measured)"
+    folder = write("bench_cpu_avx2", [*rows(1), *rows(4), *rows(1, routing="skewed", scale=9)])
+    lines = cpu_tables.other_paths(folder).splitlines()
+    assert lines[2:] == ["| avx2 | S | 1 | 2.00 | 4.00 | 2.50 | 1.50 | 0.900 |"]
+    same = {"shape": "8 x 8", "dtype": "float32", "op": "2:4", "threads": 2}
+    times = {"native": 500.0, "torch": 4000.0}
+    held = [same | {"contender": name, "best_us": time} for name, time in times.items()]
+    lines = cpu_tables.unpacked(write("unpack", held)).splitlines()
+    assert lines[2:] == ["| 8 x 8 | float32 | 2:4 | 2 | 0.500 | 4.00 | 8.00 |"]
+
+
 def test_only_what_was_measured_together_is_divided(write):
     held = rows(1)
     # the dense layer was measured again, on a machine that was slower then
