@@ -33,7 +33,7 @@ def recipe_of(folder):
 def test_a_published_recipe_by_its_name(name, tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "prune", "demo", tmp_path / "out", "--recipe", name, *SMALL)
     assert code == 0, err
-    assert recipe_of(tmp_path / "out") == Recipe.load(name).to_dict()
+    assert recipe_of(tmp_path / "out") == Recipe.load(name).on(None).to_dict()
 
 
 def test_the_options_of_a_recipe_give_what_its_file_gives(tmp_path, monkeypatch, capsys):
