@@ -34,10 +34,11 @@ from benchmarks.results import RESULTS, ResultFile, device_folder
 from benchmarks.speed.common import parser
 from benchmarks.speed.synthetic import make_checkpoint, make_config, random_windows
 from moesparse.benchmarking import environment
-from moesparse.calibration.plan import gemm_rate, head_size
+from moesparse.calibration.plan import head_size
 from moesparse.models.meta import meta_model
 from moesparse.pruning.plan import plan_run
 from moesparse.system.memory import bound_compiled_products, peak_memory, reset_peak_memory
+from moesparse.system.speed import gemm_rate
 
 # recipe, passes over all layers, passes less over the last one
 RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from moesparse.errors import CheckpointError, UsageError
 from moesparse.models.layers import RunOptions
 from moesparse.models.look import Look
 from moesparse.models.on_disk import LayersOnDisk
-from moesparse.progress import Progress, silent
+from moesparse.progress import ProgressLike, reporting
 from moesparse.system.folders import check_writable
 from moesparse.system.processes import device_at_work
 from moesparse.system.run_folder import RunFolder
@@ -55,7 +56,7 @@ def calibrate_checkpoint(
     resume: bool = False,
     allow_pruned: bool = False,
     max_memory: int | None = None,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
 ) -> ModelStatistics:
     """Statistics of a checkpoint, layer by layer, into a file: the one that `calibrate` and `save` give.
 
@@ -76,7 +77,7 @@ def calibrate_checkpoint(
         resume: go on with an unfinished run for this file; all arguments above must be the same.
         allow_pruned: accept a model that carries pruned experts.
         max_memory: bytes of RAM to stay within, as in `prune_checkpoint`.
-        progress: called with every step.
+        progress: as in `moesparse.prune`.
 
     Returns:
         The statistics without what they hold of every column (energies and moments): that is in the file.
@@ -94,7 +95,7 @@ def calibrate_checkpoint(
     layers = LayersOnDisk.of(source)
     text = text_of(tokenised(windows, layers.model, tokenizer, "windows", layers.folder), layers.model)
     processes = layers.processes
-    options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory, progress)
+    options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory)
     n, length = text.size
     sizes = {"windows": n, "length": length, "batch_size": batch_size, "processes": processes.count}
     spill = spills(plan_pass(layers.model, layers.blocks, moments, **sizes), options, processes)
@@ -108,10 +109,12 @@ def calibrate_checkpoint(
         "release": __version__,
     }
     folder = unfinished_folder(path)
-    with RunFolder.open(folder, inputs, resume=resume, layers=len(layers), processes=processes) as run:
+    run_folder = RunFolder.open(folder, inputs, resume=resume, layers=len(layers), processes=processes)
+    with reporting(progress) as told, run_folder as run:
+        options = replace(options, progress=told)
         look = Look(layers, options)
         stream = text.stream(layers, options, look, run.path if spill else None)
-        for position, recorders in record_layers(layers, stream, progress, start=len(run.aside), moments=moments):
+        for position, recorders in record_layers(layers, stream, told, start=len(run.aside), moments=moments):
             sums = named_sums(recorders, by_column=True)
             run.write(f"statistics-{position:05d}", sums, None, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
         blocks, of_windows = read_sums((from_shards(run.read(part)) for part in run.aside), n)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesparse.errors import UsageError
 from moesparse.models.modes import let_experts_run, placed
-from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.progress import ProgressEvent, ProgressLike, reporting
 
 __all__ = ["check_new_tokens", "continue_prompts"]
 
@@ -39,7 +39,7 @@ def continue_prompts(
     seed: int = 0,
     batch_size: int = 8,
     device: torch.device | None = None,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Prompts with what the model writes after them.
 
@@ -51,7 +51,7 @@ def continue_prompts(
         seed: of the draws.
         batch_size: prompts continued together.
         device: where to run; the model is moved there and back. None runs it where it is.
-        progress: called before every batch.
+        progress: as in `moesparse.prune`; a function is called before every batch.
 
     Returns:
         ids [n, t + new_tokens] int64 on the CPU and a mask of the same shape, 0 behind an end-of-text token, or None
@@ -68,10 +68,14 @@ def continue_prompts(
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     rows, masks = [], []
     let_experts_run(model)
-    with placed(model, device) as place, torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    with (
+        reporting(progress) as told,
+        placed(model, device) as place,
+        torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         for first in range(0, len(prompts), batch_size):
-            progress(ProgressEvent("write demonstrations", first, len(prompts), "window"))
+            told(ProgressEvent("write demonstrations", first, len(prompts), "window"))
             batch = prompts[first : first + batch_size].to(place)
             written = model.generate(
                 batch,

@@ -34,7 +34,7 @@ from torch import Tensor
 from moesparse.calibration.windows import ImageWindows
 from moesparse.documents import SourceRead, unpacked
 from moesparse.errors import CalibrationError, MoESparseError, UsageError, reason_of
-from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.progress import Progress, ProgressEvent, ProgressLike, reporting
 from moesparse.text import TextSource, windows
 
 __all__ = ["holds_images", "image_windows"]
@@ -76,7 +76,7 @@ def image_windows(
     seed: int = 0,
     chat: bool = False,
     found: list[SourceRead] | None = None,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
 ) -> tuple[ImageWindows, list[str]]:
     """Draw records with images, and windows of text where some sources are text alone.
 
@@ -91,7 +91,7 @@ def image_windows(
         seed: another seed draws others.
         chat: lay out the chat records of sources of text alone, as `moesparse.text.windows` does.
         found: told what was read of each source.
-        progress: called with every record.
+        progress: as in `moesparse.prune`; a function is called with every record.
 
     Returns:
         The windows, in seeded random order, and the domain of each.
@@ -106,16 +106,17 @@ def image_windows(
     rng = random.Random(seed)
     chosen: list[tuple[_Encoded, str]] = []
     read: list[SourceRead] = [] if found is None else found
-    for number, source in enumerate(sources):
-        wanted = samples // len(sources) + (number < samples % len(sources))
-        if holds_images(source.path):
-            drawn = _draw(Path(source.path), processor, wanted, length, rng, progress)
-            read.append(SourceRead(source.path, len(drawn)))
-        else:
-            options: dict[str, Any] = {"samples": wanted, "length": length, "max_length": length, "seed": seed}
-            ids = windows(source.path, processor.tokenizer, **options, chat=chat, found=read)
-            drawn = [_Encoded(row, None, {}) for row in ids]
-        chosen += [(each, source.domain) for each in drawn]
+    with reporting(progress) as told:
+        for number, source in enumerate(sources):
+            wanted = samples // len(sources) + (number < samples % len(sources))
+            if holds_images(source.path):
+                drawn = _draw(Path(source.path), processor, wanted, length, rng, told)
+                read.append(SourceRead(source.path, len(drawn)))
+            else:
+                options: dict[str, Any] = {"samples": wanted, "length": length, "max_length": length, "seed": seed}
+                ids = windows(source.path, processor.tokenizer, **options, chat=chat, found=read)
+                drawn = [_Encoded(row, None, {}) for row in ids]
+            chosen += [(each, source.domain) for each in drawn]
     rng.shuffle(chosen)
     return _joined([each for each, _ in chosen], processor), [domain for _, domain in chosen]
 

@@ -44,7 +44,7 @@ def record_layers(
     Args:
         layers: of the model.
         stream: at the input of the first layer.
-        progress: called before every layer.
+        progress: called before every layer and behind the last.
         start: recorders of the layers before it are not wanted again; nothing runs where all are there.
         moments: second moments to collect.
         by_window: fill `Recorder.window_sums`.
@@ -53,25 +53,35 @@ def record_layers(
         Position and recorders of each layer from `start` on, while it is held and with `stream.hidden` behind it.
     """
     count = 1 + max(position for position in range(len(layers)) if layers.blocks_at(position))
+    stage, tokens = "score experts", 0
     for position in range(count if start < count else 0):
-        progress(ProgressEvent("score experts", position, count, "layer"))
+        progress(ProgressEvent(stage, position, count, "layer", tokens, layer=position, layers=count))
         wanted = position >= start
         with stream.on_device(position):
             # the finished ones are recorded again: a recorder adds up in the order of the model's own loop, and the
             # layers behind must see the same bits
-            recorders = _record(layers, stream, position, moments if wanted else "none", by_window and wanted)
+            what = moments if wanted else "none"
+            recorders, seen = _record(layers, stream, position, what, by_window and wanted)
+            tokens += seen
             if wanted:
                 yield position, recorders
             for recorder in recorders:
                 # the next layer's second moments take their room
                 recorder.statistics.moment.clear()
                 recorder.statistics.gated_moment.clear()
+    if start < count:
+        progress(ProgressEvent(stage, count, count, "layer", tokens, layer=count, layers=count))
 
 
-def _record(layers: Layers, stream: LayerStream, position: int, moments: str, by_window: bool) -> list[Recorder]:
+def _record(
+    layers: Layers, stream: LayerStream, position: int, moments: str, by_window: bool
+) -> tuple[list[Recorder], int]:
     """Run one layer, which is held, over all batches; the hidden states move on behind it.
 
     Processes that share the stream add up what they record; second moments in the first one alone.
+
+    Returns:
+        The recorders, and tokens that this process ran.
     """
     with ExitStack() as stack:
         recorders = stack.enter_context(record(layers.blocks_at(position), moments))
@@ -79,12 +89,11 @@ def _record(layers: Layers, stream: LayerStream, position: int, moments: str, by
             for recorder in recorders:
                 recorder.window_sums = {}
         stack.enter_context(measure_angles(layers.model, recorders))
-        for _ in stream.run(position, keep=True, recorders=recorders):
-            pass
+        tokens = sum(stream.run(position, keep=True, recorders=recorders))
     for recorder in recorders:
         recorder.statistics = recorder.statistics.combine(stream.processes, to_first=True)
         recorder.combine(stream.processes, stream.windows)
-    return recorders
+    return recorders, tokens
 
 
 def named_sums(recorders: Sequence[Recorder], *, by_column: bool) -> dict[str, Tensor]:

@@ -6,23 +6,20 @@ The plan of one pass that records the experts is here; moesparse.pruning.plan ad
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from moesparse.calibration.statistics import MOMENT_KINDS, input_sizes, memory_needed
 from moesparse.errors import UsageError
 from moesparse.models.blocks import MoEBlock, decoder_layers
 from moesparse.models.layers import RunOptions
-from moesparse.system.cpu_products import fast_products
 from moesparse.system.memory import available_memory
 from moesparse.system.processes import Processes
 
-__all__ = ["Plan", "file_flops", "gemm_rate", "head_size", "plan_pass", "spills"]
+__all__ = ["Plan", "file_flops", "head_size", "plan_pass", "spills"]
 
 # a byte of the checkpoint is read and copied into its layer, or hashed and written, as operations that a product does
 # in that time: from magnitude, which does little else, in bench_cost
@@ -97,7 +94,7 @@ class Plan:
         return self.peak + self.hidden_states
 
     def seconds(self, flops_per_second: float, forward: float | None = None) -> float:
-        """An estimate, good to a factor of two or three; `gemm_rate` gives the rates, of one process.
+        """An estimate, good to a factor of two or three; `moesparse.system.speed` gives the rates, of one process.
 
         Args:
             flops_per_second: of float32.
@@ -216,28 +213,3 @@ def _routed(block: MoEBlock) -> int:
 def _bytes(module: nn.Module) -> int:
     tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def gemm_rate(
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Multiply-adds times two a second of a product of 1024 x 1024 on a device, measured now in about 0.1 s.
-
-    In half precision it is measured as layers are run, see moesparse.system.cpu_products.
-    """
-    layer = nn.Linear(1024, 1024, bias=False, device=device, dtype=dtype)
-    x = torch.randn(1024, 1024, device=device).to(dtype)
-    count, seconds = 0, 0.0
-    with torch.no_grad(), fast_products(layer):
-        for _ in range(2):
-            layer(x)
-        while seconds < 0.1:
-            started = clock()
-            product = layer(x)
-            # waits for a GPU
-            float(product[0, 0])
-            seconds += clock() - started
-            count += 1
-    return 2 * 1024**3 * count / seconds

@@ -22,7 +22,7 @@ from moesparse.models.fingerprint import model_fingerprint
 from moesparse.models.inputs import forward_inputs
 from moesparse.models.look import check_dense
 from moesparse.models.modes import evaluating, placed
-from moesparse.progress import Progress, ProgressEvent
+from moesparse.progress import ProgressEvent, ProgressLike, reporting
 from moesparse.system.cpu_products import fast_products
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def calibrate(
     moments: str = "none",
     batch_size: int = 8,
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressLike = "auto",
     allow_pruned: bool = False,
     seed: int = 0,
     by_window: dict[str, Tensor] | None = None,
@@ -57,7 +57,7 @@ def calibrate(
             `memory_needed(find_moe_blocks(model), moments)` bytes; the first progress event says so.
         batch_size: windows per forward pass; also the unit in which float32 sums are added up in float64.
         device: where to run; the model is moved there and back. None runs it where it is.
-        progress: called with a ProgressEvent before the first and after every batch.
+        progress: as in `moesparse.prune`; a function is called before the first and after every batch.
         allow_pruned: calibrate a model that already carries zeroed or masked experts, which is refused otherwise.
         seed: the seed the windows were drawn with, kept in the result; the pass itself draws nothing.
         by_window: a dict to fill with `window_sums`: the expert sums of every window by itself.
@@ -81,16 +81,10 @@ def calibrate(
     needed = _check_memory(blocks, moments)
     fingerprint = model_fingerprint(model)
     body = _body(model, blocks)
-
-    n, length = ids.shape
-    tokens, began = 0, time.perf_counter()
-
-    def tell(done: int) -> None:
-        if progress is not None:
-            seconds = time.perf_counter() - began
-            progress(ProgressEvent("calibrate", done, n, "window", tokens, seconds, memory=needed))
+    (n, length), tokens, began = ids.shape, 0, time.perf_counter()
 
     with (
+        reporting(progress) as told,
         placed(model, device) as place,
         evaluating(model),
         torch.inference_mode(),
@@ -101,6 +95,11 @@ def calibrate(
         if by_window is not None:
             for recorder in recorders:
                 recorder.window_sums = {}
+
+        def tell(done: int) -> None:
+            seconds = time.perf_counter() - began
+            told(ProgressEvent("calibrate", done, n, "window", tokens, seconds, memory=needed))
+
         tell(0)
         for first in range(0, n, batch_size):
             batch = ids[first : first + batch_size].to(place)

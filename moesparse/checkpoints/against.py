@@ -31,7 +31,7 @@ from moesparse.models.formats.stored import Stored, StoredWeights
 from moesparse.models.meta import bare_model, dtype_of, read_config
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attach, attached, find_next_token_layers
 from moesparse.packed.experts import META_SUFFIX
-from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.progress import Progress, ProgressEvent, ProgressLike, reporting
 from moesparse.system.folders import companions
 from moesparse.system.manifest import MANIFEST_FILE, check_manifest
 from moesparse.system.shards import Shards, TensorInfo, read_json
@@ -70,14 +70,14 @@ class Comparison:
 
 
 def compare_folders(
-    folder: str | os.PathLike[str], source: str | os.PathLike[str], *, progress: Progress = silent
+    folder: str | os.PathLike[str], source: str | os.PathLike[str], *, progress: ProgressLike = "auto"
 ) -> Comparison:
     """Explain every difference between a checkpoint and the one it was made of.
 
     Args:
         folder: dense or packed by moesparse.
         source: the same.
-        progress: told after each tensor.
+        progress: as in `moesparse.prune`; a function is told after each tensor.
 
     Raises:
         CheckpointError: one of them is damaged. UnsupportedModelError: no experts, or some that cannot be read.
@@ -88,7 +88,8 @@ def compare_folders(
     before = _Folder.of(_dequantised(open_skeleton(source), dtypes[0]) if dtypes else open_skeleton(source))
     edit = _edit_of(result, before)
     _compare_files(result, before, edit, found)
-    _Tensors(result, before, edit, found).compare(progress)
+    with reporting(progress) as told:
+        _Tensors(result, before, edit, found).compare(told)
     return found
 
 

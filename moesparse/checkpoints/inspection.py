@@ -12,7 +12,7 @@ import torch
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import MoESparseError
 from moesparse.packed.experts import META_SUFFIX, MatrixLayout
-from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.progress import ProgressEvent, ProgressLike, reporting
 from moesparse.system.manifest import MANIFEST_FILE, check_manifest
 from moesparse.system.shards import Shards
 from moesparse.weights.patterns import Pattern, PatternFinder, check_mask
@@ -86,7 +86,9 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_folder(folder: str | os.PathLike[str], *, verify: bool = False, progress: Progress = silent) -> Inspection:
+def inspect_folder(
+    folder: str | os.PathLike[str], *, verify: bool = False, progress: ProgressLike = "auto"
+) -> Inspection:
     """Look at a checkpoint folder, dense or packed. Memory: one expert's matrix.
 
     The zeros of dense experts are counted, always, and compared with the recipe in config.json. Of packed experts only
@@ -96,7 +98,7 @@ def inspect_folder(folder: str | os.PathLike[str], *, verify: bool = False, prog
         folder: local; see `skeleton.local_folder` for hub ids.
         verify: read everything: the sha256 of each shard against the manifest, the bits of every group in every
             bitmask, and that the tensors are exactly those of the model.
-        progress: told after each matrix.
+        progress: as in `moesparse.prune`; a function is told after each matrix.
 
     Raises:
         CheckpointError: the folder is no checkpoint, or so damaged that there is nothing to look at.
@@ -106,26 +108,27 @@ def inspect_folder(folder: str | os.PathLike[str], *, verify: bool = False, prog
     result = Inspection(_format(skeleton), recipe=skeleton.recipe, earlier=skeleton.earlier)
     index_bytes = 0
     total = sum(len(block.matrices) for block in skeleton.blocks)
-    progress(ProgressEvent("inspect", 0, total, "matrix"))
     done = 0
-    for block in skeleton.blocks:
-        tensors = []
-        for matrix in skeleton.matrices(block):
-            if matrix.layout is None:
-                facts, problems = _dense(matrix, skeleton)
-            else:
-                facts, problems = _packed(matrix, skeleton.shards), []
-                if verify:
-                    for piece in matrix.pieces(skeleton.shards):
-                        index = piece.read(skeleton.shards, META_SUFFIX)
-                        index_bytes += index.nbytes
-                        if problem := bad_groups(piece, index, matrix.layout):
-                            problems.append(problem)
-            tensors.append(facts)
-            result.problems += problems
-            done += 1
-            progress(ProgressEvent("inspect", done, total, "matrix", name=matrix.block))
-        result.blocks.append(BlockFacts(block.name, block.num_experts, tensors))
+    with reporting(progress) as told:
+        told(ProgressEvent("inspect", 0, total, "matrix"))
+        for block in skeleton.blocks:
+            tensors = []
+            for matrix in skeleton.matrices(block):
+                if matrix.layout is None:
+                    facts, problems = _dense(matrix, skeleton)
+                else:
+                    facts, problems = _packed(matrix, skeleton.shards), []
+                    if verify:
+                        for piece in matrix.pieces(skeleton.shards):
+                            index = piece.read(skeleton.shards, META_SUFFIX)
+                            index_bytes += index.nbytes
+                            if problem := bad_groups(piece, index, matrix.layout):
+                                problems.append(problem)
+                tensors.append(facts)
+                result.problems += problems
+                done += 1
+                told(ProgressEvent("inspect", done, total, "matrix", name=matrix.block))
+            result.blocks.append(BlockFacts(block.name, block.num_experts, tensors))
     every = [tensor for block_facts in result.blocks for tensor in block_facts.tensors]
     result.expert_parameters = sum(E * N * K for E, N, K in (tensor.shape for tensor in every))
     result.other_parameters = skeleton.dense_parameters - result.expert_parameters

@@ -27,7 +27,7 @@ from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.models.meta import bare_model, read_config
 from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES
 from moesparse.packed.model import choose_among, nothing_to_pack
-from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.progress import Progress, ProgressEvent, ProgressLike, reporting
 from moesparse.system.folders import atomic_folder, check_output_folder, copy_companions
 from moesparse.system.json_text import json_with, json_without
 from moesparse.system.manifest import MANIFEST_FILE, write_manifest
@@ -72,7 +72,7 @@ def pack_folder(
     out: str | os.PathLike[str],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
 ) -> FolderReport:
     """Pack the experts of a checkpoint folder whose weights hold n:m patterns; the rest is copied as it is.
 
@@ -83,15 +83,13 @@ def pack_folder(
         source: a dense checkpoint with zeros.
         out: a new or empty folder; it appears whole or not at all.
         max_shard_bytes: of one safetensors file.
-        progress: told after each matrix.
+        progress: as in `moesparse.prune`; a function is told after each matrix.
 
     Raises:
         CheckpointError: `source` is damaged or packed already, or `out` cannot be written.
         UnsupportedModelError: a model without experts that fit, or whose family's checkpoints cannot hold packed ones.
         MoESparseError: no block holds a pattern worth packing.
     """
-    from moesparse.packed.quantizer import MoESparseConfig
-
     check_output_folder(out)
     skeleton = open_skeleton(source)
     if skeleton.packing is not None:
@@ -101,6 +99,13 @@ def pack_folder(
             f"IN must hold plain weights, got {source} in {', '.join(skeleton.quantised.formats)}: n:m weights of "
             "quantised values are not packed yet; pruned with output_dtype='bfloat16' they are plain, and can be"
         )
+    with reporting(progress) as told:
+        return _pack(skeleton, out, max_shard_bytes, told)
+
+
+def _pack(skeleton: Skeleton, out: str | os.PathLike[str], max_shard_bytes: int, progress: Progress) -> FolderReport:
+    from moesparse.packed.quantizer import MoESparseConfig
+
     report = FolderReport()
     matrices = {block.name: skeleton.matrices(block) for block in skeleton.blocks}
     report.bytes_before = sum(_nbytes(matrix, skeleton) for group in matrices.values() for matrix in group)
@@ -146,7 +151,7 @@ def unpack_folder(
     out: str | os.PathLike[str],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
 ) -> FolderReport:
     """Make a packed checkpoint folder dense, with zeros: what any program reads. Memory: one expert's matrix [out, in].
 
@@ -154,7 +159,7 @@ def unpack_folder(
         source: a packed checkpoint.
         out: a new or empty folder; it appears whole or not at all.
         max_shard_bytes: of one safetensors file.
-        progress: told after each matrix.
+        progress: as in `moesparse.prune`; a function is told after each matrix.
 
     Raises:
         CheckpointError: `source` is damaged or not packed, or `out` cannot be written.
@@ -163,6 +168,11 @@ def unpack_folder(
     skeleton = open_skeleton(source)
     if skeleton.packing is None:
         raise CheckpointError(f"IN must be a packed checkpoint, got {source}, which is dense already")
+    with reporting(progress) as told:
+        return _unpack(skeleton, out, max_shard_bytes, told)
+
+
+def _unpack(skeleton: Skeleton, out: str | os.PathLike[str], max_shard_bytes: int, progress: Progress) -> FolderReport:
     report = FolderReport()
     parts: dict[str, StoredMatrix] = {}
     transposed = set()
@@ -189,7 +199,7 @@ def unpack_folder(
         for piece in parts[key].pieces(skeleton.shards, key):
             values, index = piece.read(skeleton.shards), piece.read(skeleton.shards, META_SUFFIX)
             if problem := bad_groups(piece, index, layout):
-                raise CheckpointError(f"{source} is damaged: {problem}")
+                raise CheckpointError(f"{skeleton.folder} is damaged: {problem}")
             shape = (1, values.shape[0], values.shape[1] // layout.n * layout.m)
             weight = NMWeight(values[None], index[None], shape, layout.n, layout.m, "row", values.dtype)
             dense = weight.unpack_expert(0)

@@ -21,7 +21,7 @@ from moesparse._version import __version__
 from moesparse.cli.bench import bench
 from moesparse.cli.calibrate import HELP as CALIBRATE_HELP
 from moesparse.cli.calibrate import calibrate
-from moesparse.cli.console import console, paragraphs
+from moesparse.cli.console import errors, paragraphs
 from moesparse.cli.demo import demo
 from moesparse.cli.distill import HELP as DISTILL_HELP
 from moesparse.cli.distill import distill
@@ -35,6 +35,7 @@ from moesparse.cli.prune import HELP as PRUNE_HELP
 from moesparse.cli.prune import prune
 from moesparse.cli.report import report
 from moesparse.cli.serve import serve
+from moesparse.cli.voice import speaking
 from moesparse.errors import MoESparseError, UsageError, reason_of
 from moesparse.system.memory import bound_compiled_products
 
@@ -51,15 +52,15 @@ app = typer.Typer(
 )
 
 
-app.command(help=paragraphs(demo.__doc__))(demo)
-app.command(help=paragraphs(PRUNE_HELP))(prune)
-app.command(help=paragraphs(DISTILL_HELP))(distill)
-app.command(help=paragraphs(CALIBRATE_HELP))(calibrate)
-app.command(help=paragraphs(evaluate.__doc__), name="eval")(evaluate)
-app.command(help=paragraphs(pack.__doc__))(pack)
-app.command(help=paragraphs(unpack.__doc__))(unpack)
-app.command(help=paragraphs(inspect.__doc__))(inspect)
-app.command(help=paragraphs(report.__doc__))(report)
+app.command(help=paragraphs(demo.__doc__))(speaking(demo))
+app.command(help=paragraphs(PRUNE_HELP))(speaking(prune))
+app.command(help=paragraphs(DISTILL_HELP))(speaking(distill))
+app.command(help=paragraphs(CALIBRATE_HELP))(speaking(calibrate))
+app.command(help=paragraphs(evaluate.__doc__), name="eval")(speaking(evaluate))
+app.command(help=paragraphs(pack.__doc__))(speaking(pack))
+app.command(help=paragraphs(unpack.__doc__))(speaking(unpack))
+app.command(help=paragraphs(inspect.__doc__))(speaking(inspect))
+app.command(help=paragraphs(report.__doc__))(speaking(report))
 app.command(help=paragraphs(bench.__doc__))(bench)
 app.command(help=paragraphs(info.__doc__))(info)
 app.command(help=paragraphs(serve.__doc__))(serve)
@@ -88,11 +89,11 @@ def main() -> None:
         except MoESparseError as error:
             job.claim()
             told = escape(_in_options(str(error)))
-            console.print(f"[bold red]error:[/] {job.name}{told}", highlight=False, soft_wrap=True)
+            errors.print(f"[bold red]error:[/] {job.name}{told}", highlight=False, soft_wrap=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
         except SystemExit as stop:
             if stop.code == _INTERRUPTED:
-                console.print("[bold red]interrupted:[/] nothing is left half written", soft_wrap=True)
+                errors.print("[bold red]interrupted:[/] nothing is left half written", soft_wrap=True)
                 sys.exit(1)
             raise
         except BrokenPipeError:
@@ -109,7 +110,7 @@ def main() -> None:
             else:
                 kind = f"[bold red]unexpected {type(error).__name__}:[/] {job.name}"
                 text = f"{kind}{escape(_unexpected(error))}; MOESPARSE_TRACEBACK=1 shows where it happened."
-            console.print(text, highlight=False, soft_wrap=True)
+            errors.print(text, highlight=False, soft_wrap=True)
             sys.exit(1)
 
 

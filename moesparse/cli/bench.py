@@ -82,7 +82,7 @@ def bench(
         )
     result = {"environment": record, "packed_bytes": packed, "dense_bytes": dense, "rows": rows}
     if as_json:
-        print_json(result)
+        print_json("bench", result)
     else:
         _show(result)
     if any(row["status"] in ("wrong", "failed", "lost") for row in rows):
@@ -92,7 +92,8 @@ def bench(
 def _show_shapes(shapes: Sequence[Any], as_json: bool) -> None:
     columns = ("name", "num_experts", "top_k", "hidden", "intermediate", "activation", "bias", "source")
     if as_json:
-        print_json([{name: getattr(one, name) for name in columns} for one in shapes])
+        found = [{name: getattr(one, name) for name in columns} for one in shapes]
+        print_json("bench.shapes", {"shapes": found})
         return
     # name and source in one column, so that 80 columns hold them whole
     headers = ("name\n  source", "experts", *columns[2:-1])

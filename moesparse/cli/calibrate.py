@@ -146,7 +146,7 @@ def _tell_finished(path: Path, seed: int, *, as_json: bool) -> None:
     check_inputs(f"STATISTICS is finished: {path}", {"seed": found.seed}, {"seed": seed}, resume=True)
     if as_json:
         facts = {"output": str(path), "tokens": found.tokens, "fingerprint": found.fingerprint}
-        print_json({**facts, "text": found.text_hash, "already_finished": True})
+        print_json("calibrate", {**facts, "text": found.text_hash, "already_finished": True})
         return
     console.print(
         f"already finished: {path}, nothing was done. {found.tokens:,} tokens, {len(found.blocks)} blocks",
@@ -355,6 +355,7 @@ def _tell(
         ExpertScores.of(done.origin, result).save(scores)
     if as_json:
         print_json(
+            "calibrate",
             {
                 "output": str(path),
                 "tokens": result.tokens,
@@ -364,7 +365,7 @@ def _tell(
                 "blocks": dict(zip(result.blocks, ({"dead": ids} for ids in dead), strict=True)),
             }
             | {name: str(file) for name, file in (("plan", plan), ("scores", scores)) if file is not None}
-            | ({"choice": choice} if choice else {})
+            | ({"choice": choice} if choice else {}),
         )
         return
     console.print(

@@ -1,4 +1,4 @@
-"""Words for a person, results for a program: the console, JSON, progress bars, sizes."""
+"""Words for a person, results for a program: the console and JSON."""
 
 from __future__ import annotations
 
@@ -7,20 +7,39 @@ import inspect
 import json
 import logging
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
-from moesparse.progress import Progress, ProgressEvent
-
-__all__ = ["console", "format_bytes", "paragraphs", "print_json", "progress_bar", "quiet_libraries"]
+__all__ = ["SCHEMAS", "console", "errors", "paragraphs", "print_json", "quiet_libraries", "with_schema"]
 
 console = Console(stderr=True)
-"""Words for a person: progress, tables of a run, errors."""
+"""Words for a person: progress, tables of a run; nothing with --quiet."""
+
+errors = Console(stderr=True)
+"""Why a command ends without what was wanted."""
+
+SCHEMAS = {
+    "bench": 1,
+    "bench.shapes": 1,
+    "budget": 1,
+    "calibrate": 1,
+    "demo": 1,
+    "distill": 1,
+    "eval": 1,
+    "eval.tasks": 1,
+    "info": 1,
+    "inspect": 1,
+    "inspect.gguf": 1,
+    "inspect.unfinished": 1,
+    "pack": 1,
+    "plan": 1,
+    "prune": 1,
+    "prune.gguf": 1,
+    "report": 1,
+}
+"""Objects of --json and the versions of their keys: a key that goes or changes its meaning makes another version."""
 
 
 def paragraphs(text: str | None) -> str:
@@ -28,42 +47,19 @@ def paragraphs(text: str | None) -> str:
     return re.sub(r"(\S)\n(?=\S)", r"\1 ", inspect.cleandoc(text or ""))
 
 
-def print_json(value: Any) -> None:
-    """The one result of a --json run, alone on standard output."""
-    print(json.dumps(value, indent=2))
+def with_schema(kind: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with the name and version of its keys, which docs/json.md lists."""
+    return {"schema": f"moesparse.{kind}/{SCHEMAS[kind]}", **value}
 
 
-@contextlib.contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[Progress]:
-    """A progress bar with the step's name, tokens/s and time left, on standard error."""
-    columns = (
-        TextColumn("{task.description}", style="bold"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
-        task = bars.add_task("starting", total=None, speed="")
-        started = time.perf_counter()
-        told = False
+def print_json(kind: str, value: Mapping[str, Any]) -> None:
+    """The one result of a --json run, alone on standard output.
 
-        def show(event: ProgressEvent) -> None:
-            nonlocal told
-            if event.memory and not told:
-                bars.console.print(f"second moments of the experts take {format_bytes(event.memory)} at a time")
-                told = True
-            rate = event.tokens / max(time.perf_counter() - started, 1e-9)
-            bars.update(
-                task,
-                description=event.stage,
-                completed=event.done,
-                total=event.total,
-                speed=f"{rate:,.0f} tokens/s" if event.tokens else "",
-            )
-
-        yield show
+    Args:
+        kind: of SCHEMAS.
+        value: the object.
+    """
+    print(json.dumps(with_schema(kind, value), indent=2))
 
 
 @contextlib.contextmanager
@@ -80,13 +76,3 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(before)
         transformers_logging.enable_progress_bar()
-
-
-def format_bytes(count: int) -> str:
-    """12.3 GiB, 4.0 MiB: three digits and a binary unit."""
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"

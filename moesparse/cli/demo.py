@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moesparse.cli.console import console, print_json, progress_bar, quiet_libraries
+from moesparse.cli.console import console, print_json, quiet_libraries
+from moesparse.cli.voice import shown_progress
 from moesparse.progress import ProgressEvent
 
 PATTERN = "2:4"
@@ -60,7 +61,7 @@ def demo(
     from moesparse.system.folders import check_output_folder
 
     folder = check_output_folder(output if output is not None else _free_name(Path("moesparse-demo")))
-    with quiet_libraries(), progress_bar() as progress:
+    with quiet_libraries(), shown_progress() as progress:
         dense, tokenizer = embedded.load()
         calibration = embedded.windows("calibration", length=LENGTH)
         heldout = {
@@ -102,7 +103,7 @@ def demo(
         }
     result = {"dense": reference, "methods": methods, "output": str(folder)}
     if as_json:
-        print_json(result)
+        print_json("demo", result)
         return
     _show_table(result)
     _show_texts(texts, methods)

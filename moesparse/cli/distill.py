@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesparse.cli import options
-from moesparse.cli.console import print_json, progress_bar, quiet_libraries
+from moesparse.cli.console import print_json, quiet_libraries
 from moesparse.cli.job import job, joined, saying_what_is_left
 from moesparse.cli.model import ModelOnDisk, WholeModel
 from moesparse.cli.push import check_push, pushed
 from moesparse.cli.show import show_distilled
 from moesparse.cli.text import TextOptions, embedded_texts
 from moesparse.cli.unfinished import finished_report, tell_finished
+from moesparse.cli.voice import shown_progress
 from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def distill(
         return
     more = pushed(output, push_to_hub)
     if as_json:
-        print_json(report.to_dict() | {"output": str(output), **more})
+        print_json("distill", report.to_dict() | {"output": str(output), **more})
         return
     show_distilled(report, output)
 
@@ -213,7 +214,7 @@ class _Run:
 
         check_run_folder(self.output)
         student, teacher = ModelOnDisk(self.student), ModelOnDisk(self.teacher)
-        with saying_what_is_left(lambda: what_is_kept(self.output)), progress_bar() as progress:
+        with saying_what_is_left(lambda: what_is_kept(self.output)), shown_progress() as progress:
             text = self.text.read(student.tokenizer, teacher.source, teacher.network)
             before = _card(student.folder)
             return distill_checkpoint(
@@ -244,7 +245,7 @@ class _Run:
         check_output_folder(self.output)
         companions(local_folder(options.model_source(self.student)))
         state = self.output.with_name(self.output.name + ".state")
-        with saying_what_is_left(lambda: _kept_state(state)), progress_bar() as progress:
+        with saying_what_is_left(lambda: _kept_state(state)), shown_progress() as progress:
             student, teacher = WholeModel(self.student), WholeModel(self.teacher)
             network = student.network
             text = self.text.read(student.tokenizer, teacher.source, network, progress)

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moesparse.cli.console import print_json, progress_bar, quiet_libraries
+from moesparse.cli.console import print_json, quiet_libraries, with_schema
 from moesparse.cli.options import CHAT_HELP, check_output_file, model_source, option, resolve_device
 from moesparse.cli.text import check_sources, embedded_texts, tell_embedded
+from moesparse.cli.voice import shown_progress
 from moesparse.errors import UsageError
+from moesparse.progress import ProgressEvent
 
 _TEXT, _TASKS = "Text", "Tasks"
 EMBEDDED_LENGTH = 256
@@ -91,15 +93,16 @@ def evaluate(
             tell_embedded("--text", source)
         values = measure(model, text, chat=chat, length=length, stride=stride, batch_size=batch_size, device=device)
     # shown first: a file that cannot be written after all does not lose what was measured
+    kind = "eval" if tasks is None else "eval.tasks"
     if as_json:
-        print_json(values)
+        print_json(kind, values)
     elif tasks is not None:
         _show_tasks(values)
     else:
         _show_text(values)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"model": model} | values, indent=2) + "\n")
+        output.write_text(json.dumps(with_schema(kind, {"model": model} | values), indent=2) + "\n")
 
 
 def _check_kind(asks: bool, text_options: dict[str, Any], task_options: dict[str, Any]) -> None:
@@ -167,7 +170,8 @@ def ask(
     from moesparse.evaluate.on_tasks import load_tasks, tasks
 
     target = resolve_device(device)
-    with quiet_libraries():
+    with quiet_libraries(), shown_progress() as progress:
+        progress(ProgressEvent(f"ask {', '.join(names)}", 0, 1))
         found = load_tasks(names, path)
         network, tokenizer = _load(model, target)
         return tasks(network, tokenizer, found, batch_size=batch_size, **options).as_dict()
@@ -227,7 +231,7 @@ def measure(
         length = EMBEDDED_LENGTH
     # a wrong name should not cost the loading of a model
     check_sources("--text", text or ())
-    with quiet_libraries(), progress_bar() as progress:
+    with quiet_libraries(), shown_progress() as progress:
         network, tokenizer = _load(model, target)
         result = perplexity_of_files(
             network,

@@ -9,9 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moesparse.cli.console import console, format_bytes, print_json, progress_bar
+from moesparse.cli.console import console, print_json
 from moesparse.cli.job import refuse_several, saying_what_is_left
+from moesparse.cli.voice import shown_progress
 from moesparse.errors import UsageError
+from moesparse.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from moesparse.pruning.gguf import GGUFModel, GGUFReport
@@ -83,10 +85,10 @@ def prune_gguf_file(
         held, name = load_scores(scores, expert_saliency)
         count: dict[str, Any] = {"keep": keep_experts, "remove": experts, "divisible_by": divisible_by}
         kept = plan_from_scores(source, held, name, **count)
-    with saying_what_is_left(lambda: ""), progress_bar() as progress:
+    with saying_what_is_left(lambda: ""), shown_progress() as progress:
         found = prune_gguf(source, out, kept, progress=progress)
     if as_json:
-        print_json(found.to_dict())
+        print_json("prune.gguf", found.to_dict())
     else:
         _show_pruned(found)
     return found
@@ -121,7 +123,7 @@ def inspect_gguf(source: str, *, as_json: bool) -> None:
     model = GGUFModel(GGUFFiles(source))
     facts = _facts(model) | {"removed": removal_noted(model)}
     if as_json:
-        print_json(facts)
+        print_json("inspect.gguf", facts)
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
     for column in ("layer\n  tensor", "shape", "type", "bytes"):

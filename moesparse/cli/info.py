@@ -29,7 +29,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 
     found = info()
     if as_json:
-        print_json(found.as_dict())
+        print_json("info", found.as_dict())
     else:
         _show(found, kernels_in_words())
 

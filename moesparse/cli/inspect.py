@@ -9,11 +9,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moesparse.cli.console import format_bytes, print_json, progress_bar, quiet_libraries
+from moesparse.cli.console import print_json, quiet_libraries
 from moesparse.cli.gguf import inspect_gguf
 from moesparse.cli.options import model_source
 from moesparse.cli.unfinished import tell_unfinished
+from moesparse.cli.voice import shown_progress
 from moesparse.errors import UsageError
+from moesparse.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from moesparse.checkpoints.against import Comparison
@@ -66,7 +68,7 @@ def inspect(
     from moesparse.checkpoints.hub import local_folder
     from moesparse.checkpoints.inspection import inspect_folder
 
-    with quiet_libraries(), progress_bar() as progress:
+    with quiet_libraries(), shown_progress() as progress:
         folder = local_folder(model_source(model))
         result = inspect_folder(folder, verify=verify, progress=progress)
         compared = None
@@ -74,7 +76,7 @@ def inspect(
             compared = compare_folders(folder, local_folder(model_source(against)), progress=progress)
             result.problems += compared.problems
     if as_json:
-        print_json(result.to_dict() | ({} if compared is None else {"against": compared.to_dict()}))
+        print_json("inspect", result.to_dict() | ({} if compared is None else {"against": compared.to_dict()}))
     else:
         _show(result)
         if compared is not None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import typer
 
-from moesparse.cli.console import console
+from moesparse.cli.console import errors
 from moesparse.errors import ProcessError, UsageError
 
 __all__ = ["count", "job", "joined", "one_voice", "refuse_several", "saying_what_is_left"]
@@ -181,7 +181,7 @@ def saying_what_is_left(kept: Callable[[], str]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if job.claim():
             found = kept()
-            console.print(
+            errors.print(
                 f"[bold red]stopped:[/] {_why(error)}"
                 + (f"{found}; the same command with --resume goes on" if found else "nothing was finished or written"),
                 highlight=False,

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesparse.cli.console import progress_bar
 from moesparse.cli.job import joined, saying_what_is_left
 from moesparse.cli.options import model_source
+from moesparse.cli.voice import shown_progress
 from moesparse.errors import NotInPiecesError
 from moesparse.progress import Progress, silent
 
@@ -88,7 +88,7 @@ class WholeModel:
 
 @contextlib.contextmanager
 def at_work(out: Path, kept: Callable[[], str], device: Any, *, whole: bool) -> Iterator[Progress]:
-    """What every long command is wrapped in: the job of torchrun, a last word on Ctrl-C, a progress bar.
+    """What every long command is wrapped in: the job of torchrun, a last word on Ctrl-C, progress.
 
     Args:
         out: the result; where a whole model is loaded it appears at once, and until then nobody else may make it.
@@ -103,7 +103,7 @@ def at_work(out: Path, kept: Callable[[], str], device: Any, *, whole: bool) -> 
             stack.enter_context(joined(device))
         stack.enter_context(saying_what_is_left(kept))
         stack.enter_context(claimed(out) if whole else _naming_the_whole())
-        yield stack.enter_context(progress_bar())
+        yield stack.enter_context(shown_progress())
 
 
 @contextlib.contextmanager

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moesparse.cli.console import console, format_bytes, print_json, progress_bar, quiet_libraries
+from moesparse.cli.console import console, print_json, quiet_libraries
 from moesparse.cli.options import PushToHub, model_source
 from moesparse.cli.push import check_push, pushed
+from moesparse.cli.voice import shown_progress
+from moesparse.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from moesparse.checkpoints.repack import FolderReport
@@ -45,7 +47,7 @@ def pack(
 
     check_push(push_to_hub)
     check_output_folder(out)
-    with quiet_libraries(), progress_bar() as progress:
+    with quiet_libraries(), shown_progress() as progress:
         folder = local_folder(model_source(model))
         report = pack_folder(folder, out, max_shard_bytes=int(shard_size * 1e9), progress=progress)
     _show(report, out, "packed", as_json, pushed(out, push_to_hub))
@@ -68,7 +70,7 @@ def unpack(
     from moesparse.system.folders import check_output_folder
 
     check_output_folder(out)
-    with quiet_libraries(), progress_bar() as progress:
+    with quiet_libraries(), shown_progress() as progress:
         folder = local_folder(model_source(model))
         report = unpack_folder(folder, out, max_shard_bytes=int(shard_size * 1e9), progress=progress)
     _show(report, out, "unpacked", as_json, {})
@@ -78,7 +80,7 @@ def _show(report: FolderReport, out: Path, done: str, as_json: bool, more: dict[
     from moesparse.checkpoints.edit import say_surplus
 
     if as_json:
-        print_json(asdict(report) | {"output": str(out), **more})
+        print_json("pack", asdict(report) | {"output": str(out), **more})
         return
     for sentence in say_surplus({"formats": report.formats} if report.formats else {}):
         console.print(sentence, highlight=False, soft_wrap=True)

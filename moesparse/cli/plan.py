@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moesparse.cli.console import print_json
+from rich.console import Console
+
+from moesparse.cli.console import console, print_json
 from moesparse.cli.job import count
 from moesparse.cli.show import show_plan
+from moesparse.cli.voice import voice
 
 if TYPE_CHECKING:
     from moesparse.calibration.plan import Plan
@@ -24,25 +27,38 @@ def planned_windows(network: Any, text: TextOptions) -> dict[str, int]:
 
 
 def tell_plan(plan: Plan, device: Any, *, dry_run: bool, as_json: bool) -> bool:
-    """Show what a run will take; whether that was all that was asked for."""
+    """Show what a run will take; whether that was all that was asked for, and the plan is the result, on stdout."""
     if as_json and not dry_run:
         return False
     facts = _with_time(plan, device)
+    voice.planned = facts["seconds"]
     if as_json:
-        print_json(facts)
+        print_json("plan", facts)
     else:
-        show_plan(facts)
+        show_plan(facts, Console() if dry_run else console)
     return dry_run
 
 
 def _with_time(plan: Plan, device: Any) -> dict[str, Any]:
-    """The plan for JSON, with an estimate of the time at the speed of this machine."""
+    """The plan for JSON, with the time at the speed of this machine now, and what this process takes beside the run."""
     import torch
 
-    from moesparse.calibration.plan import gemm_rate
+    from moesparse.system.memory import resident_memory
+    from moesparse.system.processes import device_at_work
+    from moesparse.system.speed import speed_here
 
-    rate = gemm_rate(device)
+    place = device_at_work(device)
     half = plan.weights < 3 * plan.parameters
-    forward = gemm_rate(device, torch.bfloat16) if half else rate
-    rates = {"flops_per_second": rate, "forward_flops_per_second": forward}
-    return {**plan.to_dict(), **rates, "seconds": plan.seconds(rate, forward)}
+    speed = speed_here(place, torch.bfloat16 if half else torch.float32)
+    rate, forward = speed.rates
+    return {
+        **plan.to_dict(),
+        "process": 0 if place is not None and place.type == "cuda" else resident_memory(),
+        "flops_per_second": rate,
+        "forward_flops_per_second": forward,
+        "seconds": plan.seconds(rate, forward),
+        "load": speed.load,
+        "cpus": speed.cpus,
+        "seconds_without_load": None if speed.idle is None else plan.seconds(*speed.idle),
+        "measured_without_load": speed.measured,
+    }

@@ -168,6 +168,6 @@ def _tell(result: Report, out: Path, report: Path | None, more: dict[str, str], 
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(result.to_json())
     if as_json:
-        print_json(result.to_dict() | {"output": str(out), **more})
+        print_json("prune", result.to_dict() | {"output": str(out), **more})
         return
     show_pruned(result, out)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from moesparse.cli import options
 from moesparse.cli.console import console, print_json
 from moesparse.cli.job import job, refuse_several
@@ -221,7 +223,7 @@ class PruneRun:
             if self.shows_plan:
                 how = RunOptions(device=device_at_work(self.text.device), **asked)
                 plan = BudgetReport(plan_budget(network, data, recipe, how, domains)).to_dict()
-                print_json(plan) if self.as_json else show_budget(plan)
+                print_json("budget", plan) if self.as_json else show_budget(plan, Console())
                 return None
             result = prune(network, data, recipe, domains=domains, device=self.text.device, **asked)
             result = _with_sources(result, found)

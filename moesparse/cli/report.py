@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from moesparse.cli.console import console, format_bytes, print_json, quiet_libraries
+from moesparse.cli.console import console, print_json, quiet_libraries
 from moesparse.cli.evaluate import measure
 from moesparse.cli.options import CHAT_HELP, check_input_file, check_output_file, model_source, option
 from moesparse.errors import UsageError
+from moesparse.system.sizes import format_bytes
 
 _PERPLEXITY = "Perplexity"
 
@@ -95,7 +96,8 @@ def report(
             written.append(str(png / f"{name}.png"))
     if as_json:
         sections = [section.title for section in page.sections]
-        print_json({"output": str(output), "png": written, "sections": sections, "missing": page.missing})
+        found = {"output": str(output), "png": written, "sections": sections, "missing": page.missing}
+        print_json("report", found)
         return
     console.print(f"wrote {output}: {format_bytes(output.stat().st_size)}, one file", highlight=False, soft_wrap=True)
     for path in written:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
-from moesparse.cli.console import console, format_bytes
+from moesparse.cli.console import console
+from moesparse.system.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from moesparse.distillation.report import DistillReport
@@ -47,7 +49,7 @@ def _span(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.2f}\n({min(values):.2f})"
 
 
-def show_budget(budget: dict[str, Any]) -> None:
+def show_budget(budget: dict[str, Any], out: Console = console) -> None:
     """The plan of a target in bytes: what each block keeps, and what that is estimated to cost."""
     plan = budget[budget["kept"]]
     share = plan["bytes"] / budget["dense"]
@@ -65,15 +67,15 @@ def show_budget(budget: dict[str, Any]) -> None:
     for block, patterns in plan["patterns"].items():
         losses = f"{plan['drop_loss'][block]:.4f}", f"{plan['pattern_loss'][block]:.4f}"
         table.add_row(block, *(patterns[name] for name in matrices), *losses)
-    console.print(table)
-    console.print(f"losses are estimates in nats per token, {plan['loss']:.4f} in all", highlight=False)
+    out.print(table)
+    out.print(f"losses are estimates in nats per token, {plan['loss']:.4f} in all", highlight=False)
     if not budget["met"]:
-        console.print(
+        out.print(
             f"the target is {budget['target'] / budget['dense']:.4f}: no choice that takes more of it is estimated to "
             "lose less",
             highlight=False,
         )
-    console.print(budget["summary"], highlight=False)
+    out.print(budget["summary"], highlight=False)
 
 
 def show_pruned(result: Report, out: Path) -> None:
@@ -160,7 +162,7 @@ def _percent(values: list[float]) -> str:
     return f"{100 * sum(values) / len(values):.0f}%"
 
 
-def show_plan(facts: dict[str, Any]) -> None:
+def show_plan(facts: dict[str, Any], out: Console) -> None:
     """A table of what a run will take."""
     table = Table(title="plan", box=SIMPLE_HEAD, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("what")
@@ -187,18 +189,21 @@ def show_plan(facts: dict[str, Any]) -> None:
         ("  hidden states (in a file when RAM is short)", "hidden_states"),
         ("  at most, with the hidden states", "peak_in_memory"),
         ("  at most, without", "peak"),
+        ("  this process before: Python, torch, libraries", "process"),
     ):
         if facts[key]:
             table.add_row(what, format_bytes(facts[key]))
-    table.add_row("time, within a factor of three", _duration(facts["seconds"]))
-    console.print(table)
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    if facts["process"]:
+        whole = format_bytes(facts["peak_in_memory"] + facts["process"])
+        table.add_row("  at most, with it: the peak column, time -v", whole)
+    at_load = "" if facts["load"] is None else " at this load"
+    table.add_row(f"time{at_load}, within a factor of three", format_seconds(facts["seconds"]))
+    if facts["load"] is not None:
+        table.add_row("  this load: average of a minute, CPUs", f"{facts['load']:.1f}, {facts['cpus']}")
+    if facts["seconds_without_load"] is not None:
+        when = f"  without load, as measured here on {facts['measured_without_load']}"
+        table.add_row(when, format_seconds(facts["seconds_without_load"]))
+    out.print(table)
 
 
 def show_distilled(report: DistillReport, output: Path) -> None:

@@ -31,7 +31,8 @@ def tell_unfinished(model: str, *, as_json: bool) -> bool:
     if found is None:
         return False
     if as_json:
-        print_json({"unfinished": dataclasses.asdict(found) | {"folder": str(found.folder), "step": step or None}})
+        facts = dataclasses.asdict(found) | {"folder": str(found.folder), "step": step or None}
+        print_json("inspect.unfinished", {"unfinished": facts})
         return True
     out = Console()
     out.print(_in_words(found, step), soft_wrap=not out.is_terminal, markup=False, highlight=False)
@@ -112,7 +113,7 @@ def tell_finished(
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text(json.dumps(held, indent=2))
     if as_json:
-        print_json({**held, "output": str(out), "already_finished": True, **more})
+        print_json("prune", {**held, "output": str(out), "already_finished": True, **more})
         return
     text = held.get("calibration") or {}
     size = f" On {text['windows']} windows of {text['length']} tokens." if text.get("windows") else ""

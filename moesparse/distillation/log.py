@@ -8,6 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
@@ -37,6 +38,7 @@ class TrainingLog:
         folder: for TensorBoard's event files, or None.
         rows: of the steps done before, when a run goes on.
         speaks: False in all processes but one.
+        blocks: that are trained one after the other; 0 where all are at once.
 
     Raises:
         UsageError: a folder is given and tensorboard is not installed.
@@ -49,6 +51,7 @@ class TrainingLog:
         folder: str | os.PathLike[str] | None,
         rows: list[dict[str, Any]],
         speaks: bool = True,
+        blocks: int = 0,
     ) -> None:
         self.rows = rows
         self.warnings: list[str] = []
@@ -56,6 +59,7 @@ class TrainingLog:
         self._flat: set[int] = set()
         self._lowest: dict[int, float] = {}
         self._progress, self._steps, self._speaks = progress, steps, speaks
+        self._blocks, self._seen = blocks, {row["block"] for row in rows if "block" in row}
         self._began, self._tokens = time.perf_counter(), 0
         self._writer: Any = None
         if folder is not None and speaks:
@@ -72,6 +76,8 @@ class TrainingLog:
         """One step: its "step" and any of "ce", "experts", "kl", "loss", "learning_rate", "grad_norm", "block"."""
         self.rows.append(dict(row))
         self._tokens += tokens
+        if "block" in row:
+            self._seen.add(row["block"])
         if self._writer is not None:
             for name, value in row.items():
                 if isinstance(value, float):
@@ -135,7 +141,9 @@ class TrainingLog:
     def _say(self, stage: str) -> None:
         seconds = time.perf_counter() - self._began
         if self._speaks:
-            self._progress(ProgressEvent(stage, len(self.rows), self._steps, "step", self._tokens, seconds))
+            at = max(len(self._seen) - 1, 0)
+            event = ProgressEvent(stage, len(self.rows), self._steps, "step", self._tokens, seconds, work="distill")
+            self._progress(replace(event, layer=at, layers=self._blocks))
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)

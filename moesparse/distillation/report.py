@@ -31,7 +31,7 @@ class DistillReport:
         zeros: zero weights of the expert matrices before and after; none of those before is lost.
         weights: of the expert matrices.
         seconds: of the run, of this process.
-        peak_bytes: of memory.
+        peak_bytes: resident memory of the process at most until then; on a GPU, of the tensors there meanwhile.
         surplus: tensors of the student's folder that the model has no place for, by what became of them.
     """
 

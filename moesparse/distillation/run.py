@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,8 @@ from moesparse.models.layers import LayersInMemory, RunOptions
 from moesparse.models.meta import vocabulary_size
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.packed.model import pack, packed_blocks, unpack
-from moesparse.progress import Progress, ProgressEvent, silent
-from moesparse.system.memory import reset_peak_memory
+from moesparse.progress import ProgressEvent, ProgressLike, reporting
+from moesparse.system.memory import reset_gpu_peak
 from moesparse.system.processes import device_at_work
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def distill(
     save_every: int = 50,
     resume: bool = False,
     logs: str | os.PathLike[str] | None = None,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
 ) -> DistillReport:
     """Train the expert matrices of a pruned model towards those of the model it was made from, in place.
 
@@ -95,7 +96,7 @@ def distill(
         save_every: steps between two states.
         resume: go on from the state in that folder, if there is one.
         logs: folder for TensorBoard.
-        progress: called with every step.
+        progress: as in `moesparse.prune`.
 
     Returns:
         DistillReport.
@@ -128,41 +129,43 @@ def distill(
             "settings": numbers.to_dict(),
         }
         file = None if state is None else StateFile(state, key, resume, writes=processes.first)
-        steps = numbers.steps(len(ids)) * (len(pairs) if mode == "blockwise" else 1)
+        blocks = len(pairs) if mode == "blockwise" else 0
+        steps = numbers.steps(len(ids)) * max(blocks, 1)
         rows = list(file.state["rows"]) if file is not None and file.state is not None else []
-        log = TrainingLog(progress, steps, logs, rows, speaks=processes.first)
         started = time.perf_counter()
-        reset_peak_memory()
+        reset_gpu_peak()
         before = count_zeros(pairs)
         place = torch.device(device) if device is not None else processes.device()
         weight: float | None = None
-        try:
-            if mode == "global":
-                weight = train_whole(
-                    student,
-                    teacher,
-                    pairs,
-                    (ids, mask, seen),
-                    numbers,
-                    processes,
-                    log=log,
-                    file=file,
-                    save_every=save_every,
-                    device=place,
-                    checkpointing=checkpointing,
-                    cache=cache,
-                    key=key,
-                )
-            else:
-                ours, theirs = LayersInMemory(student), LayersInMemory(teacher)
-                inputs = None if seen is None else seen.inputs
-                stream = theirs.stream(ids, mask, RunOptions(numbers.batch_size, place), inputs=inputs)
-                states = None if file is None else BlockStates(file, log, save_every)
-                train_blockwise(ours, theirs, pairs, stream, InPlace(ours), numbers, log, place, states)
-        finally:
-            log.close()
-            if file is not None:
-                file.close()
+        with reporting(progress) as told:
+            log = TrainingLog(told, steps, logs, rows, processes.first, blocks)
+            try:
+                if mode == "global":
+                    weight = train_whole(
+                        student,
+                        teacher,
+                        pairs,
+                        (ids, mask, seen),
+                        numbers,
+                        processes,
+                        log=log,
+                        file=file,
+                        save_every=save_every,
+                        device=place,
+                        checkpointing=checkpointing,
+                        cache=cache,
+                        key=key,
+                    )
+                else:
+                    ours, theirs = LayersInMemory(student), LayersInMemory(teacher)
+                    inputs = None if seen is None else seen.inputs
+                    stream = theirs.stream(ids, mask, RunOptions(numbers.batch_size, place), inputs=inputs)
+                    states = None if file is None else BlockStates(file, log, save_every)
+                    train_blockwise(ours, theirs, pairs, stream, InPlace(ours), numbers, log, place, states)
+            finally:
+                log.close()
+                if file is not None:
+                    file.close()
         for pair in pairs:
             check_pattern(pair.student, stated_pattern(student))
         return DistillReport.of(
@@ -208,7 +211,7 @@ def distill_checkpoint(
     device: torch.device | str | None = None,
     resume: bool = False,
     logs: str | os.PathLike[str] | None = None,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
 ) -> DistillReport:
     """Distil a pruned checkpoint, dense with zeros, into a new one, block by block.
 
@@ -227,7 +230,7 @@ def distill_checkpoint(
         resume: go on with the run in `out`, at the layer it had not finished; student, teacher, windows and settings
             must be the same.
         logs: folder for TensorBoard.
-        progress: called with every step.
+        progress: as in `moesparse.prune`.
 
     Returns:
         DistillReport; seconds and peak memory are those of this run.
@@ -244,7 +247,6 @@ def distill_checkpoint(
     seen = windows if isinstance(windows, ImageWindows) else None
     text = FromText(*check_windows(windows, vocabulary_size(theirs.model)), seen=seen)
     place = device_at_work(device) or torch.device("cpu")
-    options = RunOptions(numbers.batch_size, place, resume=resume, progress=progress)
     inputs = {
         "student": ours.signature(),
         "teacher": theirs.signature(),
@@ -254,21 +256,25 @@ def distill_checkpoint(
     by_name = {pair.teacher.name: pair for pair in pairs}
     pattern, pruned, different = stated_pattern(ours.model), list[bool](), list[bool]()
 
-    def inspect(position: int) -> None:
-        progress(ProgressEvent("check", position, len(theirs), "layer"))
-        with ours.hold(position):
-            for pair in (by_name[block.name] for block in theirs.blocks_at(position)):
-                check_pair(pair, pattern)
-                pruned.append(is_pruned(pair))
-                different.append(differs(pair))
+    with ExitStack() as stack:
+        told = stack.enter_context(reporting(progress))
 
-    with IntoFolder.open(out, ours, inputs, options) as output:
+        def inspect(position: int) -> None:
+            told(ProgressEvent("check", position, len(theirs), "layer"))
+            with ours.hold(position):
+                for pair in (by_name[block.name] for block in theirs.blocks_at(position)):
+                    check_pair(pair, pattern)
+                    pruned.append(is_pruned(pair))
+                    different.append(differs(pair))
+
+        options = RunOptions(numbers.batch_size, place, resume=resume, progress=told)
+        output = stack.enter_context(IntoFolder.open(out, ours, inputs, options))
         stream = theirs.stream(text.ids, text.mask, options, inspect, inputs=text.inputs)
         refuse_dense(pruned)
         refuse_equal(different)
         rows = [row for note in output.notes for row in note["rows"]]
-        log = TrainingLog(progress, numbers.steps(len(text.ids)) * len(pairs), logs, rows)
-        reset_peak_memory()
+        log = TrainingLog(told, numbers.steps(len(text.ids)) * len(pairs), logs, rows, blocks=len(pairs))
+        reset_gpu_peak()
         try:
             found = train_blockwise(ours, theirs, pairs, stream, output, numbers, log, place)
         finally:

@@ -27,7 +27,7 @@ from moesparse.documents import PathLike, SourceRead, check_chats
 from moesparse.errors import MoESparseError, UsageError
 from moesparse.models.meta import context_length
 from moesparse.models.modes import evaluating
-from moesparse.progress import Progress, ProgressEvent
+from moesparse.progress import ProgressEvent, ProgressLike, reporting
 from moesparse.system.cpu_products import fast_products
 from moesparse.text import DEFAULT_LENGTH, adds_bos, encode_document, evaluation_windows
 
@@ -127,7 +127,7 @@ def perplexity(
     batch_size: int = 8,
     byte_count: int | None = None,
     context: int = 0,
-    progress: Progress | None = None,
+    progress: ProgressLike = "auto",
     name: str = "",
 ) -> Perplexity:
     """Score token windows.
@@ -142,7 +142,7 @@ def perplexity(
         byte_count: UTF-8 bytes that the scored tokens stand for; gives bits per byte.
         context: leading tokens of every window but the first that are not scored again: length - stride when windows
             overlap, see `moesparse.text.evaluation_windows`.
-        progress: called with a ProgressEvent before the first and after every batch.
+        progress: as in `moesparse.prune`; a function is called before the first and after every batch.
         name: what the windows are, for progress.
 
     Returns:
@@ -171,14 +171,13 @@ def perplexity(
     stage = f"score {os.path.basename(name)}".rstrip()
     began = time.perf_counter()
 
-    def report(done: int) -> None:
-        if progress is not None:
-            seconds = time.perf_counter() - began
-            tokens_done = done * ids.shape[1]
-            progress(ProgressEvent(stage, done, len(ids), "window", tokens_done, seconds, name))
+    with reporting(progress) as told, evaluating(model), torch.no_grad(), fast_products(model):
 
-    report(0)
-    with evaluating(model), torch.no_grad(), fast_products(model):
+        def report(done: int) -> None:
+            seconds = time.perf_counter() - began
+            told(ProgressEvent(stage, done, len(ids), "window", done * ids.shape[1], seconds, name))
+
+        report(0)
         device = _input_device(model)
         scorer = _Scorer(model, device)
         scorer.check_ids(ids)
@@ -211,7 +210,7 @@ def perplexity_of_files(
     join: str | None = None,
     chat: bool = False,
     batch_size: int = 8,
-    progress: Progress | None = None,
+    progress: ProgressLike = "auto",
 ) -> FilesPerplexity:
     """Score whole files, each on its own.
 
@@ -223,7 +222,7 @@ def perplexity_of_files(
         stride: tokens from the start of a window to the start of the next; `length` when None.
         join, chat: see `moesparse.text.evaluation_windows`.
         batch_size: windows a forward pass.
-        progress: called with ProgressEvents that carry the file's name.
+        progress: as in `perplexity`; events carry the file's name.
 
     Raises:
         UsageError: there is no file, or a number is out of range.
@@ -240,21 +239,22 @@ def perplexity_of_files(
     if chat:
         check_chats(found)
     results = {}
-    for name, (windows, byte_count) in cut.items():
-        try:
-            results[name] = perplexity(
-                model,
-                windows,
-                batch_size=batch_size,
-                byte_count=byte_count,
-                context=length - stride,
-                progress=progress,
-                name=name,
-            )
-        except UsageError:
-            raise
-        except MoESparseError as error:
-            raise MoESparseError(f"{name}: {error}") from error
+    with reporting(progress) as told:
+        for name, (windows, byte_count) in cut.items():
+            try:
+                results[name] = perplexity(
+                    model,
+                    windows,
+                    batch_size=batch_size,
+                    byte_count=byte_count,
+                    context=length - stride,
+                    progress=told,
+                    name=name,
+                )
+            except UsageError:
+                raise
+            except MoESparseError as error:
+                raise MoESparseError(f"{name}: {error}") from error
     return FilesPerplexity(results, Protocol(length, stride, adds_bos(tokenizer)), found)
 
 

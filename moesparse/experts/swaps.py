@@ -22,7 +22,7 @@ from moesparse.experts.surgery import RemovalPlan, plan_removal, router_groups
 from moesparse.models.blocks import MoEBlock
 from moesparse.models.experts_function import experts_watched
 from moesparse.models.modes import replaced_forwards
-from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.progress import ProgressEvent, ProgressLike, reporting
 
 __all__ = ["RefineReport", "refine_choice"]
 
@@ -61,7 +61,7 @@ def refine_choice(
     tokens: int = 2048,
     max_swaps: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
 ) -> tuple[list[Tensor], list[RefineReport]]:
     """Improve a choice of experts by swapping pairs; the model is left as it was.
 
@@ -75,7 +75,7 @@ def refine_choice(
         tokens: calibration tokens.
         max_swaps: per block; None goes on until no swap helps.
         protect: (block, expert) pairs that must stay.
-        progress: called before every block.
+        progress: as in `moesparse.prune`; a function is called before every block.
 
     Returns:
         The new choice and what it gained in each block.
@@ -95,12 +95,13 @@ def refine_choice(
     count = -(-tokens // windows.shape[1])
     calls = _capture(model, plan.blocks, windows[:count])
     refined, reports = [], []
-    for position, block in enumerate(plan.blocks):
-        progress(ProgressEvent("refine", position, len(plan.blocks), "block", name=block.name))
-        fixed = {expert for where, expert in protect if where == position}
-        choice, report = _refine(plan, position, calls[position], fixed, max_swaps)
-        refined.append(choice)
-        reports.append(report)
+    with reporting(progress) as told:
+        for position, block in enumerate(plan.blocks):
+            told(ProgressEvent("refine", position, len(plan.blocks), "block", name=block.name))
+            fixed = {expert for where, expert in protect if where == position}
+            choice, report = _refine(plan, position, calls[position], fixed, max_swaps)
+            refined.append(choice)
+            reports.append(report)
     return refined, reports
 
 

@@ -28,7 +28,7 @@ from moesparse.experts.scores_file import ExpertScores
 from moesparse.experts.selection import choose_experts
 from moesparse.experts.surgery import RouterGroups
 from moesparse.models.fingerprint import router_sketch
-from moesparse.progress import Progress, ProgressEvent, silent
+from moesparse.progress import ProgressEvent, ProgressLike, reporting
 from moesparse.system.run_folder import claimed
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def prune_gguf(
     out: str | os.PathLike[str],
     plan: ExpertPlan,
     *,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
 ) -> GGUFReport:
     """Remove experts from a GGUF model, into new files.
 
@@ -248,7 +248,7 @@ def prune_gguf(
         source: a file, or one of the files of a split.
         out: NAME.gguf; for a split NAME-00001-of-0000N.gguf and so on. It appears whole or not at all.
         plan: which experts stay; of this model or of a copy of it in any form.
-        progress: called with every tensor.
+        progress: as in `moesparse.prune`; a function is called with every tensor.
 
     Raises:
         CalibrationError: the plan of another model.
@@ -273,13 +273,13 @@ def prune_gguf(
         slices |= dict.fromkeys(dropped)
         values |= _values_without(model, len(dropped))
     done = 0
+    with reporting(progress) as told, claimed(out):
 
-    def tell(name: str) -> None:
-        nonlocal done
-        progress(ProgressEvent("cut", done, len(files.tensors) - len(dropped), "tensor", name=name))
-        done += 1
+        def tell(name: str) -> None:
+            nonlocal done
+            told(ProgressEvent("cut", done, len(files.tensors) - len(dropped), "tensor", name=name))
+            done += 1
 
-    with claimed(out):
         paths = output_files(files, out)
         write_files(files, paths, slices, values, tell)
     cut = [name for layer in layers for name in model.names(layer) if "_exps.weight" in name]

@@ -180,13 +180,14 @@ def remove_and_refit(
     Returns:
         The surgery's report and, with a stream, one RefitReport per block.
     """
-    done, fits = len(output.notes), list[RefitReport]()
+    done, count, fits = len(output.notes), len(layers), list[RefitReport]()
+    stage, tokens = "remove experts", 0
     if stream is not None:
         stream.restart()
-    for position in range(len(layers)):
+    for position in range(count):
         names = {block.name for block in layers.blocks_at(position)}
         here = [number for number, block in enumerate(plan.blocks) if block.name in names]
-        options.progress(ProgressEvent("remove experts", position, len(layers), "layer"))
+        options.progress(ProgressEvent(stage, position, count, "layer", tokens, layer=position, layers=count))
         with layers.hold_to_cut(position) if stream is None else layers.hold(position, options.device):
             notes = list(output.notes[position]) if position < done else []
             for number in here:
@@ -194,14 +195,14 @@ def remove_and_refit(
                     plan.apply_block(number)
                 else:
                     notes.append(remove_and_refit_block(stream, position, plan, number, ridge).to_dict())
-            if stream is not None and done < len(layers):
+            if stream is not None and done < count:
                 if position < done:
                     output.refill(position, options.device)
                 elif (rounding := output.round(position, [plan.kept[number].tolist() for number in here])) is not None:
                     notes = [{**note, "rounding": asdict(rounding)} for note in notes]
-                for _ in stream.run(position, keep=True):
-                    pass
+                tokens += sum(stream.run(position, keep=True))
             if position >= done:
                 output.keep(position, notes, [plan.kept[number].tolist() for number in here])
         fits += [RefitReport(**note) for note in notes]
+    options.progress(ProgressEvent(stage, count, count, "layer", tokens, layer=count, layers=count))
     return plan.finish(), fits

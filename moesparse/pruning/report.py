@@ -51,6 +51,7 @@ class BlockReport:
     """One MoE block: its tensors, the tokens each expert saw, time and memory.
 
     Attributes:
+        peak_bytes: resident memory of the process at most until then; on a GPU, of the tensors there meanwhile.
         rounding: what quantising its weights again has cost; None where they are stored as they were solved for.
     """
 

@@ -32,7 +32,7 @@ from moesparse.experts.plan_file import PLAN_FILE, ExpertPlan
 from moesparse.models.blocks import check_module
 from moesparse.models.layers import RunOptions
 from moesparse.models.on_disk import LayersOnDisk
-from moesparse.progress import Progress, silent
+from moesparse.progress import ProgressLike, reporting
 from moesparse.pruning.driver import both_steps, carry_out, carry_out_in_place, check_work
 from moesparse.pruning.next_token import check_in_memory, prepare_next_token_layers
 from moesparse.pruning.plan import plan_run
@@ -60,7 +60,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
     allow_pruned: bool = False,
 ) -> Report:
     """Prune every expert matrix of a transformers MoE model, in place.
@@ -80,7 +80,8 @@ def prune(
         tokenizer: for text; None takes that of the folder which the model was loaded from.
         batch_size: windows in one forward.
         device: where the layer at work goes; None takes the GPU when there is one.
-        progress: called with every step.
+        progress: "bar", "log" (a line for every layer), None for nothing, or a function that is called with every step.
+            "auto" shows a bar or lines once the call has taken some seconds.
         allow_pruned: accept a model that already carries pruned experts.
 
     Returns:
@@ -93,8 +94,7 @@ def prune(
         CalibrationError: the windows or statistics do not fit this model.
     """
     check_module(model)
-    options = RunOptions(batch_size, device_at_work(device), allow_pruned, progress=progress)
-    recipe = Recipe.of(recipe).on(options.device)
+    recipe = Recipe.of(recipe).on(device_at_work(device))
     check_in_memory(getattr(model, "config", None), recipe)
     if recipe.output_dtype is not None:
         raise UsageError(
@@ -102,9 +102,11 @@ def prune(
             "of a quantised checkpoint (moesparse.prune_checkpoint)"
         )
     given = tokenised(calibration, model, tokenizer)
-    if recipe.target_bytes is not None:
-        return prune_to_budget(model, given, recipe, options, domains)
-    return carry_out_in_place(model, calibration_of(given, model, domains), recipe, options)
+    with reporting(progress) as told:
+        options = RunOptions(batch_size, device_at_work(device), allow_pruned, progress=told)
+        if recipe.target_bytes is not None:
+            return prune_to_budget(model, given, recipe, options, domains)
+        return carry_out_in_place(model, calibration_of(given, model, domains), recipe, options)
 
 
 def prune_checkpoint(
@@ -121,7 +123,7 @@ def prune_checkpoint(
     resume: bool = False,
     allow_pruned: bool = False,
     max_memory: int | None = None,
-    progress: Progress = silent,
+    progress: ProgressLike = "auto",
     complete: Callable[[Report], Report] = lambda report: report,
 ) -> Report:
     """Prune the experts of a checkpoint into a new checkpoint, dense with zeros.
@@ -157,7 +159,7 @@ def prune_checkpoint(
         allow_pruned: accept a model that already carries pruned experts.
         max_memory: bytes of RAM to stay within; None is what is available now. The hidden states go to a file in `out`
             when they would not fit beside the rest.
-        progress: called with every step.
+        progress: as in `prune`.
         complete: what the report is to be, given what this run alone would report.
 
     Returns:
@@ -171,8 +173,7 @@ def prune_checkpoint(
             named.
         CalibrationError: the windows do not fit the model, or it was pruned before.
     """
-    options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory, progress)
-    recipe = Recipe.of(recipe).on(options.device)
+    recipe = Recipe.of(recipe).on(device_at_work(device))
     _check_layered(calibration, recipe)
     layers = LayersOnDisk.of(source if isinstance(source, LayersOnDisk) else local_folder(source), recipe.output_dtype)
     given = tokenised(calibration, layers.model, tokenizer, folder=layers.folder)
@@ -181,10 +182,12 @@ def prune_checkpoint(
     prepare_next_token_layers(layers, recipe, saved=isinstance(data, Saved))
     check_work(layers, data, recipe)
     check_plain_routers(layers, recipe)
-    work = _Work(data, recipe, options, tokenizer, card, read_report(layers.folder))
-    if not (recipe.removes_experts and recipe.prunes_weights):
-        return work.carry_out(layers, Path(out), recipe, complete)
-    return work.carry_out_both(layers, Path(out), complete)
+    with reporting(progress) as told:
+        options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory, told)
+        work = _Work(data, recipe, options, tokenizer, card, read_report(layers.folder))
+        if not (recipe.removes_experts and recipe.prunes_weights):
+            return work.carry_out(layers, Path(out), recipe, complete)
+        return work.carry_out_both(layers, Path(out), complete)
 
 
 def _check_layered(calibration: Given | Text, recipe: Recipe) -> None:

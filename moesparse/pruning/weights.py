@@ -28,7 +28,7 @@ from moesparse.progress import Progress, ProgressEvent
 from moesparse.pruning.block import Recorded, prune_block
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import BlockReport
-from moesparse.system.memory import peak_memory, reset_peak_memory
+from moesparse.system.memory import peak_memory, reset_gpu_peak
 from moesparse.weights.mask_rules import moments_needed
 from moesparse.weights.weight_rules import parse_update, rescale_factor
 
@@ -78,7 +78,10 @@ def prune_weights(
         with layers.hold(position):
             measured = []
             for block in layers.blocks_at(position):
-                options.progress(ProgressEvent(f"prune {block.name}", position, len(layers), "layer"))
+                stage, count = f"prune {block.name}", len(layers)
+                options.progress(
+                    ProgressEvent(stage, position, count, "layer", work="prune", layer=position, layers=count)
+                )
                 found = sums.get(block.name)
                 measured.append(prune_block(block, found, recipe, recipe.update, processes=layers.processes))
             _round(output, position, layers.blocks_at(position), measured)
@@ -104,7 +107,7 @@ class _LayerPass:
         self.total, self.done, self.tokens = passes * len(stream), 0, 0
         memory = max(memory_needed(here, self.moments) for here in blocks if here)
         first = next(here[0] for here in blocks if here)
-        progress(ProgressEvent(f"calibrate {first.name}", 0, self.total, memory=memory))
+        self._tell(f"calibrate {first.name}", start, memory=memory)
 
     def run(self, output: Output) -> list[BlockReport]:
         """Prune all of them and keep each with the reports of its blocks."""
@@ -113,6 +116,7 @@ class _LayerPass:
             with self.stream.on_device(position):
                 measured = self._layer(position, self.layers.blocks_at(position), output)
                 output.keep(position, [report.to_dict() for report in measured])
+            self._tell(f"layer {position} is finished", position + 1)
             reports += measured
         return reports
 
@@ -121,7 +125,7 @@ class _LayerPass:
             self._send(position, f"layer {position}", keep=True)
             return []
         started, name = time.perf_counter(), blocks[0].name
-        reset_peak_memory()
+        reset_gpu_peak()
         # the dense layer's outputs are there only now; its inputs are needed again for rescaling
         outputs = None if self.recipe.propagate else self.stream.hidden.fresh()
         # of the last block's output nothing is kept, unless one of these wants it
@@ -185,7 +189,22 @@ class _LayerPass:
         """Run one layer over all batches; the arguments are those of `LayerStream.run`."""
         for count in self.stream.run(position, keep=keep, outputs=outputs, recorders=recorders):
             self.done, self.tokens = self.done + 1, self.tokens + count
-            self.progress(ProgressEvent(stage, self.done, self.total, tokens=self.tokens))
+            self._tell(stage, position)
+
+    def _tell(self, stage: str, finished: int, memory: int = 0) -> None:
+        """Of the pass, whose layers before `finished` are."""
+        self.progress(
+            ProgressEvent(
+                stage,
+                self.done,
+                self.total,
+                tokens=self.tokens,
+                memory=memory,
+                work="prune",
+                layer=finished,
+                layers=self.positions.stop,
+            )
+        )
 
 
 @torch.no_grad()

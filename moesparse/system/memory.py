@@ -51,12 +51,20 @@ def available_memory() -> int | None:
     return None
 
 
-def reset_peak_memory() -> None:
-    """Start a new measurement; where the system cannot (not Linux), the peak stays the process's own."""
+def reset_gpu_peak() -> None:
+    """Start a new measurement on a GPU. That of RAM goes on: the system's own figure (`time -v`) would fall with it."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement, for a benchmark; where the system cannot (not Linux) it goes on."""
+    import torch
+
+    if torch.cuda.is_available():
+        reset_gpu_peak()
         return
     try:
         # resets VmHWM
@@ -71,11 +79,24 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    return _status("VmHWM:") or _largest()
+
+
+def resident_memory() -> int:
+    """Bytes of this process in RAM, libraries included; its peak where the system does not say more (not Linux)."""
+    return _status("VmRSS:") or _largest()
+
+
+def _status(name: str) -> int | None:
     try:
         for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(name):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    # ru_maxrss is in kilobytes everywhere but on macOS
+    return None
+
+
+def _largest() -> int:
+    # in kilobytes everywhere but on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

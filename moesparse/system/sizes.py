@@ -1,10 +1,10 @@
-"""Numbers of bytes as people write them."""
+"""Bytes and seconds as people write them."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["parse_size"]
+__all__ = ["format_bytes", "format_seconds", "parse_size"]
 
 _LETTERS = tuple(enumerate("KMGT", start=1))
 # a letter alone is decimal: the smaller of what it may mean, which keeps within any limit
@@ -25,3 +25,21 @@ def parse_size(text: str) -> int:
     if count < 1:
         raise ValueError(f"less than a byte: {text!r}")
     return count
+
+
+def format_bytes(count: int) -> str:
+    """12.3 GiB, 4.0 MiB: three digits and a binary unit."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """45 s, 12.3 min, 2.0 h, 3.1 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

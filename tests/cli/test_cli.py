@@ -16,6 +16,8 @@ from moesparse import demo
 from moesparse.cli import main
 from moesparse.models import on_disk
 from moesparse.system.installation import kernels_in_words
+from moesparse.system.sizes import format_bytes
+from moesparse.system.speed import Speed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -90,6 +92,33 @@ def test_the_mask_rule_of_this_device_is_said_where_none_was_named(arguments, sa
     code, out, err = in_process(monkeypatch, capsys, "prune", "demo", tmp_path / "out", *how)
     assert code == 0, err
     assert ("Mask rule: gated-sparsegpt, the default of this device" in out + err) == said
+
+
+def test_a_dry_run_prints_its_plan_as_its_result(tmp_path, monkeypatch, capsys):
+    code, out, err = in_process(monkeypatch, capsys, "prune", "demo", tmp_path / "out", *MAGNITUDE, "--dry-run")
+    assert (code, err) == (0, "")
+    assert "decoder layers, with experts" in out and "time at this load, within a factor of three" in out
+    assert not (tmp_path / "out").exists()
+    code, out, err = in_process(monkeypatch, capsys, "prune", "demo", tmp_path / "out", *MAGNITUDE)
+    assert (code, out) == (0, "")
+    assert "decoder layers, with experts" in err
+
+
+def test_a_plan_names_the_load_and_what_it_was_without(tmp_path, monkeypatch, capsys):
+    speed = Speed((1e9, 1e9), 3.2, 2, (4e9, 4e9), "2026-11-30")
+    monkeypatch.setattr("moesparse.system.speed.speed_here", lambda *_: speed)
+    words = ("prune", "demo", tmp_path / "out", *MAGNITUDE, "--dry-run")
+    code, out, _ = in_process(monkeypatch, capsys, *words, "--json")
+    plan = json.loads(out)
+    assert (code, plan["load"], plan["cpus"], plan["measured_without_load"]) == (0, 3.2, 2, "2026-11-30")
+    assert plan["seconds"] == pytest.approx(4 * plan["seconds_without_load"])
+    assert plan["process"] > 50 * 2**20
+    _, out, _ = in_process(monkeypatch, capsys, *words)
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert "this load: average of a minute, CPUs 3.2, 2" in rows
+    whole = format_bytes(plan["peak_in_memory"] + plan["process"]).split()[-1]
+    assert any(row.startswith("at most, with it: the peak column, time -v") and row.endswith(whole) for row in rows)
+    assert any(row.startswith("without load, as measured here on 2026-11-30") for row in rows)
 
 
 def test_inspect_shows_the_pattern_in_every_expert_matrix_and_nothing_else_changed(pruned, monkeypatch, capsys):

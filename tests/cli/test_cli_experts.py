@@ -214,6 +214,8 @@ def test_target_bytes_is_planned_without_writing_and_then_carried_out(folder, tm
     plan = json.loads(printed)
     assert code == 0 and not out.exists()
     assert plan["mixed"]["bytes"] <= 0.7 * plan["dense"]
+    code, printed, told = run(monkeypatch, capsys, folder, "prune", *arguments, "--dry-run")
+    assert code == 0 and "estimates in nats per token" in printed and "nats" not in told
     code, _, told = run(monkeypatch, capsys, folder, "prune", *arguments)
     assert code == 0
     assert "experts, 0." in told and "estimates in nats per token" in told

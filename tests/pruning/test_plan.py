@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
 from moesparse import Recipe, find_moe_blocks
-from moesparse.calibration.plan import file_flops, gemm_rate
+from moesparse.calibration.plan import file_flops
 from moesparse.cli.options import parse_limit
 from moesparse.errors import UsageError
 from moesparse.pruning.plan import plan_pruning, plan_run
+from moesparse.system.speed import gemm_rate
 from moesparse.testing import tiny_model
 from moesparse.weights.solvers import memory_for_solver
 

@@ -14,6 +14,7 @@ from moesparse.errors import CalibrationError, MoESparseError, UnsupportedModelE
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.run import prune
+from moesparse.system.memory import peak_memory
 from moesparse.testing import tiny_model
 from moesparse.weights.patterns import check_mask
 
@@ -293,6 +294,15 @@ def test_progress_counts_to_the_end():
         assert done[0] == 0
     assert all(event.done <= event.total for event in events)
     assert any("model.layers.1.mlp.experts" in event.stage for event in events)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="then it is the GPU's memory that is counted")
+def test_the_peak_is_the_process_own_as_the_system_counts_it():
+    # taken and given back: `time -v` still knows it
+    torch.ones(2**26)
+    before = peak_memory()
+    report = prune(tiny_model("mixtral"), windows(), Recipe(update="none", saliency="wanda"))
+    assert all(block.peak_bytes >= before for block in report.blocks)
 
 
 class TestBadInput:

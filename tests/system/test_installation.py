@@ -150,6 +150,7 @@ def test_extras_are_those_whose_every_package_is_there(monkeypatch, tmp_path):
 
 def test_the_command_says_what_the_function_does(monkeypatch, capsys):
     found = json.loads(in_process(monkeypatch, capsys, "info", "--json").out)
+    assert found.pop("schema") == "moesparse.info/1"
     assert found == json.loads(json.dumps(moesparse.info().as_dict()))
     assert [auto["dtype"] for auto in found["auto"]["cpu"]][::3] == ["bfloat16", "float16", "float32"]
     said = in_process(monkeypatch, capsys, "info").out
