@@ -166,5 +166,5 @@ def _write_file(run: RunFolder, statistics: ModelStatistics) -> Path:
     work.mkdir()
     with ShardWriter(work, specs, sys.maxsize, statistics.metadata()) as writer:
         for key, shards in places.items():
-            writer.copy(key, shards.chunks(key))
+            writer.copy(key, shards.parts(key))
     return work / SINGLE_FILE

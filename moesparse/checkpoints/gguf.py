@@ -7,7 +7,6 @@ is not used: it takes metadata apart into Python values, and cannot put an empty
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
 import re
@@ -15,11 +14,11 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesparse.errors import CheckpointError, MissingFileError, MoESparseError, UsageError
+from moesparse.system.file_bytes import copy_bytes, write_bytes
 from moesparse.system.folders import check_writable, flush
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 # of GGUFValueType
 _PACK = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-
-_BUFFER, _AT_ONCE = 2**23, 2**26
 
 Slices = Sequence[tuple[int, int]]
 """Rows of a tensor along its slowest dimension, first and behind the last, in order."""
@@ -229,14 +226,14 @@ def _write_file(
     # magic number and version are the source's own
     head = reader.data[:8].tobytes() + struct.pack("<QQ", len(stay), len(records))
     with source.open("rb", buffering=0) as old, path.open("wb", buffering=0) as new:
-        _write(new, b"".join([head, *records, *table]))
+        write_bytes(b"".join([head, *records, *table]), new)
         for tensor, rows in stay:
-            _write(new, bytes(-new.tell() % int(reader.alignment)))
+            write_bytes(bytes(-new.tell() % int(reader.alignment)), new)
             told(tensor.name)
             for start, stop in rows:
                 size = _row_bytes(tensor)
-                _copy(old, tensor.data_offset + start * size, (stop - start) * size, new)
-        _write(new, bytes(-new.tell() % int(reader.alignment)))
+                copy_bytes(old, tensor.data_offset + start * size, (stop - start) * size, new)
+        write_bytes(bytes(-new.tell() % int(reader.alignment)), new)
 
 
 def _end_of_metadata(reader: GGUFReader) -> int:
@@ -294,29 +291,3 @@ def _tensor_record(field: ReaderField, rows: int, offset: int) -> bytes:
     shape[-1] = rows
     head = b"".join(part.tobytes() for part in (length, name, count, shape, kind))
     return head + struct.pack("<Q", offset)
-
-
-def _write(new: FileIO, data: bytes) -> None:
-    while data:
-        data = data[new.write(data) :]
-
-
-def _copy(old: FileIO, start: int, size: int, new: FileIO) -> None:
-    """Bytes of one file at the end of another, within the kernel where it can."""
-    while size:
-        done = _copy_in_kernel(old, start, size, new) or new.write(os.pread(old.fileno(), min(size, _BUFFER), start))
-        if not done:
-            raise OSError(f"{old.name} has become shorter")
-        start, size = start + done, size - done
-
-
-def _copy_in_kernel(old: FileIO, start: int, size: int, new: FileIO) -> int:
-    """How many of the bytes were copied; 0 where the system or the file system does not do it."""
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    try:
-        return os.copy_file_range(old.fileno(), new.fileno(), min(size, _AT_ONCE), start)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            return 0
-        raise

@@ -332,7 +332,7 @@ def _write(
                 if key in converted:
                     convert(writer, key)
                 else:
-                    writer.copy(key, skeleton.shards.chunks(key))
+                    writer.copy(key, skeleton.shards.parts(key))
                 progress(ProgressEvent("write", done, len(keys), "tensor", seconds=time.perf_counter() - started))
         copy_companions(skeleton.folder, work, leave=("config.json", "README.md", MANIFEST_FILE))
         card = skeleton.folder / "README.md"

@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from io import BufferedWriter
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moesparse.system.file_bytes import FileBytes, HashQueue, write_bytes
 from moesparse.system.manifest import file_hash
-from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, TensorInfo, TensorSpec
+from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, TensorInfo, TensorSpec, copy_part
 
 __all__ = ["MAX_SHARD_BYTES", "ShardWriter", "write_shards"]
 
@@ -73,7 +74,8 @@ class ShardWriter:
         self._left = dict.fromkeys(self._headers, 0)
         for info in self._places.values():
             self._left[info.file] += info.nbytes
-        self._open: dict[Path, BufferedWriter] = {}
+        self._open: dict[Path, FileIO] = {}
+        self._queue = HashQueue()
         # of what has come so far without a gap, and how many bytes that are
         self._digests = {path: hashlib.sha256(header) for path, header in self._headers.items()}
         self._hashed = {path: len(header) for path, header in self._headers.items()}
@@ -103,6 +105,7 @@ class ShardWriter:
         Args:
             file: one of `files`.
         """
+        self._queue.finish()
         return self._digests[file].hexdigest() if self._hashed[file] == file.stat().st_size else file_hash(file)
 
     def _lay_out(self, file: Path, specs: Sequence[TensorSpec]) -> None:
@@ -137,14 +140,18 @@ class ShardWriter:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
         self._put(info, (entry or 0) * data.numel(), data.numpy().data)
 
-    def copy(self, name: str, chunks: Iterator[bytes]) -> None:
-        """Write a tensor of any dtype from its bytes."""
+    def copy(self, name: str, parts: Iterator[FileBytes | bytes]) -> None:
+        """Write a tensor of any dtype from its bytes.
+
+        Raises:
+            CheckpointError: the file in which they lie has gone or changed.
+        """
         at = 0
-        for data in chunks:
+        for data in parts:
             self._put(self._places[name], at, data)
             at += len(data)
 
-    def _put(self, info: TensorInfo, at: int, data: bytes | memoryview) -> None:
+    def _put(self, info: TensorInfo, at: int, data: FileBytes | bytes | memoryview) -> None:
         if not len(data):
             return
         if len(data) > self._missing[info.name]:
@@ -153,24 +160,26 @@ class ShardWriter:
             )
         file = self._file(info.file)
         file.seek(info.offset + at)
-        file.write(data)
+        if isinstance(data, FileBytes):
+            copy_part(data, info.name, file)
+        else:
+            write_bytes(data, file)
         if self._hashed[info.file] == info.offset + at:
-            self._digests[info.file].update(data)
+            self._queue.update(self._digests[info.file], data)
             self._hashed[info.file] += len(data)
         self._missing[info.name] -= len(data)
         self._left[info.file] -= len(data)
         if not self._left[info.file]:
             self._close(info.file)
 
-    def _file(self, path: Path) -> BufferedWriter:
+    def _file(self, path: Path) -> FileIO:
         if path not in self._open:
-            self._open[path] = path.open("xb")
-            self._open[path].write(self._headers[path])
+            self._open[path] = FileIO(path, "xb")
+            write_bytes(self._headers[path], self._open[path])
         return self._open[path]
 
     def _close(self, path: Path) -> None:
         file = self._open.pop(path)
-        file.flush()
         os.fsync(file.fileno())
         file.close()
 
@@ -183,6 +192,11 @@ class ShardWriter:
         Raises:
             ValueError: a tensor was not written in full.
         """
+        try:
+            if kind is None:
+                self._queue.finish()
+        finally:
+            self._queue.close()
         if kind is not None:
             for file in self._open.values():
                 file.close()
@@ -235,5 +249,5 @@ def write_shards(
                 if name in tensors:
                     writer.write(name, tensors[name].cpu())
                 elif source is not None:
-                    writer.copy(name, source.chunks(names[name]))
+                    writer.copy(name, source.parts(names[name]))
     return writer

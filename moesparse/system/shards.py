@@ -14,7 +14,7 @@ import shlex
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import CheckpointError, UnsupportedModelError
+from moesparse.system.file_bytes import FileBytes, copy_bytes
 
 __all__ = [
     "INDEX_FILE",
@@ -31,6 +32,7 @@ __all__ = [
     "TensorInfo",
     "TensorSpec",
     "check_not_pointer",
+    "copy_part",
     "read_header",
     "read_json",
     "read_weight_map",
@@ -207,6 +209,29 @@ def reading(path: Path) -> Iterator[BufferedReader]:
         raise CheckpointError(
             f"{path} was there and cannot be read any more: {error.strerror or error}; put it back"
         ) from error
+
+
+def copy_part(part: FileBytes, name: str, new: FileIO) -> None:
+    """Copy bytes of a shard whose header was read before to where a file stands.
+
+    Args:
+        name: what they are of, for errors.
+
+    Raises:
+        CheckpointError: the shard has gone or changed.
+        OSError: the other file cannot be written.
+    """
+    failed = None
+    with reading(part.path) as old:
+        if os.fstat(old.fileno()).st_size < part.start + part.nbytes:
+            raise CheckpointError(f"{part.path} was changed while it was read: {name} is cut off")
+        try:
+            copy_bytes(old, part.start, part.nbytes, new)
+        except OSError as error:
+            failed = error
+    # a full disk is not the shard's fault
+    if failed is not None:
+        raise failed
 
 
 def _shown(name: str) -> str:
@@ -424,6 +449,11 @@ class Shards:
             with contextlib.suppress(OSError, CheckpointError), _open_regular(path) as file:
                 for info in infos:
                     os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def parts(self, name: str) -> Iterator[FileBytes | bytes]:
+        """The bytes of one tensor for a writer that copies them: where they lie, or themselves where they are made."""
+        info = self.tensors[name]
+        yield FileBytes(info.file, info.offset, info.nbytes)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of one tensor of any dtype, at most 16 MiB at a time.

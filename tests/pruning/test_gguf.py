@@ -380,7 +380,7 @@ def test_scores_of_a_file_choose(tmp_path):
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     source = minimax(tmp_path / "all.gguf", split=9)
     source, plan = tmp_path / "all-00001-of-00004.gguf", plan_of(minimax(tmp_path / "one.gguf"))
-    calls, copy = [], moesparse.checkpoints.gguf._copy
+    calls, copy = [], moesparse.checkpoints.gguf.copy_bytes
 
     def full(*arguments):
         calls.append(1)
@@ -388,7 +388,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         copy(*arguments)
 
-    monkeypatch.setattr(moesparse.checkpoints.gguf, "_copy", full)
+    monkeypatch.setattr(moesparse.checkpoints.gguf, "copy_bytes", full)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=r"kept.*: No space left on device. Nothing was left there"):
         prune_gguf(source, tmp_path / "kept.gguf", plan)
@@ -398,7 +398,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 def test_a_file_system_that_does_not_copy_by_itself(tmp_path, monkeypatch):
     source = minimax(tmp_path / "all.gguf")
     monkeypatch.delattr(os, "copy_file_range")
-    monkeypatch.setattr(moesparse.checkpoints.gguf, "_BUFFER", 1000)
+    monkeypatch.setattr(moesparse.system.file_bytes, "_BUFFER", 1000)
     prune_gguf(source, tmp_path / "kept.gguf", plan_of(source))
     check_bytes(source, tmp_path / "kept.gguf", KEPT)
 
@@ -409,10 +409,10 @@ def test_a_killed_run_leaves_no_file_of_that_name_and_the_next_one_finds_room(tm
     code = (
         "import os, signal, sys\nimport moesparse.checkpoints.gguf as files\n"
         "from moesparse.pruning.gguf import prune_gguf\nfrom moesparse.experts.plan_file import ExpertPlan\n"
-        "copy, calls = files._copy, []\n"
+        "copy, calls = files.copy_bytes, []\n"
         "def dying(*arguments):\n    calls.append(1)\n    copy(*arguments)\n"
         "    if len(calls) == 15: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "files._copy = dying\nprune_gguf(sys.argv[1], sys.argv[2], ExpertPlan.load(sys.argv[3]))\n"
+        "files.copy_bytes = dying\nprune_gguf(sys.argv[1], sys.argv[2], ExpertPlan.load(sys.argv[3]))\n"
     )
     arguments = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("all.gguf", "kept.gguf", "plan.json"))]
     assert subprocess.run(arguments, capture_output=True).returncode == -signal.SIGKILL

@@ -143,8 +143,8 @@ def test_a_full_disk_keeps_what_is_finished(source, both, tmp_path, monkeypatch)
 def test_saved_statistics_choose_and_no_text_is_run(source, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     found = {name: calibrate(model, WINDOWS[at::2], batch_size=3) for at, name in enumerate(("law", "code"))}
-    moesparse.prune(model, found, RECIPES["cut"])
-    moesparse.save_pretrained(model, tmp_path / "want", recipe=RECIPES["cut"].to_dict())
+    report = moesparse.prune(model, found, RECIPES["cut"])
+    moesparse.save_pretrained(model, tmp_path / "want", recipe=report.recipe)
     prune_checkpoint(source, tmp_path / "got", found, RECIPES["cut"])
     assert_same(tmp_path / "got", tmp_path / "want")
     with pytest.raises(CalibrationError, match="must be windows to refit the experts that stay, got statistics"):

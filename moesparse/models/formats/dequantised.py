@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moesparse.models.formats.expert_names import SIDE_FILE
 from moesparse.models.formats.stored import StoredWeights
+from moesparse.system.file_bytes import FileBytes
 from moesparse.system.shards import Shards, TensorSpec
 
 __all__ = ["QUANTISATION_FILES", "DequantisedWeights"]
@@ -70,12 +71,18 @@ class DequantisedWeights(StoredWeights):
     def read_ahead(self, names: Iterable[str]) -> None:
         self._weights.read_ahead(names)
 
+    def parts(self, name: str) -> Iterator[FileBytes | bytes]:
+        yield from self.chunks(name) if self._is_made(name) else self._weights.raw.parts(name)
+
+    def _is_made(self, name: str) -> bool:
+        return name in self.dequantised or self.tensors[name].dtype != self._weights.tensors[name].dtype
+
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of one tensor; of a quantised one, a matrix at a time."""
-        info = self.tensors[name]
-        if info.dtype == self._weights.tensors[name].dtype and name not in self.dequantised:
+        if not self._is_made(name):
             yield from self._weights.raw.chunks(name)
             return
+        info = self.tensors[name]
         entries: Iterable[Any] = range(info.shape[0]) if len(info.shape) == 3 else (None,)
         for entry in entries:
             data = self.read(name, entry).contiguous().flatten().view(torch.uint8)
