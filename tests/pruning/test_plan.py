@@ -31,11 +31,10 @@ QWEN3_30B = {
 
 
 def plan_of(config, **recipe):
+    rules = {"weights": "2:4", "saliency": "gated-admm"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return plan_pruning(
-        model, find_moe_blocks(model), Recipe(weights="2:4", **recipe), windows=128, length=2048, batch_size=8
-    )
+    return plan_pruning(model, find_moe_blocks(model), Recipe(**rules | recipe), windows=128, length=2048, batch_size=8)
 
 
 # parameters and active ones are those that the models' cards state, in billions (DeepSeek's without its extra
