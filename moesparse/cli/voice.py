@@ -18,7 +18,7 @@ import typer
 from moesparse._version import __version__
 from moesparse.cli.console import console
 from moesparse.cli.job import job
-from moesparse.cli.options import check_output_file
+from moesparse.cli.options import RUN, check_output_file, option
 from moesparse.progress import Progress, reporting, stamped
 
 __all__ = ["shown_progress", "speaking", "voice"]
@@ -29,8 +29,8 @@ _LOG_HELP = (
     "ended. Default: MOESPARSE_LOG, where that names a file."
 )
 _OPTIONS = {
-    "quiet": (Annotated[bool, typer.Option("--quiet", help=_QUIET_HELP)], False),
-    "log_file": (Annotated[Path | None, typer.Option(help=_LOG_HELP, metavar="FILE")], None),
+    "quiet": (Annotated[bool, option(RUN, _QUIET_HELP, "--quiet")], False),
+    "log_file": (Annotated[Path | None, option(RUN, _LOG_HELP, metavar="FILE")], None),
 }
 
 
