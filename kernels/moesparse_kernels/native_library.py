@@ -234,7 +234,10 @@ def _check_status(status: int) -> None:
 
 def _load(file: Path) -> tuple[Native | None, str | None]:
     """The library, or None and why there is none."""
-    if os.environ.get("MOESPARSE_NATIVE") == "0":
+    asked = os.environ.get("MOESPARSE_NATIVE") or "1"
+    if asked not in ("0", "1"):
+        raise ValueError(f"MOESPARSE_NATIVE must be 0 or 1, got {asked!r}; MOESPARSE_NATIVE_PATH names a path")
+    if asked == "0":
         return None, "MOESPARSE_NATIVE=0 turns it off"
     if not file.is_file():
         return None, f"{file.name} is not beside the package: it was installed without its compiled part"

@@ -66,6 +66,9 @@ def test_without_the_library_all_is_as_before():
 def test_environment_turns_it_off_and_chooses_a_path(monkeypatch):
     monkeypatch.setenv("MOESPARSE_NATIVE", "0")
     assert native_library._load(native_library.LIBRARY) == (None, "MOESPARSE_NATIVE=0 turns it off")
+    monkeypatch.setenv("MOESPARSE_NATIVE", "avx2")
+    with pytest.raises(ValueError, match="must be 0 or 1, got 'avx2'; MOESPARSE_NATIVE_PATH names a path"):
+        native_library._load(native_library.LIBRARY)
     monkeypatch.delenv("MOESPARSE_NATIVE")
     for name in PATHS:
         monkeypatch.setenv("MOESPARSE_NATIVE_PATH", name)

@@ -2,7 +2,8 @@
 
     python tests/vllm_plugin/generate.py '{"folders": ["out"], "prompts": [[5, 9]], "tokens": 4, "options": {}}'
 
-Prints {folder: [[token, ...] per prompt]} as the last line.
+Prints {"tokens": {folder: [[token, ...] per prompt]}, "native": layers that the compiled kernels ran in this process}
+as the last line.
 """
 
 import gc
@@ -14,6 +15,15 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    from moesparse_kernels.native_library import Native
+
+    run, native = Native.run_layer, []
+
+    def counted(library, layer):
+        native.append(library.path)
+        run(library, layer)
+
+    Native.run_layer = counted
     request = json.loads(sys.argv[1])
     prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False)
@@ -25,7 +35,7 @@ def main() -> None:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-    print(json.dumps(answers))
+    print(json.dumps({"tokens": answers, "native": len(native)}))
 
 
 if __name__ == "__main__":

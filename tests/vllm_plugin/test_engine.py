@@ -31,6 +31,7 @@ from moesparse.experts.surgery import remove_experts
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.testing import prune_by_magnitude, tiny_model
 from moesparse.weights.patterns import Pattern, mask_from_score
+from moesparse_kernels.native_library import library
 
 HERE = Path(__file__).parent
 TOKENS = 12
@@ -104,6 +105,11 @@ def expected() -> dict[str, Tokens]:
 
 
 def generate(folders: list[Path], environment: dict[str, str] | None = None, **options) -> list[Tokens]:
+    return run_engine(folders, environment, **options)[0]
+
+
+def run_engine(folders: list[Path], environment: dict[str, str] | None, **options) -> tuple[list[Tokens], int]:
+    """The tokens of each folder, and how many layers the compiled kernels ran in the engine's own process."""
     names = [str(folder) for folder in folders]
     request = {
         "folders": names,
@@ -119,8 +125,8 @@ def generate(folders: list[Path], environment: dict[str, str] | None = None, **o
         timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    answers = json.loads(result.stdout.splitlines()[-1])
-    return [answers[name] for name in names]
+    found = json.loads(result.stdout.splitlines()[-1])
+    return [found["tokens"][name] for name in names], found["native"]
 
 
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -132,6 +138,17 @@ def test_every_kind_of_folder_gives_transformers_tokens(folders: dict[str, Path]
     assert dict(zip(MODELS, answers, strict=True)) == expected
     # a model whose tokens repeat would hide much
     assert all(len(set(tokens)) > 5 for answer in answers for tokens in answer)
+
+
+@pytest.mark.skipif(library() is None, reason="no compiled kernels for this CPU")
+@pytest.mark.parametrize("turned_on", [True, False])
+def test_the_compiled_kernels_run_the_layers(turned_on: bool, folders: dict[str, Path], expected: dict[str, Tokens]):
+    environment = IN_PROCESS | {"MOESPARSE_NATIVE": str(int(turned_on))}
+    tokens, native = run_engine([folders["mixtral"]], environment, enforce_eager=True)
+    assert tokens == [expected["mixtral"]]
+    layers = len(find_moe_blocks(MODELS["mixtral"]()))
+    # each pass of the model, of which the first may take both prompts
+    assert native >= layers * TOKENS if turned_on else native == 0
 
 
 def test_compiled(folders: dict[str, Path], expected: dict[str, Tokens]):
