@@ -11,7 +11,7 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["FileBytes", "HashQueue", "copy_bytes", "write_bytes"]
+__all__ = ["FileBytes", "HashQueue", "copy_bytes", "drop_from_cache", "write_bytes"]
 
 _BUFFER, _AT_ONCE = 2**23, 2**26
 # of the bytes that are hashed: they go from the system's cache through that of a core
@@ -68,13 +68,26 @@ class _Digest(Protocol):
     def update(self, data: Any, /) -> None: ...
 
 
+def drop_from_cache(file: FileIO, start: int = 0, nbytes: int = 0) -> None:
+    """Have the system forget these bytes of a file that are on the disk, all of them where nbytes is 0; a hint.
+
+    To go by more bytes than fit in memory takes half of the time then: the system finds room page by page otherwise.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
+
+
 class HashQueue:
     """Hashes of files that grow, brought up to date by one thread in the order of the calls.
 
     Bytes of a file are read again by that thread, out of the system's cache, while the caller copies what comes next.
+
+    Args:
+        drop: bytes of a file that were hashed are not wanted in the system's cache any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, drop: bool = False) -> None:
+        self._drop = drop
         self._thread = ThreadPoolExecutor(1, "moesparse-hash")
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._queued = 0
@@ -120,3 +133,5 @@ class HashQueue:
                     raise OSError(f"{data.path} has become shorter")
                 digest.update(view[:got])
                 left -= got
+            if self._drop:
+                drop_from_cache(file, data.start, data.nbytes)

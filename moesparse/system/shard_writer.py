@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesparse.system.file_bytes import FileBytes, HashQueue, write_bytes
+from moesparse.system.file_bytes import FileBytes, HashQueue, drop_from_cache, write_bytes
 from moesparse.system.manifest import file_hash
+from moesparse.system.memory import available_memory
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, TensorInfo, TensorSpec, copy_part
 
 __all__ = ["MAX_SHARD_BYTES", "ShardWriter", "write_shards"]
@@ -41,6 +42,7 @@ class ShardWriter:
         specs: all tensors, in the order in which they are shared out to shards.
         max_shard_bytes: of the tensors in one file; a larger tensor has a file of its own.
         metadata: of every file; None says that they are of torch, as transformers does.
+        passing: what is copied and written is more than fits in memory, and does not stay in the system's cache.
 
     Raises:
         ValueError: two tensors have one name.
@@ -52,6 +54,8 @@ class ShardWriter:
         specs: Sequence[TensorSpec],
         max_shard_bytes: int,
         metadata: Mapping[str, str] | None = None,
+        *,
+        passing: bool = False,
     ) -> None:
         self._folder = folder
         self._metadata = {"format": "pt"} if metadata is None else dict(metadata)
@@ -75,7 +79,7 @@ class ShardWriter:
         for info in self._places.values():
             self._left[info.file] += info.nbytes
         self._open: dict[Path, FileIO] = {}
-        self._queue = HashQueue()
+        self._passing, self._queue = passing, HashQueue(drop=passing)
         # of what has come so far without a gap, and how many bytes that are
         self._digests = {path: hashlib.sha256(header) for path, header in self._headers.items()}
         self._hashed = {path: len(header) for path, header in self._headers.items()}
@@ -181,6 +185,8 @@ class ShardWriter:
     def _close(self, path: Path) -> None:
         file = self._open.pop(path)
         os.fsync(file.fileno())
+        if self._passing:
+            drop_from_cache(file)
         file.close()
 
     def __enter__(self) -> ShardWriter:
@@ -219,6 +225,12 @@ class ShardWriter:
             (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _passes(source: Shards | None) -> bool:
+    """Whether shards and their copy are more than the memory that is there."""
+    available = available_memory()
+    return source is not None and available is not None and 2 * source.nbytes > available
+
+
 def write_shards(
     folder: Path,
     tensors: Mapping[str, Tensor],
@@ -240,7 +252,7 @@ def write_shards(
     specs = [TensorSpec.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
     if source is not None:
         specs += [dataclasses.replace(source.tensors[other], name=name) for name, other in names.items()]
-    with ShardWriter(folder, specs, max_shard_bytes) as writer:
+    with ShardWriter(folder, specs, max_shard_bytes, passing=_passes(source)) as writer:
         batches = writer.batches(_AHEAD_BYTES)
         for batch, following in zip(batches, [*batches[1:], []], strict=True):
             if source is not None:

@@ -305,3 +305,17 @@ def test_reading_ahead_names_the_bytes_of_the_tensors(tmp_path, monkeypatch):
     assert sorted(asked) == sorted(want)
     shards.tensors["b"].file.unlink()
     shards.read_ahead(["b"])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no hints")
+@pytest.mark.parametrize(("available", "dropped"), [(10**6, False), (40, True), (None, False)])
+def test_what_does_not_fit_in_memory_does_not_stay_in_the_cache(available, dropped, tmp_path, monkeypatch):
+    write(tmp_path, {"a": random_bits((4, 3), torch.bfloat16), "b": random_bits((5,), torch.uint8)})
+    (tmp_path / "out").mkdir()
+    source, gone = Shards.open(tmp_path), []
+    monkeypatch.setattr("moesparse.system.shard_writer.available_memory", lambda: available)
+    monkeypatch.setattr("moesparse.system.file_bytes.drop_from_cache", lambda file, *part: gone.append(part))
+    monkeypatch.setattr("moesparse.system.shard_writer.drop_from_cache", lambda file: gone.append(file.name))
+    writer = write_shards(tmp_path / "out", {}, 10**9, ({"x": "b", "y": "a"}, source))
+    parts = [(source.tensors[name].offset, source.tensors[name].nbytes) for name in "ab"]
+    assert sorted(gone, key=str) == (sorted([*parts, *writer.files], key=str) if dropped else [])
