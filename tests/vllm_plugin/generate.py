@@ -1,4 +1,4 @@
-"""A process of vLLM's engine: greedy tokens from each of several folders. Run by test_engine.py, and by hand:
+"""A process of vLLM's engine: greedy tokens from each of several folders. Run by test_vllm_engine.py, and by hand:
 
     python tests/vllm_plugin/generate.py '{"folders": ["out"], "prompts": [[5, 9]], "tokens": 4, "options": {}}'
 
