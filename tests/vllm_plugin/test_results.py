@@ -1,6 +1,6 @@
 """vLLM's config, its model classes and their loaders take what is written as they take its source.
 
-The model classes are built whole and loaded, not run: running takes vLLM's compiled code, which test_vllm_engine.py has.
+The model classes are built whole and loaded, not run: running takes vLLM's compiled code; test_vllm_engine.py has it.
 """
 
 import json
