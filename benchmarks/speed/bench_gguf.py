@@ -12,19 +12,13 @@ source lies in the page cache counts as mapped.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.results import RESULTS
-from benchmarks.speed.files import by_turns, pruned, random_bytes, show
-from moesparse.benchmarking import environment
+from benchmarks.speed.files import by_turns, pruned, random_bytes, run_benchmark
 from moesparse.checkpoints.gguf import GGUFFiles
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.pruning.gguf import GGUFModel
@@ -135,24 +129,7 @@ def measure(work: Path, gigabytes: float) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="of the file")
-    parser.add_argument("--work", type=Path, help="a folder on the disk to be measured (a temporary one)")
-    parser.add_argument("-o", "--output", type=Path, help="result file (results/cpu/bench_gguf.json)")
-    parser.add_argument("--show", action="store_true", help="measure nothing, print what the result file holds")
-    options = parser.parse_args(arguments)
-    file = options.output or RESULTS / "cpu" / "bench_gguf.json"
-    if not options.show:
-        work = Path(tempfile.mkdtemp(dir=options.work))
-        try:
-            row = measure(work, options.gigabytes)
-        finally:
-            shutil.rmtree(work)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        result = {"benchmark": "bench_gguf", "environment": environment(torch.device("cpu")), "rows": [row]}
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    for row in json.loads(file.read_text())["rows"]:
-        show(row)
+    run_benchmark("bench_gguf", __doc__, measure, 8.0, arguments)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-__all__ = ["by_turns", "copy_runs", "drop_from_cache", "pruned", "random_bytes", "show", "watched"]
+from benchmarks.results import RESULTS
+from moesparse.benchmarking import environment
+
+__all__ = ["by_turns", "copy_runs", "drop_from_cache", "pruned", "random_bytes", "run_benchmark", "watched"]
 
 Run = tuple[Path, int, int]
 """Bytes of a file: first, and behind the last."""
@@ -116,6 +124,41 @@ def by_turns(
         "ratio": best["seconds"] / min(copies),
         "anonymous": max(turn["anonymous"] for turn in found),
     }
+
+
+def run_benchmark(
+    name: str,
+    doc: str | None,
+    measure: Callable[[Path, float], dict[str, Any]],
+    gigabytes: float,
+    arguments: list[str] | None,
+) -> None:
+    """The command line of a benchmark of one row.
+
+    Args:
+        name: of the benchmark and its result file.
+        doc: what it says of itself.
+        measure: gives the row, of a work folder and gigabytes.
+        gigabytes: where the command names none.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=gigabytes, help=f"that are read ({gigabytes:g})")
+    parser.add_argument("--work", type=Path, help="a folder on the disk to be measured (a temporary one)")
+    parser.add_argument("-o", "--output", type=Path, help=f"result file (results/cpu/{name}.json)")
+    parser.add_argument("--show", action="store_true", help="measure nothing, print what the result file holds")
+    options = parser.parse_args(arguments)
+    file = options.output or RESULTS / "cpu" / f"{name}.json"
+    if not options.show:
+        work = Path(tempfile.mkdtemp(dir=options.work))
+        try:
+            row = measure(work, options.gigabytes)
+        finally:
+            shutil.rmtree(work)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        result = {"benchmark": name, "environment": environment(torch.device("cpu")), "rows": [row]}
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    for row in json.loads(file.read_text())["rows"]:
+        show(row)
 
 
 def show(row: dict[str, Any]) -> None:

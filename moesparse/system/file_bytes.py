@@ -71,7 +71,7 @@ class _Digest(Protocol):
 def drop_from_cache(file: FileIO, start: int = 0, nbytes: int = 0) -> None:
     """Have the system forget these bytes of a file that are on the disk, all of them where nbytes is 0; a hint.
 
-    To go by more bytes than fit in memory takes half of the time then: the system finds room page by page otherwise.
+    Where more bytes go by than fit in memory the system would look for room page by page, at more than a copy's cost.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
