@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
-from moesparse.packed.conversions import Patterns, conversions_of, packed_conversions, plan_loading
+from moesparse.packed.conversions import LoadPlan, Patterns, conversions_of, packed_conversions, plan_loading
 from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES, MatrixLayout, SparseExperts
 from moesparse.system.shards import Shards
 from moesparse.weights.patterns import Pattern
@@ -118,6 +118,7 @@ class MoESparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._serializable = serializable
         self._dtypes: dict[str, torch.dtype] = {}
+        self._stored: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         if isinstance(device_map, dict):
@@ -129,7 +130,12 @@ class MoESparseQuantizer(HfQuantizer):
         insert_packed(model, self.quantization_config)
         if checkpoint_files:
             shards = Shards([Path(file) for file in checkpoint_files])
-            check_packed(model, get_model_conversion_mapping(model, None, self), shards)
+            loading = check_packed(model, get_model_conversion_mapping(model, None, self), shards)
+            for name, target in loading.targets.items():
+                found = {shards.tensors[key].torch_dtype for key in target.keys}
+                dtype = found.pop() if len(found) == 1 else None
+                if dtype is not None and dtype.is_floating_point:
+                    self._stored[name] = dtype
         if not hasattr(HfQuantizer, "get_new_dtype"):
             # older releases leave the file's dtype to every tensor that a quantizer may have renamed
             from transformers.core_model_loading import build_glob_alternation
@@ -159,6 +165,21 @@ class MoESparseQuantizer(HfQuantizer):
                 if errors:
                     raise CheckpointError(f"the checkpoint holds a damaged {name}.{errors[0]}")
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What transformers writes: a tensor that it holds wider than the model is written as the file had it.
+
+        One whose values have changed since, so that the file's dtype has no room for them, stays as it is.
+        """
+        state = model.state_dict()
+        for name, dtype in self._stored.items():
+            tensor = state.get(name)
+            if tensor is None or tensor.dtype in (dtype, model.dtype):
+                continue
+            narrow = tensor.to(dtype)
+            if torch.equal(narrow.to(tensor.dtype), tensor):
+                state[name] = narrow
+        return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
@@ -203,13 +224,16 @@ def insert_packed(model: PreTrainedModel, config: MoESparseConfig) -> list[MoEBl
     return blocks
 
 
-def check_packed(model: PreTrainedModel, conversions: Sequence[WeightTransform], shards: Shards) -> None:
+def check_packed(model: PreTrainedModel, conversions: Sequence[WeightTransform], shards: Shards) -> LoadPlan:
     """Refuse a packed checkpoint whose tensors do not make the model, before any of them is read.
 
     Args:
         model: with SparseExperts in place, on the "meta" device.
         conversions: those that it will be loaded with.
         shards: the checkpoint's.
+
+    Returns:
+        Which tensors make the model.
 
     Raises:
         CheckpointError: a tensor of a packed block is missing, or of another shape or dtype than it must be; or more is
@@ -237,6 +261,7 @@ def check_packed(model: PreTrainedModel, conversions: Sequence[WeightTransform],
             f"the checkpoint does not fit its config.json: {plan.missing[0]} and more are missing, {lacking:,} bytes "
             f"where {shards.nbytes:,} are there"
         )
+    return plan
 
 
 def _check_device_map(device_map: dict[str, Any]) -> None:
