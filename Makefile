@@ -123,6 +123,27 @@ test-vllm: .venv-vllm-layer/.installed .venv-vllm-engine/.installed ## vLLM in e
 test-transformers4: $(STAMP) .venv-transformers4/.installed ## results read by transformers 4.57, not part of `make test`
 	TRANSFORMERS4_PYTHON=.venv-transformers4/bin/python $(BIN)/python -m pytest -p no:cacheprovider tests/transformers4
 
+# what `make test` is fixed to stays, but for these and the Triton that torch asks for; pytorch's plain wheel brings 4 GB of CUDA
+NEWEST_TORCH ?= 2.15.0
+NEWEST_TRANSFORMERS ?= 5.24.0
+PYTHON_311 ?= python3.11
+PYTHON_313 ?= python3.13
+.venv-newest-3.11/.installed: NEWEST_PYTHON = $(PYTHON_311)
+.venv-newest-3.13/.installed: NEWEST_PYTHON = $(PYTHON_313)
+.venv-newest-%/.installed: Makefile pyproject.toml setup.py .ci/constraints.txt $(wildcard $(NATIVE)/*.[ch])
+	$(NEWEST_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	grep -vE '^(torch|triton|transformers)==' .ci/constraints.txt > $(@D)/constraints.txt
+	printf '%s\n' torch==$(NEWEST_TORCH) transformers==$(NEWEST_TRANSFORMERS) >> $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable '.[test]'
+	touch $@
+
+test-newest: .venv-newest-3.11/.installed .venv-newest-3.13/.installed ## all tests with the newest torch and transformers, on Python 3.11 and 3.13; not part of `make test`
+	for version in 3.11 3.13; do \
+		.venv-newest-$$version/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+			-p no:cacheprovider tests || exit; \
+	done
+
 # the environment of the page, not ours: no stamp
 quickstart: ## docs/quickstart.md on a fresh clone with an empty home, by its own install line; not part of `make test`
 	$(PYTHON) tests/quickstart.py out/quickstart
@@ -138,6 +159,6 @@ format: $(STAMP) ## ruff's fixes and layout
 	$(BIN)/ruff format .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-transformers4 .venv-newest-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu test-triton test-vllm quickstart gpu peers lint format clean
+.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu test-triton test-vllm test-transformers4 test-newest quickstart gpu peers lint format clean
