@@ -191,11 +191,11 @@ class _Choice:
         floor: int | None,
     ) -> _Choice | None:
         """What the options say, None where no choice is asked for; refused where it cannot be."""
-        from moesparse.experts.criteria import check_criterion
+        from moesparse.experts.criteria import check_from_sums
         from moesparse.experts.domains import check_mix
         from moesparse.pruning.recipe import check_removal
 
-        check_criterion(criterion)  # type: ignore[arg-type]
+        check_from_sums(criterion)  # type: ignore[arg-type]
         check_mix(mix)
         check_removal(count["remove"], count["keep"])
         chooses = count["remove"] is not None or count["keep"] is not None

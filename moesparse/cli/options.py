@@ -102,8 +102,8 @@ ExpertSaliency = Annotated[
     str,
     option(
         EXPERTS,
-        "Expert criterion: frequency, gate-sum, ean, reap (the default), man, msan, gated-norm, gated-energy, easy-ep"
-        " or random.",
+        "Expert criterion: frequency, gate-sum, ean, reap (the default), man, msan, gated-norm, gated-energy, easy-ep,"
+        " random, or aimer, which reads the weights alone (the default where no text is given).",
     ),
 ]
 RefineExperts = Annotated[
@@ -308,13 +308,13 @@ def load_scores(path: Path | None, asked: str) -> tuple[Any, str]:
         UsageError: they do not hold it.
     """
     from moesparse.experts.scores_file import ExpertScores
-    from moesparse.pruning.recipe import DEFAULT_EXPERT_SALIENCY
+    from moesparse.pruning.recipe import EXPERT_SALIENCY_OF_TEXT
 
     if path is None:
         return None, asked
     scores = ExpertScores.load(path)
     held = list(scores.criteria)
-    name = asked or (held[0] if len(held) == 1 else DEFAULT_EXPERT_SALIENCY)
+    name = asked or (held[0] if len(held) == 1 else EXPERT_SALIENCY_OF_TEXT)
     if name not in held:
         raise UsageError(f"--expert-saliency must be one that --scores holds, {', '.join(held)}, got {name}")
     return scores, name

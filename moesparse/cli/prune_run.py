@@ -79,7 +79,10 @@ class PruneRun:
     def check(self, report: Path | None) -> None:
         """Refuse what cannot go together, and places that cannot be written, before any work."""
         if self.text.sources and self.recipe.removes_experts and self.recipe.reads_weights_alone:
-            raise UsageError("--calibration must be left out with --plan or --scores and --update none, which run none")
+            raise UsageError(
+                "--calibration must be left out with --plan, --scores or --expert-saliency aimer and --update none, "
+                "which run none"
+            )
         if self.statistics and (self.text.sources or self.text.from_model is not None):
             raise UsageError("only one of --statistics and calibration text may be given, got both")
         if report is not None:
@@ -186,7 +189,7 @@ class PruneRun:
 
         recipe = self.recipe.on(device_at_work(self.text.device))
         prunes = recipe.prunes_weights or recipe.target_bytes is not None
-        if recipe != self.recipe and prunes and not self.as_json and job.rank == 0:
+        if recipe.saliency != self.recipe.saliency and prunes and not self.as_json and job.rank == 0:
             console.print(_MASK_RULE.format(rule=recipe.saliency))
         return recipe
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesparse.cli import options
+from moesparse.cli.text import embedded_texts
 from moesparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +72,11 @@ class Asked:
         if "weights" not in fields and not held and (removes or plan is not None):
             fields["weights"] = None
         text = given["calibration"] or given["demonstrations_from_model"]
-        if (plan or scores) and fields.get("weights", "") is None and not text:
+        unnamed = removes and fields.get("expert_saliency", "auto") == "auto" and not (plan or scores or statistics)
+        if unnamed and not text and not embedded_texts("calibration", options.model_source(given["model"])):
+            fields["expert_saliency"] = "aimer"
+        without_text = plan or scores or fields.get("expert_saliency") == "aimer"
+        if without_text and fields.get("weights", "") is None and not text:
             # no text that the kept experts could be refitted on
             fields.setdefault("update", "none")
         try:

@@ -25,7 +25,6 @@ from moesparse.experts.criteria import (
 from moesparse.experts.domains import DEFAULT_MIX, DomainReport, mixed_scores, split_windows, survey
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.experts.refit import RefitReport
-from moesparse.experts.scores_file import ExpertScores
 from moesparse.experts.selection import BUDGETS, choose_experts
 from moesparse.experts.surgery import SurgeryReport, router_groups
 from moesparse.experts.swaps import RefineReport
@@ -83,11 +82,11 @@ class Choice:
         kept: ids per block.
         criterion: the experts were scored by.
         dead: per block the experts without calibration tokens; they went first.
-        domains: what each domain of the text would keep, their overlap, and how firm the choice is; None where the
-            choice came from a file.
+        domains: what each domain of the text would keep, their overlap, and how firm the choice is; None where no text
+            made the choice.
         protected: super-experts, (block, expert), that stayed whatever their score.
         scores: [blocks, E], larger means keep; -inf for an expert without tokens. None where the choice was a plan.
-        tokens: [blocks, E], how many tokens the dense model sent to each; None where the choice came from a file.
+        tokens: [blocks, E], how many tokens the dense model sent to each; None where no text made the choice.
     """
 
     kept: list[Tensor]
@@ -174,16 +173,20 @@ def choose_from_plan(plan: ExpertPlan) -> Choice:
     return Choice(plan.tensors(), plan.criterion, dead, None, [], None, None)
 
 
-def choose_from_scores(blocks: Sequence[MoEBlock], scores: ExpertScores, rule: Rule) -> Choice:
-    """From scores of a file; see `ExpertScores.check` first.
+def choose_from_scores(blocks: Sequence[MoEBlock], scores: Tensor, rule: Rule) -> Choice:
+    """From scores that are there: of a file, see `ExpertScores.check` first, or of the weights.
+
+    Args:
+        blocks: of the dense model.
+        scores: [blocks, E] float64, larger means keep; -inf for what goes first.
+        rule: of the choice.
 
     Raises:
-        UsageError: a criterion that they do not hold, or counts that cannot be.
+        UsageError: counts that cannot be.
     """
-    values = scores.by(str(rule.criterion))
     choose = choose_rule(blocks, keep=rule.keep, remove=rule.remove, divisible_by=rule.divisible_by)
-    dead = [(row == -math.inf).nonzero().flatten().tolist() for row in values]
-    return Choice(choose(values), rule.criterion, dead, None, [], values, None)
+    dead = [(row == -math.inf).nonzero().flatten().tolist() for row in scores]
+    return Choice(choose(scores), rule.criterion, dead, None, [], scores, None)
 
 
 def _choose(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,19 +38,31 @@ class Look:
         options: `allow_pruned`, and `progress`, called with every layer.
         dense: refuse experts that were pruned before; what reads no text may go on from there.
         values: of all weights are wanted; else those of quantised experts, which are only to be copied, are not read.
+        score: gives the scores of a block's experts, [E], from its weights; None scores none.
 
     Attributes:
+        weight_scores: block name -> its scores, once it was seen.
         samples: `fingerprint_sample` of every tensor that waits on the disk, once it was seen.
         routers: block name -> `router_sketch` of its router, once it was seen; none where no matrix is its router's.
         complete: no weight was left unread, so that there is a `fingerprint`.
     """
 
-    def __init__(self, layers: Layers, options: RunOptions, *, dense: bool = True, values: bool = True) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        options: RunOptions,
+        *,
+        dense: bool = True,
+        values: bool = True,
+        score: Callable[[MoEBlock], Tensor] | None = None,
+    ) -> None:
         self._layers, self._progress = layers, options.progress
         self._dense = dense and not options.allow_pruned
         self._values, self.complete = values, True
         self.samples = room_for_samples(layers.waiting())
         self.routers: dict[str, Tensor] = {}
+        self._score = score
+        self.weight_scores: dict[str, Tensor] = {}
 
     def __call__(self, position: int) -> None:
         """Look at one, which is held.
@@ -64,6 +76,8 @@ class Look:
         if self._dense:
             check_dense(here)
         self.routers |= sketches(here)
+        if self._score is not None:
+            self.weight_scores |= {block.name: self._score(block) for block in here}
         for name, tensor in self._layers.state(position).items():
             if tensor.is_meta:
                 self.complete = False

@@ -17,6 +17,7 @@ from moesparse.calibration.data import Calibration, FromText, Nothing, Saved
 from moesparse.checkpoints.history import following
 from moesparse.checkpoints.output import InPlace, Output
 from moesparse.errors import CalibrationError, UnsupportedModelError
+from moesparse.experts.criteria import aimer_scores
 from moesparse.experts.origin import Origin
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.models.layers import Layers, LayersInMemory, RunOptions
@@ -46,8 +47,9 @@ def carry_out(layers: Layers, output: Output, calibration: Calibration, recipe: 
         UnsupportedModelError: text cannot be run through the model layer by layer.
     """
     started = time.perf_counter()
-    values = not recipe.removes_experts or not isinstance(calibration, Nothing)
-    look = Look(layers, options, dense=isinstance(calibration, FromText), values=values)
+    score = aimer_scores if recipe.scores_weights else None
+    values = not recipe.removes_experts or not isinstance(calibration, Nothing) or score is not None
+    look = Look(layers, options, dense=isinstance(calibration, FromText), values=values, score=score)
     stream = calibration.stream(layers, options, look, output.spill)
     before, fingerprint = expert_sizes(layers.model, layers.blocks), look.fingerprint if look.complete else None
     experts, blocks, plan = None, [], None

@@ -98,7 +98,8 @@ def plan_quantised(plan: Plan, layers: LayersOnDisk, recipe: Recipe) -> Plan:
         after += info.nbytes * len(ids) // experts if stacked and ids is not None else info.nbytes
         largest = max(largest, info.nbytes if stacked else 0)
     known = dataclasses.replace(plan, formats=tuple(weights.formats), stored=weights.on_disk.nbytes, stored_after=after)
-    if recipe.prunes_weights or recipe.output_dtype is not None or not recipe.reads_weights_alone:
+    copies_alone = recipe.reads_weights_alone and not recipe.scores_weights
+    if recipe.prunes_weights or recipe.output_dtype is not None or not copies_alone:
         return known
     plain_tensors = {key: info for key, info in weights.tensors.items() if key not in weights.stored}
     plain = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.choice import Rule
-from moesparse.experts.criteria import check_criterion
+from moesparse.experts.criteria import WEIGHT_CRITERION, check_criterion
 from moesparse.experts.domains import DEFAULT_MIX, check_mix
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.experts.scores_file import ExpertScores
@@ -30,6 +30,7 @@ __all__ = [
     "DEFAULT_SALIENCY",
     "DEFAULT_UPDATE",
     "DEFAULT_WEIGHTS",
+    "EXPERT_SALIENCY_OF_TEXT",
     "MTP_CHOICES",
     "OUTPUT_DTYPES",
     "Recipe",
@@ -41,7 +42,7 @@ __all__ = [
 DEFAULT_WEIGHTS = "2:4"
 DEFAULT_SALIENCY = "auto"
 DEFAULT_UPDATE = "least-squares+rescale"
-DEFAULT_EXPERT_SALIENCY = "reap"
+DEFAULT_EXPERT_SALIENCY = "auto"
 MTP_CHOICES = ("prune", "keep", "drop")
 OUTPUT_DTYPES = ("bfloat16", "float16", "float32")
 # fields that are files of their own
@@ -49,6 +50,8 @@ _FILES = ("plan", "scores")
 
 # what "auto" is: admm's products with the second moment take a CPU three times as long as all the rest of a run
 _SALIENCY_ON_CPU, _SALIENCY_ELSEWHERE = "gated-sparsegpt", "gated-admm"
+# what "auto" is for experts, where there is text or sums of one
+EXPERT_SALIENCY_OF_TEXT = "reap"
 
 
 def check_removal(experts: float | None, keep_experts: int | None) -> None:
@@ -82,7 +85,8 @@ class Recipe:
         seed: of the "random" mask rule and expert criterion; every other rule is deterministic.
         experts: share of the experts removed from every block before the weights are pruned, in (0, 1), or
         keep_experts: how many stay. With a weight rule that holds "least-squares" the kept ones are refitted.
-        expert_saliency: the criterion, one of moesparse.experts.criteria.EXPERT_CRITERIA.
+        expert_saliency: the criterion, one of moesparse.experts.criteria.NAMED_CRITERIA, or "auto": reap, and aimer
+            where experts are chosen without calibration. Reports name the criterion itself.
         refine_experts: swap experts after the first choice while the block's output error falls.
         expert_mix: how the domains of the calibration text become one choice, one of moesparse.experts.domains.MIXES.
         expert_budget: "per-layer", or "global", which `prune` refuses for every format that states one count for all.
@@ -220,8 +224,13 @@ class Recipe:
     def _check_files(self) -> None:
         """A plan or scores beside what they decide, or what takes text."""
         if self.plan is None and self.scores is None:
-            check_criterion(self.expert_saliency, "expert_saliency")
+            if self.expert_saliency != DEFAULT_EXPERT_SALIENCY:
+                check_criterion(self.expert_saliency, "expert_saliency")
+            if self.expert_saliency == WEIGHT_CRITERION:
+                self._check_weights_alone()
             return
+        if self.expert_saliency == DEFAULT_EXPERT_SALIENCY:
+            object.__setattr__(self, "expert_saliency", EXPERT_SALIENCY_OF_TEXT)
         name = "scores" if self.plan is None else "plan"
         others = ["target_bytes", "refine_experts", "protect_experts", "expert_floor"]
         others += ["experts", "keep_experts", "scores"] if self.plan is not None else []
@@ -237,6 +246,16 @@ class Recipe:
                 raise UsageError("scores must come with experts or keep_experts, got neither")
             self.scores.by(self.expert_saliency)
 
+    def _check_weights_alone(self) -> None:
+        """What only a criterion that reads text has."""
+        for name in ("target_bytes", "protect_experts", "expert_mix"):
+            value = getattr(self, name)
+            if value not in (None, False, DEFAULT_MIX):
+                raise UsageError(
+                    f"{name} must be left out with expert_saliency={WEIGHT_CRITERION!r}, which reads no text, got "
+                    f"{value!r}"
+                )
+
     def _check_patterns(self) -> None:
         assert self.patterns is not None
         if self.weights not in (None, DEFAULT_WEIGHTS):
@@ -247,12 +266,21 @@ class Recipe:
                 if pattern != DENSE:
                     Pattern.parse(pattern)
 
-    def on(self, device: torch.device | None) -> Recipe:
-        """The recipe as that device, or a CPU, carries it out: with a mask rule in the place of "auto"."""
-        if self.saliency != DEFAULT_SALIENCY:
-            return self
+    def on(self, device: torch.device | None, *, calibrated: bool = True) -> Recipe:
+        """The recipe as it is carried out: with rules in the place of "auto".
+
+        Args:
+            device: that does it; None is a CPU.
+            calibrated: there is text, or statistics of one.
+        """
         on_cpu = device is None or device.type == "cpu"
-        return dataclasses.replace(self, saliency=_SALIENCY_ON_CPU if on_cpu else _SALIENCY_ELSEWHERE)
+        found = {}
+        if self.saliency == DEFAULT_SALIENCY:
+            found["saliency"] = _SALIENCY_ON_CPU if on_cpu else _SALIENCY_ELSEWHERE
+        if self.expert_saliency == DEFAULT_EXPERT_SALIENCY:
+            alone = not calibrated and self.chooses_experts
+            found["expert_saliency"] = WEIGHT_CRITERION if alone else EXPERT_SALIENCY_OF_TEXT
+        return dataclasses.replace(self, **found) if found else self  # type: ignore[arg-type]
 
     @property
     def pattern(self) -> Pattern:
@@ -283,8 +311,23 @@ class Recipe:
 
     @property
     def chooses_experts(self) -> bool:
-        """Whether the experts that stay are chosen from calibration data, and not from a file."""
-        return self.removes_experts and self.plan is None and self.scores is None
+        """Whether the experts that stay are chosen from calibration data, and not from a file or the weights alone."""
+        return self.removes_experts and self.chooses_without_text is None
+
+    @property
+    def chooses_without_text(self) -> str | None:
+        """What says who stays where no calibration data does, in words; None where it does, or all stay."""
+        if self.plan is not None:
+            return "a plan"
+        if self.scores is not None:
+            return "scores"
+        return f"expert_saliency={WEIGHT_CRITERION!r}" if self.scores_weights else None
+
+    @property
+    def scores_weights(self) -> bool:
+        """Whether the experts that stay are chosen by their weights alone, which are all read."""
+        counted = self.experts is not None or self.keep_experts is not None
+        return counted and self.scores is None and self.expert_saliency == WEIGHT_CRITERION
 
     @property
     def reads_weights_alone(self) -> bool:
@@ -305,7 +348,7 @@ class Recipe:
             "protect_experts": False,
             "divisible_by": None,
         }
-        removal |= {"plan": None, "scores": None, "expert_saliency": DEFAULT_EXPERT_SALIENCY}
+        removal |= {"plan": None, "scores": None, "expert_saliency": EXPERT_SALIENCY_OF_TEXT}
         return dataclasses.replace(self, **removal)  # type: ignore[arg-type]
 
     def without_weights(self) -> Recipe:
@@ -336,7 +379,7 @@ class Recipe:
     def expert_rule(self) -> Rule:
         """How experts are judged and how many stay."""
         return Rule(
-            criterion=self.expert_saliency,
+            criterion=self.on(None).expert_saliency,
             keep=self.keep_experts,
             remove=self.experts,
             mix=self.expert_mix,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import torch
+
 from moesparse.calibration.data import Calibration, FromText, Saved
 from moesparse.calibration.layers import named_sums, read_sums, record_layers
 from moesparse.calibration.statistics import ModelStatistics
@@ -52,7 +54,8 @@ def check_removal(layers: Layers, calibration: Calibration, recipe: Recipe) -> N
     if file is not None:
         # the routers are compared once they are in memory
         file.check(Origin.of(layers.model, layers.blocks, {}))
-        _check_for_file(calibration, recipe)
+    if recipe.chooses_without_text is not None:
+        _check_without_text(calibration, recipe, recipe.chooses_without_text)
     plan_removal(layers.model, any_choice(layers.blocks, recipe))
     if recipe.refits_experts:
         check_refit(layers.blocks, DEFAULT_RIDGE)
@@ -63,10 +66,10 @@ def check_removal(layers: Layers, calibration: Calibration, recipe: Recipe) -> N
         )
     if isinstance(calibration, Saved):
         check_sums_suffice(recipe.refits_experts, recipe.refine_experts)
-    elif not isinstance(calibration, FromText) and file is None:
+    elif not isinstance(calibration, FromText) and recipe.chooses_experts:
         raise CalibrationError(
-            "calibration must be windows or statistics to choose experts, got None; only magnitude without an update "
-            "needs no data"
+            f"calibration must be windows or statistics to choose experts by {recipe.expert_saliency}, got None; only "
+            "expert_saliency='aimer' reads the weights alone"
         )
     elif recipe.refine_experts and isinstance(calibration, FromText) and calibration.seen is not None:
         raise UsageError("windows must be text alone to refine the choice, got images")
@@ -74,17 +77,20 @@ def check_removal(layers: Layers, calibration: Calibration, recipe: Recipe) -> N
         raise UsageError("windows must be without padding to refine the choice, got an attention mask")
 
 
-def _check_for_file(calibration: Calibration, recipe: Recipe) -> None:
-    """A choice from a file: text is for a refit, and for weights."""
-    name = "scores" if recipe.plan is None else "a plan"
+def _check_without_text(calibration: Calibration, recipe: Recipe, name: str) -> None:
+    """A choice from a file or from the weights alone: text is for a refit or swaps, and for weights."""
     if isinstance(calibration, Saved):
         raise UsageError(f"calibration must be windows or None with {name}, which says who stays, got statistics")
     text = isinstance(calibration, FromText)
+    if recipe.refine_experts and not text:
+        raise CalibrationError(f"calibration must be windows to refine the choice of {name}, got None")
     if recipe.refits_experts and not text:
         raise CalibrationError(
             f"calibration must be windows to refit the experts that {name} keeps, got None; pass the windows, or "
             "remove without it (update='none')"
         )
+    if not text and recipe.prunes_weights:
+        recipe.check_needs_no_data()
     if text and recipe.reads_weights_alone:
         raise UsageError(f"calibration must be None with {name} and update='none', which run no text, got windows")
 
@@ -108,7 +114,7 @@ def remove_experts(
         calibration: text, or saved statistics of this model or of its domains.
         recipe: of the experts.
         options: the device to refit on, and `progress`.
-        look: that was had at every layer.
+        look: that was had at every layer, with `weight_scores` where the criterion reads the weights alone.
         origin: of the model, with its routers.
 
     Returns:
@@ -123,7 +129,10 @@ def remove_experts(
         choice = choose_from_plan(recipe.plan)
     elif recipe.scores is not None:
         recipe.scores.check(origin)
-        choice = choose_from_scores(layers.blocks, recipe.scores, recipe.expert_rule)
+        choice = choose_from_scores(layers.blocks, recipe.scores.by(recipe.expert_saliency), recipe.expert_rule)
+    elif recipe.chooses_without_text is not None:
+        scores = torch.stack([look.weight_scores[block.name] for block in layers.blocks])
+        choice = choose_from_scores(layers.blocks, scores, recipe.expert_rule)
     else:
         choice = _choose(layers, output, stream, calibration, recipe, options, look)
     kept, swaps = choice.kept, list[RefineReport]()
@@ -135,7 +144,7 @@ def remove_experts(
     plan = plan_removal(layers.model, kept)
     surgery, fits = remove_and_refit(layers, output, stream if recipe.refits_experts else None, plan, options)
     file = recipe.plan or recipe.scores
-    seen = calibration.text_hash if file is None else file.statistics
+    seen = file.statistics if file is not None else calibration.text_hash if recipe.chooses_experts else None
     return ExpertReport(choice, surgery, fits, swaps), ExpertPlan.of(origin, kept, choice.criterion, seen)
 
 

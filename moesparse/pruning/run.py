@@ -94,7 +94,7 @@ def prune(
         CalibrationError: the windows or statistics do not fit this model.
     """
     check_module(model)
-    recipe = Recipe.of(recipe).on(device_at_work(device))
+    recipe = Recipe.of(recipe).on(device_at_work(device), calibrated=calibration is not None)
     check_in_memory(getattr(model, "config", None), recipe)
     if recipe.output_dtype is not None:
         raise UsageError(
@@ -173,7 +173,7 @@ def prune_checkpoint(
             named.
         CalibrationError: the windows do not fit the model, or it was pruned before.
     """
-    recipe = Recipe.of(recipe).on(device_at_work(device))
+    recipe = Recipe.of(recipe).on(device_at_work(device), calibrated=calibration is not None)
     _check_layered(calibration, recipe)
     layers = LayersOnDisk.of(source if isinstance(source, LayersOnDisk) else local_folder(source), recipe.output_dtype)
     given = tokenised(calibration, layers.model, tokenizer, folder=layers.folder)

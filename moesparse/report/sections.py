@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.recipe_words import recipe_in_words
+from moesparse.experts.criteria import WEIGHT_CRITERION
 from moesparse.report import figures
 from moesparse.report.findings import (
     Findings,
@@ -254,10 +255,10 @@ def _removal(findings: Findings) -> Section | str | None:
     if "plan" in (checkpoint.recipe or {}):
         section.say(f"The experts that stay were named by a plan, made by {removal['criterion']} before. {position}")
     else:
+        scored_on = "its weights" if removal["criterion"] == WEIGHT_CRITERION else "the calibration text"
         section.say(
-            f"Every expert was scored by {removal['criterion']} on the calibration text (larger means keep); the "
-            f"lowest of each block went"
-            f"{', then experts were swapped while the block came out closer' if refined else ''}. {position}"
+            f"Every expert was scored by {removal['criterion']} on {scored_on} (larger means keep); the lowest of each "
+            f"block went{', then experts were swapped while the block came out closer' if refined else ''}. {position}"
         )
     if scores is not None:
         values = torch.tensor([[math.nan if v is None else float(v) for v in row] for row in scores])

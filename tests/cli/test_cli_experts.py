@@ -81,6 +81,23 @@ def test_prune_removes_experts_and_says_which(folder, tmp_path, monkeypatch, cap
     assert "# dense, 6 of 8 experts kept" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_without_text_experts_go_by_their_weights(folder, tmp_path, monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", "--experts", 0.25, "--json", text=[])
+    assert code == 0, err
+    report = json.loads(out)
+    assert (report["recipe"]["expert_saliency"], report["recipe"]["update"]) == ("aimer", "none")
+    assert (report["calibration"]["tokens"], report["experts"]["refit"]) == (0, [])
+    named = ("--experts", 0.25, "--expert-saliency", "aimer", "--json")
+    code, out, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "fitted", *named)
+    assert code == 0, err
+    fitted = json.loads(out)
+    assert fitted["experts"]["blocks"] == report["experts"]["blocks"] and len(fitted["experts"]["refit"]) == 2
+    code, _, err = run(monkeypatch, capsys, folder, "calibrate", tmp_path / "s", *named[:4])
+    assert code == 2 and "--expert-saliency must be one that reads the sums of a text" in err
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "no", *named, "--update", "none")
+    assert code == 2 and "--calibration must be left out with --plan, --scores or --expert-saliency aimer" in err
+
+
 def test_the_table_names_the_removed(folder, tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", "--experts", 0.25, "--weights", "2:4")
     assert code == 0, err

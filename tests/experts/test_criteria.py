@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import pytest
@@ -13,6 +14,7 @@ from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.criteria import (
     EXPERT_CRITERIA,
     FAMILY,
+    aimer_scores,
     bootstrap_stability,
     dead_experts,
     expert_scores,
@@ -154,9 +156,13 @@ def test_random_is_seeded():
 @pytest.mark.parametrize(
     ("criterion", "message"),
     [
-        ("reep", r"criterion must be one of frequency, gate-sum, .*, easy-ep, random, got 'reep'"),
+        ("reep", r"criterion must be one of frequency, gate-sum, .*, easy-ep, random, aimer, got 'reep'"),
         ((0, 3, 1), r"\(a, B\) among \(0, 0\), \(1, 0\), \(0, 1\), \(0, 2\), \(1, 1\), \(2, 2\), got \(0, 3, 1\)"),
         ((0, 1), r"criterion \(b, a, B\) must have"),
+        (
+            "aimer",
+            r"criterion must be one that reads the sums of a text, .* 'aimer', which reads the weights alone",
+        ),
     ],
 )
 def test_unknown_criteria_list_the_known(criterion, message):
@@ -168,8 +174,43 @@ def test_unknown_criteria_list_the_known(criterion, message):
 def test_recommendations():
     assert recommend() == "man"
     assert recommend("task-specific") == "gated-norm"
+    assert recommend("task-agnostic", "measured") == "reap"
+    assert recommend("task-specific", evidence="measured") == "gated-energy"
     with pytest.raises(UsageError, match="objective must be one of task-agnostic, task-specific, got 'speed'"):
         recommend("speed")
+    with pytest.raises(UsageError, match="evidence must be one of paper, measured, got 'hearsay'"):
+        recommend(evidence="hearsay")
+
+
+# gate and up in halves; alternating, transposed and with biases, which do not count; no gate
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_aimer_equals_a_slow_loop(family):
+    model = tiny_model(family)
+    for block in find_moe_blocks(model):
+        if block.has_bias:
+            block.experts.down_proj_bias.data.fill_(1e3)
+        for expert in range(block.num_experts):
+            weights = [block.experts.get_parameter(matrix.name)[expert] for matrix in block.matrices]
+            flat = [float(value) for weight in weights for value in weight.detach().flatten().double()]
+            aimer = sum(map(abs, flat)) / len(flat) / math.sqrt(sum(value * value for value in flat) / len(flat))
+            assert float(aimer_scores(block)[expert]) == pytest.approx(1 / aimer, rel=1e-6)
+
+
+def test_aimer_goes_by_the_shape_of_the_weights_and_not_their_size():
+    model = tiny_model("mixtral")
+    block = find_moe_blocks(model)[0]
+    before = aimer_scores(block)
+    with torch.no_grad():
+        for matrix in block.matrices:
+            matrix.weight[2] *= 1000
+            # even: the first to go; one weight alone: the last; nothing: before the first
+            matrix.weight[3] = 0.5 * matrix.weight[3].sign()
+            matrix.weight[4] = matrix.weight[5] = 0
+        block.matrices[1].weight[4, 7, 3] = -2
+    after, n = aimer_scores(block), sum(matrix.weight[0].numel() for matrix in block.matrices)
+    torch.testing.assert_close(after[:3], before[:3], rtol=1e-6, atol=0)
+    assert after[3:6].tolist() == pytest.approx([1, math.sqrt(n), 0])
+    assert after.argsort()[[0, 1, -1]].tolist() == [5, 3, 4]
 
 
 def test_overlap_of_choices():

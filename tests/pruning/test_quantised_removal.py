@@ -16,7 +16,10 @@ from moesparse.checkpoints.inspection import inspect_folder
 from moesparse.checkpoints.repack import pack_folder
 from moesparse.distillation.run import distill_checkpoint
 from moesparse.errors import CheckpointError, UnsupportedModelError
+from moesparse.experts.choice import choose_rule
+from moesparse.experts.criteria import aimer_scores
 from moesparse.experts.surgery import remove_experts
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.pruning.plan import plan_run
@@ -46,6 +49,15 @@ def renamed(name, kept):
         return None
     parts[at] = str(kept[layer].index(int(parts[at])))
     return ".".join(parts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_weights_alone_choose_as_those_of_the_dequantised_model_do(case, tmp_path):
+    source = write_quantised(tmp_path / "source", case)
+    prune_checkpoint(source, tmp_path / "out", None, CUT)
+    blocks = find_moe_blocks(whole_model(source))
+    want = choose_rule(blocks, remove=0.25)(torch.stack([aimer_scores(block) for block in blocks]))
+    assert list(kept_in(tmp_path / "out").values()) == [ids.tolist() for ids in want]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,8 @@ from moesparse.calibration.whole import calibrate
 from moesparse.checkpoints.pretrained import load_pretrained, save_pretrained
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.choice import choose_from_statistics
-from moesparse.experts.criteria import FAMILY, super_experts
+from moesparse.experts.criteria import FAMILY, aimer_scores, super_experts
+from moesparse.experts.selection import choose_experts
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning.card import model_card
 from moesparse.pruning.recipe import Recipe
@@ -129,8 +130,55 @@ def test_statistics_must_be_this_models_and_suffice():
         prune(model, own, Recipe(weights=None, experts=0.25))
     with pytest.raises(CalibrationError, match="windows to remove experts and then prune weights"):
         prune(model, own, Recipe(weights="2:4", experts=0.25, update="none"))
-    with pytest.raises(CalibrationError, match="windows or statistics to choose experts, got None"):
-        prune(model, None, Recipe(weights=None, experts=0.25))
+    with pytest.raises(CalibrationError, match="windows or statistics to choose experts by reap, got None; only exp"):
+        prune(model, None, Recipe(weights=None, experts=0.25, expert_saliency="reap", update="none"))
+
+
+def test_without_text_the_weights_alone_choose():
+    model = tiny_model("gpt_oss")
+    want = choose_experts(torch.stack([aimer_scores(block) for block in find_moe_blocks(model)]), keep=5, top_k=2)
+    for saliency in ("auto", "aimer"):
+        recipe = Recipe(weights=None, keep_experts=5, update="none", expert_saliency=saliency)
+        report = prune(copy.deepcopy(model), None, recipe)
+        assert report.recipe["expert_saliency"] == report.experts["criterion"] == "aimer"
+        assert [block["kept"] for block in report.experts["blocks"]] == [ids.tolist() for ids in want]
+        assert (report.experts["dead"], report.experts["domains"]) == ([[], []], None)
+        assert (report.plan.criterion, report.plan.statistics) == ("aimer", None)
+    # text is for the refit
+    fitted = prune(copy.deepcopy(model), WINDOWS, Recipe(weights=None, keep_experts=5, expert_saliency="aimer"))
+    assert [block["kept"] for block in fitted.experts["blocks"]] == [ids.tolist() for ids in want]
+    assert all(fit["after"] < fit["before"] for fit in fitted.experts["refit"])
+    assert fitted.plan.statistics is None
+    by_text = prune(model, WINDOWS, Recipe(weights=None, keep_experts=5, update="none"))
+    assert by_text.recipe["expert_saliency"] == "reap"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "calibration", "error", "message"),
+    [
+        ({}, None, CalibrationError, "windows to refit the experts that expert_saliency='aimer' keeps, got None"),
+        ({"update": "none"}, WINDOWS, UsageError, "must be None with expert_saliency='aimer' and update='none', which"),
+        ({"update": "none"}, "statistics", UsageError, "windows or None with expert_saliency='aimer', which says who"),
+        (
+            {"update": "none", "refine_experts": True},
+            None,
+            CalibrationError,
+            "windows to refine the choice of expert",
+        ),
+        ({"weights": "2:4", "saliency": "wanda", "update": "none"}, None, CalibrationError, "for saliency='wanda'"),
+    ],
+)
+def test_what_the_weights_alone_leave_text_for(recipe, calibration, error, message):
+    model = tiny_model("mixtral")
+    given = calibrate(model, WINDOWS) if isinstance(calibration, str) else calibration
+    with pytest.raises(error, match=message):
+        prune(model, given, Recipe(**{"weights": None, "experts": 0.25, "expert_saliency": "aimer"} | recipe))
+
+
+@pytest.mark.parametrize("other", [{"protect_experts": True}, {"expert_mix": "equal"}])
+def test_a_criterion_without_text_has_no_domains_and_no_super_experts(other):
+    with pytest.raises(UsageError, match="must be left out with expert_saliency='aimer', which reads no text"):
+        Recipe(experts=0.25, expert_saliency="aimer", **other)
 
 
 def test_super_experts_stay_whatever_their_score():
@@ -153,7 +201,7 @@ def test_super_experts_stay_where_weights_are_pruned_too():
     model = tiny_model("mixtral")
     recipe = Recipe(weights="2:4", experts=0.25, saliency="wanda", update="none", protect_experts=True)
     report = prune(model, WINDOWS, recipe)
-    assert report.recipe == recipe.to_dict()
+    assert report.recipe == recipe.on(None).to_dict()
     assert report.experts is not None
     assert [tensor.shape[0] for block in report.blocks for tensor in block.tensors] == [6] * 4
 

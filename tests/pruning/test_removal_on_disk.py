@@ -54,6 +54,20 @@ def test_the_result_is_that_of_removing_in_memory(family, name, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["dense", "got", "want"]
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("weights", [None, "2:4"])
+def test_by_the_weights_alone_too(family, weights, tmp_path):
+    tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    recipe = Recipe(weights=weights, saliency="magnitude", update="none", experts=0.25)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
+    want = moesparse.prune(model, None, recipe)
+    moesparse.save_pretrained(model, tmp_path / "want", recipe=want.recipe)
+    got = prune_checkpoint(tmp_path / "dense", tmp_path / "got", None, recipe)
+    assert got.experts["criterion"] == "aimer"
+    assert json.dumps(got.experts) == json.dumps(want.experts)
+    assert_same(tmp_path / "want", tmp_path / "got")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("source")

@@ -142,7 +142,7 @@ def test_scores_leave_the_count_to_choose(plan):
     with pytest.raises(UsageError, match="scores must be left out with plan, got some"):
         Recipe(weights=None, plan=plan, scores=scores)
     recipe = Recipe(weights="2:4", experts=0.5, scores=scores, expert_saliency="mine", divisible_by=4)
-    assert recipe.without_experts() == Recipe(weights="2:4")
+    assert recipe.without_experts() == Recipe(weights="2:4", expert_saliency="reap")
 
 
 def test_what_does_not_go_with_a_plan_is_refused_before_any_work(folder, plan, tmp_path):
@@ -160,6 +160,8 @@ def test_what_does_not_go_with_a_plan_is_refused_before_any_work(folder, plan, t
         prune(model, calibrate(model, WINDOWS), cut)
     with pytest.raises(CalibrationError, match="layers with experts is 1-2 there and 0-1 here"):
         prune(tiny_model("mixtral"), None, cut)
+    with pytest.raises(CalibrationError, match="windows or statistics for saliency='wanda', update='none', got None"):
+        prune_checkpoint(folder / "f32", out, None, Recipe("2:4", saliency="wanda", update="none", plan=plan))
     uneven = ExpertPlan(plan.origin, (plan.kept[0], (0, 1, 2, 4, 5, 6)), "reap")
     with pytest.raises(UsageError, match="kept must hold the same number of experts in every block, got 4 and 6"):
         prune_checkpoint(folder / "f32", out, None, Recipe(**CUT, plan=uneven))
