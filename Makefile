@@ -70,6 +70,11 @@ bench-generate-cpu: $(STAMP) ## tokens a second of whole models on this CPU, lla
 bench-serve-cpu: $(STAMP) ## `moesparse serve` on this CPU under eight clients: ARGS="--models embedded --threads 1"
 	$(BENCH) benchmarks.speed.bench_serve_cpu $(ARGS)
 
+REAL_RULES = magnitude+none moe-pruner+none sparsegpt+obs gated-sparsegpt+least-squares+rescale \
+	gated-sparsegpt+asymmetric gated-admm+least-squares+rescale gated-admm+asymmetric
+real: $(STAMP) ## quality on really pretrained weights, made from a package of the index: ARGS="--pattern 0.5"
+	$(BENCH) benchmarks.studies.weights --testbed real --seeds 1 --heldout 28 $(REAL_RULES:%=--rule %) $(ARGS)
+
 peers: $(STAMP) ## side by side with llm-compressor and plain baselines, in environments of their own
 	$(BIN)/python -m benchmarks.peers
 
@@ -161,4 +166,4 @@ format: $(STAMP) ## ruff's fixes and layout
 clean: ## remove what the targets made
 	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-transformers4 .venv-newest-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu test-triton test-vllm test-transformers4 test-newest quickstart gpu peers lint format clean
+.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu real test-triton test-vllm test-transformers4 test-newest quickstart gpu peers lint format clean

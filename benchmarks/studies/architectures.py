@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.studies.protocol import BATCH, Study, draw, finish, mean_and_spread, parser
+from benchmarks.studies.protocol import Study, finish, mean_and_spread, parser
 from moesparse.calibration.whole import calibrate
 from moesparse.experts.criteria import expert_scores
 from moesparse.experts.selection import choose_experts
@@ -82,7 +82,8 @@ def run(study: Study, models: dict[str, Any]) -> None:
                 setting = {**which[variant], "part": "experts", "rule": criterion, "seed": seed}
                 if study.select(**setting):
                     continue
-                statistics = statistics or calibrate(model, draw(study.calibration_windows, seed), batch_size=BATCH)
+                windows = study.draw(study.calibration_windows, seed)
+                statistics = statistics or calibrate(model, windows, batch_size=study.batch)
                 study.measure(partial(without_experts, study, model, statistics, criterion, seed), **setting)
 
 

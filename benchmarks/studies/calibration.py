@@ -12,8 +12,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.studies.protocol import Study, curve, draw, finish, geometric, mean_and_spread, parser
-from moesparse import demo
+from benchmarks.studies.protocol import Study, curve, finish, geometric, mean_and_spread, parser
 from moesparse.pruning.recipe import Recipe
 from moesparse.report.figures import new_figure
 
@@ -33,19 +32,19 @@ DOMAIN_RULES = (("moe-pruner", "none"), ("gated-sparsegpt", "least-squares+resca
 
 def by_domain(study: Study, recipe: Recipe, domain: str | None, count: int) -> dict[str, Any]:
     """Perplexity of every domain after calibration on one, or on all (None)."""
-    pruned = study.prune_copy(recipe, draw(count, recipe.seed, domain, LENGTH))
-    return {"perplexity": {name: study.score(pruned, name) for name in demo.DOMAINS}}
+    pruned = study.prune_copy(recipe, study.draw(count, recipe.seed, domain, LENGTH))
+    return {"perplexity": {name: study.score(pruned, name) for name in study.domains}}
 
 
 def run(study: Study) -> None:
     """Both parts."""
-    sizes, domains = (SIZES, demo.DOMAINS) if not study.quick else ((1, 8), demo.DOMAINS[:1])
+    sizes, domains = (SIZES, study.domains) if not study.quick else ((1, 8), study.domains[:1])
     study.measure(lambda: {"perplexity": study.score(study.model)}, part="dense")
     for seed in study.seeds:
         for mask, update in RULES if not study.quick else RULES[1:2]:
             recipe = Recipe(weights=PATTERN, saliency=mask, update=update, seed=seed)
             for size in sizes:
-                windows = draw(size, seed, length=LENGTH)
+                windows = study.draw(size, seed, length=LENGTH)
                 setting = {"sequences": size, "mask": mask, "update": update, "seed": seed}
                 study.measure(partial(study.pruned, recipe, windows), part="size", **setting)
         for mask, update in DOMAIN_RULES if not study.quick else DOMAIN_RULES[:1]:
@@ -102,7 +101,7 @@ def figure(study: Study) -> Any:
     left.legend(fontsize=8, frameon=False)
     finish(left, f"{PATTERN}, the mix", f"calibration sequences of {LENGTH} tokens", "held-out perplexity")
 
-    domains = [name for name in demo.DOMAINS if study.select(part="domain", domain=name)]
+    domains = [name for name in study.domains if study.select(part="domain", domain=name)]
     bars = [(rule, where) for rule in DOMAIN_RULES for where in ("itself", "others")]
     for number, (rule, where) in enumerate(bars):
         held = loss(study, *rule)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.studies.protocol import Study, curve, draw, finish, mean_and_spread, parser
+from benchmarks.studies.protocol import Study, curve, finish, mean_and_spread, parser
 from moesparse.calibration import recorder
 from moesparse.pruning.recipe import Recipe
 from moesparse.report.figures import new_figure
@@ -53,7 +53,7 @@ def gates_to_the(exponent: float) -> Iterator[None]:
 
 def pruned(study: Study, recipe: Recipe, windows: int, exponent: float) -> dict[str, float]:
     with gates_to_the(exponent):
-        model = study.prune_copy(recipe, draw(windows, recipe.seed))
+        model = study.prune_copy(recipe, study.draw(windows, recipe.seed))
     return {"perplexity": study.score(model)}
 
 

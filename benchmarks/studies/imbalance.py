@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.studies.protocol import BATCH, Study, curve, draw, finish, geometric, mean_and_spread, parser
-from moesparse import demo
+from benchmarks.studies.protocol import Study, curve, finish, geometric, mean_and_spread, parser
 from moesparse.calibration.whole import calibrate
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.pruning.recipe import Recipe
@@ -44,7 +43,7 @@ def router_inputs(model: Any, block: MoEBlock, windows: Tensor) -> Tensor:
     handle = block.moe.gate.register_forward_pre_hook(lambda _module, inputs: held.append(inputs[0].detach()))
     try:
         with torch.no_grad():
-            for batch in windows.split(BATCH):
+            for batch in windows.split(16):
                 model.model(batch, use_cache=False)
     finally:
         handle.remove()
@@ -78,9 +77,8 @@ def skew(model: Any, ratio: float, seed: int, windows: Tensor) -> None:
         weight += added[:, None] * direction
 
 
-def train_on(model: Any, seed: int, steps: int, hold: Callable[[], None]) -> None:
+def train_on(model: Any, windows: Tensor, seed: int, steps: int, hold: Callable[[], None]) -> None:
     """AdamW over the calibration text, the rate falling to zero; `hold` is called before every second step."""
-    windows = demo.windows("calibration")
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     for step, batch in enumerate(windows[order].split(WINDOWS)[:steps]):
@@ -98,20 +96,20 @@ def train_on(model: Any, seed: int, steps: int, hold: Callable[[], None]) -> Non
 def skewed(study: Study, ratio: float | None, seed: int) -> Any:
     """The dense model at one ratio."""
     model = copy.deepcopy(study.model)
-    windows = draw(study.calibration_windows, seed)
+    windows = study.draw(study.calibration_windows, seed)
 
     def hold() -> None:
         if ratio is not None:
             skew(model, ratio, seed, windows)
 
-    train_on(model, seed, 2 if study.quick else STEPS, hold)
+    train_on(model, study.testbed.everything(), seed, 2 if study.quick else STEPS, hold)
     return model.eval()
 
 
 def dense(study: Study, ratio: float | None, seed: int) -> dict[str, float]:
     """Perplexity, and how uneven the routing became: the most used expert's tokens over the least used one's."""
     model = skewed(study, ratio, seed)
-    measured = calibrate(model, draw(study.calibration_windows, seed), batch_size=BATCH)
+    measured = calibrate(model, study.draw(study.calibration_windows, seed), batch_size=study.batch)
     counts = [block.tokens for block in measured.blocks.values()]
     imbalance = geometric([float(count.max() / count.min().clamp(min=1)) for count in counts])
     return {"perplexity": study.score(model), "imbalance": imbalance}
@@ -136,7 +134,7 @@ def run(study: Study) -> None:
 
 
 def pruned(study: Study, recipe: Recipe, ratio: float | None, seed: int) -> dict[str, float]:
-    windows = draw(study.calibration_windows, seed)
+    windows = study.draw(study.calibration_windows, seed)
     return {"perplexity": study.score(study.prune_copy(recipe, windows, skewed(study, ratio, seed)))}
 
 

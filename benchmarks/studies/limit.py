@@ -14,8 +14,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.studies.protocol import Study, curve, draw, finish, mean_and_spread, parser
-from moesparse import demo
+from benchmarks.studies.protocol import Study, curve, finish, mean_and_spread, parser
 from moesparse.distillation import Settings, distill
 from moesparse.pruning.recipe import Recipe
 from moesparse.report.figures import new_figure
@@ -77,9 +76,9 @@ def run(study: Study) -> None:
 
 def distilled(study: Study, recipe: Recipe) -> dict[str, Any]:
     """Pruned, and every block trained towards the dense one's experts on all of the calibration text."""
-    student = study.prune_copy(recipe, draw(study.calibration_windows, recipe.seed))
+    student = study.prune_copy(recipe, study.draw(study.calibration_windows, recipe.seed))
     settings = Settings(learning_rate=1e-3, epochs=2, batch_size=8, micro_batch=8)
-    report = distill(student, study.model, demo.windows("calibration"), "blockwise", settings=settings)
+    report = distill(student, study.model, study.testbed.everything(), "blockwise", settings=settings)
     return {"perplexity": study.score(student), "zeros": list(report.zeros)}
 
 

@@ -1,9 +1,9 @@
 """What the studies share: texts, perplexity, rows that survive a stop, and the look of a figure.
 
-Every study calibrates on 24 windows of the embedded calibration text, as many of each domain, drawn by the seed, and
-scores 4 held-out windows of each domain, of 256 tokens, by themselves, the first token of each unscored: the geometric
-mean over the six domains of the perplexity. Held-out windows are spread evenly over each domain's documents and are the
-same for all.
+Every study calibrates on 24 windows of its testbed's calibration text, as many of each domain, drawn by the seed, and
+scores 4 held-out windows of each domain by themselves, the first token of each unscored: the geometric mean over the
+domains of the perplexity. Held-out windows are spread evenly over each domain's documents and are the same for all.
+What a window is, and which domains there are, is the testbed's (benchmarks/studies/testbed.py).
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ import transformers
 from torch import Tensor
 
 from benchmarks.results import RESULTS as RESULTS_FOLDER
-from moesparse import demo
+from benchmarks.studies.testbed import EMBEDDED, Score, add_option, open_testbed, spread
 from moesparse.calibration.windows import windows_hash
-from moesparse.evaluate import perplexity
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.run import prune
@@ -36,7 +35,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = RESULTS_FOLDER / "cpu"
-BATCH = 16
+
+
+__all__ = ["Study", "curve", "finish", "folder_of", "geometric", "mean_and_spread", "parser", "spread"]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -44,36 +45,22 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="a few points on a few windows, to see that it runs")
     options.add_argument("--seeds", type=int, default=3, help="draws of calibration windows")
+    add_option(options)
     options.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of the rows and the figure")
     return options
 
 
-def spread(windows: Tensor, count: int) -> Tensor:
-    """`count` windows at even distances, all when there are fewer."""
-    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
-
-
-def draw(count: int, seed: int, domain: str | None = None, length: int = 256) -> Tensor:
-    """[count, length] calibration windows drawn by the seed: of one domain, or of all, which take turns.
-
-    Fewer draws are the beginning of more draws with the same seed.
-    """
-    orders = []
-    for number, name in enumerate(demo.DOMAINS if domain is None else (domain,)):
-        windows = demo.windows("calibration", name, length=length)
-        generator = torch.Generator().manual_seed(1000 * seed + number)
-        orders.append(list(windows[torch.randperm(len(windows), generator=generator)]))
-    turns = [order[turn] for turn in range(max(map(len, orders))) for order in orders if turn < len(order)]
-    if count > len(turns):
-        raise SystemExit(f"need {count} calibration windows of {length} tokens, the text has {len(turns)}")
-    return torch.stack(turns[:count])
+def folder_of(testbed: str, output: Path) -> Path:
+    """Where rows measured on a testbed lie: beside those of the embedded model, in a folder of its name."""
+    return output if testbed == EMBEDDED else output / Path(testbed).name
 
 
 class Study:
     """The rows of one study, each measured once, and what they are measured on.
 
     Attributes:
-        model: the embedded model, dense; `prune_copy` leaves it so.
+        testbed: what is measured on.
+        model: its model, dense; `prune_copy` leaves it so.
         quick: fewer windows; every study also takes fewer points.
         seeds: draws of calibration windows.
     """
@@ -82,19 +69,19 @@ class Study:
         """Args:
         name: of the result files.
         arguments: of `parser`.
-        model: in place of the embedded one.
+        model: in place of the testbed's.
         protocol: what else decides a number; kept in the file.
 
         Raises:
             SystemExit: the file at hand holds rows of another protocol.
         """
-        self.path = arguments.output / f"{name}.json"
+        self.testbed = open_testbed(arguments.testbed)
+        self.path = folder_of(arguments.testbed, arguments.output) / f"{name}.json"
         self.quick = arguments.quick
         self.seeds = range(1 if arguments.quick else arguments.seeds)
         self.calibration_windows = 6 if self.quick else 24
-        self.model = demo.load()[0] if model is None else model
-        count = 1 if self.quick else 4
-        self.heldout = {domain: spread(demo.windows("heldout", domain), count) for domain in demo.DOMAINS}
+        self.model = self.testbed.model if model is None else model
+        self.heldout = self.testbed.heldout(1 if self.quick else 4)
         self.protocol = {
             "model": model_fingerprint(self.model),
             "heldout": windows_hash(torch.cat(list(self.heldout.values()))),
@@ -130,22 +117,39 @@ class Study:
         print(f"{time.perf_counter() - self._started:6.0f} s  {_line(row)}", flush=True)
         return row
 
+    @property
+    def domains(self) -> Sequence[str]:
+        """Of the held-out text."""
+        return tuple(self.heldout)
+
+    @property
+    def batch(self) -> int:
+        """Windows to run at once."""
+        return self.testbed.batch
+
+    def draw(self, count: int, seed: int, domain: str | None = None, length: int | None = None) -> Tensor:
+        """Calibration windows, see `Testbed.draw`."""
+        return self.testbed.draw(count, seed, domain, length)
+
+    def scores(self, model: Any) -> Score:
+        """Of every held-out window."""
+        return self.testbed.score(model, self.heldout)
+
     def score(self, model: Any, domain: str | None = None) -> float:
         """Held-out perplexity of one domain, or the geometric mean over all."""
-        wanted = demo.DOMAINS if domain is None else (domain,)
-        each = [perplexity(model, self.heldout[name], batch_size=BATCH).perplexity for name in wanted]
-        return geometric(each)
+        wanted = self.heldout if domain is None else {domain: self.heldout[domain]}
+        return self.testbed.score(model, wanted).perplexity
 
     def prune_copy(self, recipe: Recipe, windows: Tensor | None, model: Any = None) -> Any:
-        """A pruned copy of the model (the embedded one unless another is given)."""
+        """A pruned copy of the model (the testbed's unless another is given)."""
         copied = copy.deepcopy(self.model if model is None else model)
-        prune(copied, windows, recipe, batch_size=BATCH)
+        prune(copied, windows, recipe, batch_size=self.batch)
         return copied
 
     def pruned(self, recipe: Recipe, windows: Tensor | None = None, *, model: Any = None) -> dict[str, float]:
         """Perplexity of a pruned copy, calibrated on `windows` or on those that the recipe's seed draws."""
         if windows is None:
-            windows = draw(self.calibration_windows, recipe.seed)
+            windows = self.draw(self.calibration_windows, recipe.seed)
         return {"perplexity": self.score(self.prune_copy(recipe, windows, model))}
 
     def select(self, **setting: Any) -> list[dict[str, Any]]:

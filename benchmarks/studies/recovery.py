@@ -1,13 +1,13 @@
-"""How much of what a mask costs comes back: weight rules, distillation, and both, on the embedded model.
+"""How much of what a mask costs comes back: weight rules, distillation, and both, on one testbed.
 
     python -m benchmarks.studies.recovery                     # 2:4 and 50%, three seeds; 25 CPU minutes
     python -m benchmarks.studies.recovery --pattern 2:4 --seeds 1
     python -m benchmarks.studies.recovery --figure            # draw again from what was measured
 
-A seed draws 160 of the 242 calibration windows of 256 tokens: the text that masks, weights and distillation see.
-Distillation takes the preset "small". Perplexity: 12 windows of 256 tokens a domain, evenly spaced over its held-out
-text, scored independently, first token unscored; geometric mean over the six domains. Rows are written as they are
-measured, so a stopped run goes on. Seconds are CPU seconds of one thread.
+A seed draws the calibration windows (160 of the embedded model's 242, of 256 tokens): the text that masks, weights and
+distillation see. Distillation takes the preset "small". Perplexity: 12 windows a domain, evenly spaced over its
+held-out text, scored independently, first token unscored; geometric mean over the domains. Rows are written as they
+are measured, so a stopped run goes on. Seconds are CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.results import RESULTS as RESULTS_FOLDER
-from benchmarks.studies.protocol import geometric, mean_and_spread, spread
-from moesparse import demo
+from benchmarks.studies.protocol import folder_of, mean_and_spread
+from benchmarks.studies.testbed import Testbed, add_option, open_testbed
 from moesparse.distillation import PRESETS, Settings, distill
-from moesparse.evaluate import perplexity
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.run import prune
 from moesparse.system.memory import peak_memory, reset_peak_memory
 
-RESULTS = RESULTS_FOLDER / "cpu" / "study_recovery.json"
+RESULTS = RESULTS_FOLDER / "cpu"
 PATTERNS = ("2:4", "0.5")
 STARTS = {
     "mask": ("moe-pruner", "none"),
@@ -47,29 +46,28 @@ RECOVERIES: dict[str, tuple[str, Settings | str] | None] = {
     "global": ("global", "small"),
 }
 """By name: mode and settings of `distill`."""
-WINDOWS = 160
 HELDOUT = 12
 GOAL = 1.02
 
 
-def measure(model: nn.Module) -> float:
+def measure(testbed: Testbed, model: nn.Module) -> float:
     """Geometric mean over domains of held-out perplexity."""
-    domains = (spread(demo.windows("heldout", domain), HELDOUT) for domain in demo.DOMAINS)
-    return geometric([perplexity(model, windows, batch_size=HELDOUT).perplexity for windows in domains])
+    return testbed.score(model, testbed.heldout(HELDOUT)).perplexity
 
 
-def calibration(seed: int) -> Tensor:
-    windows = demo.windows("calibration")
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:WINDOWS]]
-
-
-def run(pattern: str, start: tuple[str, str], seed: int, wanted: list[str]) -> dict[str, dict[str, Any]]:
+def run(
+    testbed: Testbed, pattern: str, start: tuple[str, str], seed: int, wanted: list[str]
+) -> dict[str, dict[str, Any]]:
     """One pruned model, and what each of `wanted` makes of it."""
-    teacher, _ = demo.load()
-    windows = calibration(seed)
+    teacher, windows = testbed.model, testbed.calibration(seed)
     student = copy.deepcopy(teacher)
     began = time.process_time()
-    prune(student, windows, Recipe(weights=pattern, saliency=start[0], update=start[1], seed=seed))
+    prune(
+        student,
+        windows,
+        Recipe(weights=pattern, saliency=start[0], update=start[1], seed=seed),
+        batch_size=testbed.batch,
+    )
     pruning = time.process_time() - began
     found = {}
     for recovery in wanted:
@@ -82,7 +80,7 @@ def run(pattern: str, start: tuple[str, str], seed: int, wanted: list[str]) -> d
             row |= {"seconds": time.process_time() - began, "peak_bytes": peak_memory(), "warnings": report.warnings}
             first, last = report.rows[0], report.rows[-1]
             row |= {part: [first[part], last[part]] for part in ("ce", "kl") if part in first}
-        row["perplexity"] = measure(model)
+        row["perplexity"] = measure(testbed, model)
         found[recovery] = row
     return found
 
@@ -166,20 +164,23 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_option(parser)
     parser.add_argument("--pattern", action="append", choices=PATTERNS, help="both when left out")
     parser.add_argument("--start", action="append", choices=STARTS, help="all when left out")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--figure", action="store_true", help="measure nothing; table and figure from the results")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of rows and figure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {"rows": {}}
-    if arguments.out.is_file():
-        result = json.loads(arguments.out.read_text())
+    path = folder_of(arguments.testbed, arguments.output) / "study_recovery.json"
+    if path.is_file():
+        result = json.loads(path.read_text())
     if not arguments.figure:
+        testbed = open_testbed(arguments.testbed)
         result["settings"] = {mode: settings.to_dict() for mode, settings in PRESETS["small"].items()}
         if "dense" not in result:
-            result["dense"] = measure(demo.load()[0])
+            result["dense"] = measure(testbed, testbed.model)
         for pattern in arguments.pattern or PATTERNS:
             for seed in range(arguments.seeds):
                 for start in [STARTS[name] for name in arguments.start or STARTS]:
@@ -188,15 +189,15 @@ def main() -> None:
                         for name in RECOVERIES
                     }
                     wanted = [name for name in RECOVERIES if str(seed) not in rows[name]]
-                    for name, row in run(pattern, start, seed, wanted).items() if wanted else ():
+                    for name, row in run(testbed, pattern, start, seed, wanted).items() if wanted else ():
                         rows[name][str(seed)] = row
                         print(
                             pattern, *start, name, seed, f"{row['perplexity']:.2f} {row['seconds']:.0f} s", flush=True
                         )
-                    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
-    draw(result, arguments.out.with_suffix(".png"))
+    draw(result, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

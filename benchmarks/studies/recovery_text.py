@@ -4,8 +4,12 @@
     python benchmarks/demo_model/build_text.py --work /tmp/demo_model --assets /tmp/demo_model/assets
     python -m benchmarks.studies.recovery_text --work /tmp/demo_model --start default --loss logits --tokens 1048576
     python -m benchmarks.studies.recovery_text                  # table and figure of what was measured
+    python -m benchmarks.studies.recovery_text --testbed real --start default --loss logits --tokens 409600 --rates 5e-4
 
-The text is what the embedded model was trained on. Masks and weights see the 160 calibration windows of
+On a real testbed the text is that of benchmarks/real_weights/text.py, in windows of 512 that calibration does not see,
+domains in turn, and --work is left out.
+
+On the embedded model the text is what it was trained on. Masks and weights see the 160 calibration windows of
 study_recovery.py; distillation then sees windows of 256 tokens, as many of each domain, drawn by the seed without
 repetition until a domain's text is used up (7.86 M tokens in all: the smallest domain has 5123 windows) and then drawn
 anew; a row's repeats says how many windows were seen before. Eight windows a domain are held back from all draws, and
@@ -31,7 +35,9 @@ from torch import Tensor
 
 from benchmarks.demo_model.build_text import window_hashes
 from benchmarks.results import RESULTS as RESULTS_FOLDER
-from benchmarks.studies.recovery import GOAL, STARTS, calibration, measure, plus_minus
+from benchmarks.studies.protocol import folder_of
+from benchmarks.studies.recovery import GOAL, STARTS, measure, plus_minus
+from benchmarks.studies.testbed import EMBEDDED, Testbed, add_option, open_testbed
 from moesparse import demo
 from moesparse.distillation import Settings, distill
 from moesparse.evaluate import perplexity
@@ -39,7 +45,7 @@ from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.run import prune
 from moesparse.system.memory import peak_memory, reset_peak_memory
 
-RESULTS = RESULTS_FOLDER / "cpu" / "study_recovery_text.json"
+RESULTS = RESULTS_FOLDER / "cpu"
 LENGTH = 256
 HELD_BACK = 8
 STEP = {"epochs": 1, "batch_size": 8, "micro_batch": 8}
@@ -81,23 +87,41 @@ def refuse_leaks(ids: Tensor) -> None:
         raise SystemExit(f"{shared} runs of 60 characters of the training text are held out: build the text again")
 
 
-def run(start: str, loss: str, tokens: int, rate: float, seed: int, work: Path) -> dict[str, Any]:
+def text_for(testbed: Testbed, tokens: int, seed: int, work: Path | None) -> tuple[Tensor, Tensor, int]:
+    """`windows` of a testbed; SystemExit where the embedded model's text was not built."""
+    if testbed.name == EMBEDDED:
+        if work is None:
+            raise SystemExit("--work must name the folder of the embedded model's training text, got nothing")
+        drawn = windows(work, tokens // LENGTH, seed)
+        refuse_leaks(drawn[0])
+        return drawn
+    # its beginning is what pruning saw, and what follows is held back from training
+    first, held = testbed.default_windows, HELD_BACK * len(testbed.domains)
+    whole = testbed.draw(first + held + tokens // testbed.length, seed)
+    return whole[first + held :], whole[first : first + held], 0
+
+
+def run(
+    testbed: Testbed, start: str, loss: str, tokens: int, rate: float, seed: int, work: Path | None
+) -> dict[str, Any]:
     """One pruned model, distilled."""
-    ids, held, repeats = windows(work, tokens // LENGTH, seed)
-    refuse_leaks(ids)
-    teacher, _ = demo.load()
+    ids, held, repeats = text_for(testbed, tokens, seed, work)
+    teacher = testbed.model
     student = copy.deepcopy(teacher)
     saliency, update = STARTS[start]
-    prune(student, calibration(seed), Recipe(weights="2:4", saliency=saliency, update=update, seed=seed))
+    recipe = Recipe(weights="2:4", saliency=saliency, update=update, seed=seed)
+    prune(student, testbed.calibration(seed), recipe, batch_size=testbed.batch)
     mode, settings = LOSSES[loss]
     settings = dataclasses.replace(settings, learning_rate=rate)
-    row: dict[str, Any] = {"pruned": measure(student), "repeats": repeats}
+    if testbed.name != EMBEDDED:
+        settings = dataclasses.replace(settings, batch_size=4, micro_batch=4)
+    row: dict[str, Any] = {"pruned": measure(testbed, student), "repeats": repeats}
     reset_peak_memory()
     began = time.process_time()
     report = distill(student, teacher, ids, mode, settings=settings)
     row |= {"seconds": time.process_time() - began, "wall_seconds": report.seconds, "peak_bytes": peak_memory()}
-    row |= {"perplexity": measure(student), "warnings": report.warnings}
-    row["held_back"] = perplexity(student, held, batch_size=16).perplexity
+    row |= {"perplexity": measure(testbed, student), "warnings": report.warnings}
+    row["held_back"] = perplexity(student, held, batch_size=testbed.batch).perplexity
     first, last = report.rows[: len(report.rows) // 10], report.rows[-(len(report.rows) // 10) :]
     for part in ("ce", "kl"):
         if part in last[0]:
@@ -162,27 +186,32 @@ def _order(name: str) -> tuple[str, str, int, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="the folder build_text.py wrote to; left out: measure nothing")
+    add_option(parser)
+    parser.add_argument(
+        "--work", type=Path, help="the folder build_text.py wrote to; left out: measure nothing, unless real"
+    )
     parser.add_argument("--start", choices=STARTS, default="default")
     parser.add_argument("--loss", choices=LOSSES, default="logits")
     parser.add_argument("--tokens", type=int, nargs="*", default=[2**18], help="amounts of training text")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="draws of text")
     parser.add_argument("--rates", type=float, nargs="*", default=[2e-3], help="learning rates")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of rows and figure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"rows": {}}
-    if arguments.work is not None:
+    path = folder_of(arguments.testbed, arguments.output) / "study_recovery_text.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    if arguments.work is not None or arguments.testbed != EMBEDDED:
+        testbed = open_testbed(arguments.testbed)
         if "dense" not in result:
-            result["dense"] = measure(demo.load()[0])
+            result["dense"] = measure(testbed, testbed.model)
         for tokens, rate, seed in itertools.product(arguments.tokens, arguments.rates, arguments.seeds):
             rows = result["rows"].setdefault(f"{arguments.start} {arguments.loss} {tokens} {rate:g}", {})
             if str(seed) not in rows:
-                rows[str(seed)] = run(arguments.start, arguments.loss, tokens, rate, seed, arguments.work)
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+                rows[str(seed)] = run(testbed, arguments.start, arguments.loss, tokens, rate, seed, arguments.work)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
-    draw(result, arguments.out.with_suffix(".png"))
+    draw(result, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.studies.protocol import BATCH, Study, curve, draw, finish, mean_and_spread, parser
-from moesparse import demo
+from benchmarks.studies.protocol import Study, curve, finish, mean_and_spread, parser
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.run import prune
@@ -88,7 +87,7 @@ def run(study: Study) -> None:
     conditions: list[tuple[str, Any]] = [("none", None), ("other windows", None)]
     conditions += [("noise", value) for value in (NOISES if not study.quick else (1.0,))]
     conditions += [("temperature", value) for value in (TEMPERATURES if not study.quick else (4.0,))]
-    conditions += [("domain", name) for name in (demo.DOMAINS if not study.quick else demo.DOMAINS[:1])]
+    conditions += [("domain", name) for name in (study.domains if not study.quick else study.domains[:1])]
     study.measure(lambda: {"perplexity": study.score(study.model)}, kind="dense")
     for seed in study.seeds:
         for mask, update in rules:
@@ -101,17 +100,17 @@ def run(study: Study) -> None:
 @cache
 def undisturbed(study: Study, recipe: Recipe) -> Any:
     """What the others are compared with."""
-    return study.prune_copy(recipe, draw(study.calibration_windows, recipe.seed))
+    return study.prune_copy(recipe, study.draw(study.calibration_windows, recipe.seed))
 
 
 def disturb_and_prune(study: Study, recipe: Recipe, kind: str, value: Any) -> dict[str, float]:
     """Overlap with the undisturbed masks, perplexity, and the share of slots that the disturbance moved."""
     other = recipe.seed + 100 * (kind == "other windows")
-    windows = draw(study.calibration_windows, other, value if kind == "domain" else None)
+    windows = study.draw(study.calibration_windows, other, value if kind == "domain" else None)
     router = {kind: value} if kind in ("noise", "temperature") else {}
     model = copy.deepcopy(study.model)
     with disturbed(model, seed=recipe.seed, **router) as moved:
-        prune(model, windows, recipe, batch_size=BATCH)
+        prune(model, windows, recipe, batch_size=study.batch)
     return {
         "overlap": overlap(model, undisturbed(study, recipe)),
         "perplexity": study.score(model),
@@ -152,10 +151,10 @@ def figure(study: Study) -> Any:
             curve(panels[0][column], kept, number, label)
             curve(panels[1][column], costs, number, label)
         names = [
-            name for name in (*demo.DOMAINS, "other windows") if study.select(value=name, **setting) or " " in name
+            name for name in (*study.domains, "other windows") if study.select(value=name, **setting) or " " in name
         ]
         for place, name in enumerate(names):
-            kind, value = ("domain", name) if name in demo.DOMAINS else (name, None)
+            kind, value = ("domain", name) if name in study.domains else (name, None)
             kept = [100 * v for v in values(study, "overlap", kind=kind, value=value, **setting)]
             for row, held in enumerate((kept, cost(study, (mask, update), kind, value))):
                 if held:

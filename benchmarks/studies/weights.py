@@ -1,12 +1,14 @@
-"""Every mask rule and weight rule on the embedded model: held-out perplexity, spread over calibration seeds, seconds.
+"""Every mask rule and weight rule on one testbed: held-out perplexity, spread over calibration seeds, CPU seconds.
 
     python -m benchmarks.studies.weights                    # 2:4, three seeds: the table in the README
     python -m benchmarks.studies.weights --pattern 4:8 --pattern 0.7 --seeds 1
     python -m benchmarks.studies.weights --quick            # one seed, few windows, nothing written
-    python -m benchmarks.studies.weights --model RUN/model --out large.json     # another model of demo_model/train.py
+    python -m benchmarks.studies.weights --testbed real --seeds 1 --rule moe-pruner+none --rule auto+auto --heldout 28
 
-A seed draws 160 of the 242 calibration windows. Perplexity: windows of 256 tokens scored independently, first token
-unscored; geometric mean over the six domains. Rows are written as they are measured, so a stopped run goes on.
+A seed draws the calibration windows: 160 of the embedded model's 242, 128 of a real testbed's. Perplexity: windows
+scored independently, first token unscored; geometric mean over the domains (benchmarks/studies/testbed.py). "above" is
+the mean over windows of the log loss above the dense model's, with its standard error. Rows are written as they are
+measured, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -18,13 +20,9 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from benchmarks.results import RESULTS as RESULTS_FOLDER
-from benchmarks.studies.protocol import geometric
-from moesparse import demo
-from moesparse.evaluate import perplexity
+from benchmarks.studies.protocol import folder_of
+from benchmarks.studies.testbed import Score, Testbed, add_option, open_testbed
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.run import prune
@@ -48,66 +46,57 @@ RULES = (
     ("gated-admm", "asymmetric"),
     ("gated-admm", "asymmetric+rescale"),
 )
-WINDOWS = 160
 
 
-def measure(model: torch.nn.Module, limit: int | None) -> float:
-    """Geometric mean over domains of held-out perplexity."""
-    texts = [demo.windows("heldout", domain)[:limit] for domain in demo.DOMAINS]
-    return geometric([perplexity(model, text, batch_size=16).perplexity for text in texts])
-
-
-def load(folder: Path | None) -> torch.nn.Module:
-    """The embedded model, or one of the same tokenizer from a folder, in float32."""
-    if folder is None:
-        return demo.load()[0]
-    if not (folder / "config.json").is_file():
-        raise SystemExit(f"--model must be a folder with a checkpoint, got {folder}")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-
-
-def run(
-    dense: torch.nn.Module, pattern: str, saliency: str, update: str, seed: int, limit: int | None
-) -> dict[str, float]:
-    """Perplexity of a pruned copy, and the seconds that pruning it took."""
-    model = copy.deepcopy(dense)
-    windows = demo.windows("calibration")
-    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:WINDOWS]
-    started = time.perf_counter()
-    prune(model, windows[chosen], Recipe(weights=pattern, saliency=saliency, update=update, seed=seed))
-    seconds = time.perf_counter() - started
-    return {"perplexity": measure(model, limit), "seconds": seconds}
+def run(testbed: Testbed, recipe: Recipe, limit: int | None, dense: Score) -> dict[str, float]:
+    """A pruned copy: its perplexity, how far its loss is above the dense one's, and the CPU seconds of pruning."""
+    model = copy.deepcopy(testbed.model)
+    windows = testbed.calibration(recipe.seed)
+    started = time.process_time()
+    prune(model, windows, recipe, batch_size=testbed.batch)
+    seconds = time.process_time() - started
+    scored = testbed.score(model, testbed.heldout(limit))
+    above, error = scored.above(dense)
+    return {"perplexity": scored.perplexity, "above": above, "above_error": error, "seconds": seconds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_option(parser)
     parser.add_argument("--pattern", action="append", help="2:4 when left out; repeat for more")
+    parser.add_argument("--rule", action="append", metavar="MASK+WEIGHT", help="mask and weight rule; repeat for more")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--model", type=Path, help="a folder; the embedded model when left out")
+    parser.add_argument("--heldout", type=int, help="held-out windows of each domain; all when left out")
     parser.add_argument("--quick", action="store_true", help="one seed, 4 windows a domain, nothing written")
-    parser.add_argument("--out", type=Path, default=RESULTS_FOLDER / "cpu" / "study_weights.json")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS_FOLDER / "cpu", help="folder of the rows")
     arguments = parser.parse_args()
-    limit = 4 if arguments.quick else None
+    limit = 4 if arguments.quick else arguments.heldout
     seeds = range(1 if arguments.quick else arguments.seeds)
+    path = folder_of(arguments.testbed, arguments.output) / "study_weights.json"
     result = {"rows": {}}
-    if arguments.out.is_file() and not arguments.quick:
-        result = json.loads(arguments.out.read_text())
-    model = load(arguments.model)
-    fingerprint = model_fingerprint(model)
-    if result.setdefault("model", fingerprint) != fingerprint:
-        raise SystemExit(f"--out must be a new file for another model, got {arguments.out}")
-    if "dense" not in result:
-        result["dense"] = measure(model, limit)
+    if path.is_file() and not arguments.quick:
+        result = json.loads(path.read_text())
+    testbed = open_testbed(arguments.testbed)
+    protocol = {"model": model_fingerprint(testbed.model), "heldout_windows_per_domain": limit}
+    for name, value in protocol.items():
+        if result.setdefault(name, value) != value:
+            raise SystemExit(f"--output must be a new folder for another {name}, got {path} with {result[name]}")
+    if "dense_nats" not in result:
+        scored = testbed.score(testbed.model, testbed.heldout(limit))
+        result |= {"dense": scored.perplexity, "dense_nats": scored.nats}
+    dense = Score(result["dense_nats"])
     print(f"dense {result['dense']:.2f}")
+    rules = [tuple(rule.split("+", 1)) for rule in arguments.rule or ()] or RULES
     for pattern in arguments.pattern or ["2:4"]:
-        for saliency, update in RULES:
+        for saliency, update in rules:
             rows = result["rows"].setdefault(f"{pattern} {saliency} {update}", {})
             for seed in seeds:
                 if str(seed) not in rows:
-                    rows[str(seed)] = run(model, pattern, saliency, update, seed, limit)
+                    recipe = Recipe(weights=pattern, saliency=saliency, update=update, seed=seed)
+                    rows[str(seed)] = run(testbed, recipe, limit, dense)
                     if not arguments.quick:
-                        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_text(json.dumps(result, indent=1) + "\n")
             values = [row["perplexity"] for row in rows.values()]
             seconds = statistics.mean(row["seconds"] for row in rows.values())
             spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""

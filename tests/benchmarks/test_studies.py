@@ -15,10 +15,13 @@ from benchmarks.studies import imbalance as study_imbalance
 from benchmarks.studies import limit as study_limit
 from benchmarks.studies import protocol as study_protocol
 from benchmarks.studies import stability as stability
+from benchmarks.studies import testbed as study_testbed
 from moesparse import demo
 from moesparse.calibration.recorder import record
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.weights.patterns import Pattern, mask_from_score
+
+TESTBED = study_testbed.open_testbed()
 
 
 def arguments(folder: Path, *more: str) -> argparse.Namespace:
@@ -31,17 +34,17 @@ def model():
 
 
 def test_draws_are_even_over_domains_and_nest():
-    windows = study_protocol.draw(12, seed=3)
-    assert torch.equal(windows[:6], study_protocol.draw(6, seed=3))
-    assert not torch.equal(windows, study_protocol.draw(12, seed=4))
+    windows = TESTBED.draw(12, seed=3)
+    assert torch.equal(windows[:6], TESTBED.draw(6, seed=3))
+    assert not torch.equal(windows, TESTBED.draw(12, seed=4))
     for place, window in enumerate(windows):
         text = demo.windows("calibration", demo.DOMAINS[place % 6])
         assert (text == window).all(dim=1).any()
-    alone = study_protocol.draw(5, 0, "code", length=120)
+    alone = TESTBED.draw(5, 0, "code", length=120)
     assert alone.shape == (5, 120)
     assert all((demo.windows("calibration", "code", length=120) == window).all(dim=1).any() for window in alone)
     with pytest.raises(SystemExit, match=r"need 100000 calibration windows of 256 tokens, the text has \d+"):
-        study_protocol.draw(100_000, seed=0)
+        TESTBED.draw(100_000, seed=0)
 
 
 def test_a_row_is_measured_once_and_only_under_its_protocol(tmp_path, model):
@@ -56,7 +59,7 @@ def test_a_row_is_measured_once_and_only_under_its_protocol(tmp_path, model):
 
 
 def test_disturbed_router(model):
-    ids = study_protocol.draw(2, 0)[:, :64]
+    ids = TESTBED.draw(2, 0)[:, :64]
     with torch.no_grad():
         plain = model(ids).logits
         with stability.disturbed(model) as moved:
@@ -88,7 +91,7 @@ def test_overlap_counts_kept_weights(model):
 
 def test_skew_reaches_its_shares(model):
     skewed = copy.deepcopy(model)
-    windows = study_protocol.draw(12, 0)
+    windows = TESTBED.draw(12, 0)
     study_imbalance.skew(skewed, 10.0, 0, windows)
     expected = 10 ** (-torch.arange(16) / 15)
     order = torch.Generator().manual_seed(0)
@@ -103,7 +106,7 @@ def test_skew_reaches_its_shares(model):
 
 
 def test_gate_exponent_reaches_the_sums_alone(model):
-    windows = study_protocol.draw(2, 0)
+    windows = TESTBED.draw(2, 0)
     blocks = find_moe_blocks(model)
     with torch.no_grad(), record(blocks, "both") as recorders:
         plain = model(windows).logits
