@@ -1,7 +1,7 @@
 """Experts that differ, of really pretrained weights: the dense model upcycled to 4 experts, top 2, and trained apart.
 
-    python -m benchmarks.real_weights.upcycle                      # about an hour of one core, in the background
-    python -m benchmarks.real_weights.upcycle --steps 400          # longer: goes on from what is there
+    python -m benchmarks.real_weights.upcycle                  # about an hour of one core; goes on where it stopped
+    python -m benchmarks.real_weights.upcycle --steps 400      # longer
 
 Every expert begins as the dense model's MLP (Komatsuzaki et al. 2022, arXiv 2212.05055), so the logits are the dense
 model's, which is checked, whatever the routers say. A router's rows are the centroids of its inputs (spherical k-means,
@@ -33,7 +33,7 @@ from benchmarks.studies.protocol import geometric
 from moesparse.evaluate import perplexity
 
 EXPERTS, TOP_K = 4, 2
-STEPS, BATCH = 100, 4
+STEPS, BATCH = 60, 4
 RATE, ROUTER_RATE, WARM_UP = 2e-4, 1e-3, 10
 BALANCE = 0.01
 SEED = 1000
@@ -104,14 +104,18 @@ def train(model: Any, tokenizer: Any, steps: int, folder: Path) -> list[dict[str
         for group in optimizer.param_groups:
             warm = min((step + 1) / WARM_UP, 1)
             group["lr"] = group["rate"] * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        ids = windows[step * BATCH : (step + 1) * BATCH]
-        out = model(input_ids=ids, output_router_logits=True)
-        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-        (loss + BALANCE * out.aux_loss).backward()
+        losses, balances = [], []
+        # one window at a time: the logits of four are half of all memory
+        for ids in windows[step * BATCH : (step + 1) * BATCH].split(1):
+            out = model(input_ids=ids, output_router_logits=True)
+            loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            ((loss + BALANCE * out.aux_loss) / BATCH).backward()
+            losses.append(float(loss.detach()))
+            balances.append(float(out.aux_loss.detach()))
         torch.nn.utils.clip_grad_norm_(experts + routers, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log.append({"loss": float(loss.detach()), "balance": float(out.aux_loss.detach())})
+        log.append({"loss": sum(losses) / BATCH, "balance": sum(balances) / BATCH})
         seconds = time.perf_counter() - began
         print(f"step {step + 1} of {steps}  loss {log[-1]['loss']:.3f}  {seconds:.0f} s", flush=True)
         if time.perf_counter() - saved_at > SAVE_SECONDS or step + 1 == steps:
