@@ -21,6 +21,7 @@ from moesparse._version import __version__
 from moesparse.cli.bench import bench
 from moesparse.cli.calibrate import HELP as CALIBRATE_HELP
 from moesparse.cli.calibrate import calibrate
+from moesparse.cli.compare import compare
 from moesparse.cli.console import errors, paragraphs
 from moesparse.cli.demo import demo
 from moesparse.cli.distill import HELP as DISTILL_HELP
@@ -57,6 +58,7 @@ app.command(help=paragraphs(PRUNE_HELP))(speaking(prune))
 app.command(help=paragraphs(DISTILL_HELP))(speaking(distill))
 app.command(help=paragraphs(CALIBRATE_HELP))(speaking(calibrate))
 app.command(help=paragraphs(evaluate.__doc__), name="eval")(speaking(evaluate))
+app.command(help=paragraphs(compare.__doc__))(speaking(compare))
 app.command(help=paragraphs(pack.__doc__))(speaking(pack))
 app.command(help=paragraphs(unpack.__doc__))(speaking(unpack))
 app.command(help=paragraphs(inspect.__doc__))(speaking(inspect))

@@ -25,6 +25,8 @@ SCHEMAS = {
     "bench.shapes": 1,
     "budget": 1,
     "calibrate": 1,
+    "compare": 1,
+    "compare.several": 1,
     "demo": 1,
     "distill": 1,
     "eval": 1,

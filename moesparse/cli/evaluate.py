@@ -12,14 +12,12 @@ from rich.table import Table
 
 from moesparse.cli.console import print_json, quiet_libraries, with_schema
 from moesparse.cli.options import CHAT_HELP, check_output_file, model_source, option, resolve_device
-from moesparse.cli.text import check_sources, embedded_texts, tell_embedded
+from moesparse.cli.text import EMBEDDED_LENGTH, embedded_texts, held_out_texts, tell_embedded
 from moesparse.cli.voice import shown_progress
 from moesparse.errors import UsageError
 from moesparse.progress import ProgressEvent
 
 _TEXT, _TASKS = "Text", "Tasks"
-EMBEDDED_LENGTH = 256
-"""Window of the embedded model's own figures; it was trained on it."""
 
 
 def evaluate(
@@ -220,17 +218,12 @@ def measure(
         UsageError: no text, or one that is no file and no datasets name. CheckpointError: no model, no tokenizer.
     """
     from moesparse.evaluate.on_text import perplexity_of_files
-    from moesparse.text import parse_source
 
     target = resolve_device(device)
     source = model_source(model)
-    sources = [parse_source(argument) for argument in text or embedded_texts("heldout", source)]
-    if not sources:
-        raise UsageError("--text must name a text (.txt, .jsonl, .parquet or a datasets name), got none")
+    sources = held_out_texts(text, source)
     if text is None and length is None:
         length = EMBEDDED_LENGTH
-    # a wrong name should not cost the loading of a model
-    check_sources("--text", text or ())
     with quiet_libraries(), shown_progress() as progress:
         network, tokenizer = _load(model, target)
         result = perplexity_of_files(

@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 
     from moesparse.calibration.windows import ImageWindows
     from moesparse.documents import SourceRead
+    from moesparse.text import TextSource
+
+EMBEDDED_LENGTH = 256
+"""Window of the embedded model's own figures; it was trained on it."""
 
 __all__ = [
+    "EMBEDDED_LENGTH",
     "CalibrationText",
     "TextOptions",
     "calibration_windows",
     "check_sources",
     "embedded_texts",
+    "held_out_texts",
     "tell_embedded",
     "tell_read",
 ]
@@ -215,6 +221,22 @@ def check_sources(option: str, sources: Sequence[str]) -> None:
                 f"{option} must be a file or a datasets name such as NAME:SPLIT, got {one.path!r}: there is no such "
                 "file"
             )
+
+
+def held_out_texts(text: Sequence[str] | None, source: str) -> list[TextSource]:
+    """What --text names, or the embedded held-out texts where they fit the tokenizer of a folder.
+
+    Raises:
+        UsageError: no text, or one that is no file and no datasets name.
+    """
+    from moesparse.text import parse_source
+
+    sources = [parse_source(argument) for argument in text or embedded_texts("heldout", source)]
+    if not sources:
+        raise UsageError("--text must name a text (.txt, .jsonl, .parquet or a datasets name), got none")
+    # a wrong name should not cost the loading of a model
+    check_sources("--text", text or ())
+    return sources
 
 
 def tell_embedded(option: str, source: str) -> None:

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, bits per byte and generation on text, and lm-eval's tasks.
+"""How good a model is: perplexity, bits per byte and generation on text, lm-eval's tasks, and what pruning lost.
 
 Names are loaded when they are first used.
 """
@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moesparse.evaluate.compared import Comparison
+    from moesparse.evaluate.comparison import compare
     from moesparse.evaluate.on_tasks import PAPER_TASKS, TaskResult, TaskSet, TasksReport, load_tasks, tasks
     from moesparse.evaluate.on_text import (
         FilesPerplexity,
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from moesparse.models.meta import context_length
 
 _HOMES = {
+    "Comparison": "evaluate.compared",
+    "compare": "evaluate.comparison",
     **dict.fromkeys(
         ("PAPER_TASKS", "TaskResult", "TaskSet", "TasksReport", "load_tasks", "tasks"), "evaluate.on_tasks"
     ),
@@ -31,12 +35,14 @@ _HOMES = {
 
 __all__ = [
     "PAPER_TASKS",
+    "Comparison",
     "FilesPerplexity",
     "Perplexity",
     "Protocol",
     "TaskResult",
     "TaskSet",
     "TasksReport",
+    "compare",
     "context_length",
     "generate",
     "load_tasks",

@@ -228,16 +228,10 @@ def perplexity_of_files(
         UsageError: there is no file, or a number is out of range.
         MoESparseError: a file cannot be read, is shorter than a window, or the loss is not finite.
     """
-    if not files:
-        raise UsageError("files must name at least one text, got none")
     length = min(length, context_length(model), tokenizer.model_max_length)
     stride = length if stride is None else stride
     # every text is read before the first is scored: a wrong name should not cost a long run
-    found: list[SourceRead] = []
-    how: dict[str, Any] = {"join": join, "max_length": length, "chat": chat, "found": found}
-    cut = {os.fspath(file): evaluation_windows(file, tokenizer, length, stride, **how) for file in files}
-    if chat:
-        check_chats(found)
+    cut, found = read_files(files, tokenizer, length, stride, join=join, chat=chat)
     results = {}
     with reporting(progress) as told:
         for name, (windows, byte_count) in cut.items():
@@ -256,6 +250,33 @@ def perplexity_of_files(
             except MoESparseError as error:
                 raise MoESparseError(f"{name}: {error}") from error
     return FilesPerplexity(results, Protocol(length, stride, adds_bos(tokenizer)), found)
+
+
+def read_files(
+    files: Sequence[PathLike],
+    tokenizer: Any,
+    length: int,
+    stride: int,
+    *,
+    join: str | None = None,
+    chat: bool = False,
+) -> tuple[dict[str, tuple[torch.Tensor, int | None]], list[SourceRead]]:
+    """File -> what `moesparse.text.evaluation_windows` cuts of it, and what was read.
+
+    Arguments are those of `perplexity_of_files`.
+
+    Raises:
+        UsageError: there is no file, or a number is out of range. MoESparseError: a file cannot be read, or is shorter
+            than a window.
+    """
+    if not files:
+        raise UsageError("files must name at least one text, got none")
+    found: list[SourceRead] = []
+    how: dict[str, Any] = {"join": join, "max_length": length, "chat": chat, "found": found}
+    cut = {os.fspath(file): evaluation_windows(file, tokenizer, length, stride, **how) for file in files}
+    if chat:
+        check_chats(found)
+    return cut, found
 
 
 def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:

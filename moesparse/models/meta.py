@@ -26,6 +26,7 @@ __all__ = [
     "context_length",
     "dtype_of",
     "folder_of",
+    "kept_experts",
     "meta_model",
     "quantization_of",
     "read_config",
@@ -231,6 +232,12 @@ def vocabulary_size(model: nn.Module) -> int | None:
     get = getattr(model, "get_input_embeddings", None)
     embedding = get() if callable(get) else None
     return getattr(embedding, "num_embeddings", None)
+
+
+def kept_experts(model: nn.Module) -> dict[str, list[int]]:
+    """Block name -> what the experts of a model that lost some were called before, position = id now; {} of others."""
+    noted = getattr(getattr(model, "config", None), "moesparse", None) or {}
+    return noted.get("kept_experts") or {}
 
 
 def context_length(model: nn.Module) -> int:

@@ -258,6 +258,16 @@ class LayersOnDisk(Layers):
         yield
         self._drop(position)
 
+    def outside_to(self, device: torch.device | None) -> None:
+        """Move what lies outside of the layers, with tables that no checkpoint holds, to a device; None leaves it."""
+        for name, module in self.open().model.named_modules():
+            if device is not None and not f"{name}.".startswith(f"{self.prefix}."):
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.data = parameter.data.to(device)
+                for key, buffer in module._buffers.items():
+                    module._buffers[key] = None if buffer is None else buffer.to(device)
+
     def _drop(self, position: int) -> None:
         # not behind an exception: whatever was interrupted may still hold a parameter, and then it cannot be swapped
         self._place({name: torch.empty_like(each, device="meta") for name, each in self.state(position).items()})

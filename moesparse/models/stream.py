@@ -156,6 +156,11 @@ class LayerStream:
         """Number of batches that this process runs."""
         return len(self.hidden)
 
+    @property
+    def forms(self) -> list[int | None]:
+        """What each layer that the model's own forward runs gives: the length of its tuple, or None for a tensor."""
+        return list(self._tuple_length)
+
     def token_mask(self, number: int, position: int) -> torch.Tensor | None:
         """[T] bool of a batch at a layer, True for tokens that are no padding, and have a next one if it takes that."""
         mask = self.token_masks[number]
@@ -356,6 +361,38 @@ class LayerStream:
         if self._behind is not None:
             self._ends = ends[-1], output[0]
         return differs[0] if differs else None
+
+
+@torch.no_grad()
+def logits_behind(
+    model: nn.Module, layers: Sequence[nn.Module], forms: Sequence[int | None], ids: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """What the model makes of the hidden states behind its last layer: its own forward, in which no layer runs.
+
+    Norm and head of whatever form, with what follows them, since nothing of them is taken apart. All of it works on one
+    token at a time, so that a part of a window may be given by itself.
+
+    Args:
+        model: a transformers causal language model; what lies outside of its layers is in memory.
+        layers: its decoder layers in the order of the forward.
+        forms: as `LayerStream.forms` has them.
+        ids: [b, t], tokens of the hidden states, on the device of the model.
+        hidden: [b, t, ...], the output of the last layer.
+
+    Returns:
+        [b, t, vocabulary], in the dtype that the model gives.
+    """
+
+    def passing(position: int) -> Callable[..., Any]:
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            out = hidden if position == len(layers) - 1 else _take_hidden(args, kwargs)[2]
+            length = forms[position]
+            return out if length is None else (out, *[None] * (length - 1))
+
+        return passed
+
+    with replaced_forwards(layers, passing), fast_products(model):
+        return model(**forward_inputs(model, ids, None)).logits
 
 
 def _nonzero_rows(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -195,6 +195,12 @@ class RunFolder:
         self._save(part)
         return part
 
+    def drop(self, part: Part) -> None:
+        """Remove a finished part that later ones stand in for."""
+        self._journal.parts.remove(part)
+        self._processes.from_first(self._save)
+        self._processes.from_first(lambda: shutil.rmtree(self.path / part.name))
+
     def assemble(self, write_others: Callable[[Path], None], check: Callable[[Path], None]) -> None:
         """Make the folder a checkpoint of all parts: shards and index, then the other files, config.json last.
 
@@ -254,6 +260,10 @@ class RunFolder:
         flush(file)
         os.replace(file, target)
         flush(target.absolute().parent)
+        self.clear()
+
+    def clear(self) -> None:
+        """End a run whose result is elsewhere: remove what it left."""
         (self.path / JOURNAL_FILE).unlink()
         for left in [each for each in self.path.iterdir() if each.is_dir()]:
             shutil.rmtree(left)

@@ -104,6 +104,8 @@ def printed(place):
     commands.run("inspect", pruned, "--verify", "--against", dense)
     commands.run("pack", pruned, place / "packed")
     commands.run("eval", dense, "--text", place / "text.txt", "--length", 32, "-o", place / "eval.json")
+    for models in ((pruned,), (pruned, place / "packed")):
+        commands.run("compare", dense, *models, "--text", place / "text.txt", "--length", 32, "--generate", 2)
     training = ("--teacher", dense, *text, "--epochs", 1, "--batch-size", 4, "--micro-batch", 4)
     commands.run("distill", pruned, *training, "-o", place / "global", "--logits", 0.5)
     commands.run("distill", pruned, *training, "-o", place / "blockwise", "--mode", "blockwise")
