@@ -14,6 +14,7 @@ from typing import Any
 
 from moesparse.checkpoints.card import card_in_form, is_packed_form
 from moesparse.checkpoints.edit import Surplus, say_surplus
+from moesparse.checkpoints.recipe_words import EXPERT_FIELDS, WEIGHT_FIELDS
 from moesparse.system.shards import read_json
 from moesparse.weights.weight_rules import parse_update
 
@@ -36,19 +37,8 @@ REPORT_FILE = "moesparse_report.json"
 EARLIER = "earlier"
 """In a report: those of the commands before, first to last. In config.json's note: their recipes."""
 
-_OF_EXPERTS = (
-    "experts",
-    "keep_experts",
-    "expert_saliency",
-    "refine_experts",
-    "expert_mix",
-    "expert_budget",
-    "expert_floor",
-    "protect_experts",
-)
 # of a surplus: what is in the folder as it was
 _THERE = ("carried", "mtp")
-_OF_WEIGHTS = ("weights", "patterns", "saliency", "update", "propagate", "target_bytes", "choices", "compare_uniform")
 
 
 def read_report(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -142,17 +132,17 @@ def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -
     """
     if before is None:
         return dict(recipe)
-    known = {*recipe, *_OF_EXPERTS, *_OF_WEIGHTS}
+    known = {*recipe, *EXPERT_FIELDS, *WEIGHT_FIELDS}
     found = {**recipe, **{key: value for key, value in before.items() if key not in known}}
     removes = any(recipe.get(key) is not None for key in ("experts", "keep_experts"))
     prunes = any(recipe.get(key) is not None for key in ("weights", "patterns"))
     if not removes:
-        found |= {key: before[key] for key in _OF_EXPERTS if key in before}
+        found |= {key: before[key] for key in EXPERT_FIELDS if key in before}
     elif "mtp" not in recipe:
         # without a word the layers that predict further tokens may not have stayed
         found.pop("mtp", None)
     if not prunes and not (removes and _solves(recipe)):
-        found |= {key: before[key] for key in _OF_WEIGHTS if key in before}
+        found |= {key: before[key] for key in WEIGHT_FIELDS if key in before}
     return found
 
 

@@ -6,7 +6,31 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["recipe_in_words"]
+__all__ = ["EXPERT_FIELDS", "WEIGHT_FIELDS", "recipe_in_words"]
+
+EXPERT_FIELDS = (
+    "experts",
+    "keep_experts",
+    "expert_saliency",
+    "refine_experts",
+    "expert_mix",
+    "expert_budget",
+    "expert_floor",
+    "protect_experts",
+)
+"""Of a recipe: they say how experts are removed."""
+
+WEIGHT_FIELDS = (
+    "weights",
+    "patterns",
+    "saliency",
+    "update",
+    "propagate",
+    "target_bytes",
+    "choices",
+    "compare_uniform",
+)
+"""Of a recipe: they say how weights are pruned."""
 
 _UPDATES = {
     "none": "keep the values they had",
@@ -22,23 +46,9 @@ _MTP = {
     "drop": "are left out",
 }
 _KNOWN = {
-    "weights",
-    "patterns",
-    "target_bytes",
-    "choices",
-    "compare_uniform",
-    "saliency",
-    "update",
-    "propagate",
+    *WEIGHT_FIELDS,
+    *EXPERT_FIELDS,
     "seed",
-    "experts",
-    "keep_experts",
-    "expert_saliency",
-    "refine_experts",
-    "expert_mix",
-    "expert_budget",
-    "expert_floor",
-    "protect_experts",
     "plan",
     "scores",
     "divisible_by",

@@ -286,7 +286,7 @@ class _Run:
         if not self.dry_run:
             self.text.check(model.source)
         plan = plan_pass(network, blocks, self.moments, **planned_windows(network, self.text))
-        if tell_plan(plan, self.text.device, dry_run=self.dry_run, as_json=self.as_json):
+        if tell_plan(plan, self.text.device, None, dry_run=self.dry_run, as_json=self.as_json):
             return None
         kept = unfinished_folder(self.statistics)
         with at_work(self.statistics, lambda: what_is_kept(kept), self.text.device, whole=False) as progress:

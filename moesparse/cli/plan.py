@@ -14,6 +14,7 @@ from moesparse.cli.voice import voice
 if TYPE_CHECKING:
     from moesparse.calibration.plan import Plan
     from moesparse.cli.text import TextOptions
+    from moesparse.pruning.recipe import Recipe
 
 __all__ = ["planned_windows", "tell_plan"]
 
@@ -26,11 +27,20 @@ def planned_windows(network: Any, text: TextOptions) -> dict[str, int]:
     return {"windows": text.samples, "length": length, "batch_size": text.batch_size, "processes": count()}
 
 
-def tell_plan(plan: Plan, device: Any, *, dry_run: bool, as_json: bool) -> bool:
-    """Show what a run will take; whether that was all that was asked for, and the plan is the result, on stdout."""
+def tell_plan(plan: Plan, device: Any, recipe: Recipe | None, *, dry_run: bool, as_json: bool) -> bool:
+    """Show what a run will take; whether that was all that was asked for, and the plan is the result, on stdout.
+
+    Args:
+        plan: of the run.
+        device: it is to run on.
+        recipe: whose rules it will go by; None prunes nothing.
+        dry_run: the plan is all that was asked for.
+        as_json: print one JSON object, and nothing without dry_run.
+    """
     if as_json and not dry_run:
         return False
-    facts = _with_time(plan, device)
+    rules = recipe if recipe is not None and recipe.prunes_weights else None
+    facts = _with_time(plan, device) | {name: getattr(rules, name, None) for name in ("saliency", "update")}
     voice.planned = facts["seconds"]
     if as_json:
         print_json("plan", facts)

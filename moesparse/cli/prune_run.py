@@ -148,7 +148,7 @@ class PruneRun:
             self.text.check(model.source)
         plan = plan_run(network, blocks, recipe, **planned_windows(network, text))
         plan = plan_quantised(plan, model.layers, recipe)
-        if tell_plan(plan, self.text.device, dry_run=self.dry_run, as_json=self.as_json):
+        if tell_plan(plan, self.text.device, recipe, dry_run=self.dry_run, as_json=self.as_json):
             return None
         with at_work(self.out, lambda: what_is_left(self.out), self.text.device, whole=False) as progress:
             found = model.read(self.text, progress) if self.reads else None

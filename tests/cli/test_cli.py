@@ -84,14 +84,22 @@ def test_magnitude_plans_to_run_nothing(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [((), True), (("--saliency", "wanda"), False), (("--weights", "none", "--experts", "0.25"), False)],
+    ("arguments", "said", "rules"),
+    [
+        ((), True, ("gated-sparsegpt", "least-squares+rescale")),
+        (("--saliency", "wanda", "--update", "none"), False, ("wanda", "none")),
+        (("--weights", "none", "--experts", "0.25"), False, (None, None)),
+    ],
 )
-def test_the_mask_rule_of_this_device_is_said_where_none_was_named(arguments, said, tmp_path, monkeypatch, capsys):
+def test_the_rules_are_named_and_in_words_that_of_this_device(arguments, said, rules, tmp_path, monkeypatch, capsys):
     how = (*arguments, "--device", "cpu", "--dry-run")
     code, out, err = in_process(monkeypatch, capsys, "prune", "demo", tmp_path / "out", *how)
     assert code == 0, err
     assert ("Mask rule: gated-sparsegpt, the default of this device" in out + err) == said
+    code, out, err = in_process(monkeypatch, capsys, "prune", "demo", tmp_path / "out", *how, "--json")
+    assert code == 0 and "Mask rule" not in out + err
+    plan = json.loads(out)
+    assert (plan["saliency"], plan["update"]) == rules
 
 
 def test_a_dry_run_prints_its_plan_as_its_result(tmp_path, monkeypatch, capsys):
