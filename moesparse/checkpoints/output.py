@@ -25,6 +25,7 @@ from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import ProgressEvent
 from moesparse.system.folders import companions
+from moesparse.system.pieces import Pieces
 from moesparse.system.run_folder import RunFolder
 from moesparse.system.shard_writer import MAX_SHARD_BYTES
 from moesparse.system.shards import Shards
@@ -68,6 +69,10 @@ class InPlace:
             How much that has changed; None where they are stored as they are.
         """
         return None
+
+    def pieces(self, position: int) -> Pieces:
+        """Where experts of a layer go that are done before all of it is, and are found again; here nowhere."""
+        return Pieces(None)
 
     def keep(self, position: int, note: list[Any] | dict[str, Any], kept: Sequence[Sequence[int]] = ()) -> None:
         """The layer that is held is finished.
@@ -153,12 +158,15 @@ class IntoFolder:
         self._rounded, rounding = requantise(self._source, blocks[0], views, ids)
         return rounding
 
+    def pieces(self, position: int) -> Pieces:
+        return self.run.pieces(_part_name(position))
+
     def keep(self, position: int, note: list[Any] | dict[str, Any], kept: Sequence[Sequence[int]] = ()) -> None:
         ids, views = self._ids(position, kept), self._layers.checkpoint_tensors(position)
         tensors = self._source.changed(views, ids) | self._rounded
         self._rounded = {}
         others = (self._source.untouched(views, tensors, ids), self._source.shards)
-        self.run.write(f"layer-{position:05d}", tensors, note, max_shard_bytes=MAX_SHARD_BYTES, copies=others)
+        self.run.write(_part_name(position), tensors, note, max_shard_bytes=MAX_SHARD_BYTES, copies=others)
 
     def _ids(self, position: int, kept: Sequence[Sequence[int]]) -> dict[int, Sequence[int]]:
         # a source with several blocks in a layer was refused when it was opened
@@ -217,6 +225,10 @@ class IntoFolder:
             others = (copies, self._source.shards)
             self.run.write("outside", {}, [], max_shard_bytes=MAX_SHARD_BYTES, copies=others)
         self.run.assemble(write_others, lambda folder: check_written(folder, self._source))
+
+
+def _part_name(position: int) -> str:
+    return f"layer-{position:05d}"
 
 
 Output = InPlace | IntoFolder

@@ -64,7 +64,7 @@ def _between(out: Path) -> Unfinished | None:
     if held is None:
         return None
     layers = len(held["experts"]["blocks"])
-    return Unfinished(experts_folder(out), layers, layers, 0, held["recipe"], None)
+    return Unfinished(experts_folder(out), layers, layers, 0, 0, held["recipe"], None)
 
 
 def _in_words(found: Unfinished, step: str) -> str:
@@ -75,6 +75,8 @@ def _in_words(found: Unfinished, step: str) -> str:
     where += f", step {step}" if step else ""
     total = "" if found.layers is None else f" of {found.layers}"
     far = [f"{found.done}{total} layers are finished"]
+    if found.solved:
+        far[0] += f" and {found.solved} matrices of experts of the next one"
     if found.measured:
         gone = "the text went through" if found.recipe is None else "experts were scored on"
         far = [f"{gone} {found.measured}{total} layers", *(far if found.done or found.recipe is not None else [])]

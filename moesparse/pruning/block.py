@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from moesparse.pruning.budget import DENSE
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import BlockReport, TensorReport
 from moesparse.system.memory import peak_memory
+from moesparse.system.pieces import Pieces
 from moesparse.system.processes import Processes
-from moesparse.weights.mask_rules import COLUMN_RULES, choose_masks, obs_gate, prune_in_place
+from moesparse.weights.mask_rules import COLUMN_RULES, choose_masks, moments_needed, obs_gate, prune_in_place
 from moesparse.weights.patterns import check_mask
+from moesparse.weights.solvers import expert_slices
 from moesparse.weights.weight_rules import (
     PrunedInputs,
+    Statistics,
     Update,
     asymmetric_target,
     match_output,
@@ -42,6 +46,7 @@ def prune_block(
     update: str,
     look_again: Callable[[MoEBlock, torch.Tensor], Recorded] | None = None,
     processes: Processes | None = None,
+    pieces: Pieces | None = None,
 ) -> BlockReport:
     """Prune the matrices of a block in place.
 
@@ -53,25 +58,28 @@ def prune_block(
         look_again: records the block with its pruned gate and up; for the asymmetric rule.
         processes: between which the experts are shared; `statistics` and what `look_again` gives are then of the own
             experts alone.
+        pieces: of the layer, where experts are looked for before they are solved, and kept when they are.
     """
-    processes = processes or Processes()
+    processes, pieces = processes or Processes(), pieces or Pieces(None)
     started = time.perf_counter()
     up, down = block.matrices
     tokens = None if statistics is None else statistics.tokens.tolist()
     if look_again is None:
-        tensors = [_prune_matrix(block, matrix, statistics, recipe, update, processes) for matrix in block.matrices]
+        tensors = [
+            _prune_matrix(block, matrix, statistics, recipe, update, processes, pieces) for matrix in block.matrices
+        ]
     else:
         assert statistics is not None
         name = f"{block.name}.{down.name}"
         mine = down.weight[processes.own(block.num_experts)]
         energy = output_energy(mine, moments_of(statistics, "activation", "gated", name))
         up_before = up.weight.clone()
-        tensors = [_prune_matrix(block, up, statistics, recipe, "least-squares", processes)]
+        tensors = [_prune_matrix(block, up, statistics, recipe, "least-squares", processes, pieces)]
         # the second look takes their room
         statistics.moment.clear()
         statistics.gated_moment.clear()
         inputs = PrunedInputs(*look_again(block, up_before), energy)
-        tensors.append(_prune_matrix(block, down, inputs.stats, recipe, update, processes, inputs))
+        tensors.append(_prune_matrix(block, down, inputs.stats, recipe, update, processes, pieces, inputs))
     return BlockReport(
         name=block.name,
         experts=block.num_experts,
@@ -102,6 +110,7 @@ def _prune_matrix(
     recipe: Recipe,
     update: str,
     processes: Processes,
+    pieces: Pieces,
     inputs: PrunedInputs | None = None,
 ) -> TensorReport:
     weight = matrix.weight
@@ -109,11 +118,23 @@ def _prune_matrix(
     if pattern is None:
         zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
         return TensorReport(matrix.name, tuple(weight.shape), zeros, DENSE, True)  # type: ignore[arg-type]
-    experts, mine = processes.own(len(weight)), None
-    if experts.start < experts.stop:
-        mine = _prune_experts(block, matrix, experts, statistics, recipe, update, inputs)
+    own = processes.own(len(weight))
+    mine = []
+    for part in _slices(weight[own], recipe):
+        experts = slice(own.start + part.start, own.start + part.stop)
+        sums, beside = _sums_of(statistics, part), None if inputs is None else _inputs_of(inputs, part)
+        name = f"{block.name}.{matrix.name}.{experts.start}-{experts.stop}"
+        key = _key(sums, matrix.input, beside)
+        held = pieces.find(name, key)
+        if held is None:
+            done = _prune_experts(block, matrix, experts, sums, recipe, update, beside)
+            pieces.keep(name, key, weight[experts], asdict(done))
+        else:
+            weight[experts] = held[0].to(weight)
+            done = _Pruned(**held[1])
+        mine.append(done)
     processes.collect(matrix.parameter.detach())
-    found = [each for each in processes.gather(mine) if each is not None]
+    found = [each for part in processes.gather(mine) for each in part]
     return TensorReport(
         name=matrix.name,
         shape=tuple(weight.shape),  # type: ignore[arg-type]
@@ -126,6 +147,55 @@ def _prune_matrix(
     )
 
 
+def _slices(weight: torch.Tensor, recipe: Recipe) -> Iterable[slice]:
+    """The experts of [E, out, in] that are pruned at a time: as many as the solvers hold, or all without a solver."""
+    if moments_needed(recipe.saliency, recipe.update) == "none":
+        return [slice(0, len(weight))] if len(weight) else []
+    return expert_slices(weight)
+
+
+@dataclass(eq=False)
+class _Sums:
+    """What the rules read of the statistics of some experts: `weight_rules.Statistics`."""
+
+    tokens: torch.Tensor
+    energy: dict[str, torch.Tensor]
+    gated_energy: dict[str, torch.Tensor]
+    moment: dict[str, torch.Tensor]
+    gated_moment: dict[str, torch.Tensor]
+
+
+_NAMED_SUMS = ("energy", "gated_energy", "moment", "gated_moment")
+
+
+def _sums_of(statistics: Statistics | None, experts: slice) -> _Sums | None:
+    if statistics is None:
+        return None
+    named = {name: {key: each[experts] for key, each in getattr(statistics, name).items()} for name in _NAMED_SUMS}
+    return _Sums(statistics.tokens[experts], **named)
+
+
+def _inputs_of(inputs: PrunedInputs, experts: slice) -> PrunedInputs:
+    sums = _sums_of(inputs.stats, experts)
+    assert sums is not None
+    return PrunedInputs(sums, inputs.cross[experts], inputs.energy[experts])
+
+
+def _key(sums: _Sums | None, input: str, inputs: PrunedInputs | None) -> str:
+    """Of what the result for some experts depends on beside the recipe and the source: the bits of their sums.
+
+    Of second moments the sums of the rows stand for all: the same text gives the same, and another one does not.
+    """
+    read = [] if sums is None else [sums.tokens, *(getattr(sums, name).get(input) for name in _NAMED_SUMS)]
+    read += [] if inputs is None else [inputs.cross, inputs.energy]
+    digest = hashlib.sha256()
+    for tensor in read:
+        if tensor is not None:
+            short = tensor.sum(-1) if tensor.ndim == 3 else tensor
+            digest.update(short.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def _prune_experts(
     block: MoEBlock,
     matrix: ExpertMatrix,
@@ -135,7 +205,7 @@ def _prune_experts(
     update: str,
     inputs: PrunedInputs | None,
 ) -> _Pruned:
-    """Prune some experts of a matrix in place, at least one; statistics and inputs are theirs."""
+    """Prune some experts of a matrix in place, at least one; statistics and inputs are of these."""
     name = f"{block.name}.{matrix.name}"
     weight = matrix.weight[experts]
     pattern = recipe.pattern_of(block.name, matrix.name)

@@ -29,6 +29,7 @@ from moesparse.pruning.block import Recorded, prune_block
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import BlockReport
 from moesparse.system.memory import peak_memory, reset_gpu_peak
+from moesparse.system.pieces import Pieces
 from moesparse.weights.mask_rules import moments_needed
 from moesparse.weights.weight_rules import parse_update, rescale_factor
 
@@ -134,17 +135,20 @@ class _LayerPass:
             self._send(position, f"calibrate {name}", recorders, outputs=outputs)
         dense = [recorder.statistics for recorder in recorders]
         own = [statistics.combine(self.stream.processes) for statistics in dense]
-        measured = [
-            prune_block(
-                block,
-                sums,
-                self.recipe,
-                self.solver,
-                self._match(position) if self.matches else None,
-                self.stream.processes,
-            )
-            for block, sums in zip(blocks, own, strict=True)
-        ]
+        # what needs no second moments is done again sooner than it is written
+        with output.pieces(position) if self.moments != "none" else Pieces(None) as pieces:
+            measured = [
+                prune_block(
+                    block,
+                    sums,
+                    self.recipe,
+                    self.solver,
+                    self._match(position) if self.matches else None,
+                    self.stream.processes,
+                    pieces,
+                )
+                for block, sums in zip(blocks, own, strict=True)
+            ]
         if self.rescales:
             with record(blocks) as recorders:
                 self._send(position, f"rescale {name}", recorders)

@@ -27,6 +27,7 @@ __all__ = [
     "kept_aside",
     "other_formats",
     "scratch_folder",
+    "write_whole",
 ]
 
 JOURNAL_FILE = "moesparse_journal.json"
@@ -238,3 +239,12 @@ def copy_companions(source: Path, folder: Path, leave: Collection[str]) -> None:
         if str(file) not in leave:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / file, folder / file)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by another whole one, on the disk when this returns."""
+    work = path.with_name(f"{path.name}.partial")
+    work.write_text(text)
+    flush(work)
+    os.replace(work, path)
+    flush(path.parent)

@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from moesparse.errors import CheckpointError, MoESparseError, ResultError, UsageError
-from moesparse.system.folders import JOURNAL_FILE, LOCK_FILE, check_output_folder, flush
+from moesparse.system.folders import JOURNAL_FILE, LOCK_FILE, check_output_folder, flush, write_whole
 from moesparse.system.manifest import file_hash, write_manifest_entries
+from moesparse.system.pieces import Pieces, count_pieces, pieces_folder, pieces_folders
 from moesparse.system.processes import Processes
 from moesparse.system.shard_writer import write_shards
 from moesparse.system.shards import INDEX_FILE, SINGLE_FILE, Shards, read_json
@@ -193,6 +194,7 @@ class RunFolder:
         os.replace(work, home)
         part = Part(name, files, note, aside)
         self._save(part)
+        shutil.rmtree(pieces_folder(self.path, name), ignore_errors=True)
         return part
 
     def drop(self, part: Part) -> None:
@@ -200,6 +202,12 @@ class RunFolder:
         self._journal.parts.remove(part)
         self._processes.from_first(self._save)
         self._processes.from_first(lambda: shutil.rmtree(self.path / part.name))
+
+    def pieces(self, name: str) -> Pieces:
+        """Of a part that is to be finished; they go when it is."""
+        folder = pieces_folder(self.path, name)
+        self._processes.from_first(lambda: folder.mkdir(exist_ok=True))
+        return Pieces(folder, self._processes.rank)
 
     def assemble(self, write_others: Callable[[Path], None], check: Callable[[Path], None]) -> None:
         """Make the folder a checkpoint of all parts: shards and index, then the other files, config.json last.
@@ -226,7 +234,7 @@ class RunFolder:
                 "metadata": {"total_size": shards.nbytes},
                 "weight_map": {key: info.file.name for key, info in sorted(shards.tensors.items())},
             }
-            _write_whole(self.path / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+            write_whole(self.path / INDEX_FILE, json.dumps(index, indent=2) + "\n")
         hashes = {self._journal.final[f"{part.name}/{file}"]: part.files[file] for part, file in files}
         others = self.path / "others.partial"
         shutil.rmtree(others, ignore_errors=True)
@@ -286,12 +294,14 @@ class RunFolder:
                 self._take_back()
                 del parts[number:]
                 break
-        for left in self.path.glob("*.partial"):
+        stale = [folder for name, folder in pieces_folders(self.path).items() if name in {part.name for part in parts}]
+        for left in [*self.path.glob("*.partial"), *stale]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def _leave_nothing_unfinished(self) -> None:
-        """A run that ends without a finished part leaves no trace."""
-        scratch = [*self.path.glob("*.partial"), self.path / JOURNAL_FILE]
+        """A run that ends without a finished part, or pieces of one, leaves no trace."""
+        empty = [] if count_pieces(self.path) else pieces_folders(self.path).values()
+        scratch = [*self.path.glob("*.partial"), *empty, self.path / JOURNAL_FILE]
         if not self._journal.parts and set(self.path.iterdir()) <= {*scratch, self.path / LOCK_FILE}:
             for left in scratch:
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
@@ -306,7 +316,7 @@ class RunFolder:
 
     def _save(self, *new: Part) -> None:
         journal = dataclasses.replace(self._journal, parts=[*self._journal.parts, *new])
-        _write_whole(self.path / JOURNAL_FILE, json.dumps({"format": _FORMAT, **asdict(journal)}))
+        write_whole(self.path / JOURNAL_FILE, json.dumps({"format": _FORMAT, **asdict(journal)}))
 
 
 def check_run_folder(path: Path) -> None:
@@ -362,7 +372,7 @@ def _read_journal(file: Path, inputs: dict[str, Any], resume: bool) -> _Journal:
         journal = _Journal(held["inputs"], [Part(**part) for part in held["parts"]], held["final"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} must be a journal of this program, got {error!r}; remove the folder") from error
-    if not journal.parts:
+    if not journal.parts and not count_pieces(file.parent):
         return _Journal(inputs)
     done = f"OUT holds an unfinished run, {len(journal.parts)} parts done: {file.parent}"
     check_inputs(done, journal.inputs, inputs, resume=resume)
@@ -436,12 +446,3 @@ def _is_intact(path: Path, facts: Mapping[str, Any]) -> bool:
 
 def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file by another whole one, on the disk when this returns."""
-    work = path.with_name(f"{path.name}.partial")
-    work.write_text(text)
-    flush(work)
-    os.replace(work, path)
-    flush(path.parent)

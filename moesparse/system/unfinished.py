@@ -10,6 +10,7 @@ from typing import Any
 
 from moesparse.errors import CheckpointError
 from moesparse.system.folders import JOURNAL_FILE, LOCK_FILE
+from moesparse.system.pieces import count_pieces
 from moesparse.system.shards import read_json
 
 __all__ = ["Unfinished", "check_inputs", "unfinished_run", "what_is_kept"]
@@ -23,6 +24,7 @@ class Unfinished:
         folder: it works in.
         layers: decoder layers it goes over; None where another release began it and did not say.
         done: of them, finished in the output.
+        solved: matrices of experts in the pieces of a layer that is not finished.
         measured: of them, gone through by the text, and their sums kept for going on.
         recipe: what it does; None for one that prunes nothing.
         process: id of the process at work there; None where none is.
@@ -31,6 +33,7 @@ class Unfinished:
     folder: Path
     layers: int | None
     done: int
+    solved: int
     measured: int
     recipe: dict[str, Any] | None
     process: str | None
@@ -53,14 +56,21 @@ def unfinished_run(folder: Path) -> Unfinished | None:
         raise CheckpointError(f"{file} must be a journal of this program, got {error!r}; remove the folder") from error
     done = sum(not aside and name.startswith("layer-") for name, aside in names)
     measured = sum(bool(aside) for _, aside in names)
-    return Unfinished(folder, held.get("layers"), done, measured, recipe, _process_at_work(folder))
+    return Unfinished(
+        folder, held.get("layers"), done, count_pieces(folder), measured, recipe, _process_at_work(folder)
+    )
 
 
 def what_is_kept(folder: Path) -> str:
-    """A sentence about the finished parts that the journal of a folder lists; "" when there are none."""
+    """A sentence about the finished parts that the journal of a folder lists, and pieces; "" when there are none."""
     file = folder / JOURNAL_FILE
-    done = len(read_json(file, "a journal")["parts"]) if file.exists() else 0
-    return f"{done} finished parts are kept in {folder}" if done else ""
+    if not file.exists():
+        return ""
+    done, solved = len(read_json(file, "a journal")["parts"]), count_pieces(folder)
+    found = [f"{done} finished parts"] * bool(done) + [f"{solved} matrices of experts of the layer at work"] * bool(
+        solved
+    )
+    return f"{' and '.join(found)} are kept in {folder}" if found else ""
 
 
 def check_inputs(done: str, held: Mapping[str, Any], inputs: Mapping[str, Any], *, resume: bool) -> None:

@@ -29,6 +29,7 @@ from moesparse.pruning.run import prune_checkpoint
 from moesparse.system.folders import JOURNAL_FILE
 from moesparse.system.processes import Processes, join
 from moesparse.system.run_folder import RunFolder
+from moesparse.system.unfinished import unfinished_run
 from moesparse.testing import tiny_model
 from moesparse.weights.mask_rules import choose_masks
 
@@ -325,6 +326,45 @@ def test_a_signal_to_all_is_said_once(tmp_path):
     together = "".join(printed)
     assert together.count("stopped: 1 finished parts are kept in") == 1
     assert "has ended" not in together
+
+
+def within_a_layer(folder, out, stop):
+    """Expert by expert, and by an error in every process after `stop` of them; prints how many it solved."""
+    from moesparse.pruning import block
+
+    join()
+    solve, solved = block._prune_experts, []
+
+    def watched(*given):
+        if len(solved) == stop:
+            raise CalibrationError("stopped here")
+        solved.append(1)
+        return solve(*given)
+
+    block.expert_slices = lambda weight: [slice(expert, expert + 1) for expert in range(len(weight))]
+    block._prune_experts = watched
+    with contextlib.suppress(CalibrationError):
+        prune_checkpoint(folder, out, WINDOWS, RECIPES["obs"], batch_size=2, resume=True, progress=None)
+    print("solved", len(solved), flush=True)
+
+
+@pytest.mark.parametrize("count", [2, 1])
+def test_what_every_process_had_solved_of_a_layer_is_kept(tmp_path, count):
+    tiny_model("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+
+    def solved(out, stop, count=2):
+        logs = tmp_path / f"logs-{out}-{stop}-{count}"
+        codes, printed = finish(start(count, within_a_layer, tmp_path / "model", tmp_path / out, stop, logs=logs), logs)
+        assert codes == [0] * count, printed
+        return [int(said.rpartition("solved ")[2]) for said in printed]
+
+    # two layers of eight experts, two matrices each
+    assert solved("whole", None) == [16, 16]
+    assert solved("out", 6) == [6, 6]
+    assert unfinished_run(tmp_path / "out").solved == 12
+    # with fewer processes too, where the sums are the same bits
+    assert sum(solved("out", None, count)) == 32 - 12
+    assert_same(tmp_path / "out", tmp_path / "whole")
 
 
 def pause():
