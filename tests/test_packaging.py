@@ -207,7 +207,7 @@ def test_the_licences_are_in_the_wheel(names):
     licences = {name.split(".dist-info/licenses/")[1] for name in names if ".dist-info/licenses/" in name}
     assert "LICENSE" in licences
     if (ROOT / "moesparse/demo/NOTICE").exists():
-        assert {"moesparse/demo/NOTICE"} <= licences & names
+        assert {"moesparse/demo/NOTICE", "moesparse/evaluate/NOTICE"} <= licences & names
 
 
 def test_the_entry_points_are_declared(wheel, names):

@@ -44,6 +44,15 @@ def compare(
         int | None,
         option(_TEXT, "Tokens in a window (2048; 256 for the embedded text); bounded by the context.", min=2),
     ] = None,
+    languages: Annotated[
+        bool,
+        option(
+            _TEXT,
+            "Also compare on the beginning of the Universal Declaration of Human Rights in twenty languages, which are "
+            "reported by themselves (the default).",
+            "--languages/--no-languages",
+        ),
+    ] = True,
     generate: Annotated[
         int | None,
         option(
@@ -93,7 +102,7 @@ def compare(
     reading = {"length": length, "chat": chat}
     run: dict[str, Any] = {"batch_size": batch_size, "device": resolve_device(device), "resume": resume}
     run["max_memory"] = options.parse_limit(max_memory)
-    results = _measure([dense, *pruned], text, reading, writing, output, run)
+    results = _measure([dense, *pruned], text, reading, writing, languages, output, run)
     kind = "compare" if len(results) == 1 else "compare.several"
     values = results[0] if len(results) == 1 else {"dense": dense, "models": results}
     # shown first: a file that cannot be written after all does not lose what was measured
@@ -112,6 +121,7 @@ def _measure(
     text: list[str] | None,
     reading: dict[str, Any],
     writing: dict[str, Any],
+    languages: bool,
     output: Path | None,
     run: dict[str, Any],
 ) -> list[dict[str, Any]]:
@@ -121,6 +131,7 @@ def _measure(
         names: of the dense model and the pruned ones.
         text, reading: options of the text.
         writing: options of the continuations.
+        languages: compare on texts of twenty languages too.
         output: beside which the run keeps what is done, or None.
         run: further arguments of `moesparse.evaluate.compare`.
     """
@@ -142,8 +153,10 @@ def _measure(
         models = [_opened(name) for name in names]
         cut = _read(models[0], sources, **reading)
         prompts = _prompts(cut, models, run["max_memory"], **writing)
+        windows, domains, named = cut.with_languages() if languages else (cut.windows, cut.domains, ())
         more: dict[str, Any] = {"tokenizer": cut.tokenizer, "prompts": prompts, "load": _load, "work": work}
-        found = compare_models(models[0], models[1:], cut.windows, cut.domains, progress=progress, **more, **run)
+        more["languages"] = named
+        found = compare_models(models[0], models[1:], windows, domains, progress=progress, **more, **run)
     return [each.as_dict() | {"dense": names[0], "pruned": name} for each, name in zip(found, names[1:], strict=True)]
 
 
@@ -152,6 +165,22 @@ class _Cut:
 
     def __init__(self, tokenizer: Any, windows: Any, domains: list[str], context: int) -> None:
         self.tokenizer, self.windows, self.domains, self.context = tokenizer, windows, domains, context
+
+    def with_languages(self) -> tuple[Any, list[str], list[str]]:
+        """Windows and mask with those of twenty languages behind them, the domain of each, and which are languages.
+
+        Raises:
+            UsageError: a domain has the name of a language.
+        """
+        import torch
+
+        from moesparse.evaluate.languages import language_windows
+
+        ids, mask, names = language_windows(self.tokenizer, self.windows.shape[1])
+        if both := sorted(set(names) & set(self.domains)):
+            raise UsageError(f"--no-languages must be given with a domain called {both[0]}, or it another name")
+        real = torch.ones_like(self.windows, dtype=torch.bool)
+        return (torch.cat((self.windows, ids)), torch.cat((real, mask))), [*self.domains, *names], names
 
 
 def _opened(name: str) -> LayersOnDisk:

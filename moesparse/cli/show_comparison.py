@@ -70,7 +70,7 @@ def _by_text(found: Mapping[str, Any]) -> Table:
     for name, row in found["domains"].items():
         table.add_row(escape(name), *_cells(row))
     table.add_row("all", *_cells(found), style="bold", end_section=True)
-    for kind in ("languages", "scripts"):
+    for kind in ("scripts", "languages"):
         for name, row in found[kind].items() if len(found[kind]) > 1 else ():
             table.add_row(f"{kind[:-1]} {escape(name)}", *_cells(row))
     return table

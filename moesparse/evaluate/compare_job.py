@@ -141,7 +141,7 @@ class Job:
             domains={domain: found for domain, found in named.items() if domain not in languages},
             languages={domain: found for domain, found in named.items() if domain in languages},
             positions=self._positions(tokens, own),
-            scripts=self._scripts(tokens),
+            scripts=self._scripts(tokens, own),
             layers=[layer for layers in part.note["layers"] for layer in layers],
             changed=[self._shown(Changed(**each)) for each in part.note["changed"]],
             window=text.ids.shape[1],
@@ -193,20 +193,19 @@ class Job:
         spans = [(low, high - 1, own & (place >= low) & (place < high)) for low, high in pairwise(edges)]
         return [(low, high, Figures.of(tokens, where)) for low, high, where in spans if bool(where.any())]
 
-    def _scripts(self, tokens: dict[str, Tensor]) -> dict[str, Figures]:
-        """Figures by script of the token that is predicted; languages count too."""
+    def _scripts(self, tokens: dict[str, Tensor], own: Tensor) -> dict[str, Figures]:
+        """Figures by script of the token that is predicted."""
         if self.tokenizer is None:
             return {}
         decode = self.tokenizer.decode
         text = functools.cache(lambda ids: str(decode(list(ids))))
-        scripts = [token_scripts(row, lambda ids: text(tuple(ids))) for row in self.text.ids.tolist()]
-        windows, positions = self.text.scored.nonzero(as_tuple=True)
-        named = [scripts[window][at + 1] for window, at in zip(windows.tolist(), positions.tolist(), strict=True)]
-        names = sorted(set(named), key=named.count, reverse=True)
-        places = {name: torch.tensor([each == name for each in named]) for name in names}
-        return {
-            name: Figures.of(tokens, where) for name, where in places.items() if int(where.sum()) >= _FEWEST_OF_SCRIPT
-        }
+        found = [token_scripts(row, lambda ids: text(tuple(ids))) for row in self.text.ids.tolist()]
+        names = list(dict.fromkeys(name for row in found for name in row))
+        numbers = {name: number for number, name in enumerate(names)}
+        of_tokens = torch.tensor([[numbers[name] for name in row[1:]] for row in found])[self.text.scored]
+        places = [(name, own & (of_tokens == number)) for name, number in numbers.items()]
+        places.sort(key=lambda each: -int(each[1].sum()))
+        return {name: Figures.of(tokens, at) for name, at in places if int(at.sum()) >= _FEWEST_OF_SCRIPT}
 
     def _shown(self, changed: Changed) -> dict[str, Any]:
         """A token that changed, with text around it where there is a tokenizer."""

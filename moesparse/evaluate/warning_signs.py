@@ -29,12 +29,14 @@ def warning_signs(found: Comparison) -> list[str]:
         if (rest := _mean_of_others(named, name)) is not None and _stands_out(figures.kl_mean, rest)
     ]
     mean = found.overall.kl_mean
-    signs += [
-        f"language {name}: KL {figures.kl_mean:.3f} is {figures.kl_mean / max(mean, 1e-9):.1f} times that of the text, "
-        f"{mean:.3f}; its perplexity is {figures.as_dict()['perplexity']['ratio']:.2f} times the dense model's"
-        for name, figures in found.languages.items()
-        if _stands_out(figures.kl_mean, mean)
-    ]
+    for name, figures in found.languages.items():
+        if _stands_out(figures.kl_mean, mean):
+            perplexity = figures.as_dict()["perplexity"]
+            times = figures.kl_mean / max(mean, 1e-9)
+            signs.append(
+                f"language {name}: KL {figures.kl_mean:.3f} is {times:.1f} times that of the text, {mean:.3f}; its "
+                f"perplexity goes from {perplexity['dense']:.1f} to {perplexity['pruned']:.1f}"
+            )
     if found.generation is not None:
         count = 2 * found.generation["prompts"]
         few, many = (
