@@ -37,6 +37,12 @@ def report(
         Path | None, option(_PERPLEXITY, "Or: its perplexities from a file that `moesparse eval --json` gave.")
     ] = None,
     after: Annotated[Path | None, option(_PERPLEXITY, "The same of the pruned model.")] = None,
+    comparison: Annotated[
+        Path | None,
+        typer.Option(
+            help="What was lost: the file that `moesparse compare DENSE SOURCE -o FILE` wrote.", metavar="FILE"
+        ),
+    ] = None,
     length: Annotated[int | None, option(_PERPLEXITY, "Tokens in a window, as in moesparse eval.", min=2)] = None,
     batch_size: Annotated[int, option(_PERPLEXITY, "Windows in one forward.", min=1)] = 8,
     device: Annotated[str, option(_PERPLEXITY, "auto, cpu, cuda, cuda:1: where it is measured.")] = "auto",
@@ -51,15 +57,17 @@ def report(
 
       moesparse report out/demo-2to4 --evaluate --dense demo -o report.html
 
+      moesparse report out/small --comparison lost.json -o report.html
+
       moesparse report out/small law.stats=law medicine.stats=medicine --png figures/
     """
     from moesparse.report.figures import check_plots
-    from moesparse.report.findings import Findings, read_checkpoint, read_results, read_routing
+    from moesparse.report.findings import Findings, read_checkpoint, read_comparison, read_results, read_routing
     from moesparse.report.sections import build
 
     folder, statistics = _split(sources)
     check_output_file("--output", output)
-    for name, file in (("--before", before), ("--after", after)):
+    for name, file in (("--before", before), ("--after", after), ("--comparison", comparison)):
         if file is not None:
             check_input_file(name, file)
     if png is not None and png.is_file():
@@ -76,6 +84,7 @@ def report(
         routing=read_routing(statistics) if statistics else None,
         before=None if before is None else read_results(before),
         after=None if after is None else read_results(after),
+        comparison=None if comparison is None else read_comparison(comparison, folder),
     )
     check_plots()
     if folder is not None and (evaluate or text):

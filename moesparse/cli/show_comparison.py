@@ -46,14 +46,15 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
+    from moesparse.evaluate.divergence import format_perplexity
+
     kl, agreement, perplexity = row["kl"], row["agreement"], row["perplexity"]
     return [
         f"{kl['mean']:.4f}",
         f"{kl['p99']:.3f}",
         f"{agreement['top1']:.1%}",
         f"{agreement['top5']:.1%}",
-        f"{perplexity['dense']:.3f}",
-        f"{perplexity['pruned']:.3f}",
+        *(format_perplexity(perplexity[side]) for side in ("dense", "pruned")),
         f"{perplexity['ratio']:.3f}",
         f"{row['tokens']:,}",
     ]

@@ -79,6 +79,14 @@ class ComparedText:
             return torch.ones(len(self.ids), self.ids.shape[1] - 1, dtype=torch.bool)
         return self.mask[:, 1:] & self.mask[:, :-1]
 
+    @property
+    def counted(self) -> Tensor | None:
+        """[n, t] bool, True for tokens that are no padding and of no language that is reported by itself; None: all."""
+        if self.mask is None and not self.languages:
+            return None
+        own = torch.tensor([name not in self.languages for name in self.domains])[:, None]
+        return own & (torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask)
+
     def per_window(self, wanted: Callable[[str], bool]) -> Tensor:
         """[scored tokens] bool, True in windows of some domains."""
         rows = torch.tensor([wanted(name) for name in self.domains])
@@ -111,7 +119,7 @@ class Job:
         n, length = self.text.ids.shape
         sizes = {"windows": n, "length": length, "batch_size": self.options.batch_size}
         spill = spills(plan_pass(layers.model, layers.blocks, "none", **sizes), self.options, layers.processes)
-        how: dict[str, Any] = {"every_layer": self.keeps_layers, "spill": spill}
+        how: dict[str, Any] = {"every_layer": self.keeps_layers, "spill": spill, "counted": self.text.counted}
         text, options = (self.text.ids, self.text.mask), self.options
         return pass_through(self.folder, name, layers, *text, options, note, **how)
 
@@ -158,7 +166,9 @@ class Job:
             self.options.progress(ProgressEvent(f"compare {name}", done, len(ids), "window", done * ids.shape[1]))
 
         tokens = token_figures(states, theirs, ids, scored, size, told)
-        changed = most_changed(states, theirs, ids, scored, tokens["kl"], size, _SHOWN, _APART)
+        own = self.text.per_window(lambda domain: domain not in self.text.languages)
+        here = scored.masked_scatter(scored, own)
+        changed = most_changed(states, theirs, ids, here, tokens["kl"][own], size, _SHOWN, _APART)
         note = {"layers": theirs.notes, "changed": [asdict(each) for each in changed]}
         return self.folder.write(f"{name}-tokens", tokens, note, max_shard_bytes=MAX_SHARD_BYTES, aside=True)
 

@@ -125,7 +125,7 @@ def write(model: Any, prompts: Prompts, device: torch.device | None, progress: P
 
 
 def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Whether a continuation without an end token loops, see the module's docstring."""
+    """Whether a continuation, with its end token where it has one, loops; see the module's docstring."""
     ids = torch.tensor(list(tokens))
     for period in range(1, len(ids) // _LOOP_REPEATS + 1):
         span = max(LOOP_TOKENS, _LOOP_REPEATS * period)
@@ -180,7 +180,8 @@ def _read(written: Tensor, ends: Sequence[int]) -> list[dict[str, Any]]:
     for row in written.tolist():
         tokens = [each for each in row if each >= 0]
         stopped = bool(tokens) and tokens[-1] in ends
-        found.append({"tokens": tokens, "stopped": stopped, "loops": not stopped and ends_in_loop(tokens)})
+        # an end token comes once, so that what stopped never ends in a loop
+        found.append({"tokens": tokens, "stopped": stopped, "loops": ends_in_loop(tokens)})
     return found
 
 

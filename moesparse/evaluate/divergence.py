@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesparse.errors import MoESparseError, UsageError
 
-__all__ = ["TOP", "Changed", "Figures", "States", "most_changed", "token_figures"]
+__all__ = ["TOP", "Changed", "Figures", "States", "format_perplexity", "most_changed", "token_figures"]
 
 TOP = 5
 """Tokens of each distribution that are compared by themselves."""
@@ -102,6 +102,11 @@ class Changed:
     kl: float
     dense: list[tuple[int, float]]
     pruned: list[tuple[int, float]]
+
+
+def format_perplexity(value: float) -> str:
+    """In words: decimals where they say something."""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def token_figures(

@@ -29,8 +29,8 @@ from moesparse.system.shards import Shards
 __all__ = ["Chosen", "FinalStates", "drop_states", "find_part", "pass_through"]
 
 Chosen = dict[str, Tensor]
-"""Block name -> [T, K] int16, the experts that its router chose for every token that is no padding, in the order of the
-text; E and above where a slot is empty."""
+"""Block name -> [T, K] int16, the experts that its router chose for each token that counts, in the order of the text; E
+and above where a slot is empty."""
 
 
 class Noting(Protocol):
@@ -84,6 +84,7 @@ def pass_through(
     options: RunOptions,
     note: Noting,
     *,
+    counted: Tensor | None,
     every_layer: bool,
     spill: bool,
 ) -> FinalStates:
@@ -99,6 +100,7 @@ def pass_through(
         mask: [n, t] bool, True where a token is real, or None.
         options: batch size, device, progress.
         note: told of the choices of every layer.
+        counted: [n, t] bool, True for tokens whose choices are noted; None for all.
         every_layer: keep the states of every layer, so that a run that is stopped goes on behind it.
         spill: keep waiting hidden states in the folder of the run, not in memory.
 
@@ -125,7 +127,7 @@ def pass_through(
             stream.hidden[number] = shards.read(_name(number))
     for position in range(start, total):
         options.progress(ProgressEvent(f"run {name}", position, total, "layer", layer=position, layers=total))
-        chosen = _run_layer(stream, layers, position, mask)
+        chosen = _run_layer(stream, layers, position, counted)
         notes.append(note(position, layers.blocks_at(position), chosen))
         if every_layer or position == total - 1:
             tensors = {_name(number): hidden for number, hidden in enumerate(stream.hidden)}
@@ -156,7 +158,7 @@ def _last_states(run: RunFolder, name: str) -> Part | None:
     return found[-1] if found else None
 
 
-def _run_layer(stream: LayerStream, layers: LayersOnDisk, position: int, mask: Tensor | None) -> Chosen:
+def _run_layer(stream: LayerStream, layers: LayersOnDisk, position: int, counted: Tensor | None) -> Chosen:
     """Run one layer over all batches and put its output in the place of the hidden states."""
     noted: dict[str, list[Tensor]] = {}
 
@@ -168,7 +170,7 @@ def _run_layer(stream: LayerStream, layers: LayersOnDisk, position: int, mask: T
             stack.enter_context(experts_watched(block, partial(watch, block.name)))
         for _ in stream.run(position, keep=True):
             pass
-    keep = None if mask is None else mask.flatten().cpu()
+    keep = None if counted is None else counted.flatten().cpu()
     chosen = {block: torch.cat(parts) for block, parts in noted.items()}
     return {block: ids if keep is None else ids[keep] for block, ids in chosen.items()}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from moesparse.evaluate.compared import Comparison
 from moesparse.evaluate.continuations import chance
-from moesparse.evaluate.divergence import Figures
+from moesparse.evaluate.divergence import Figures, format_perplexity
 from moesparse.evaluate.scripts import COMMON
 
 __all__ = ["warning_signs"]
@@ -35,7 +35,8 @@ def warning_signs(found: Comparison) -> list[str]:
             times = figures.kl_mean / max(mean, 1e-9)
             signs.append(
                 f"language {name}: KL {figures.kl_mean:.3f} is {times:.1f} times that of the text, {mean:.3f}; its "
-                f"perplexity goes from {perplexity['dense']:.1f} to {perplexity['pruned']:.1f}"
+                f"perplexity goes from {format_perplexity(perplexity['dense'])} to "
+                f"{format_perplexity(perplexity['pruned'])}"
             )
     if found.generation is not None:
         count = 2 * found.generation["prompts"]

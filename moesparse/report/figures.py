@@ -214,6 +214,37 @@ def bars(
 
 
 @_in_ink
+def lines(
+    series: Mapping[str, Sequence[float]], rows: Sequence[str], *, across: str, label: str, width: float = WIDTH
+) -> Figure:
+    """Values of 0 or more along one axis, a line with marks of its own for each of one to three series.
+
+    Args:
+        series: name -> one value for each row; NaN leaves a gap.
+        rows: labels across.
+        across, label: of the axes.
+        width: of the figure, WIDTH or SLIM.
+    """
+    figure = new_figure(2.9, width)
+    axes = figure.subplots()
+    looks = [("o", "-", BLUE), ("s", "--", ORANGE), ("^", ":", INK)]
+    where = list(range(len(rows)))
+    for (name, values), (mark, dash, colour) in zip(series.items(), looks, strict=False):
+        size = 6 if len(rows) <= _LABELLED else 3
+        axes.plot(where, list(values), mark, linestyle=dash, color=colour, markersize=size, label=name)
+    known = [value for values in series.values() for value in values if value == value]
+    axes.set_ylim(0, 1.08 * max(known, default=1.0) or 1.0)
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    _ticks(axes, "x", rows)
+    axes.set_xlabel(across)
+    axes.set_ylabel(label)
+    if len(series) > 1:
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), frameon=False)
+    _open_frame(axes)
+    return figure
+
+
+@_in_ink
 def budget_map(
     patterns: Sequence[Sequence[str]],
     losses: Mapping[str, Sequence[float]],

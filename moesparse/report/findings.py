@@ -25,6 +25,7 @@ __all__ = [
     "Routing",
     "geometric_mean",
     "read_checkpoint",
+    "read_comparison",
     "read_results",
     "read_routing",
     "row_name",
@@ -105,6 +106,7 @@ class Findings:
         routing: from files of statistics.
         tensors: what `inspect_folder` found in the weights, for folders without moesparse_report.json.
         before, after: perplexities of the dense and of the pruned model, as `moesparse eval --json` prints them.
+        comparison: of the pruned model with the dense one, as `moesparse compare --json` prints it of one.
     """
 
     title: str
@@ -113,6 +115,7 @@ class Findings:
     tensors: dict[str, Any] | None = None
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
+    comparison: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.routing is not None:
@@ -123,7 +126,7 @@ class Findings:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; without what is not known."""
         found: dict[str, Any] = {"title": self.title, "perplexity before": self.before, "perplexity after": self.after}
-        found |= {"tensors": self.tensors}
+        found |= {"tensors": self.tensors, "comparison": self.comparison}
         if self.checkpoint is not None:
             found |= {"recipe": self.checkpoint.recipe, "earlier": self.checkpoint.earlier or None}
             found |= {"kept_experts": self.checkpoint.kept, "report": self.checkpoint.run}
@@ -191,6 +194,32 @@ def read_results(file: str | os.PathLike[str]) -> dict[str, Any]:
     if not known or "protocol" not in results:
         raise UsageError(f"{file} must be what `moesparse eval --json` prints, got another JSON file")
     return results
+
+
+def read_comparison(file: str | os.PathLike[str], folder: Path | None) -> dict[str, Any]:
+    """Read what `moesparse compare` found, of one pruned model.
+
+    Args:
+        file: that it wrote with -o, or what --json printed.
+        folder: the pruned model that is asked about; where the file is of several, the one of this name is taken.
+
+    Raises:
+        CheckpointError: the file is missing or no JSON. UsageError: it is something else, or of another model.
+    """
+    held = _read_json(Path(file))
+    kind = str(held.get("schema")).partition("/")[0] if isinstance(held, dict) else None
+    if kind not in ("moesparse.compare", "moesparse.compare.several"):
+        raise UsageError(f"{file} must be what `moesparse compare --json` prints, got another JSON file")
+    models = held["models"] if kind == "moesparse.compare.several" else [held]
+    named = {Path(model["pruned"]).resolve().name: model for model in models}
+    if folder is None and len(models) == 1:
+        return models[0]
+    name = None if folder is None else folder.resolve().name
+    if name not in named:
+        raise UsageError(
+            f"{file} must compare {name or 'one model'}, got {', '.join(str(model['pruned']) for model in models)}"
+        )
+    return named[name]
 
 
 def _read_json(path: Path) -> Any:

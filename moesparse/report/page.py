@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -48,6 +49,32 @@ class _Table:
 
 
 @dataclass(frozen=True)
+class _Warnings:
+    """Sentences that must not be missed."""
+
+    kind: ClassVar = "warnings"
+    sentences: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Two texts that go on from the same one, side by side; `same` is what both begin with.
+
+    Attributes:
+        about: a line above them.
+        before: the text they go on from.
+        same: begin of both.
+        sides: (name, what follows the same).
+    """
+
+    kind: ClassVar = "sides"
+    about: str
+    before: str
+    same: str
+    sides: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class _Drawing:
     """A figure by its file name, with what a blind reader hears; drawn for a width in inches."""
 
@@ -71,7 +98,7 @@ class Section:
     """One part of the page, filled in reading order."""
 
     title: str
-    parts: list[_Sentence | _Tiles | _Table | _Drawing] = field(default_factory=list)
+    parts: list[_Sentence | _Tiles | _Table | _Warnings | _Sides | _Drawing] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         """A paragraph."""
@@ -84,6 +111,17 @@ class Section:
     def tabulate(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: bool = True) -> None:
         """A table; every column but the first is set to the right where `numeric`."""
         self.parts.append(_Table(header, rows, numeric))
+
+    def warn(self, sentences: Sequence[str]) -> None:
+        """What must not be missed, a sentence each."""
+        self.parts.append(_Warnings(sentences))
+
+    def put_side_by_side(self, about: str, before: str, one: tuple[str, str], other: tuple[str, str]) -> None:
+        """Two texts, each with its name, that go on from `before`; a line about them stands above."""
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one[1], other[1], strict=False))
+        same = "".join(letter for letter, _ in pairs)
+        sides = [(name, text[len(same) :]) for name, text in (one, other)]
+        self.parts.append(_Sides(about, before, same, sides))
 
     def show(self, name: str, alt: str, draw: Callable[..., Figure]) -> None:
         """A figure; `name` is that of its file, and `draw` makes it for a `width`."""

@@ -23,6 +23,7 @@ from moesparse.report.findings import (
     geometric_mean,
     row_name,
 )
+from moesparse.report.lost import what_was_lost
 from moesparse.report.page import Page, Section, format_size, layer_of, ranges
 
 __all__ = ["build", "chance_divergence", "even_shares", "jensen_shannon"]
@@ -81,10 +82,23 @@ def build(findings: Findings) -> Page:
     figures.check_plots()
     sections: list[Section] = []
     missing: list[str] = []
-    for part in (_summary, _perplexity, _sizes, _budget, _removal, _routing, _specialisation, _weights, _recipe):
+    for part in (
+        _summary,
+        what_was_lost,
+        _perplexity,
+        _sizes,
+        _budget,
+        _removal,
+        _routing,
+        _specialisation,
+        _weights,
+        _recipe,
+    ):
         made = part(findings)
         if isinstance(made, str):
             missing.append(made)
+        elif isinstance(made, list):
+            sections += made
         elif made is not None:
             sections.append(made)
     return Page(findings.title, sections, missing, findings.to_dict())

@@ -360,3 +360,18 @@ def test_logits_that_are_not_finite_are_named(mixtral, tmp_path):
     model.save_pretrained(tmp_path / "spoiled")
     with pytest.raises(MoESparseError, match="both models must give finite logits, got others at token 1 of window 0"):
         compare(mixtral / "dense", tmp_path / "spoiled", some_windows())
+
+
+def test_languages_are_reported_by_themselves(mixtral):
+    windows, mask = some_windows(6), torch.ones(6, 24, dtype=torch.bool)
+    mask[5, 10:] = False
+    names = ["law", "law", "code", "French", "French", "German"]
+    # in batches of three those of the text are the same in both runs
+    models, size = (mixtral / "dense", mixtral / "removed"), {"batch_size": 3}
+    (found,) = compare(*models, (windows, mask), names, languages=["French", "German"], **size)
+    (alone,) = compare(*models, windows[:3], names[:3], **size)
+    told, wanted = found.as_dict(), alone.as_dict()
+    assert set(told["domains"]) == {"law", "code"} and set(told["languages"]) == {"French", "German"}
+    assert told["languages"]["German"]["tokens"] == 9
+    for name in ("kl", "agreement", "perplexity", "tokens", "domains", "positions", "layers", "changed"):
+        assert told[name] == wanted[name], name

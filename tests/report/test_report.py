@@ -143,7 +143,7 @@ class TestPage:
             after=results(4.5, 8.0),
         )
         page = build(findings)
-        assert page.missing == []
+        assert [sentence.split(",")[0] for sentence in page.missing] == ["What was lost beside the dense model"]
         assert list(page.pngs()) == ["perplexity", "bytes", "scores", "routing", "specialisation", "domains"]
         assert all(png.startswith(b"\x89PNG") for png in page.pngs().values())
         text = text_of(page)
