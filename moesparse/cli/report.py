@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from moesparse.cli.evaluate import measure
 from moesparse.cli.options import CHAT_HELP, check_input_file, check_output_file, model_source, option
 from moesparse.errors import UsageError
 from moesparse.system.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from moesparse.report.page import Page
 
 _PERPLEXITY = "Perplexity"
 
@@ -95,14 +98,7 @@ def report(
     if findings.checkpoint is not None and findings.checkpoint.run is None:
         findings = replace(findings, tensors=_describe(findings.checkpoint.folder))
     page = build(findings)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page.to_html(), encoding="utf-8")
-    written = []
-    if png is not None:
-        png.mkdir(parents=True, exist_ok=True)
-        for name, data in page.pngs().items():
-            (png / f"{name}.png").write_bytes(data)
-            written.append(str(png / f"{name}.png"))
+    written = _write(page, output, png)
     if as_json:
         sections = [section.title for section in page.sections]
         found = {"output": str(output), "png": written, "sections": sections, "missing": page.missing}
@@ -113,6 +109,19 @@ def report(
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     for sentence in page.missing:
         console.print(f"left out: {sentence}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(page: Page, output: Path, png: Path | None) -> list[str]:
+    """Write the page, and its figures into a folder; the files of these."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page.to_html(), encoding="utf-8")
+    written = []
+    if png is not None:
+        png.mkdir(parents=True, exist_ok=True)
+        for name, data in page.pngs().items():
+            (png / f"{name}.png").write_bytes(data)
+            written.append(str(png / f"{name}.png"))
+    return written
 
 
 def _split(sources: list[str]) -> tuple[Path | None, dict[str, Path]]:
