@@ -8,6 +8,7 @@ shapes, is looked at whenever a folder is written.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from moesparse.checkpoints.against_stored import became, same_bytes
 from moesparse.checkpoints.config_text import CONFIG_KEY, at, dtype_changes
 from moesparse.checkpoints.edit import SourceFolder
 from moesparse.checkpoints.history import REPORT_FILE
+from moesparse.checkpoints.recipe_words import merges
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import ResultError
 from moesparse.experts.plan_file import PLAN_FILE
@@ -207,7 +209,9 @@ class _Tensors:
         self._result, self._source, self._edit, self._found = result, source, edit, found
         self._kept = edit.kept(result.config.get(CONFIG_KEY))
         trained = [step["distillation"] for step in result.steps if step.get("distillation")]
-        self._updates = bool(trained) or any(step.get("update", "none") != "none" for step in result.steps)
+        self._merges = any(map(merges, result.steps))
+        solved = any(step.get("update", "none") != "none" for step in result.steps)
+        self._updates = bool(trained) or solved or self._merges
         self._prunes = any(step.get("weights") or step.get("patterns") for step in result.steps)
         self._trains_all = any(each.get("train") == "all" for each in trained)
         self._parts, self._parts_before = result.parts, source.parts
@@ -277,7 +281,11 @@ class _Tensors:
             return None
         if new.shape != old.shape:
             cut = self._edit.cut(key, new.shape, self._kept)
-            return "cut" if cut.shape == new.shape and cut.equal(result.read(key)) else None
+            if cut.shape != new.shape:
+                return None
+            # biases of experts are merged like their weights
+            renewed = self._merges and re.search(r"\bexperts\b.*bias", key)
+            return "cut" if cut.equal(result.read(key)) else "updated" if renewed else None
         return None if new.torch_dtype.is_floating_point else "rerouted"
 
     def _stored_became(self, key: str, name: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from moesparse.checkpoints.card import card_in_form, is_packed_form
 from moesparse.checkpoints.edit import Surplus, say_surplus
-from moesparse.checkpoints.recipe_words import EXPERT_FIELDS, WEIGHT_FIELDS
+from moesparse.checkpoints.recipe_words import EXPERT_FIELDS, WEIGHT_FIELDS, merges
 from moesparse.system.shards import read_json
 from moesparse.weights.weight_rules import parse_update
 
@@ -89,19 +89,20 @@ def _is_of_the_same_run(before: Mapping[str, Any], report: Mapping[str, Any]) ->
 def _joined_sizes(before: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     then, now = before.get("sizes") or {}, report["sizes"]
     after = dict(now["after"])
-    if not report.get("blocks") and not _refits(report.get("experts")) and then:
+    if not report.get("blocks") and not _renews(report.get("experts")) and then:
         # every expert takes the same room, packed or not
         after["packed"] = after["experts"] * then["after"]["packed"] // then["after"]["experts"]
     return {"before": then.get("before") or now["before"], "after": after}
 
 
-def _refits(removal: Mapping[str, Any] | None) -> bool:
-    return bool(removal and removal.get("refit"))
+def _renews(removal: Mapping[str, Any] | None) -> bool:
+    """Whether those that stay have new weights: refitted, or merged with others."""
+    return bool(removal and (removal.get("refit") or removal.get("method")))
 
 
 def _cut_blocks(blocks: Sequence[Mapping[str, Any]], removal: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What was said of pruned weights, of the experts that are left; nothing where their weights were solved anew."""
-    if removal is None or _refits(removal):
+    if removal is None or _renews(removal):
         return []
     kept = {block["name"]: block["kept"] for block in removal["blocks"]}
     return [_cut_block(block, kept[block["name"]]) for block in blocks if block["name"] in kept]
@@ -128,7 +129,7 @@ def _cut_block(block: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
 def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """How a model was pruned in two steps: what the second did not do stays as the first did it.
 
-    Where the second removed experts and solved the weights of the others anew, they no longer hold a pattern.
+    Where the second removed experts and gave the others new weights, they no longer hold a pattern.
     """
     if before is None:
         return dict(recipe)
@@ -141,7 +142,7 @@ def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -
     elif "mtp" not in recipe:
         # without a word the layers that predict further tokens may not have stayed
         found.pop("mtp", None)
-    if not prunes and not (removes and _solves(recipe)):
+    if not prunes and not (removes and (_solves(recipe) or merges(recipe))):
         found |= {key: before[key] for key in WEIGHT_FIELDS if key in before}
     return found
 

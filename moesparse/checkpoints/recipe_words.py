@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["EXPERT_FIELDS", "WEIGHT_FIELDS", "recipe_in_words"]
+__all__ = ["EXPERT_FIELDS", "WEIGHT_FIELDS", "merges", "recipe_in_words"]
 
 EXPERT_FIELDS = (
     "experts",
     "keep_experts",
     "expert_saliency",
+    "expert_method",
     "refine_experts",
     "expert_mix",
     "expert_budget",
@@ -73,6 +74,13 @@ def recipe_in_words(recipe: Mapping[str, Any]) -> str:
     return " ".join(said) or "Nothing is said of how."
 
 
+def merges(recipe: Mapping[str, Any]) -> bool:
+    """Whether experts were merged by a recipe, or by the plan that it names."""
+    plan = recipe.get("plan")
+    found = plan.get("method") if isinstance(plan, Mapping) else recipe.get("expert_method")
+    return found not in (None, "remove")
+
+
 def _target(recipe: Mapping[str, Any]) -> str:
     target = recipe.get("target_bytes")
     if target is None:
@@ -90,15 +98,20 @@ def _target(recipe: Mapping[str, Any]) -> str:
 def _experts(recipe: Mapping[str, Any]) -> str:
     keep, share, plan = (recipe.get(name) for name in ("keep_experts", "experts", "plan"))
     criterion = recipe.get("expert_saliency")
+    method = plan.get("method") if isinstance(plan, Mapping) else recipe.get("expert_method")
+    merged = merges(recipe)
+    gone = f"are merged into those that stay by {method}" if merged else "are removed"
     if plan is not None:
         made = plan.get("criterion") if isinstance(plan, Mapping) else None
         text = "the experts that stay in every block are those that a plan names" + (f", made by {made}" * bool(made))
     elif keep is not None:
         text = f"{keep} experts of every block stay, {_chosen(recipe, criterion)}"
     elif share is not None:
-        text = f"{_percent(share)} of the experts of every block are removed, {_chosen(recipe, criterion)}"
+        text = f"{_percent(share)} of the experts of every block {gone}, {_chosen(recipe, criterion)}"
     else:
         return ""
+    if merged and share is None:
+        text += f", and the others {gone}"
     if recipe.get("refine_experts"):
         text += ", then swapped while the block's output error fell"
     if recipe.get("protect_experts"):

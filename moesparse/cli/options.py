@@ -106,6 +106,14 @@ ExpertSaliency = Annotated[
         " random, or aimer, which reads the weights alone (the default where no text is given).",
     ),
 ]
+ExpertMethod = Annotated[
+    str,
+    option(
+        EXPERTS,
+        "What becomes of the other experts: remove (the default), or ream, m-smoe or hc-smoe, by which they are merged"
+        " into those that stay. Merged experts of a quantised checkpoint are quantised again.",
+    ),
+]
 RefineExperts = Annotated[
     bool, option(EXPERTS, "Swap experts while the block's output error falls; slower.", "--refine-experts")
 ]

@@ -51,6 +51,8 @@ Examples:
 
   moesparse prune demo out/twelve-experts --keep-experts 12
 
+  moesparse prune demo out/merged --experts 0.25 --expert-method ream
+
   moesparse prune demo out/again --plan out/twelve-experts/moesparse_plan.json
 
   moesparse prune model-Q4_K_M.gguf out/model-Q4_K_M.gguf --plan out/olmoe/moesparse_plan.json
@@ -80,6 +82,7 @@ def prune(
     plan: options.Plan = None,
     scores: options.Scores = None,
     expert_saliency: options.ExpertSaliency = "",
+    expert_method: options.ExpertMethod = "",
     refine_experts: options.RefineExperts = False,
     mix: options.Mix = "",
     protect_super_experts: options.ProtectSuperExperts = False,

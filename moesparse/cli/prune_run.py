@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["PruneRun"]
 
 _QUANTISED = "The checkpoint is quantised: experts that stay are copied byte for byte, and not refitted."
+_QUANTISED_MERGED = (
+    "The checkpoint is quantised: merged experts are quantised again, and those that stay are not refitted; --update "
+    "names a rule that does."
+)
 _QUANTISED_PRUNED = (
     "The checkpoint is quantised: experts that stay are not refitted, and of their codes those of pruned weights alone "
     "change; --update names a rule that quantises them again."
@@ -179,6 +183,7 @@ class PruneRun:
             recipe = replace(recipe, update="none")
             if not self.as_json:
                 said = _QUANTISED.replace("quantised", "packed") if model.layers.packed else _QUANTISED
+                said = _QUANTISED_MERGED if recipe.merges_experts else said
                 console.print(_QUANTISED_PRUNED if recipe.prunes_weights else said)
         check_quantised(model.layers, recipe)
         return recipe

@@ -26,6 +26,7 @@ _FIELDS = {
     "keep_experts": "keep_experts",
     "divisible_by": "divisible_by",
     "expert_saliency": "expert_saliency",
+    "expert_method": "expert_method",
     "refine_experts": "refine_experts",
     "target_bytes": "target_bytes",
     "compare_uniform": "compare_uniform",
@@ -73,6 +74,7 @@ class Asked:
             fields["weights"] = None
         text = given["calibration"] or given["demonstrations_from_model"]
         unnamed = removes and fields.get("expert_saliency", "auto") == "auto" and not (plan or scores or statistics)
+        unnamed = unnamed and fields.get("expert_method", "remove") == "remove"
         if unnamed and not text and not embedded_texts("calibration", options.model_source(given["model"])):
             fields["expert_saliency"] = "aimer"
         without_text = plan or scores or fields.get("expert_saliency") == "aimer"

@@ -108,10 +108,13 @@ def show_pruned(result: Report, out: Path) -> None:
 
 def _show_experts(result: Any) -> None:
     removed = result.experts
-    table = Table(title=f"experts by {removed['criterion']}", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    how = f", the others merged by {removed['method']}" if "method" in removed else ""
+    table = Table(
+        title=f"experts by {removed['criterion']}{how}", box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False
+    )
     table.add_column("block", no_wrap=True)
     table.add_column("kept", justify="right", no_wrap=True)
-    table.add_column("removed")
+    table.add_column("merged into others" if how else "removed")
     table.add_column("output error", justify="right", no_wrap=True)
     fits = {fit["name"]: f"{fit['before']:.1%} > {fit['after']:.1%}" for fit in removed["refit"]}
     for block, dead in zip(removed["blocks"], removed["dead"], strict=True):

@@ -107,12 +107,14 @@ class ExpertReport:
         surgery: kept and removed experts per block, config keys, bytes.
         refit: per block, when the kept experts were refitted.
         refine: per block, when the choice was refined.
+        method: what became of the others, one of moesparse.experts.merging.METHODS.
     """
 
     choice: Choice
     surgery: SurgeryReport
     refit: list[RefitReport]
     refine: list[RefineReport]
+    method: str = "remove"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; a score of -inf becomes None, and what is not known is left out."""
@@ -122,6 +124,8 @@ class ExpertReport:
             more["scores"] = [[score if math.isfinite(score) else None for score in row] for row in rows]
         if choice.tokens is not None:
             more["tokens"] = choice.tokens.tolist()
+        if self.method != "remove":
+            more["method"] = self.method
         return {
             "criterion": choice.criterion,
             **self.surgery.to_dict(),
@@ -204,10 +208,10 @@ def _choose(
     return Choice(choose(scores), rule.criterion, dead_experts(statistics), found, protected, scores, tokens)
 
 
-def check_sums_suffice(refit: bool, refine: bool) -> None:
+def check_sums_suffice(refit: bool, refine: bool, merge: bool = False) -> None:
     """Refuse what needs the tokens themselves where there are only statistics."""
-    if refit or refine:
-        what = "refit the experts that stay" if refit else "refine the choice"
+    if refit or refine or merge:
+        what = "refit the experts that stay" if refit else "refine the choice" if refine else "merge experts"
         raise CalibrationError(
             f"calibration must be windows to {what}, got statistics: they are sums, and it needs the tokens; pass "
             "the windows, or remove without it (update='none')"

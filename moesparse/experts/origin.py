@@ -163,13 +163,13 @@ def write_layers(path: str | os.PathLike[str], head: Mapping[str, Any], layers: 
         partial.unlink(missing_ok=True)
 
 
-def read_layers(path: str | os.PathLike[str], kind: str, version: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_layers(path: str | os.PathLike[str], kind: str, *versions: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Head and layers of such a file.
 
     Args:
         path: of the file.
         kind: that "format" must say.
-        version: that "format_version" must say.
+        versions: of which "format_version" must say one.
 
     Raises:
         CalibrationError: it cannot be read, is of another kind or of another version.
@@ -181,10 +181,10 @@ def read_layers(path: str | os.PathLike[str], kind: str, version: int) -> tuple[
     found = held.get("format") if isinstance(held, dict) else None
     if found != kind:
         raise CalibrationError(f'{path} must be a file with "format": "{kind}", got {found!r}')
-    if held.get("format_version") != version:
+    if held.get("format_version") not in versions:
         raise CalibrationError(
-            f"{path} must have format_version {version}, got {held.get('format_version')!r}: make it again with this "
-            "version of moesparse"
+            f"{path} must have format_version {' or '.join(map(str, versions))}, got {held.get('format_version')!r}: "
+            "make it again with this version of moesparse"
         )
     layers = held.get("layers")
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):

@@ -18,7 +18,7 @@ This needs no training and no gradient. Ours; the ridge keeps experts with few t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -144,7 +144,12 @@ def check_refit(blocks: Sequence[MoEBlock], ridge: float) -> None:
 
 
 def remove_and_refit_block(
-    stream: LayerStream, position: int, plan: RemovalPlan, number: int, ridge: float = DEFAULT_RIDGE
+    stream: LayerStream,
+    position: int,
+    plan: RemovalPlan,
+    number: int,
+    ridge: float = DEFAULT_RIDGE,
+    merge: Callable[[], None] = lambda: None,
 ) -> RefitReport:
     """Remove the experts of one block and refit those that stay; the stream stays before the layer.
 
@@ -158,9 +163,11 @@ def remove_and_refit_block(
         plan: of the removal.
         number: of the block in the plan.
         ridge: as in `refit`.
+        merge: called before the removal, to write into those that stay what the others were.
     """
     block, processes = plan.blocks[number], stream.processes
     dense = processes.to_first([calls[-1:] for calls in _capture(stream, position, block)])
+    merge()
     plan.apply_block(number)
     pruned = processes.to_first([calls[:-1] for calls in _capture(stream, position, block)])
 

@@ -13,7 +13,7 @@ selection scores, where a router adds a bias to them).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import UsageError
+from moesparse.experts.merging import Merged
 from moesparse.experts.twins import (
     GROUP_KEYS,
     Cut,
@@ -101,6 +102,9 @@ class BlockSurgery:
         kept: their old ids, ascending; position = new id.
         tensors: name -> (shape before, shape after), names as in the model.
         rerouted: entries of a token -> expert table that pointed at removed experts.
+        merged: of the kept, those that stand for several.
+        rounding: what quantising the merged ones has cost, `moesparse.models.formats.rounding.Rounding` as JSON; None
+            where they are stored as they are, or a refit says it.
     """
 
     name: str
@@ -108,6 +112,8 @@ class BlockSurgery:
     kept: tuple[int, ...]
     tensors: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     rerouted: int = 0
+    merged: tuple[Merged, ...] = ()
+    rounding: dict[str, float] | None = None
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -142,6 +148,8 @@ class SurgeryReport:
                     "kept": list(block.kept),
                     "removed": list(block.removed),
                     "rerouted": block.rerouted,
+                    **({"merged": [each.summary() for each in block.merged]} if block.merged else {}),
+                    **({"rounding": block.rounding} if block.rounding else {}),
                 }
                 for block in self.blocks
             ],
@@ -169,6 +177,18 @@ class RemovalPlan:
     config: list[Setting]
     done: dict[int, BlockSurgery] = field(default_factory=dict)
     bytes_before: int = 0
+    merged: dict[int, tuple[Merged, ...]] = field(default_factory=dict)
+
+    def merge(self, position: int, kept: Tensor, groups: tuple[Merged, ...]) -> None:
+        """Note that experts of a block, which is not applied yet, were merged into those that stay.
+
+        Args:
+            position: of the block among `blocks`.
+            kept: [K] ids that stay, ascending, as many as planned.
+            groups: merged experts, each in the place of its first one.
+        """
+        assert len(kept) == len(self.kept[position])
+        self.kept[position], self.merged[position] = kept, groups
 
     @torch.no_grad()
     def apply_block(self, position: int) -> BlockSurgery:
@@ -178,7 +198,8 @@ class RemovalPlan:
             position: of the block among `blocks`.
         """
         block, kept = self.blocks[position], self.kept[position]
-        rerouted = sum(self._rewrite_table(block, kept, table) for table in self.tables[position])
+        merged_into = {old: group.experts[0] for group in self.merged.get(position, ()) for old in group.experts}
+        rerouted = sum(self._rewrite_table(block, kept, table, merged_into) for table in self.tables[position])
         tensors = {}
         for cut in self.cuts[position]:
             module = self.model.get_submodule(cut.module)
@@ -190,7 +211,8 @@ class RemovalPlan:
             _replace(module, cut.name, new)
         for setting in self.attributes[position]:
             _set(setting)
-        done = BlockSurgery(block.name, block.num_experts, tuple(kept.tolist()), tensors, rerouted)
+        merged = self.merged.get(position, ())
+        done = BlockSurgery(block.name, block.num_experts, tuple(kept.tolist()), tensors, rerouted, merged)
         self.done[position] = done
         return done
 
@@ -238,13 +260,18 @@ class RemovalPlan:
             self.apply_block(position)
         return self.finish()
 
-    def _rewrite_table(self, block: MoEBlock, kept: Tensor, table: Cut) -> int:
-        """Give the tokens of a removed expert to the kept one whose router row is most alike and not theirs already."""
+    def _rewrite_table(self, block: MoEBlock, kept: Tensor, table: Cut, merged_into: Mapping[int, int]) -> int:
+        """Give the tokens of a removed expert to a kept one that is not theirs already.
+
+        That is the one that it was merged into, or that whose router row is most alike.
+        """
         module = self.model.get_submodule(table.module)
         ids = _tensor(module, table.name)
         rows: Any = module.weight
         rows = torch.nn.functional.normalize(rows.detach()[: block.num_experts].double(), dim=-1)
         alike = rows @ rows.index_select(0, kept.to(rows.device)).T
+        for old, stays in merged_into.items():
+            alike[old, kept.tolist().index(stays)] = torch.inf
         new_id = torch.full((block.num_experts,), -1, dtype=torch.int64, device=ids.device)
         new_id[kept.to(ids.device)] = torch.arange(len(kept), device=ids.device)
         new = new_id[ids.detach().long()]

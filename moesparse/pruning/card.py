@@ -34,6 +34,8 @@ def model_card(base: str, report: Report, base_model: str | None = None) -> str:
             "expert criterion": report.experts["criterion"],
             "kept experts refitted": "yes" if report.experts["refit"] else "no",
         }
+        if "method" in report.experts:
+            rows["the others merged by"] = report.experts["method"]
     if report.blocks:
         found = {tensor.pattern for block in report.blocks for tensor in block.tensors}
         pattern = recipe["weights"] or ", ".join(sorted(found))

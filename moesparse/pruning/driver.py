@@ -48,7 +48,8 @@ def carry_out(layers: Layers, output: Output, calibration: Calibration, recipe: 
     """
     started = time.perf_counter()
     score = aimer_scores if recipe.scores_weights else None
-    values = not recipe.removes_experts or not isinstance(calibration, Nothing) or score is not None
+    reads = not isinstance(calibration, Nothing) or score is not None or recipe.merges_experts
+    values = not recipe.removes_experts or reads
     look = Look(layers, options, dense=isinstance(calibration, FromText), values=values, score=score)
     stream = calibration.stream(layers, options, look, output.spill)
     before, fingerprint = expert_sizes(layers.model, layers.blocks), look.fingerprint if look.complete else None

@@ -252,10 +252,16 @@ def prune_gguf(
 
     Raises:
         CalibrationError: the plan of another model.
-        UsageError: kept counts that differ by layer, fewer than a token uses, or that its groups do not allow.
+        UsageError: a plan that merges experts; kept counts that differ by layer, fewer than a token uses, or that its
+            groups do not allow.
         UnsupportedModelError: no experts, or some that cannot be placed.
         CheckpointError: a file cannot be read or written.
     """
+    if plan.merged:
+        raise UsageError(
+            "plan must remove experts to be carried out on a GGUF file, whose bytes are copied, got one that merges "
+            f"them ({plan.method})"
+        )
     model = source if isinstance(source, GGUFModel) else GGUFModel(GGUFFiles(source))
     files, out = model.files, Path(out)
     extra = [layer for layer in model.ahead if model.names(layer)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moesparse.calibration.plan import Plan, file_flops, plan_pass
 from moesparse.calibration.statistics import memory_needed
 from moesparse.experts.choice import choose_rule
+from moesparse.experts.merging import memory_for_merging, merging_flops
 from moesparse.experts.refit import memory_for_refit, refit_flops
 from moesparse.models.blocks import MoEBlock
 from moesparse.pruning.recipe import Recipe
@@ -144,6 +145,10 @@ def plan_run(
         workspace += max(memory_for_refit(block, keep, base.tokens) for block in blocks)
         passes += 3
         solve = sum(refit_flops(block, keep, base.tokens) for block in blocks)
+    if recipe.forms_groups:
+        workspace += max(memory_for_merging(block, base.tokens) for block in blocks)
+        passes += 2
+        solve += sum(merging_flops(block, base.tokens) for block in blocks)
     flops = dict(base.flops)
     flops["forward"] += passes * scoring.flops["forward"]
     flops["solvers"] += solve

@@ -29,8 +29,9 @@ def check_quantised(layers: LayersOnDisk, recipe: Recipe) -> None:
         UnsupportedModelError: the folder names single experts, of which some would go, by patterns; weights that would
             change are packed.
     """
-    if layers.packed and (recipe.prunes_weights or recipe.refits_experts):
+    if layers.packed and (recipe.prunes_weights or recipe.refits_experts or recipe.merges_experts):
         what = "its weights pruned" if recipe.prunes_weights else f"its experts refitted (update={recipe.update!r})"
+        what = "its experts merged" if recipe.merges_experts else what
         raise UnsupportedModelError(
             f"{layers.folder} must be dense to have {what}, got packed n:m weights, in which what is no zero has its "
             "place: make it dense with `moesparse unpack`, or remove experts alone, without a refit (update='none')"
@@ -98,7 +99,7 @@ def plan_quantised(plan: Plan, layers: LayersOnDisk, recipe: Recipe) -> Plan:
         after += info.nbytes * len(ids) // experts if stacked and ids is not None else info.nbytes
         largest = max(largest, info.nbytes if stacked else 0)
     known = dataclasses.replace(plan, formats=tuple(weights.formats), stored=weights.on_disk.nbytes, stored_after=after)
-    copies_alone = recipe.reads_weights_alone and not recipe.scores_weights
+    copies_alone = recipe.reads_weights_alone and not recipe.scores_weights and not recipe.merges_experts
     if recipe.prunes_weights or recipe.output_dtype is not None or not copies_alone:
         return known
     plain_tensors = {key: info for key, info in weights.tensors.items() if key not in weights.stored}

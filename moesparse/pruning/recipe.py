@@ -12,6 +12,7 @@ from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.choice import Rule
 from moesparse.experts.criteria import WEIGHT_CRITERION, check_criterion
 from moesparse.experts.domains import DEFAULT_MIX, check_mix
+from moesparse.experts.merging import MERGED_BY, METHODS
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.experts.scores_file import ExpertScores
 from moesparse.experts.selection import BUDGETS, check_divisor
@@ -87,6 +88,9 @@ class Recipe:
         keep_experts: how many stay. With a weight rule that holds "least-squares" the kept ones are refitted.
         expert_saliency: the criterion, one of moesparse.experts.criteria.NAMED_CRITERIA, or "auto": reap, and aimer
             where experts are chosen without calibration. Reports name the criterion itself.
+        expert_method: what becomes of the others, one of moesparse.experts.merging.METHODS: "remove", or they are
+            merged into those that stay by "ream", "m-smoe" or "hc-smoe". Then "auto" in expert_saliency is the
+            criterion of that paper, reap or frequency, which says too what each weighs; text is needed in any case.
         refine_experts: swap experts after the first choice while the block's output error falls.
         expert_mix: how the domains of the calibration text become one choice, one of moesparse.experts.domains.MIXES.
         expert_budget: "per-layer", or "global", which `prune` refuses for every format that states one count for all.
@@ -137,6 +141,7 @@ class Recipe:
     scores: ExpertScores | None = None
     divisible_by: int | None = None
     output_dtype: str | None = None
+    expert_method: str = "remove"
 
     @classmethod
     def of(cls, given: Recipe | str | float | None) -> Recipe:
@@ -191,6 +196,7 @@ class Recipe:
         check_divisor(self.divisible_by)
         self._check_files()
         check_mix(self.expert_mix, "expert_mix")
+        self._check_method()
         if self.expert_budget not in BUDGETS:
             raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
         if self.mtp is not None and self.mtp not in MTP_CHOICES:
@@ -198,8 +204,8 @@ class Recipe:
         if self.output_dtype is not None and self.output_dtype not in OUTPUT_DTYPES:
             raise UsageError(f"output_dtype must be one of {', '.join(OUTPUT_DTYPES)}, got {self.output_dtype!r}")
         if not self.removes_experts and self.target_bytes is None:
-            for name in ("refine_experts", "protect_experts", "expert_floor", "divisible_by"):
-                if getattr(self, name) not in (None, False):
+            for name in ("refine_experts", "protect_experts", "expert_floor", "divisible_by", "expert_method"):
+                if getattr(self, name) not in (None, False, METHODS[0]):
                     raise UsageError(f"{name} must come with experts or keep_experts, got neither")
 
     def _check_weights(self) -> None:
@@ -230,7 +236,7 @@ class Recipe:
                 self._check_weights_alone()
             return
         if self.expert_saliency == DEFAULT_EXPERT_SALIENCY:
-            object.__setattr__(self, "expert_saliency", EXPERT_SALIENCY_OF_TEXT)
+            object.__setattr__(self, "expert_saliency", self.on(None).expert_saliency)
         name = "scores" if self.plan is None else "plan"
         others = ["target_bytes", "refine_experts", "protect_experts", "expert_floor"]
         others += ["experts", "keep_experts", "scores"] if self.plan is not None else []
@@ -245,6 +251,17 @@ class Recipe:
             if not self.removes_experts:
                 raise UsageError("scores must come with experts or keep_experts, got neither")
             self.scores.by(self.expert_saliency)
+
+    def _check_method(self) -> None:
+        if self.expert_method not in METHODS:
+            raise UsageError(f"expert_method must be one of {', '.join(METHODS)}, got {self.expert_method!r}")
+        if self.expert_method == METHODS[0]:
+            return
+        for name in ("target_bytes", "refine_experts", "protect_experts", "plan"):
+            value = getattr(self, name)
+            if value not in (None, False):
+                got = "one" if name == "plan" else repr(value)
+                raise UsageError(f"{name} must be left out with expert_method={self.expert_method!r}, got {got}")
 
     def _check_weights_alone(self) -> None:
         """What only a criterion that reads text has."""
@@ -279,7 +296,8 @@ class Recipe:
             found["saliency"] = _SALIENCY_ON_CPU if on_cpu else _SALIENCY_ELSEWHERE
         if self.expert_saliency == DEFAULT_EXPERT_SALIENCY:
             alone = not calibrated and self.chooses_experts
-            found["expert_saliency"] = WEIGHT_CRITERION if alone else EXPERT_SALIENCY_OF_TEXT
+            of_text = MERGED_BY.get(self.expert_method, EXPERT_SALIENCY_OF_TEXT)
+            found["expert_saliency"] = WEIGHT_CRITERION if alone else of_text
         return dataclasses.replace(self, **found) if found else self  # type: ignore[arg-type]
 
     @property
@@ -333,7 +351,17 @@ class Recipe:
     def reads_weights_alone(self) -> bool:
         """Whether it needs no calibration text."""
         by_magnitude = self.saliency == "magnitude" or not self.prunes_weights
-        return not self.chooses_experts and by_magnitude and self.update == "none"
+        return not self.chooses_experts and not self.forms_groups and by_magnitude and self.update == "none"
+
+    @property
+    def forms_groups(self) -> bool:
+        """Whether experts are merged in groups that are yet to be formed, which takes text."""
+        return self.expert_method != METHODS[0]
+
+    @property
+    def merges_experts(self) -> bool:
+        """Whether experts are merged, also by a plan: then weights change."""
+        return self.forms_groups or (self.plan is not None and bool(self.plan.merged))
 
     @property
     def refits_experts(self) -> bool:
@@ -347,6 +375,7 @@ class Recipe:
             "refine_experts": False,
             "protect_experts": False,
             "divisible_by": None,
+            "expert_method": METHODS[0],
         }
         removal |= {"plan": None, "scores": None, "expert_saliency": EXPERT_SALIENCY_OF_TEXT}
         return dataclasses.replace(self, **removal)  # type: ignore[arg-type]
@@ -400,6 +429,7 @@ class Recipe:
                 found[name] = held.identity()
         unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
         unused += [name for name in ("patterns", "mtp", "divisible_by", "output_dtype") if getattr(self, name) is None]
+        unused += ["expert_method"] * (self.expert_method == METHODS[0])
         return {name: value for name, value in found.items() if name not in unused}
 
 

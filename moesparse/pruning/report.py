@@ -128,7 +128,8 @@ class Report:
 
         Of both where experts were removed first it is that of the weights. None for a model that is not quantised.
         """
-        fits = [] if self.experts is None else [each.get("rounding") for each in self.experts["refit"]]
+        removal = self.experts or {"refit": [], "blocks": []}
+        fits = [each.get("rounding") for each in removal["refit"] or removal["blocks"]]
         found = [block.rounding for block in self.blocks] or [each and Rounding(**each) for each in fits]
         known = [each for each in found if each is not None]
         return sum(known, Rounding()).relative if known else None

@@ -269,10 +269,12 @@ def _removal(findings: Findings) -> Section | str | None:
     if "plan" in (checkpoint.recipe or {}):
         section.say(f"The experts that stay were named by a plan, made by {removal['criterion']} before. {position}")
     else:
+        swapped = ", then experts were swapped while the block came out closer" if refined else ""
         scored_on = "its weights" if removal["criterion"] == WEIGHT_CRITERION else "the calibration text"
+        went = f"were merged into others by {removal['method']}" if "method" in removal else "went"
         section.say(
             f"Every expert was scored by {removal['criterion']} on {scored_on} (larger means keep); the lowest of each "
-            f"block went{', then experts were swapped while the block came out closer' if refined else ''}. {position}"
+            f"block {went}{swapped}. {position}"
         )
     if scores is not None:
         values = torch.tensor([[math.nan if v is None else float(v) for v in row] for row in scores])
@@ -284,7 +286,7 @@ def _removal(findings: Findings) -> Section | str | None:
     else:
         section.say("The scores were not kept with this folder.")
     fits = {fit["name"]: fit for fit in removal.get("refit") or ()}
-    header = ["layer", "kept (old ids)", "removed (score)"]
+    header = ["layer", "kept (old ids)", "merged into others (score)" if "method" in removal else "removed (score)"]
     header += ["swapped (gone → kept instead)"] if refined else []
     header += ["output error before → after refit"] if fits else []
     rows = []

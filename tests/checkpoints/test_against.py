@@ -276,3 +276,21 @@ def test_a_run_that_ends_otherwise_than_meant_is_not_called_done(source, tmp_pat
     with pytest.raises(ResultError, match=r"What was written is kept in .*packed\.unfinished$"):
         save_pretrained(model.to(other), tmp_path / "packed", packed=True, source=tmp_path / "in")
     assert not (tmp_path / "packed").exists() and load_pretrained(tmp_path / "packed.unfinished")
+
+
+def test_merged_experts_are_new_values_and_what_was_not_merged_is_not(tmp_path):
+    """Weights and biases of experts; a router's row and a bias of a kept one are the source's."""
+    tiny_model("gpt_oss").to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    recipe = moesparse.Recipe(weights=None, experts=0.25, update="none", expert_method="ream")
+    moesparse.prune_checkpoint(tmp_path / "source", tmp_path / "out", windows(), recipe)
+    found = compare_folders(tmp_path / "out", tmp_path / "source")
+    assert found.problems == []
+    # two layers of gate_up, down and the biases of both
+    assert len(found.tensors["updated"]) == 8 and all(".experts." in key for key in found.tensors["updated"])
+    name = "model.layers.0.mlp.router.weight"
+    file = next(each for each in (tmp_path / "out").glob("*.safetensors") if name in load_file(each))
+    tensors = load_file(file)
+    tensors[name][0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    (problem,) = compare_folders(tmp_path / "out", tmp_path / "source").problems
+    assert "router.weight" in problem

@@ -34,6 +34,15 @@ from moesparse.weights.weight_rules import UPDATE_RULES
             "being a multiple of 4. Layers that predict further tokens are left out.",
         ),
         (
+            Recipe(None, experts=0.25, expert_saliency="reap", update="none", expert_method="ream"),
+            "25% of the experts of every block are merged into those that stay by ream, chosen by reap.",
+        ),
+        (
+            Recipe(None, keep_experts=6, expert_saliency="frequency", expert_method="m-smoe"),
+            "6 experts of every block stay, chosen by frequency, and the others are merged into those that stay by "
+            "m-smoe; those that stay are refitted.",
+        ),
+        (
             Recipe("4:8", "gated-admm", experts=0.25, expert_saliency="random", seed=3, expert_mix="equal"),
             "25% of the experts of every block are removed, chosen by random, every domain of the text counting the "
             "same, seed 3; those that stay are refitted. Of the experts, 4 of every 8 weights stay (4:8), chosen by "
@@ -47,10 +56,10 @@ from moesparse.weights.weight_rules import UPDATE_RULES
             "by sparsegpt; the kept ones are updated as SparseGPT does.",
         ),
     ],
-    ids=["default", "ratio", "dense calibration", "removal", "both", "target"],
+    ids=["default", "ratio", "dense calibration", "removal", "merged", "merged and refitted", "both", "target"],
 )
 def test_a_recipe_is_said_in_sentences(recipe, words):
-    assert recipe_in_words(recipe.to_dict()) == words
+    assert recipe_in_words(recipe.on(None).to_dict()) == words
 
 
 def test_what_a_file_decided_what_was_aimed_at_and_what_was_trained_is_said():

@@ -98,6 +98,23 @@ def test_without_text_experts_go_by_their_weights(folder, tmp_path, monkeypatch,
     assert code == 2 and "--calibration must be left out with --plan, --scores or --expert-saliency aimer" in err
 
 
+def test_experts_are_merged_and_it_says_into_which(folder, tmp_path, monkeypatch, capsys):
+    arguments = ("--experts", 0.25, "--expert-method", "m-smoe", "--update", "none")
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", *arguments)
+    assert code == 0, err
+    assert "experts by frequency, the others merged by m-smoe" in err and "merged into others" in err
+    report = json.loads((tmp_path / "out" / "moesparse_report.json").read_text())
+    assert report["experts"]["method"] == "m-smoe"
+    assert sum(len(group["experts"]) - 1 for group in report["experts"]["blocks"][0]["merged"]) == 2
+    assert "| the others merged by | m-smoe |" in (tmp_path / "out" / "README.md").read_text()
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "no", *arguments, text=[])
+    assert code == 2 and "--calibration must name text for this model" in err
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "no", *arguments, "--refine-experts")
+    assert code == 2 and "--refine-experts must be left out with --expert-method m-smoe" in err
+    code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "no", "--expert-method", "m-smoe")
+    assert code == 2 and "--expert-method must come with --experts or --keep-experts" in err
+
+
 def test_the_table_names_the_removed(folder, tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, folder, "prune", tmp_path / "out", "--experts", 0.25, "--weights", "2:4")
     assert code == 0, err

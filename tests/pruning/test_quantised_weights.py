@@ -23,6 +23,8 @@ from moesparse import Recipe, prune
 from moesparse.calibration.checkpoint import calibrate_checkpoint
 from moesparse.checkpoints.against import compare_folders
 from moesparse.checkpoints.inspection import inspect_folder
+from moesparse.experts.merging import merge_experts
+from moesparse.models.blocks import find_moe_blocks
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.pruning.run import prune_checkpoint
 
@@ -153,6 +155,37 @@ def test_a_refit_quantises_the_down_projections_alone(tmp_path):
     with torch.no_grad():
         want, refitted, cut = (whole_model(each)(WINDOWS).logits.float() for each in (source, out, tmp_path / "cut"))
     assert (refitted - want).square().sum() < (cut - want).square().sum()
+
+
+# codes of 4 bits in words, a stack with biases, and two matrices under one scale
+@pytest.mark.parametrize("case", ["int4", "mxfp4", "nvfp4"])
+def test_merged_experts_are_quantised_again_and_the_others_are_copied(case, tmp_path):
+    source, out = write_quantised(tmp_path / "source", case), tmp_path / "out"
+    recipe = Recipe(weights=None, experts=0.25, update="none", expert_method="ream")
+    report = prune_checkpoint(source, out, WINDOWS, recipe, batch_size=4)
+    found = compare_folders(out, source)
+    assert found.problems == [] and found.tensors["requantised"]
+    cost = [block["rounding"]["relative"] for block in report.experts["blocks"]]
+    assert all(0 < each < 0.03 for each in cost) and 0 < report.rounding < 0.03
+    # the experts that took none in are the source's to the bit, the merged ones what their mean rounds to
+    plan, dense = report.plan, whole_model(source)
+    for before, after, kept, groups in zip(
+        find_moe_blocks(dense), find_moe_blocks(whole_model(out)), plan.kept, plan.merged, strict=True
+    ):
+        merge_experts(before, groups)
+        took = {group.experts[0] for group in groups}
+        for old, new in zip(before.matrices, after.matrices, strict=True):
+            for place, expert in enumerate(kept):
+                want, got = old.weight[expert].float(), new.weight[place].float()
+                if expert in took:
+                    assert 0 < (got - want).square().sum() < 0.03 * want.square().sum()
+                else:
+                    assert got.equal(want)
+            assert old.bias is None or torch.equal(old.bias[list(kept)], new.bias)
+    replayed = prune_checkpoint(source, tmp_path / "again", None, Recipe(weights=None, update="none", plan=plan))
+    assert raw(tmp_path / "again").keys() == raw(out).keys()
+    assert all(raw(out)[name] == bytes_ for name, bytes_ in raw(tmp_path / "again").items())
+    assert replayed.rounding == report.rounding
 
 
 # what is stored as a stack, one by one, and beside quantised attention

@@ -53,10 +53,18 @@ RECIPES = {
     "random": Recipe(weights="2:4", saliency="random", update="none", seed=3),
     "few": Recipe(weights="2:4", saliency="moe-pruner", update="least-squares+rescale"),
     "refit": Recipe(weights=None, experts=0.25),
+    "merge": Recipe(weights=None, experts=0.25, expert_method="m-smoe", update="none"),
+    "merge and refit": Recipe(weights=None, experts=0.5, expert_method="ream"),
     "both": Recipe(weights="2:4", experts=0.25, saliency="moe-pruner", update="none"),
     "weights alone": Recipe(weights="2:4", saliency="magnitude", update="none"),
 }
-TEXTS = {"default": (WINDOWS, MASK), "refit": (WINDOWS, MASK), "few": FEW, "weights alone": None}
+TEXTS = {
+    "default": (WINDOWS, MASK),
+    "refit": (WINDOWS, MASK),
+    "merge and refit": (WINDOWS, MASK),
+    "few": FEW,
+    "weights alone": None,
+}
 CALIBRATIONS = {"plain": ("none", WINDOWS), "moments": ("both", (WINDOWS, MASK)), "few": ("gated", FEW)}
 
 

@@ -13,8 +13,10 @@ from moesparse.calibration.checkpoint import calibrate_checkpoint
 from moesparse.calibration.statistics import ModelStatistics
 from moesparse.calibration.whole import calibrate
 from moesparse.errors import CalibrationError, CheckpointError, UsageError
+from moesparse.experts.plan_file import PLAN_FILE, ExpertPlan
 from moesparse.pruning.run import prune_checkpoint
 from moesparse.system.folders import JOURNAL_FILE
+from moesparse.system.manifest import MANIFEST_FILE
 from moesparse.testing import tiny_model
 
 WINDOWS = torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -22,6 +24,8 @@ DOMAINS = ["law", "code"] * 3
 RECIPES = {
     "refit": Recipe(weights=None, experts=0.25),
     "cut": Recipe(weights=None, keep_experts=4, update="none", expert_saliency="gated-norm", expert_mix="equal"),
+    "merge": Recipe(weights=None, experts=0.25, update="none", expert_method="hc-smoe"),
+    "merge and refit": Recipe(weights=None, experts=0.5, expert_method="ream"),
     "both": Recipe(weights="2:4", experts=0.25, saliency="moe-pruner", update="least-squares+rescale"),
 }
 
@@ -106,6 +110,25 @@ def test_killed_at_a_named_step_it_goes_on_to_the_same_bits(source, both, tmp_pa
     assert_same(out, both)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert {file.suffix for file in out.iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("place", ["progress merge experts", "renamed out/layer-00001"])
+@pytest.mark.parametrize("name", ["merge", "merge and refit"])
+def test_a_killed_merge_goes_on_to_the_same_bits(source, tmp_path, name, place):
+    killed(
+        lambda progress: run(source, tmp_path / "out", RECIPES[name], progress=progress),
+        at(place, kill, 1 + ("prog" in place)),
+    )
+    got = run(source, tmp_path / "out", RECIPES[name], resume=True)
+    want = in_memory(source, tmp_path / "want", RECIPES[name])
+    assert_same(tmp_path / "out", tmp_path / "want")
+    assert json.dumps(got.experts) == json.dumps(want.experts)
+    assert got.plan == want.plan == ExpertPlan.load(tmp_path / "out" / PLAN_FILE)
+    assert got.plan.merged[2] and got.plan.method == RECIPES[name].expert_method
+    prune_checkpoint(source, tmp_path / "again", None, Recipe(weights=None, update="none", plan=got.plan))
+    if name == "merge":
+        shards = [(tmp_path / folder / MANIFEST_FILE).read_bytes() for folder in ("out", "again")]
+        assert shards[0] == shards[1]
 
 
 def stopped(source, out, recipe, place, count=1):
