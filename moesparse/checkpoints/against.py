@@ -213,6 +213,10 @@ class _Tensors:
         solved = any(step.get("update", "none") != "none" for step in result.steps)
         self._updates = bool(trained) or solved or self._merges
         self._prunes = any(step.get("weights") or step.get("patterns") for step in result.steps)
+        # a router's bias of choice gets no gradient, but is its own
+        self._trains_routers = any(each.get("train") == "routers" for each in trained)
+        names = {(block.router_name or "").rpartition(".")[2] for block in edit.blocks} - {""}
+        self._of_router = re.compile(rf"\.({'|'.join(map(re.escape, sorted(names))) or '(?!)'})\.\w+$")
         self._trains_all = any(each.get("train") == "all" for each in trained)
         self._parts, self._parts_before = result.parts, source.parts
 
@@ -275,7 +279,8 @@ class _Tensors:
             return self._experts_became(key, name, matrix, before)
         if new.shape == old.shape and same_bytes(result, key, source, name):
             return "equal"
-        if self._trains_all and new.shape == old.shape:
+        routes = self._trains_routers and self._of_router.search(key) is not None
+        if (self._trains_all or routes) and new.shape == old.shape:
             return "updated"
         if self._edit.ids_of(key, self._kept) is None or new.torch_dtype is None:
             return None
@@ -285,7 +290,7 @@ class _Tensors:
                 return None
             # biases of experts are merged like their weights
             renewed = self._merges and re.search(r"\bexperts\b.*bias", key)
-            return "cut" if cut.equal(result.read(key)) else "updated" if renewed else None
+            return "cut" if cut.equal(result.read(key)) else "updated" if renewed or routes else None
         return None if new.torch_dtype.is_floating_point else "rerouted"
 
     def _stored_became(self, key: str, name: str) -> str | None:

@@ -80,7 +80,11 @@ def distill(
     ] = None,
     train: Annotated[
         str | None,
-        options.option(TRAINING, "experts: their matrices (the paper's). all: routers, attention and the rest too."),
+        options.option(
+            TRAINING,
+            "experts: their matrices (the paper's). all: routers, attention and the rest too. routers: those alone, on "
+            "the teacher's logits (--logits 1), or blockwise on what its blocks give.",
+        ),
     ] = None,
     calibration: options.Calibration = None,
     chat: options.Chat = False,
@@ -120,6 +124,10 @@ def distill(
     changes: dict[str, Any] = {"learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size}
     changes |= {"micro_batch": micro_batch, "expert_weight": expert_weight, "logit_share": logit_share}
     changes |= {"train": train, "seed": seed}
+    if train == "routers":
+        changes["expert_weight"] = expert_weight or 0.0
+        if mode == "global" and logit_share is None:
+            changes["logit_share"] = 1.0
     with joined(target):
         small = bool(embedded_texts("calibration", options.model_source(teacher)))
         settings = _settings(preset, mode, changes, small=small)
@@ -194,7 +202,9 @@ class _Run:
 
         for argument, name in (("STUDENT", self.student), ("--teacher", self.teacher)):
             check_named(argument, name)
-        check_plain_student(local_folder(options.model_source(self.student)), packed=True)
+        folder = local_folder(options.model_source(self.student))
+        if self.settings.train != "routers" or self.mode == "global":
+            check_plain_student(folder, packed=True)
         self.text.check(str(local_folder(self.teacher)))
         # a packed student is small enough to be unpacked: only what is stored dense is read layer by layer
         folders = self.mode == "blockwise" and not self.packed and not _is_packed(options.model_source(self.student))

@@ -7,13 +7,13 @@ on a machine that could never load it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesparse.checkpoints.output import Output
 from moesparse.distillation.experts import Routed, TeacherExperts, expert_loss, slot_outputs
@@ -22,14 +22,20 @@ from moesparse.distillation.matching import Pair, check_pattern, stated_pattern
 from moesparse.distillation.report import count_zeros
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.state import StateFile
-from moesparse.distillation.training import Trainer, expert_parameters, master_weights, windows_of_step
+from moesparse.distillation.training import (
+    Trainer,
+    expert_parameters,
+    master_weights,
+    router_parameters,
+    windows_of_step,
+)
 from moesparse.models.experts_function import experts_run_by
 from moesparse.models.layers import Layers
-from moesparse.models.modes import placed
+from moesparse.models.modes import evaluating, placed
 from moesparse.models.stream import LayerStream
 from moesparse.system.cpu_products import fast_products
 
-__all__ = ["BlockInputs", "BlockStates", "run_layer", "train_block", "train_blockwise"]
+__all__ = ["BlockInputs", "BlockOutputs", "BlockStates", "run_layer", "train_block", "train_blockwise", "train_router"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,15 @@ class BlockInputs:
 
     hidden: Tensor
     index: Tensor
+
+
+@dataclass(frozen=True)
+class BlockOutputs:
+    """What a MoE module was given and gave for all windows, [n, t, H] on the CPU; real: [n, t], False at padding."""
+
+    hidden: Tensor
+    output: Tensor
+    real: Tensor
 
 
 def train_blockwise(
@@ -86,11 +101,14 @@ def train_blockwise(
             first, before = len(log.rows), count_zeros(at[position])
             if position <= last:
                 with stream.on_device(position):
-                    for pair, given in zip(at[position], run_layer(stream, position, at[position]), strict=True):
+                    train, run = train_block, run_layer
+                    if settings.train == "routers":
+                        train, run = train_router, run_layer_of_blocks  # type: ignore[assignment]
+                    for pair, given in zip(at[position], run(stream, position, at[position]), strict=True):
                         if state is None:
-                            train_block(pair, given, settings, log, device)
+                            train(pair, given, settings, log, device)
                         elif not state.restore(pair):
-                            train_block(pair, given, settings, log, device, state.at_work(pair), state.told_of(pair))
+                            train(pair, given, settings, log, device, state.at_work(pair), state.told_of(pair))
                             state.finish(pair)
                         check_pattern(pair.student, stated_pattern(student.model))
             zeros.append((before, count_zeros(at[position])))
@@ -105,20 +123,21 @@ class BlockStates:
         file: that holds it.
         log: whose rows are saved with it.
         save_every: steps between two states.
+        routers: they are what trains, and not expert matrices.
     """
 
-    def __init__(self, file: StateFile, log: TrainingLog, save_every: int) -> None:
-        self._file, self._log, self._save_every = file, log, save_every
+    def __init__(self, file: StateFile, log: TrainingLog, save_every: int, *, routers: bool = False) -> None:
+        self._file, self._log, self._save_every, self._routers = file, log, save_every, routers
         self._resumed = file.state or {"done": {}, "block": None, "trainer": None}
         self._done: dict[str, Tensor] = dict(self._resumed["done"])
 
     def restore(self, pair: Pair) -> bool:
-        """Give the block the matrices that it had in the end, where it is done."""
-        held = [self._done.get(name) for name in self._names(pair)]
-        for tensor, matrix in zip(held, pair.student.matrices, strict=True):
-            if tensor is None:
-                return False
-            matrix.parameter.data.copy_(tensor)
+        """Give the block what it had learnt in the end, where it is done."""
+        trained = self._trained(pair)
+        if not trained.keys() <= self._done.keys():
+            return False
+        for name, parameter in trained.items():
+            parameter.data.copy_(self._done[name])
         return True
 
     def at_work(self, pair: Pair) -> dict[str, Any] | None:
@@ -136,16 +155,15 @@ class BlockStates:
 
     def finish(self, pair: Pair) -> None:
         """The block is done."""
-        for name, matrix in zip(self._names(pair), pair.student.matrices, strict=True):
-            self._done[name] = matrix.parameter.detach().cpu().clone()
+        for name, parameter in self._trained(pair).items():
+            self._done[name] = parameter.detach().cpu().clone()
         self._save(None, None)
 
     def _save(self, block: str | None, trainer: dict[str, Any] | None) -> None:
         self._file.save({"rows": self._log.rows, "done": self._done, "block": block, "trainer": trainer})
 
-    @staticmethod
-    def _names(pair: Pair) -> list[str]:
-        return [f"{pair.student.name}.{matrix.name}" for matrix in pair.student.matrices]
+    def _trained(self, pair: Pair) -> dict[str, nn.Parameter]:
+        return (router_parameters if self._routers else expert_parameters)([pair.student])
 
 
 def train_block(
@@ -168,35 +186,81 @@ def train_block(
         resumed: `Trainer.state` to go on from.
         after_step: called after every step.
     """
-    windows = len(inputs.hidden)
-    steps = settings.steps(windows)
+
+    def loss(numbers: Tensor) -> Tensor:
+        hidden = inputs.hidden[numbers].flatten(0, 1).to(device)
+        index = inputs.index[numbers].flatten(0, 1).to(device)
+        with torch.no_grad():
+            outputs = slot_outputs(pair.teacher, hidden, index)
+        return expert_loss(pair.student, Routed(hidden, index, outputs), pair.new_ids)
+
     experts = pair.student.experts
     trained = expert_parameters([pair.student])
     with placed(experts, device), master_weights(experts, trained), fast_products(pair.teacher.experts):
-        trainer = Trainer(trained, settings, steps)
-        if resumed is not None:
-            trainer.load(resumed)
-        first = len(log.rows) - trainer.step_number
-        while trainer.step_number < steps:
-            step, rate = trainer.step_number, trainer.learning_rate
-            forwards = windows_of_step(step, windows, settings).split(settings.micro_batch)
-            total = 0.0
-            for numbers in forwards:
-                hidden = inputs.hidden[numbers].flatten(0, 1).to(device)
-                index = inputs.index[numbers].flatten(0, 1).to(device)
-                with torch.no_grad():
-                    outputs = slot_outputs(pair.teacher, hidden, index)
-                loss = expert_loss(pair.student, Routed(hidden, index, outputs), pair.new_ids) / len(forwards)
-                loss.backward()
-                total += float(loss.detach())
-            norm = trainer.step()
-            row = {"step": step, "block": pair.student.name, "experts": total, "learning_rate": rate}
-            log.add(row | {"grad_norm": norm}, tokens=settings.batch_size * inputs.hidden.shape[1])
-            log.check(first, steps)
-            after_step(trainer)
-        lost = trainer.lost_zeros()
-        if lost:
-            raise AssertionError(f"zeros were lost in training: {lost}")
+        _descend(pair, trained, trained, loss, inputs.hidden, settings, log, resumed, after_step)
+
+
+def train_router(
+    pair: Pair,
+    inputs: BlockOutputs,
+    settings: Settings,
+    log: TrainingLog,
+    device: torch.device,
+    resumed: dict[str, Any] | None = None,
+    after_step: Callable[[Trainer], None] = lambda trainer: None,
+) -> None:
+    """Train the router of one block towards the output of the teacher's, experts and all else held.
+
+    The loss is the squared error of the student's MoE module relative to the teacher's output, on the inputs of the
+    teacher's. Arguments are those of `train_block`.
+    """
+    moe, wanted = pair.student.moe, router_parameters([pair.student])
+    energy = float(inputs.output.double().square().sum(-1)[inputs.real].mean()) or 1.0
+
+    def loss(numbers: Tensor) -> Tensor:
+        found = moe(inputs.hidden[numbers].to(device))
+        found = found[0] if isinstance(found, tuple) else found
+        error = (found.float() - inputs.output[numbers].to(device).float()).square().sum(-1)
+        real = inputs.real[numbers].to(device)
+        return (error * real).sum() / real.sum().clamp(min=1) / energy
+
+    with placed(moe, device), evaluating(moe), master_weights(moe, wanted, []), fast_products(pair.teacher.experts):
+        _descend(pair, wanted, {}, loss, inputs.hidden, settings, log, resumed, after_step)
+
+
+def _descend(
+    pair: Pair,
+    trained: Mapping[str, nn.Parameter],
+    held: Collection[str],
+    loss: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    settings: Settings,
+    log: TrainingLog,
+    resumed: dict[str, Any] | None,
+    after_step: Callable[[Trainer], None],
+) -> None:
+    """All steps of one block: `loss` is that of some windows, by their numbers."""
+    steps = settings.steps(len(hidden))
+    trainer = Trainer(trained, settings, steps, held)
+    if resumed is not None:
+        trainer.load(resumed)
+    first = len(log.rows) - trainer.step_number
+    while trainer.step_number < steps:
+        step, rate = trainer.step_number, trainer.learning_rate
+        forwards = windows_of_step(step, len(hidden), settings).split(settings.micro_batch)
+        total = 0.0
+        for numbers in forwards:
+            part = loss(numbers) / len(forwards)
+            part.backward()
+            total += float(part.detach())
+        norm = trainer.step()
+        row = {"step": step, "block": pair.student.name, "experts": total, "learning_rate": rate}
+        log.add(row | {"grad_norm": norm}, tokens=settings.batch_size * hidden.shape[1])
+        log.check(first, steps)
+        after_step(trainer)
+    lost = trainer.lost_zeros()
+    if lost:
+        raise AssertionError(f"zeros were lost in training: {lost}")
 
 
 def run_layer(stream: LayerStream, position: int, pairs: Sequence[Pair]) -> list[BlockInputs]:
@@ -212,3 +276,24 @@ def run_layer(stream: LayerStream, position: int, pairs: Sequence[Pair]) -> list
                 part.append((function.routed.hidden.cpu(), function.routed.index.cpu()))
     joined = [tuple(torch.cat(tensors) for tensors in zip(*part, strict=True)) for part in parts]
     return [BlockInputs(*(tensor.unflatten(0, (-1, stream.length)) for tensor in both)) for both in joined]
+
+
+def run_layer_of_blocks(stream: LayerStream, position: int, pairs: Sequence[Pair]) -> list[BlockOutputs]:
+    """Run a layer of the teacher over all windows and note what its MoE modules are given and give."""
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in pairs]
+    masks: list[Tensor] = []
+    with ExitStack() as stack:
+        for pair, part in zip(pairs, parts, strict=True):
+
+            def note(_module: nn.Module, given: Any, found: Any, part: Any = part) -> None:
+                output = found[0] if isinstance(found, tuple) else found
+                part.append((given[0].detach().cpu(), output.detach().cpu()))
+
+            stack.callback(pair.teacher.moe.register_forward_hook(note).remove)
+        for number, _ in enumerate(stream.run(position, keep=True)):
+            real = stream.token_mask(number, position)
+            for part in parts[:1]:
+                shape = part[-1][0].shape[:2]
+                masks.append(torch.ones(shape, dtype=torch.bool) if real is None else real.view(shape).cpu())
+    joined = [tuple(torch.cat(tensors) for tensors in zip(*part, strict=True)) for part in parts]
+    return [BlockOutputs(hidden, output, torch.cat(masks)) for hidden, output in joined]

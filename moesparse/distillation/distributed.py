@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moesparse.distillation.matching import Pair
 from moesparse.distillation.settings import Settings
 from moesparse.distillation.teacher import LiveTeacher, TrainingWindows
-from moesparse.distillation.training import expert_parameters, master_weights
+from moesparse.distillation.training import expert_parameters, master_weights, router_parameters
 from moesparse.errors import UsageError
 from moesparse.models.blocks import MoEBlock, decoder_layers, find_moe_blocks
 from moesparse.models.modes import placed
@@ -70,16 +70,17 @@ class TrainingProcesses(Processes):
         return distribute_tensor(tensor.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]
 
     @contextmanager
-    def student(
-        self, student: nn.Module, pairs: Sequence[Pair], device: torch.device, everything: bool
-    ) -> Iterator[AtWork]:
+    def student(self, student: nn.Module, pairs: Sequence[Pair], device: torch.device, train: str) -> Iterator[AtWork]:
         """The model to train, on the device, what trains in float32; the student has the result afterwards.
 
-        `everything` trains but for the towers of a wrapper, or only the expert matrices.
+        What trains is `Settings.train`: "all" is all but for the towers of a wrapper.
         """
         matrices = list(expert_parameters([pair.student for pair in pairs]))
+        everything = train == "all"
         _, layers = decoder_layers(student, [pair.student for pair in pairs])
         wanted = set(matrices)
+        if train == "routers":
+            wanted = set(router_parameters([pair.student for pair in pairs]))
         if everything:
             wanted = {name for name, _ in student.named_parameters() if not in_towers(student, name, layers)}
         if self.count == 1:
@@ -90,6 +91,8 @@ class TrainingProcesses(Processes):
         model = copy.deepcopy(student)
         blocks = find_moe_blocks(model)
         dtype = blocks[0].matrices[0].parameter.dtype
+        # routers are cast as whole layers are, for they lie there
+        everything = everything or train == "routers"
         trained = _parameters(model, wanted)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from moesparse.distillation import distributed
 from moesparse.distillation.blockwise import BlockStates, train_blockwise
 from moesparse.distillation.log import TrainingLog
 from moesparse.distillation.matching import (
+    Pair,
     check_pair,
     check_pattern,
     differs,
@@ -36,6 +37,7 @@ from moesparse.distillation.matching import (
 from moesparse.distillation.report import DistillReport, count_zeros
 from moesparse.distillation.settings import Settings, resolve_settings
 from moesparse.distillation.state import StateFile
+from moesparse.distillation.training import router_parameters
 from moesparse.distillation.whole import train_whole
 from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.models.fingerprint import model_fingerprint
@@ -72,13 +74,14 @@ def distill(
 ) -> DistillReport:
     """Train the expert matrices of a pruned model towards those of the model it was made from, in place.
 
-    Only expert matrices change, or with `Settings.train` everything; the zeros of expert matrices stay, at every step,
-    and are counted in the end. "global" minimises CE + lambda * sum over layers and experts of MSE(teacher expert,
-    student expert), both on the teacher's routing and tokens (`Settings.logit_share` puts KL to the teacher's logits in
-    the place of CE), and holds both models, three float32 copies of what trains beside its gradients, and
-    [b * t, vocabulary] float32 logits, with KL of both models. "blockwise" minimises each block's sum of MSE by itself:
-    on the device are one layer of the teacher, one block of the student with its training state, and nothing else; the
-    inputs of a block for all windows wait on the CPU. Weights train in float32 and compute in the model's dtype.
+    Only expert matrices change, or by `Settings.train` everything, or routers alone; the zeros of expert matrices stay,
+    at every step, and are counted in the end. "global" minimises CE + lambda * sum over layers and experts of
+    MSE(teacher expert, student expert), both on the teacher's routing and tokens (`Settings.logit_share` puts KL to the
+    teacher's logits in the place of CE), and holds both models, three float32 copies of what trains beside its
+    gradients, and [b * t, vocabulary] float32 logits, with KL of both models. "blockwise" minimises each block's sum of
+    MSE by itself, with routers the error of its output on the inputs of the teacher's: on the device are one layer of
+    the teacher, one block of the student with its training state, and nothing else; the inputs of a block for all
+    windows wait on the CPU, and for routers its outputs. Weights train in float32 and compute in the model's dtype.
 
     Several processes started by torchrun share the global mode by FSDP2 (see `distributed`).
 
@@ -119,8 +122,10 @@ def distill(
         unpack(student)
     try:
         pairs = match(student, teacher)
-        if mode == "blockwise":
+        if mode == "blockwise" and numbers.train == "experts":
             refuse_equal(differs(pair) for pair in pairs)
+        if numbers.train == "routers":
+            check_routers(pairs)
         key = {
             "student": model_fingerprint(student),
             "teacher": model_fingerprint(teacher),
@@ -160,7 +165,8 @@ def distill(
                     ours, theirs = LayersInMemory(student), LayersInMemory(teacher)
                     inputs = None if seen is None else seen.inputs
                     stream = theirs.stream(ids, mask, RunOptions(numbers.batch_size, place), inputs=inputs)
-                    states = None if file is None else BlockStates(file, log, save_every)
+                    routers = numbers.train == "routers"
+                    states = None if file is None else BlockStates(file, log, save_every, routers=routers)
                     train_blockwise(ours, theirs, pairs, stream, InPlace(ours), numbers, log, place, states)
             finally:
                 log.close()
@@ -219,7 +225,7 @@ def distill_checkpoint(
     and for all windows the hidden states and the inputs of one block. Trains as `distill(mode="blockwise")` does.
 
     Args:
-        student: folder of the pruned model.
+        student: folder of the pruned model; quantised too where routers alone train, its experts are copied then.
         teacher: folder of the model it was pruned from, quantised or not.
         out: a new or empty folder, or with `resume` one that holds an unfinished run.
         windows: LongTensor [n, t], or (ids, attention mask), or `ImageWindows`.
@@ -242,8 +248,8 @@ def distill_checkpoint(
     numbers = resolve_settings(settings, "blockwise")
     started = time.perf_counter()
     ours, theirs = LayersOnDisk.of(student), LayersOnDisk.of(teacher)
-    check_plain_student(ours.folder)
     pairs = pair_blocks(ours.model, theirs.model)
+    _check_trained(numbers, ours.folder, pairs)
     seen = windows if isinstance(windows, ImageWindows) else None
     text = FromText(*check_windows(windows, vocabulary_size(theirs.model)), seen=seen)
     place = device_at_work(device) or torch.device("cpu")
@@ -265,7 +271,7 @@ def distill_checkpoint(
                 for pair in (by_name[block.name] for block in theirs.blocks_at(position)):
                     check_pair(pair, pattern)
                     pruned.append(is_pruned(pair))
-                    different.append(differs(pair))
+                    different.append(numbers.train == "routers" or differs(pair))
 
         options = RunOptions(numbers.batch_size, place, resume=resume, progress=told)
         output = stack.enter_context(IntoFolder.open(out, ours, inputs, options))
@@ -287,6 +293,28 @@ def distill_checkpoint(
         text_of_card = None if card is None else card(report)
         output.finish(recipe, tokenizer=tokenizer, card=text_of_card, report=report.beside(ours.folder, len(text.ids)))
     return report
+
+
+def _check_trained(settings: Settings, folder: Path, pairs: Sequence[Pair]) -> None:
+    """Refuse a student's folder that holds what trains in another form than can be trained."""
+    if settings.train == "routers":
+        check_routers(pairs)
+    else:
+        check_plain_student(folder)
+
+
+def check_routers(pairs: Sequence[Pair]) -> None:
+    """Refuse blocks whose routers cannot be trained, before any work.
+
+    Raises:
+        UnsupportedModelError: no router that can be told apart, or one that lies in the layer itself; names the block.
+    """
+    router_parameters([pair.student for pair in pairs])
+    for block in (pair.student for pair in pairs):
+        if block.moe_name == block.layer:
+            raise UnsupportedModelError(
+                f"{block.name} must lie in a module with its router to train that, and lies in the layer itself"
+            )
 
 
 def check_plain_student(folder: Path, *, packed: bool = False) -> None:

@@ -12,7 +12,7 @@ from moesparse.errors import UsageError
 __all__ = ["MODES", "PRESETS", "TRAINED", "Settings", "check_mode", "resolve_settings"]
 
 MODES = ("global", "blockwise")
-TRAINED = ("experts", "all")
+TRAINED = ("experts", "all", "routers")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class Settings:
             sum is not computed. Has no meaning in blockwise mode, where there is no CE.
         logit_share: s in (1 - s) * CE + s * KL(teacher || student), which then stands in the place of CE; KL is over
             the vocabulary, the mean over the tokens that CE counts. 0 is the paper's loss. Global mode only.
-        train: what trains: "experts", their matrices, as in the paper; or "all", every parameter of the student with
-            zeros held in the expert matrices. Global mode only.
+        train: what trains: "experts", their matrices, as in the paper; "all", every parameter of the student with
+            zeros held in the expert matrices, in global mode only; or "routers" alone, in global mode on CE or KL (with
+            logit_share 1 Router KD, Hyeon and Do 2026, arXiv 2603.02217), in blockwise mode on the output of the dense
+            block. lambda is 0 then: what experts give for the teacher's routing depends on no router.
         weight_decay: of AdamW.
         max_grad_norm: gradients of a step are scaled down to this norm over all trained weights.
         seed: of the order of the windows.
@@ -66,6 +68,8 @@ class Settings:
             raise UsageError(f"logit_share must be from 0 to 1, got {self.logit_share}")
         if self.train not in TRAINED:
             raise UsageError(f"train must be one of {', '.join(TRAINED)}, got {self.train!r}")
+        if self.train == "routers" and self.expert_weight:
+            raise UsageError(f"expert_weight must be 0 or None with train='routers', got {self.expert_weight}")
         if self.batch_size % self.micro_batch:
             raise UsageError(f"batch_size must be a multiple of micro_batch={self.micro_batch}, got {self.batch_size}")
 
@@ -95,8 +99,8 @@ def check_mode(mode: str, settings: Settings | None = None) -> None:
         raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if settings is not None and settings.logit_share and mode == "blockwise":
         raise UsageError(f"logit_share must be 0 in blockwise mode, which has no logits, got {settings.logit_share}")
-    if settings is not None and settings.train != "experts" and mode == "blockwise":
-        raise UsageError(f"train must be 'experts' in blockwise mode, which runs nothing else, got {settings.train!r}")
+    if settings is not None and settings.train == "all" and mode == "blockwise":
+        raise UsageError("train must be 'experts' or 'routers' in blockwise mode, which runs nothing else, got 'all'")
 
 
 def resolve_settings(settings: Settings | str, mode: str) -> Settings:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from moesparse.distillation.settings import Settings
-from moesparse.errors import MoESparseError
+from moesparse.errors import MoESparseError, UnsupportedModelError
 from moesparse.models.blocks import MoEBlock
 
-__all__ = ["Trainer", "expert_parameters", "local", "master_weights", "windows_of_step"]
+__all__ = ["Trainer", "expert_parameters", "local", "master_weights", "router_parameters", "windows_of_step"]
 
 _OTHERS = 0.1
 
@@ -23,6 +23,23 @@ _OTHERS = 0.1
 def expert_parameters(blocks: Sequence[MoEBlock]) -> dict[str, nn.Parameter]:
     """The expert matrices of some blocks, by their names in the model."""
     return {f"{block.name}.{matrix.name}": matrix.parameter for block in blocks for matrix in block.matrices}
+
+
+def router_parameters(blocks: Sequence[MoEBlock]) -> dict[str, nn.Parameter]:
+    """The parameters of the routers of some blocks, by their names in the model.
+
+    A correction that is only added to choose experts gets no gradient, and stays.
+
+    Raises:
+        UnsupportedModelError: a block whose router cannot be told apart; names it.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for block in blocks:
+        if block.router is None:
+            raise UnsupportedModelError(f"{block.name} must have a router that can be told apart to train it, got none")
+        named = block.router.named_parameters()
+        found |= {f"{block.router_name}.{name}": each for name, each in named if each.is_floating_point()}
+    return found
 
 
 def windows_of_step(step: int, windows: int, settings: Settings) -> Tensor:
@@ -99,8 +116,8 @@ class Trainer:
         parameters: by name, float32, whole or sharded (DTensor).
         settings: rates and limits.
         steps: in all; the learning rate falls to zero over them.
-        held: names of those whose zeros stay; all when None. The others train at a tenth of the rate: nothing was cut
-            from them, and a rate for what was cut moves them too far.
+        held: names of those whose zeros stay; all when None. The others train at a tenth of the rate beside them:
+            nothing was cut from them, and a rate for what was cut moves them too far. Alone they train at the rate.
     """
 
     def __init__(
@@ -119,7 +136,8 @@ class Trainer:
         self.masks = {name: local(parameters[name]) != 0 for name in names}
         groups = [
             {"params": [parameters[name] for name in group], "share": share}
-            for group, share in ((names, 1.0), (others, _OTHERS))
+            for group, share in ((names, 1.0), (others, _OTHERS if names else 1.0))
+            if group
         ]
         self._optimizer = torch.optim.AdamW(
             groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True

@@ -75,9 +75,7 @@ def train_whole(
     ids, resumed = windows[0], file.state if file is not None else None
     cached = None if cache is None else _opened(cache, pairs, key, len(ids), processes)
     with ExitStack() as stack:
-        model, at_work, trained = stack.enter_context(
-            processes.student(student, pairs, device, settings.train == "all")
-        )
+        model, at_work, trained = stack.enter_context(processes.student(student, pairs, device, settings.train))
         for network in (model, teacher):
             stack.enter_context(evaluating(network))
         # the teacher's weights tell: the student's are float32 while they train
@@ -97,7 +95,7 @@ def train_whole(
         if checkpointing:
             stack.enter_context(_checkpointed(decoder_layers(model, [pair.student for pair in at_work])[0]))
         losses = _Losses(model, functions, source, windows, device, settings)
-        masked = expert_parameters([pair.student for pair in at_work])
+        masked = {} if settings.train == "routers" else expert_parameters([pair.student for pair in at_work])
         trainer = Trainer(trained, settings, settings.steps(len(ids)), masked)
         if resumed is not None:
             trainer.load(resumed["trainer"], processes.shard)
@@ -168,7 +166,7 @@ class _Losses:
         settings: Settings,
     ) -> None:
         self._share = settings.logit_share
-        self.on_experts = settings.expert_weight != 0
+        self.on_experts = settings.expert_weight != 0 and settings.train != "routers"
         self.parts = ("ce", "experts", "kl")[: 3 if self._share else 2]
         self._model, self._functions, self._source = model, functions, source
         self._ids, self._mask, self._seen = windows
@@ -234,6 +232,8 @@ def _balance(losses: _Losses, settings: Settings, windows: int, processes: Train
 
     It is 0 where the experts that a removal left give what the teacher's give: the text alone tells what is missing.
     """
+    if settings.train == "routers":
+        return 0.0
     if settings.expert_weight is not None:
         return settings.expert_weight
     forwards = processes.share(windows_of_step(0, windows, settings).split(settings.micro_batch))
