@@ -27,7 +27,7 @@ def main() -> None:
     context = moesparse.evaluate.context_length(model)
     windows = moesparse.text.windows(text, tokenizer, samples=chosen.samples, max_length=context)
 
-    # on a CPU a run with this mask rule takes a third of the default's time and is nearly as good
+    # the default's mask rule on a CPU: cheaper than gated-admm and nearly as good
     report = moesparse.prune(model, windows, moesparse.Recipe(weights="2:4", saliency="gated-sparsegpt"))
     print(f"{report.sparsity:.0%} of the expert weights are zero")
 

@@ -140,7 +140,7 @@ def test_tables_are_what_their_commands_print(capsys):
     bench_savings.show(ROOT / "benchmarks/results/cpu/savings.json")
     for row in capsys.readouterr().out.splitlines():
         assert row in (DOCS / "performance.md").read_text().splitlines()
-    study_recovery_text.show(json.loads(study_recovery_text.RESULTS.read_text()))
+    study_recovery_text.show(json.loads((study_recovery_text.RESULTS / "study_recovery_text.json").read_text()))
     rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
     assert len(rows) > 8
     for row in rows:

@@ -161,6 +161,7 @@ def plan_pass(
             "moments": 2.0 * MOMENT_KINDS[moments] * tokens * squares,
             "solvers": 0.0,
             "masks": 0.0,
+            "training": 0.0,
             "files": file_flops(2 * whole, 0),
         },
         sums=sum(8 * block.num_experts * (_SUMS_OF_TEXT + _SUMS_OF_WINDOW * windows) for block in blocks),

@@ -39,6 +39,7 @@ _UPDATES = {
     "least-squares": "are solved for again by least squares",
     "asymmetric": "are solved for again by least squares, down answering for gate and up",
     "rescale": "are rescaled, one number for each expert",
+    "tune": "are trained together for the output of each expert",
 }
 _REFITS = ("least-squares", "asymmetric")
 _MTP = {

@@ -26,6 +26,7 @@ METHODS = (
     ("moe-pruner", "rescale"),
     ("moe-pruner", "least-squares"),
     ("gated-admm", "least-squares+rescale"),
+    ("gated-admm", "asymmetric+tune"),
 )
 """Mask and weight rules in the order of the table; the best one by held-out perplexity is saved."""
 

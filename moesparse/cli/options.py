@@ -77,7 +77,9 @@ Update = Annotated[
         FIRST,
         "Weight rule: none (the paper's), rescale (one scalar per expert), obs (SparseGPT's update), least-squares "
         "(kept weights re-solved; kept experts too, after others were removed), asymmetric (the same, and down "
-        "answers for gate and up), or two joined by +. least-squares+rescale when left out.",
+        "answers for gate and up), or one of them with +rescale, or with +tune: then all kept weights of an expert are "
+        "trained together for its output. When left out, asymmetric+tune where text goes through the layers, and "
+        "least-squares+rescale from saved sums.",
     ),
 ]
 Propagate = Annotated[

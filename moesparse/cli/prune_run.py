@@ -35,8 +35,8 @@ _QUANTISED_PRUNED = (
     "change; --update names a rule that quantises them again."
 )
 _MASK_RULE = (
-    "Mask rule: {rule}, the default of this device (a CPU: gated-sparsegpt; a GPU: gated-admm, a little better, which "
-    "takes three times as long on a CPU)."
+    "Mask rule: {rule}, the default of this device (a CPU: gated-sparsegpt; a GPU: gated-admm, a little better and "
+    "slower on a CPU)."
 )
 
 
@@ -192,7 +192,7 @@ class PruneRun:
         """The recipe with the mask rule of the device; which one that is, is said where weights are pruned by it."""
         from moesparse.system.processes import device_at_work
 
-        recipe = self.recipe.on(device_at_work(self.text.device))
+        recipe = self.recipe.on(device_at_work(self.text.device), from_sums=bool(self.statistics))
         prunes = recipe.prunes_weights or recipe.target_bytes is not None
         if recipe.saliency != self.recipe.saliency and prunes and not self.as_json and job.rank == 0:
             console.print(_MASK_RULE.format(rule=recipe.saliency))

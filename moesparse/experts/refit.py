@@ -18,7 +18,8 @@ This needs no training and no gradient. Ours; the ridge keeps experts with few t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
     "DEFAULT_RIDGE",
     "Calls",
     "RefitReport",
+    "calls_noted",
     "check_refit",
     "memory_for_refit",
     "refit",
@@ -361,16 +363,26 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _capture(stream: LayerStream, position: int, block: MoEBlock) -> list[Batch]:
-    """Run one layer over all batches and note the fields of `Calls` and the output [T, H] of each, for at most
-    MAX_TOKENS evenly spaced.
+    """Run one layer over all batches and note its calls, see `calls_noted`."""
+    with calls_noted(stream, position, block) as parts:
+        for _ in stream.run(position, keep=False):
+            pass
+    return parts
+
+
+@contextmanager
+def calls_noted(stream: LayerStream, position: int, block: MoEBlock) -> Iterator[list[Batch]]:
+    """While the body runs a layer once over all batches: of each the fields of `Calls` and the output [T, H], for at
+    most MAX_TOKENS evenly spaced; padding is left out, which the model computes but must not steer a fit.
     """
     every = -(-stream.tokens // MAX_TOKENS)
     parts: list[Batch] = []
-    with experts_watched(block, lambda *call: parts.append(tuple(tensor.detach() for tensor in call))):
-        for number, _ in enumerate(stream.run(position, keep=False)):
-            chosen = slice(None, None, every)
-            real = stream.token_mask(number, position)
-            # masked tokens are computed by the model and must not steer the fit
-            keep = slice(None) if real is None else real[chosen].to(parts[-1][0].device)
-            parts[-1] = tuple(tensor[chosen][keep].clone() for tensor in parts[-1])
-    return parts
+
+    def note(*call: Tensor) -> None:
+        chosen = slice(None, None, every)
+        real = stream.token_mask(len(parts), position)
+        keep = slice(None) if real is None else real[chosen].to(call[0].device)
+        parts.append(tuple(tensor.detach()[chosen][keep].clone() for tensor in call))
+
+    with experts_watched(block, note):
+        yield parts

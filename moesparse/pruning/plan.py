@@ -13,20 +13,21 @@ from moesparse.calibration.plan import Plan, file_flops, plan_pass
 from moesparse.calibration.statistics import memory_needed
 from moesparse.experts.choice import choose_rule
 from moesparse.experts.merging import memory_for_merging, merging_flops
-from moesparse.experts.refit import memory_for_refit, refit_flops
+from moesparse.experts.refit import MAX_TOKENS, memory_for_refit, refit_flops
 from moesparse.models.blocks import MoEBlock
 from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.tuning import memory_for_tuning, tuning_flops
 from moesparse.weights.mask_rules import COLUMN_RULES, moments_needed
 from moesparse.weights.solvers import memory_for_solver
-from moesparse.weights.weight_rules import parse_update
+from moesparse.weights.weight_rules import parse_update, tunes
 
 __all__ = ["any_choice", "plan_pruning", "plan_run"]
 
 # a rule's products with the second moment: 2 * out * in^2 multiply-adds and times for a matrix [out, in]. An update's
 # errors are three; of admm and the conjugate gradients what benchmarks/speed/bench_prune.py measured for 14336 x 4096
 _PRODUCTS = {
-    "admm": 40.0,
-    "gated-admm": 40.0,
+    "admm": 18.0,
+    "gated-admm": 18.0,
     "obs": 3.0,
     "least-squares": 15.0,
     "asymmetric": 15.0,
@@ -59,7 +60,7 @@ def plan_pruning(
     sizes = {"windows": windows, "length": length, "batch_size": batch_size, "processes": processes}
     moments = moments_needed(recipe.saliency, recipe.update)
     solver, rescale = parse_update(recipe.update)
-    asymmetric = solver == "asymmetric"
+    asymmetric, trains = solver == "asymmetric", tunes(recipe.update)
     base = plan_pass(model, blocks, moments, **sizes)
     matrices = [matrix.weight for block in blocks for matrix in block.matrices]
     in_place = solver == "none" and recipe.saliency in COLUMN_RULES
@@ -71,6 +72,9 @@ def plan_pruning(
         solves = moments != "none"
         needed = memory_for_solver(E, out, size, beside + weight.element_size()) if solves else 12 * E * out * size
         workspace = max(workspace, needed)
+    tokens = min(windows * length, MAX_TOKENS)
+    if trains:
+        workspace = max(workspace, *(memory_for_tuning(block, tokens) for block in blocks))
     passes = 1 + rescale + recipe.propagate + asymmetric
     return dataclasses.replace(
         base,
@@ -84,6 +88,7 @@ def plan_pruning(
             "forward": passes * base.flops["forward"],
             "moments": (1 + asymmetric) * base.flops["moments"],
             **_solver_flops(matrices, {recipe.saliency, solver}),
+            "training": sum(tuning_flops(block, tokens) for block in blocks) if trains else 0.0,
             "files": file_flops(2 * base.weights, base.weights),
         },
         sums=0,

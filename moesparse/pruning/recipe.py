@@ -42,7 +42,7 @@ __all__ = [
 
 DEFAULT_WEIGHTS = "2:4"
 DEFAULT_SALIENCY = "auto"
-DEFAULT_UPDATE = "least-squares+rescale"
+DEFAULT_UPDATE = "auto"
 DEFAULT_EXPERT_SALIENCY = "auto"
 MTP_CHOICES = ("prune", "keep", "drop")
 OUTPUT_DTYPES = ("bfloat16", "float16", "float32")
@@ -51,6 +51,8 @@ _FILES = ("plan", "scores")
 
 # what "auto" is: admm's products with the second moment take a CPU three times as long as all the rest of a run
 _SALIENCY_ON_CPU, _SALIENCY_ELSEWHERE = "gated-sparsegpt", "gated-admm"
+# the first needs the tokens themselves, at the layer that is pruned
+_UPDATE_FROM_TEXT, _UPDATE_FROM_SUMS = "asymmetric+tune", "least-squares+rescale"
 # what "auto" is for experts, where there is text or sums of one
 EXPERT_SALIENCY_OF_TEXT = "reap"
 
@@ -81,7 +83,9 @@ class Recipe:
             row, in (0, 1); None leaves the weights of the experts that stay as they are.
         saliency: the mask rule, one of moesparse.weights.mask_rules.MASK_RULES, or "auto": gated-admm on a GPU, and on
             a CPU gated-sparsegpt, which takes a third of its time and is a little worse. Reports name the rule itself.
-        update: the weight rule, one of moesparse.weights.weight_rules.UPDATE_RULES; "none" is the papers' own.
+        update: the weight rule, one of moesparse.weights.weight_rules.UPDATE_RULES, or "auto": asymmetric+tune where
+            text goes through the layers, least-squares+rescale from saved sums and where experts alone are removed.
+            "none" is the papers' own.
         propagate: the next block is calibrated on what the pruned blocks before it give (False: on the dense model).
         seed: of the "random" mask rule and expert criterion; every other rule is deterministic.
         experts: share of the experts removed from every block before the weights are pruned, in (0, 1), or
@@ -192,7 +196,7 @@ class Recipe:
         elif self.patterns is None and not self.removes_experts and self.target_bytes is None:
             raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
         check_removal(self.experts, self.keep_experts)
-        check_rules(_SALIENCY_ELSEWHERE if self.saliency == DEFAULT_SALIENCY else self.saliency, self.update)
+        check_rules(_SALIENCY_ELSEWHERE if self.saliency == DEFAULT_SALIENCY else self.saliency, self._update())
         check_divisor(self.divisible_by)
         self._check_files()
         check_mix(self.expert_mix, "expert_mix")
@@ -283,12 +287,13 @@ class Recipe:
                 if pattern != DENSE:
                     Pattern.parse(pattern)
 
-    def on(self, device: torch.device | None, *, calibrated: bool = True) -> Recipe:
+    def on(self, device: torch.device | None, *, calibrated: bool = True, from_sums: bool = False) -> Recipe:
         """The recipe as it is carried out: with rules in the place of "auto".
 
         Args:
             device: that does it; None is a CPU.
             calibrated: there is text, or statistics of one.
+            from_sums: it is statistics.
         """
         on_cpu = device is None or device.type == "cpu"
         found = {}
@@ -298,7 +303,15 @@ class Recipe:
             alone = not calibrated and self.chooses_experts
             of_text = MERGED_BY.get(self.expert_method, EXPERT_SALIENCY_OF_TEXT)
             found["expert_saliency"] = WEIGHT_CRITERION if alone else of_text
+        if self.update == DEFAULT_UPDATE:
+            found["update"] = self._update(from_sums)
         return dataclasses.replace(self, **found) if found else self  # type: ignore[arg-type]
+
+    def _update(self, from_sums: bool = False) -> str:
+        if self.update != DEFAULT_UPDATE:
+            return self.update
+        trains = (self.prunes_weights or self.target_bytes is not None) and not from_sums
+        return _UPDATE_FROM_TEXT if trains else _UPDATE_FROM_SUMS
 
     @property
     def pattern(self) -> Pattern:
@@ -365,7 +378,7 @@ class Recipe:
 
     @property
     def refits_experts(self) -> bool:
-        return self.removes_experts and parse_update(self.update)[0] in ("least-squares", "asymmetric")
+        return self.removes_experts and parse_update(self._update())[0] in ("least-squares", "asymmetric")
 
     def without_experts(self) -> Recipe:
         """What is left to do once the experts are removed."""

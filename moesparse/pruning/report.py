@@ -53,6 +53,8 @@ class BlockReport:
     Attributes:
         peak_bytes: resident memory of the process at most until then; on a GPU, of the tensors there meanwhile.
         rounding: what quantising its weights again has cost; None where they are stored as they were solved for.
+        tuned: per expert, how far its output is from the dense one on tokens held back, before and after its weights
+            were trained (moesparse.pruning.tuning), None for those that were left; None where the rule trains nothing.
     """
 
     name: str
@@ -63,6 +65,7 @@ class BlockReport:
     seconds: float
     peak_bytes: int
     rounding: Rounding | None = None
+    tuned: list[tuple[float, float] | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

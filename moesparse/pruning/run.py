@@ -94,7 +94,7 @@ def prune(
         CalibrationError: the windows or statistics do not fit this model.
     """
     check_module(model)
-    recipe = Recipe.of(recipe).on(device_at_work(device), calibrated=calibration is not None)
+    recipe = _settled(recipe, device, calibration)
     check_in_memory(getattr(model, "config", None), recipe)
     if recipe.output_dtype is not None:
         raise UsageError(
@@ -173,7 +173,7 @@ def prune_checkpoint(
             named.
         CalibrationError: the windows do not fit the model, or it was pruned before.
     """
-    recipe = Recipe.of(recipe).on(device_at_work(device), calibrated=calibration is not None)
+    recipe = _settled(recipe, device, calibration)
     _check_layered(calibration, recipe)
     layers = LayersOnDisk.of(source if isinstance(source, LayersOnDisk) else local_folder(source), recipe.output_dtype)
     given = tokenised(calibration, layers.model, tokenizer, folder=layers.folder)
@@ -188,6 +188,12 @@ def prune_checkpoint(
         if not (recipe.removes_experts and recipe.prunes_weights):
             return work.carry_out(layers, Path(out), recipe, complete)
         return work.carry_out_both(layers, Path(out), complete)
+
+
+def _settled(recipe: Recipe | str | float | None, device: Any, calibration: Given | Text) -> Recipe:
+    """The recipe as such a device carries it out with such data."""
+    from_sums = isinstance(calibration, ModelStatistics | Mapping)
+    return Recipe.of(recipe).on(device_at_work(device), calibrated=calibration is not None, from_sums=from_sums)
 
 
 def _check_layered(calibration: Given | Text, recipe: Recipe) -> None:

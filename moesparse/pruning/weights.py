@@ -12,7 +12,8 @@ al. 2024, arXiv 2410.12013).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -20,6 +21,7 @@ from moesparse.calibration.data import Calibration, Saved
 from moesparse.calibration.recorder import CrossMoment, Recorder, record
 from moesparse.calibration.statistics import ExpertStatistics, memory_needed
 from moesparse.checkpoints.output import Output
+from moesparse.experts.refit import Calls, calls_noted
 from moesparse.models.blocks import MoEBlock
 from moesparse.models.hidden_states import HiddenStates
 from moesparse.models.layers import Layers, RunOptions
@@ -28,10 +30,12 @@ from moesparse.progress import Progress, ProgressEvent
 from moesparse.pruning.block import Recorded, prune_block
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import BlockReport
+from moesparse.pruning.tuning import Tuned, tune_experts
 from moesparse.system.memory import peak_memory, reset_gpu_peak
 from moesparse.system.pieces import Pieces
+from moesparse.system.processes import Batch
 from moesparse.weights.mask_rules import moments_needed
-from moesparse.weights.weight_rules import parse_update, rescale_factor
+from moesparse.weights.weight_rules import parse_update, rescale_factor, tunes
 
 __all__ = ["prune_weights"]
 
@@ -101,7 +105,7 @@ class _LayerPass:
         self.positions = range(start, last + 1)
         # the factor is measured by running the pruned experts, which sees the loss in gate and up as well
         self.solver, self.rescales = parse_update(recipe.update)
-        self.matches = self.solver == "asymmetric"
+        self.matches, self.tunes = self.solver == "asymmetric", tunes(recipe.update)
         self.moments = moments_needed(recipe.saliency, recipe.update)
         blocks = [layers.blocks_at(position) for position in self.positions]
         passes = sum(1 + self.matches * len(here) + self.rescales + recipe.propagate if here else 1 for here in blocks)
@@ -131,8 +135,9 @@ class _LayerPass:
         outputs = None if self.recipe.propagate else self.stream.hidden.fresh()
         # of the last block's output nothing is kept, unless one of these wants it
         read = self.rescales or outputs is not None or len(blocks) > 1
-        with record(blocks, self.moments, outputs=read) as recorders:
+        with record(blocks, self.moments, outputs=read) as recorders, self._noted(position, blocks) as calls:
             self._send(position, f"calibrate {name}", recorders, outputs=outputs)
+        before = [[matrix.weight.clone() for matrix in block.matrices] for block in blocks] if self.tunes else []
         dense = [recorder.statistics for recorder in recorders]
         own = [statistics.combine(self.stream.processes) for statistics in dense]
         # what needs no second moments is done again sooner than it is written
@@ -152,9 +157,11 @@ class _LayerPass:
         if self.rescales:
             with record(blocks) as recorders:
                 self._send(position, f"rescale {name}", recorders)
-            for block, report, before, recorder in zip(blocks, measured, dense, recorders, strict=True):
+            for block, report, sums, recorder in zip(blocks, measured, dense, recorders, strict=True):
                 recorder.statistics.combine(self.stream.processes)
-                report.rescale = _rescale(block, before, recorder.statistics)
+                report.rescale = _rescale(block, sums, recorder.statistics)
+        for block, report, weights, parts in zip(blocks, measured, before, calls, strict=False):
+            report.tuned = self._tune(block, weights, parts)
         _round(output, position, blocks, measured)
         if outputs is not None:
             self.stream.hidden = outputs
@@ -167,6 +174,24 @@ class _LayerPass:
             report.seconds = (time.perf_counter() - started) / len(blocks)
             report.peak_bytes = peak_memory()
         return measured
+
+    def _tune(self, block: MoEBlock, dense: Sequence[torch.Tensor], parts: Sequence[Batch]) -> list[Tuned]:
+        """Train the kept weights; processes take experts of their own, each on the tokens of all."""
+        processes = self.stream.processes
+        given = processes.to_all([batch[:3] for batch in parts])
+        calls = Calls(*(torch.cat(each) for each in zip(*given, strict=True)))
+        mine = processes.own(block.num_experts)
+        found = tune_experts(block, dense, calls, range(mine.start, mine.stop), seed=self.recipe.seed)
+        for matrix in block.matrices:
+            processes.collect(matrix.parameter.detach())
+        return [each for part in processes.gather(found) for each in part]
+
+    @contextmanager
+    def _noted(self, position: int, blocks: Sequence[MoEBlock]) -> Iterator[list[list[Batch]]]:
+        """What the blocks are called with while the body runs the layer; nothing where nothing trains on it."""
+        with ExitStack() as stack:
+            wanted = blocks if self.tunes else ()
+            yield [stack.enter_context(calls_noted(self.stream, position, block)) for block in wanted]
 
     def _match(self, position: int) -> Callable[[MoEBlock, torch.Tensor], Recorded]:
         """Records a block of the layer with its pruned gate and up, given what they were before."""

@@ -179,6 +179,22 @@ class Processes:
             )
         return [held[number % self.count][number // self.count] for number in range(sum(map(len, forms)))]
 
+    def to_all(self, mine: Sequence[Batch]) -> list[Batch]:
+        """`to_first` for every process: what all of them have, in the order of all batches."""
+        if self.count == 1:
+            return list(mine)
+        forms = self.gather([[(tensor.shape, tensor.dtype) for tensor in batch] for batch in mine])
+        device = mine[0][0].device if mine else torch.device("cpu")
+        found = []
+        for number in range(sum(map(len, forms))):
+            owner, place = number % self.count, number // self.count
+            batch = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms[owner][place])
+            batch = mine[place] if owner == self.rank else batch
+            for tensor in batch:
+                self._broadcast(tensor, owner)
+            found.append(batch)
+        return found
+
     def _receive(self, form: tuple[torch.Size, torch.dtype], rank: int, device: torch.device) -> Tensor:
         like = torch.empty(0, device=device)
         tensor = torch.empty(form[0], dtype=form[1], device=self._place(like))

@@ -3,7 +3,8 @@
 `none` keeps the dense values (the papers' pruning), `obs` is SparseGPT's update for the mask at hand, `least-squares`
 solves for the kept weights of least layer error, `asymmetric` is least squares whose down matrix answers for gate and
 up as well, and `rescale` is one scalar per expert on its down matrix: the control that the others must beat. It
-composes with them: "least-squares+rescale".
+composes with them: "least-squares+rescale". With "+tune" all kept weights of an expert are then trained together for
+what the expert gives, see moesparse.pruning.tuning.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ UPDATE_RULES = (
     "obs+rescale",
     "least-squares+rescale",
     "asymmetric+rescale",
+    "obs+tune",
+    "least-squares+tune",
+    "asymmetric+tune",
 )
 
 
@@ -46,15 +50,20 @@ class Statistics(Protocol):
 
 
 def parse_update(rule: str) -> tuple[str, bool]:
-    """ "least-squares+rescale" -> ("least-squares", True): the solver, and whether to rescale.
+    """ "least-squares+rescale" -> ("least-squares", True): the solver, and whether to rescale; see also `tunes`.
 
     Raises:
         UsageError: not one of `UPDATE_RULES`; lists them.
     """
     if rule not in UPDATE_RULES:
         raise UsageError(f"update must be one of {', '.join(UPDATE_RULES)}, got {rule!r}")
-    solver, _, rescale = rule.partition("+")
-    return ("none", True) if solver == "rescale" else (solver, bool(rescale))
+    solver, _, then = rule.partition("+")
+    return ("none", True) if solver == "rescale" else (solver, then == "rescale")
+
+
+def tunes(rule: str) -> bool:
+    """Whether a rule ends by training the kept weights of an expert together."""
+    return rule.endswith("+tune")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +122,10 @@ def update_weights(
 
     Raises:
         UsageError: unknown rule, or shapes that do not fit.
-        CalibrationError: the moments that the rule needs were not collected, or a rule of `match_output`.
+        CalibrationError: the moments that the rule needs were not collected, or a rule that needs the tokens.
     """
     solver, rescale = parse_update(rule)
-    if solver == "asymmetric":
+    if solver == "asymmetric" or tunes(rule):
         raise CalibrationError(
             f"{name}: update={rule!r} needs the tokens once more after gate and up are pruned; give prune windows "
             "instead of statistics, or take least-squares"

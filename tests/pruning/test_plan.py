@@ -31,7 +31,7 @@ QWEN3_30B = {
 
 
 def plan_of(config, **recipe):
-    rules = {"weights": "2:4", "saliency": "gated-admm"}
+    rules = {"weights": "2:4", "saliency": "gated-admm", "update": "least-squares+rescale"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return plan_pruning(model, find_moe_blocks(model), Recipe(**rules | recipe), windows=128, length=2048, batch_size=8)
@@ -191,3 +191,16 @@ def test_a_dry_run_needs_config_json_alone(tmp_path):
     assert plan["layers"] == 6
     assert plan["seconds"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_training_holds_one_expert_and_costs_its_tokens():
+    """asymmetric+tune of a Mixtral: 65,536 tokens are trained on, and the dense layer stays beside the pruned one."""
+    plain = plan_of(MixtralConfig(), update="asymmetric")
+    tuned = plan_of(MixtralConfig(), update="asymmetric+tune")
+    matrix = 3 * 14336 * 4096
+    assert plain.flops["training"] == 0
+    assert tuned.flops["training"] == pytest.approx(32 * 2 * matrix * 65536 * 2 * 7.2)
+    assert tuned.workspace >= 8 * matrix * 2 + 20 * matrix
+    assert {name: count for name, count in tuned.flops.items() if name != "training"} == {
+        name: count for name, count in plain.flops.items() if name != "training"
+    }

@@ -125,7 +125,8 @@ def test_statistics_from_a_file_prune_like_a_live_pass_without_propagation(tmp_p
         (Recipe(update="asymmetric"), False),
         (Recipe(update="none"), False),
         (Recipe(update="none", propagate=False), True),
-        (Recipe(), True),
+        (Recipe(update="least-squares+rescale"), True),
+        (Recipe(), False),
     ],
 )
 def test_experts_outputs_are_calibrated_only_where_they_are_read(recipe, read, monkeypatch):
@@ -143,7 +144,7 @@ def test_experts_outputs_are_calibrated_only_where_they_are_read(recipe, read, m
 )
 def test_the_mask_rule_left_out_is_what_the_device_can_afford(device, rule):
     device = None if device is None else torch.device(device)
-    assert Recipe().on(device) == Recipe(saliency=rule, expert_saliency="reap")
+    assert Recipe().on(device) == Recipe(saliency=rule, update="asymmetric+tune", expert_saliency="reap")
     assert Recipe(saliency="wanda").on(device).saliency == "wanda"
 
 

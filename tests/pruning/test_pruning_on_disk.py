@@ -45,7 +45,7 @@ def test_the_result_is_that_of_pruning_in_memory(family, propagate, tmp_path):
     recipe = Recipe(weights="2:4", saliency="moe-pruner", update="least-squares+rescale", propagate=propagate)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
     want = moesparse.prune(model, WINDOWS, recipe, batch_size=4)
-    moesparse.save_pretrained(model, tmp_path / "want", recipe=recipe.to_dict())
+    moesparse.save_pretrained(model, tmp_path / "want", recipe=want.recipe)
 
     got = prune_checkpoint(tmp_path / "dense", tmp_path / "got", WINDOWS, recipe, batch_size=4)
 
@@ -67,7 +67,7 @@ def test_magnitude_needs_no_text_and_gives_the_bits_of_the_whole_model(family, w
     recipe = Recipe(weights=weights, saliency="magnitude", update="none")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
     want = moesparse.prune(model, None, recipe)
-    moesparse.save_pretrained(model, tmp_path / "want", recipe=recipe.to_dict())
+    moesparse.save_pretrained(model, tmp_path / "want", recipe=want.recipe)
 
     with pytest.MonkeyPatch.context() as patch:
         # nothing is run
