@@ -1,6 +1,6 @@
 """Experts that differ, of really pretrained weights: the dense model upcycled to 4 experts, top 2, and trained apart.
 
-    python -m benchmarks.real_weights.upcycle                  # about an hour of one core; goes on where it stopped
+    python -m benchmarks.real_weights.upcycle                  # 25 CPU minutes; goes on where it stopped
     python -m benchmarks.real_weights.upcycle --steps 400      # longer
 
 Every expert begins as the dense model's MLP (Komatsuzaki et al. 2022, arXiv 2212.05055), so the logits are the dense
@@ -33,11 +33,11 @@ from benchmarks.studies.protocol import geometric
 from moesparse.evaluate import perplexity
 
 EXPERTS, TOP_K = 4, 2
-STEPS, BATCH = 60, 4
-RATE, ROUTER_RATE, WARM_UP = 2e-4, 1e-3, 10
+STEPS, BATCH = 30, 4
+RATE, ROUTER_RATE, WARM_UP = 4e-4, 1e-3, 4
 BALANCE = 0.01
 SEED = 1000
-SAVE_SECONDS = 600
+SAVE_SECONDS = 900
 
 
 @torch.no_grad()

@@ -57,7 +57,11 @@ RECIPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "moe-pruner, none": ({"weights": "2:4", "saliency": "moe-pruner", "update": "none"}, 2, 1),
     "moe-pruner, rescale": ({"weights": "2:4", "saliency": "moe-pruner", "update": "rescale"}, 3, 2),
     "gated-sparsegpt, obs": ({"weights": "2:4", "saliency": "gated-sparsegpt", "update": "obs"}, 2, 1),
-    "gated-admm, least-squares+rescale": ({"weights": "2:4", "saliency": "gated-admm"}, 3, 2),
+    "gated-admm, least-squares+rescale": (
+        {"weights": "2:4", "saliency": "gated-admm", "update": "least-squares+rescale"},
+        3,
+        2,
+    ),
     "reap 25%": ({"weights": None, "experts": 0.25, "update": "none"}, 1, 1),
 }
 

@@ -48,10 +48,10 @@ RULES = (
 )
 
 
-def run(testbed: Testbed, recipe: Recipe, limit: int | None, dense: Score) -> dict[str, float]:
+def run(testbed: Testbed, recipe: Recipe, limit: int | None, dense: Score, count: int | None) -> dict[str, float]:
     """A pruned copy: its perplexity, how far its loss is above the dense one's, and the CPU seconds of pruning."""
     model = copy.deepcopy(testbed.model)
-    windows = testbed.calibration(recipe.seed)
+    windows = testbed.calibration(recipe.seed) if count is None else testbed.draw(count, recipe.seed)
     started = time.process_time()
     prune(model, windows, recipe, batch_size=testbed.batch)
     seconds = time.process_time() - started
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--pattern", action="append", help="2:4 when left out; repeat for more")
     parser.add_argument("--rule", action="append", metavar="MASK+WEIGHT", help="mask and weight rule; repeat for more")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--windows", type=int, help="of calibration text; the testbed's own number when left out")
     parser.add_argument("--heldout", type=int, help="held-out windows of each domain; all when left out")
     parser.add_argument("--quick", action="store_true", help="one seed, 4 windows a domain, nothing written")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS_FOLDER / "cpu", help="folder of the rows")
@@ -89,11 +90,12 @@ def main() -> None:
     rules = [tuple(rule.split("+", 1)) for rule in arguments.rule or ()] or RULES
     for pattern in arguments.pattern or ["2:4"]:
         for saliency, update in rules:
-            rows = result["rows"].setdefault(f"{pattern} {saliency} {update}", {})
+            name = f"{pattern} {saliency} {update}" + (f" {arguments.windows}" if arguments.windows else "")
+            rows = result["rows"].setdefault(name, {})
             for seed in seeds:
                 if str(seed) not in rows:
                     recipe = Recipe(weights=pattern, saliency=saliency, update=update, seed=seed)
-                    rows[str(seed)] = run(testbed, recipe, limit, dense)
+                    rows[str(seed)] = run(testbed, recipe, limit, dense, arguments.windows)
                     if not arguments.quick:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         path.write_text(json.dumps(result, indent=1) + "\n")
