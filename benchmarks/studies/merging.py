@@ -1,0 +1,143 @@
+"""What becomes of the experts that go: removed or merged, then refitted or not, and their routers trained or not.
+
+    python -m benchmarks.studies.merging [--quick] [--seeds 3] [--testbed embedded] [-o FOLDER]
+
+Writes study_merging.json and study_merging.png. A quarter and a half of the experts go; the methods are those of
+`moesparse prune --expert-method` with the criterion of their papers, and removal by three criteria, aimer among them,
+which reads no text. "refit" re-solves the down projections, "routers" trains the routers alone on the dense model's
+next-token distribution (`moesparse distill --train routers`) over twice as many windows, "both" trains them after the
+refit. Protocol otherwise: protocol.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from benchmarks.studies.protocol import Study, mean_and_spread, parser
+from moesparse.distillation import Settings, distill
+from moesparse.pruning.recipe import Recipe
+from moesparse.report import figures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+METHODS = (
+    ("remove", "reap"),
+    ("remove", "frequency"),
+    ("remove", "aimer"),
+    ("ream", "reap"),
+    ("m-smoe", "frequency"),
+    ("hc-smoe", "frequency"),
+)
+SHARES = (0.25, 0.5)
+RECOVERIES = ("none", "refit", "routers", "both")
+ROUTERS = Settings(1e-3, epochs=2, batch_size=8, micro_batch=8, expert_weight=0.0, logit_share=1.0, train="routers")
+
+
+class Pruned:
+    """The model that was pruned last, which training starts from."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self._key: tuple[Any, ...] = ()
+        self._model: Any = None
+
+    def model(self, method: str, criterion: str, share: float, seed: int, *, refit: bool) -> nn.Module:
+        """A copy of it."""
+        key = (method, criterion, share, seed, refit)
+        if self._key != key:
+            recipe = Recipe(
+                weights=None,
+                experts=share,
+                expert_method=method,
+                expert_saliency=criterion,
+                update="least-squares" if refit else "none",
+                seed=seed,
+            )
+            windows = None if recipe.reads_weights_alone else self.study.draw(self.study.calibration_windows, seed)
+            self._key, self._model = key, self.study.prune_copy(recipe, windows)
+        return copy.deepcopy(self._model)
+
+    def measure(self, method: str, criterion: str, share: float, recovery: str, seed: int) -> dict[str, float]:
+        """Perplexity after a recovery."""
+        model = self.model(method, criterion, share, seed, refit=recovery in ("refit", "both"))
+        if recovery in ("routers", "both"):
+            windows = self.study.draw(2 * self.study.calibration_windows, seed)
+            distill(model, self.study.model, windows, "global", settings=ROUTERS, progress=None)
+        return {"perplexity": self.study.score(model)}
+
+
+def run(study: Study) -> None:
+    """Draw by draw, so that a run that is stopped has whole ones."""
+    pruned = Pruned(study)
+    study.measure(lambda: {"perplexity": study.score(study.model)}, method="dense")
+    for seed in study.seeds:
+        for share in SHARES[1:] if study.quick else SHARES:
+            for method, criterion in METHODS:
+                for recovery in ("none", "routers", "refit", "both"):
+                    setting = {"method": method, "criterion": criterion, "share": share}
+                    setting |= {"recovery": recovery, "seed": seed}
+                    study.measure(partial(pruned.measure, **setting), **setting)
+
+
+def values(study: Study, method: str, criterion: str, share: float, recovery: str) -> list[float]:
+    """Of every draw."""
+    rows = study.select(method=method, criterion=criterion, share=share, recovery=recovery)
+    return [row["perplexity"] for row in rows]
+
+
+def show(study: Study) -> None:
+    """A table for each share."""
+    print(f"dense {study.select(method='dense')[0]['perplexity']:.2f}")
+    for share in SHARES:
+        print(f"\n{share:.0%} of the experts gone\n| method, criterion | {' | '.join(RECOVERIES)} |")
+        print("|---|" + "---|" * len(RECOVERIES))
+        for method, criterion in METHODS:
+            cells = []
+            for recovery in RECOVERIES:
+                found = values(study, method, criterion, share, recovery)
+                cells.append("{:.2f} ± {:.2f}".format(*mean_and_spread(found)) if found else "")
+            print(f"| {method}, {criterion} | {' | '.join(cells)} |")
+
+
+def figure(study: Study) -> Figure:
+    """Mean and spread of every method and recovery, a panel for each share."""
+    drawn = figures.new_figure(3.4)
+    panels = drawn.subplots(1, len(SHARES), sharey=True)
+    looks = zip(RECOVERIES, (figures.BLUE, figures.ORANGE, "0.45", "black"), "os^D", strict=True)
+    names = [f"{method}, {criterion}" for method, criterion in METHODS]
+    for number, (recovery, colour, marker) in enumerate(looks):
+        for panel, share in zip(panels, SHARES, strict=True):
+            for place, how in enumerate(METHODS):
+                found = values(study, *how, share, recovery)
+                if found:
+                    mean, bar = mean_and_spread(found)
+                    label = recovery if place == 0 else None
+                    at = place + 0.16 * (number - 1.5)
+                    panel.errorbar([mean], [at], xerr=[bar], fmt=marker, color=colour, capsize=2, label=label)
+    for panel, share in zip(panels, SHARES, strict=True):
+        panel.axvline(study.select(method="dense")[0]["perplexity"], color="0.4", linestyle="--", linewidth=1)
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.xaxis.set_minor_formatter("{x:.0f}")
+        panel.tick_params(axis="x", which="both", labelsize=8)
+        panel.set_xlabel(f"perplexity, {share:.0%} of the experts gone")
+        panel.grid(axis="x", which="both", alpha=0.25)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside upper right", ncols=4, fontsize=9, frameon=False)
+    return drawn
+
+
+def main() -> None:
+    arguments = parser(__doc__).parse_args()
+    Study("study_merging", arguments).conduct(run, show, figure)
+
+
+if __name__ == "__main__":
+    main()
