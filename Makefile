@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt $(wildcard $(NATIVE)/*.[ch
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## prune the embedded model six ways and compare
+demo: $(STAMP) ## prune the embedded model seven ways and compare
 	rm -rf $(DEMO_OUT)
 	$(BIN)/moesparse demo --output $(DEMO_OUT)
 
