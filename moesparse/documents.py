@@ -11,7 +11,6 @@ import codecs
 import contextlib
 import csv
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -19,14 +18,14 @@ import re
 import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from moesparse.chats import CHAT_COLUMNS, CHAT_KEYS, ChatTemplate, chat_key, without_nulls
 from moesparse.errors import MissingFileError, MoESparseError, UsageError, reason_of
 
 __all__ = [
-    "ChatTemplate",
     "Chunk",
     "GivenText",
     "PathLike",
@@ -52,10 +51,6 @@ _MARKS = {
 }
 _GZIP = b"\x1f\x8b"
 _ARCHIVES = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_CHAT_KEYS = ("messages", "conversations")
-# who speaks, as ShareGPT calls them
-_SPEAKERS = {"human": "user", "gpt": "assistant"}
-_ROLES = {"system", "developer", "user", "assistant", "tool"}
 
 
 class Chunk(NamedTuple):
@@ -82,12 +77,14 @@ class SourceRead:
         documents: with text in them.
         chats: those among them that a chat template has laid out.
         chat_template: sha256 of that template; None without chat records.
+        left_out: chats of which the template leaves out all thinking, all calls of tools or all tools.
     """
 
     source: str
     documents: int = 0
     chats: int = 0
     chat_template: str | None = None
+    left_out: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,75 +101,6 @@ class GivenText:
 
     def __fspath__(self) -> str:
         return self.name
-
-
-@dataclass
-class ChatTemplate:
-    """The chat template of a tokenizer.
-
-    Args:
-        tokenizer: of transformers.
-
-    Raises:
-        MoESparseError: it has none.
-    """
-
-    tokenizer: Any
-    sha256: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        template = getattr(self.tokenizer, "chat_template", None)
-        if not template:
-            whose = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
-            raise MoESparseError(
-                f"chat records (chat=True) need a tokenizer with a chat template, got {whose} without one: put the "
-                'chat_template.jinja of the chat model beside its tokenizer, or give text in "text" without chat=True'
-            )
-        said = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-        self.sha256 = hashlib.sha256(said.encode()).hexdigest()
-
-    def lay_out(self, record: Mapping[str, Any], key: str, where: str) -> str:
-        """The text of a record, with all special tokens that the template gives it.
-
-        Args:
-            record: with a list of messages.
-            key: under which they are.
-            where: the record lies, for errors.
-
-        Raises:
-            MoESparseError: the messages are none, or none that the template takes; says which record.
-        """
-        messages = [_message(each, where) for each in record[key]]
-        system, tools = record.get("system"), record.get("tools")
-        if isinstance(system, str) and system:
-            messages.insert(0, {"role": "system", "content": system})
-        if tools is not None and not isinstance(tools, list):
-            raise MoESparseError(f'{where} must have a list of "tools" or none, got a {type(tools).__name__}')
-        if not messages:
-            raise MoESparseError(f'{where} must have messages in "{key}", got an empty list')
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False)
-        # jinja's errors, and whatever a template says to messages it was not written for
-        except Exception as error:
-            raise MoESparseError(
-                f"{where} must be a chat that the tokenizer's template takes: {reason_of(error)}"
-            ) from error
-        assert isinstance(text, str)
-        return text
-
-
-def _message(value: Any, where: str) -> dict[str, Any]:
-    """A message as templates take it."""
-    if isinstance(value, Mapping) and isinstance(value.get("role"), str):
-        # a column of a table has every key in every row
-        return {key: each for key, each in value.items() if each is not None}
-    if isinstance(value, Mapping) and isinstance(value.get("from"), str) and "value" in value:
-        role = _SPEAKERS.get(value["from"], value["from"])
-        if role not in _ROLES:
-            known = ", ".join([*_SPEAKERS, *sorted(_ROLES)])
-            raise MoESparseError(f"{where} must have messages from {known}, got {role!r}")
-        return {"role": role, "content": value["value"]}
-    raise MoESparseError(f'{where} must have messages with "role" and "content", got {_shown(str(value))}')
 
 
 def is_dataset(source: PathLike) -> bool:
@@ -287,15 +215,16 @@ class _Records:
             where: it lies, for errors.
             got: what it is, for errors.
         """
-        keys = [key for key in _CHAT_KEYS if isinstance(record, Mapping) and isinstance(record.get(key), list)]
+        key = chat_key(record)
         text = record.get("text") if isinstance(record, Mapping) else None
-        if keys and self.chat is not None:
-            text = self.chat.lay_out(record, keys[0], where)
+        if key is not None and self.chat is not None:
+            text, left_out = self.chat.lay_out(record, key, where)
             self.found.chats += 1
+            self.found.left_out += left_out
             self.found.chat_template = self.chat.sha256
-        elif keys and not isinstance(text, str):
+        elif key is not None and not isinstance(text, str):
             raise MoESparseError(
-                f'{where} is a chat record ("{keys[0]}"), which is read only when asked for: give chat=True, and '
+                f'{where} is a chat record ("{key}"), which is read only when asked for: give chat=True, and '
                 "the tokenizer's chat template makes text of it"
             )
         elif not isinstance(text, str):
@@ -305,7 +234,7 @@ class _Records:
             raise MoESparseError(f"{where} must be Unicode text, got half of a surrogate pair")
         if text:
             self.found.documents += 1
-            yield Chunk(text, True, True, bool(keys) and self.chat is not None)
+            yield Chunk(text, True, True, key is not None and self.chat is not None)
 
 
 def _limited(chunks: Iterable[Chunk], limit: int | None) -> Iterator[Chunk]:
@@ -389,8 +318,8 @@ def _read_parquet(path: Path, records: _Records) -> Iterator[Chunk]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            wanted = [name for name in ("text", *_CHAT_KEYS, "system", "tools") if name in names]
-            if not {"text", *_CHAT_KEYS} & set(wanted):
+            wanted = [name for name in ("text", *CHAT_COLUMNS) if name in names]
+            if not {"text", *CHAT_KEYS} & set(wanted):
                 raise MoESparseError(f'{path} must have a column "text", got {", ".join(names)}')
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=wanted):
@@ -401,7 +330,7 @@ def _read_parquet(path: Path, records: _Records) -> Iterator[Chunk]:
                         raise MoESparseError(f'column "text" of {path} must hold strings, got {type(value).__name__}')
                     if "text" in wanted and value is None:
                         record["text"] = ""
-                    yield from records.document(record, f"{path} row {row}", ", ".join(wanted))
+                    yield from records.document(without_nulls(record), f"{path} row {row}", ", ".join(wanted))
     except pyarrow.ArrowInvalid as error:
         raise MoESparseError(f"{path} must be a parquet file, got something else or a cut one") from error
 
@@ -422,10 +351,9 @@ def _read_dataset(spec: str, records: _Records) -> Iterator[Chunk]:
     try:
         rows = datasets.load_dataset(name, *config, split=split, streaming=True)
         for row in rows:
-            chat = records.chat is not None or any(isinstance(row.get(key), list) for key in _CHAT_KEYS)
-            if not chat and not isinstance(row.get("text"), str):
+            if records.chat is None and chat_key(row) is None and not isinstance(row.get("text"), str):
                 raise MoESparseError(f'dataset {spec} must have a string column "text", got {", ".join(row)}')
-            yield from records.document(row, f"a row of dataset {spec}", ", ".join(row))
+            yield from records.document(without_nulls(row), f"a row of dataset {spec}", ", ".join(row))
     except MoESparseError:
         raise
     # datasets raises its own, the hub's, the file system's and the network's errors: all mean that it cannot be had

@@ -8,8 +8,8 @@ A source is one of
 
 A file may be packed by gzip (pages.jsonl.gz). It is UTF-8, or what its byte-order mark says: UTF-16, UTF-32.
 
-With `chat` a record may have "messages" ({"role", "content"}, with "tools" beside them) or "conversations" ({"from",
-"value"}, with "system" beside them) instead: the tokenizer's own chat template makes a document of it.
+With `chat` a record may be a chat instead ("messages", "conversations" and others, see moesparse/chats.py): the
+tokenizer's own chat template makes a document of it.
 
 Packing convention: a document is encoded as the tokenizer encodes a text for its model, so BOS goes in front where the
 tokenizer puts one itself; EOS, where there is one, follows every document; then documents are laid end to end and cut
@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moesparse.chats import ChatTemplate
 from moesparse.documents import (
-    ChatTemplate,
     Chunk,
     GivenText,
     PathLike,

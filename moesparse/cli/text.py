@@ -259,6 +259,12 @@ def tell_read(found: Sequence[SourceRead]) -> None:
         chats = f", {note.chats:,} of them chats laid out by the tokenizer's template" if note.chats else ""
         counted = f"{note.documents:,} document{'s' if note.documents != 1 else ''}"
         console.print(f"read {note.source}: {counted}{chats}", highlight=False, markup=False, soft_wrap=True)
+        if note.left_out:
+            console.print(
+                f"the template leaves out all thinking, all calls of tools or all tools of {note.left_out:,} of them",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def embedded_texts(split: str, source: str) -> list[str]:
