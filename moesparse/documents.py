@@ -1,7 +1,7 @@
 """Documents out of sources of text: what a file or a dataset holds, record by record, before any of it is tokenized.
 
 Whatever a file is called, gzip is unpacked and a byte-order mark decides between UTF-8, UTF-16 and UTF-32; without one
-text is UTF-8. The end of the name, less ".gz", says what lies in it (see moesparse/text.py). A chat record is laid out
+text is UTF-8. The end of the name, less ".gz", says what lies in it (see moesparse.text). A chat record is laid out
 by the tokenizer's own chat template, where that was asked for, and nowhere else.
 """
 
@@ -24,12 +24,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from moesparse.chats import CHAT_COLUMNS, CHAT_KEYS, ChatTemplate, chat_key, without_nulls
 from moesparse.errors import MissingFileError, MoESparseError, UsageError, reason_of
+from moesparse.presets import files_that_do
 
 __all__ = [
     "Chunk",
     "GivenText",
     "PathLike",
     "SourceRead",
+    "SourceSampled",
     "check_chats",
     "is_dataset",
     "name_of",
@@ -85,6 +87,22 @@ class SourceRead:
     chats: int = 0
     chat_template: str | None = None
     left_out: int = 0
+
+
+@dataclass
+class SourceSampled(SourceRead):
+    """What was read of a source of calibration text, and drawn from it.
+
+    Attributes:
+        share: of all tokens, as it was asked for; None where none was.
+        windows, tokens: drawn from it, padding not counted.
+        cut: records that are longer than their window, where each has one.
+    """
+
+    share: float | None = None
+    windows: int = 0
+    tokens: int = 0
+    cut: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -360,7 +378,7 @@ def _read_dataset(spec: str, records: _Records) -> Iterator[Chunk]:
     except Exception as error:
         raise MoESparseError(
             f"dataset {spec} could not be read: {reason_of(error)}; without network give a .txt, .jsonl or .parquet "
-            "file"
+            f"file{files_that_do(spec)}"
         ) from error
 
 

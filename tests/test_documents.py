@@ -11,6 +11,7 @@ from small_text import make_tokenizer, prose, run_cure, write, write_jsonl
 from moesparse import text
 from moesparse.documents import SourceRead
 from moesparse.errors import MoESparseError, UsageError
+from moesparse.text import evaluation
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{{ eos_token }}{% endfor %}"
@@ -71,7 +72,7 @@ def test_gzip_is_known_by_its_bytes_not_by_its_name(tmp_path, tokenizer):
 
 
 def test_a_file_of_utf_16_in_many_blocks_is_one_document(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_MIN_PIECE_CHARS", 37)  # odd: every second block cuts a character
+    monkeypatch.setattr(evaluation, "MIN_PIECE_CHARS", 37)  # odd: every second block cuts a character
     file = write(tmp_path / "a.txt", prose(300).encode("utf-16"))
     assert torch.equal(stream(file, tokenizer), stream(write(tmp_path / "b.txt", prose(300)), tokenizer))
 

@@ -15,7 +15,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"moesparse": ROOT, "moesparse_kernels": ROOT / "kernels"}
 # what users import from, by the names in their __all__
-FRONTS = {"moesparse", "moesparse.evaluate", "moesparse.distillation", "moesparse.benchmarking", "moesparse_kernels"}
+FRONTS = {
+    "moesparse",
+    "moesparse.evaluate",
+    "moesparse.text",
+    "moesparse.distillation",
+    "moesparse.benchmarking",
+    "moesparse_kernels",
+}
 
 
 def modules() -> dict[str, ast.Module]:

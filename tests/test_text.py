@@ -9,6 +9,7 @@ from small_text import make_tokenizer, prose, write, write_jsonl
 
 from moesparse import text
 from moesparse.errors import CalibrationError, MoESparseError, UsageError
+from moesparse.text import encoding, evaluation, packing
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,9 @@ def test_special_tokens_stand_where_the_tokenizer_has_them(tmp_path, bos, eos):
 
 def test_a_file_read_in_many_blocks_gives_the_tokens_of_the_whole(tmp_path, tokenizer, monkeypatch):
     # blocks of 64 bytes end inside words and inside the four bytes of 🎉
-    monkeypatch.setattr(text, "_MIN_PIECE_CHARS", 64)
-    monkeypatch.setattr(text, "_CHARS_PER_TOKEN", 4)
+    monkeypatch.setattr(packing, "MIN_PIECE_CHARS", 64)
+    monkeypatch.setattr(evaluation, "MIN_PIECE_CHARS", 64)
+    monkeypatch.setattr(packing, "CHARS_PER_TOKEN", 4)
     content = prose(300)
     stream = [0, *tokenizer(content, add_special_tokens=False)["input_ids"], 1]
     count = len(stream) // 16
@@ -106,10 +108,10 @@ def test_files_give_equal_shares_and_a_short_one_is_made_up_for(tmp_path, tokeni
 
 
 def test_a_large_source_is_sampled_before_it_is_tokenized(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_MIN_PIECE_CHARS", 256)
+    monkeypatch.setattr(packing, "MIN_PIECE_CHARS", 256)
     encode, seen = text.encode_document, []
     monkeypatch.setattr(
-        text, "encode_document", lambda tok, part, **flags: seen.append(len(part)) or encode(tok, part, **flags)
+        encoding, "encode_document", lambda tok, part, **flags: seen.append(len(part)) or encode(tok, part, **flags)
     )
     # every line is numbered, so a place in the text can be told from a window
     content = "".join(f"{i} {word}\n" for i, word in enumerate(prose(20000).encode("ascii", "ignore").decode().split()))
@@ -217,7 +219,7 @@ def test_parse_source(tmp_path):
 
 @pytest.mark.parametrize("argument", ["", "=novel", "novel.txt="])
 def test_parse_source_refuses_empty_parts(argument):
-    with pytest.raises(UsageError, match="must be FILE or FILE=DOMAIN"):
+    with pytest.raises(UsageError, match="must be FILE, FILE=DOMAIN or FILE=DOMAIN:SHARE"):
         text.parse_source(argument)
 
 
@@ -240,7 +242,7 @@ def test_a_datasets_name(monkeypatch, tokenizer):
 
 def test_an_endless_dataset_is_not_read_to_its_end(monkeypatch, tokenizer):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(text, "_MIN_PIECE_CHARS", 256)
+    monkeypatch.setattr(packing, "MIN_PIECE_CHARS", 256)
 
     def endless():
         while True:

@@ -77,10 +77,9 @@ class FromText:
     def describe(self) -> dict[str, Any]:
         """For the report."""
         windows, length = self.size
-        if self.seen is None:
-            return {"windows": windows, "length": length, "tokens": windows * length}
-        tokens = int(self.seen.mask.sum())
-        return {"windows": windows, "length": length, "tokens": tokens, "images": self.seen.images}
+        tokens = windows * length if self.mask is None else int(self.mask.sum())
+        found = {"windows": windows, "length": length, "tokens": tokens}
+        return found if self.seen is None else found | {"images": self.seen.images}
 
     def stream(self, layers: Layers, options: RunOptions, look: Look, spill: Path | None) -> LayerStream:
         """The windows at the input of the first layer; every layer was looked at by then."""

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from moesparse.calibration.windows import ImageWindows
-from moesparse.documents import SourceRead, unpacked
+from moesparse.documents import SourceRead, SourceSampled, unpacked
 from moesparse.errors import CalibrationError, MoESparseError, UsageError, reason_of
 from moesparse.progress import Progress, ProgressEvent, ProgressLike, reporting
 from moesparse.text import TextSource, windows
@@ -111,7 +111,8 @@ def image_windows(
             wanted = samples // len(sources) + (number < samples % len(sources))
             if holds_images(source.path):
                 drawn = _draw(Path(source.path), processor, wanted, length, rng, told)
-                read.append(SourceRead(source.path, len(drawn)))
+                tokens = sum(len(each.ids) for each in drawn)
+                read.append(SourceSampled(source.path, len(drawn), windows=len(drawn), tokens=tokens))
             else:
                 options: dict[str, Any] = {"samples": wanted, "length": length, "max_length": length, "seed": seed}
                 ids = windows(source.path, processor.tokenizer, **options, chat=chat, found=read)

@@ -51,6 +51,7 @@ def calibrate(
     statistics: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     calibration: options.Calibration = None,
     chat: options.Chat = False,
+    pack: options.Pack = True,
     demonstrations_from_model: options.FromModel = None,
     temperature: options.Temperature = 0.0,
     experts: Annotated[
@@ -125,7 +126,7 @@ def calibrate(
     if whole or made is not None:
         refuse_several("--whole" if whole else "--demonstrations-from-model")
     target = options.resolve_device(device)
-    text = TextOptions(calibration or [], samples, length, seed, made, temperature, batch_size, target, chat)
+    text = TextOptions(calibration or [], samples, length, seed, made, temperature, batch_size, target, chat, pack)
     run = _Run(model, statistics, moments, chosen, text, resume, dry_run, max_memory, as_json)
     with quiet_libraries():
         done = run.on_whole_model() if whole or made is not None else run.layer_by_layer()

@@ -88,6 +88,7 @@ def distill(
     ] = None,
     calibration: options.Calibration = None,
     chat: options.Chat = False,
+    pack: options.Pack = True,
     samples: Annotated[
         int | None,
         options.option(options.FIRST, "Windows to train on: 1000, or 240 of the embedded model's own text.", min=1),
@@ -132,7 +133,7 @@ def distill(
         small = bool(embedded_texts("calibration", options.model_source(teacher)))
         settings = _settings(preset, mode, changes, small=small)
         windows = samples or (_EMBEDDED_WINDOWS if small and not calibration else _WINDOWS)
-        text = TextOptions(calibration or [], windows, length, seed, device=target, chat=chat)
+        text = TextOptions(calibration or [], windows, length, seed, device=target, chat=chat, pack=pack)
         run = _Run(student, teacher, output, mode, settings, text, resume, logs, packed)
         held = run.finished()
         if held is not None:

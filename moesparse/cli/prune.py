@@ -92,6 +92,7 @@ def prune(
     compare_uniform: options.CompareUniform = None,
     calibration: options.Calibration = None,
     chat: options.Chat = False,
+    pack: options.Pack = True,
     statistics: options.Statistics = None,
     demonstrations_from_model: options.FromModel = None,
     temperature: options.Temperature = 0.0,
@@ -120,7 +121,8 @@ def prune(
         _prune_gguf(asked)
         return
     wanted = Asked.by(asked)
-    written: dict[str, Any] = {"from_model": demonstrations_from_model, "temperature": temperature, "chat": chat}
+    written: dict[str, Any] = {"from_model": demonstrations_from_model, "temperature": temperature}
+    written |= {"chat": chat, "pack": pack}
     machine: dict[str, Any] = {"batch_size": batch_size, "device": options.resolve_device(device)}
     text = TextOptions(calibration or [], samples, length, wanted.recipe.seed, **written, **machine)
     same = ("model", "out", "allow_pruned", "resume", "dry_run", "max_memory", "whole", "base_model", "as_json")

@@ -15,7 +15,7 @@ from moesparse.cli.job import job, refuse_several
 from moesparse.cli.model import ModelOnDisk, WholeModel, at_work
 from moesparse.cli.plan import planned_windows, tell_plan
 from moesparse.cli.show import show_budget
-from moesparse.cli.text import CalibrationText, TextOptions
+from moesparse.cli.text import CalibrationText, TextOptions, check_without_shares
 from moesparse.cli.unfinished import finished_report
 from moesparse.errors import UsageError
 
@@ -256,6 +256,7 @@ def _load_statistics(sources: list[str], seed: int | None) -> Any:
     from moesparse.text import parse_source
 
     named = [parse_source(source) for source in sources]
+    check_without_shares("--statistics", named)
     for one in named:
         options.check_input_file("--statistics", Path(one.path))
     domains = [one.domain for one in named]

@@ -30,6 +30,7 @@ __all__ = [
     "TextOptions",
     "calibration_windows",
     "check_sources",
+    "check_without_shares",
     "embedded_texts",
     "held_out_texts",
     "tell_embedded",
@@ -80,13 +81,25 @@ class TextOptions:
     batch_size: int = 8
     device: Any = None
     chat: bool = False
+    pack: bool = True
 
     def __post_init__(self) -> None:
+        from moesparse.presets import PRESETS
+        from moesparse.text import named_sources
+        from moesparse.text.sampling import check_shares
+
         if self.temperature and self.from_model is None:
             raise UsageError(
                 f"--temperature must come with --demonstrations-from-model, got {self.temperature} without it"
             )
-        check_sources("--calibration", self.sources)
+        if self.from_model is not None and not self.pack:
+            raise UsageError("--no-pack must be left out with --demonstrations-from-model, got both")
+        named = named_sources(self.sources)
+        check_sources("--calibration", named, f", a published mix ({', '.join(PRESETS)})")
+        check_shares([one.share for one in named])
+        for name, preset in PRESETS.items():
+            if preset.chats and not self.chat and any(one.path == preset.datasets[0].name for one in named):
+                raise UsageError(f"--chat must come with --calibration {name}, whose records are chats")
 
     def check(self, source: str) -> None:
         """Refuse to go without text, and say when text that nobody named takes its place: before any work.
@@ -110,13 +123,13 @@ class TextOptions:
             return self._read_images(source, context, progress)
         found: list[SourceRead] = []
         wanted: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "context": context}
-        wanted |= {"chat": self.chat, "found": found}
+        wanted |= {"chat": self.chat, "pack": self.pack, "found": found}
         if self.from_model is None:
-            ids, domains = calibration_windows(self.sources, tokenizer, source, length=self.length, **wanted)
-            return CalibrationText(ids, None, domains, found)
+            ids, mask, domains = calibration_windows(self.sources, tokenizer, source, length=self.length, **wanted)
+            return CalibrationText(ids, mask, domains, found)
         length = min(self.length, context or self.length)
         check_new_tokens(self.from_model, length, self.temperature)
-        prompts, domains = calibration_windows(
+        prompts, _, domains = calibration_windows(
             self.sources, tokenizer, source, length=length - self.from_model, **wanted
         )
         ids, mask = continue_prompts(
@@ -137,7 +150,7 @@ class TextOptions:
         from moesparse.calibration.images import holds_images
         from moesparse.models.opener import towers
 
-        named = [text.parse_source(argument).path for argument in self.sources]
+        named = [one.path for one in text.named_sources(self.sources)]
         return "vision" in towers(network) and any(map(holds_images, named))
 
     def _read_images(self, source: str, context: int, progress: Progress) -> CalibrationText:
@@ -147,9 +160,14 @@ class TextOptions:
 
         if self.from_model is not None:
             raise UsageError("--demonstrations-from-model must be left out with images in --calibration, got both")
+        if not self.pack:
+            raise UsageError("--no-pack must be left out with images in --calibration, whose records are never packed")
+        named = text.named_sources(self.sources)
+        if any(one.share is not None for one in named):
+            raise UsageError("shares must be left out with images in --calibration, of which each source gives as many")
         found: list[SourceRead] = []
         seen, domains = image_windows(
-            [text.parse_source(argument) for argument in self.sources],
+            named,
             load_processor(Path(source)),
             samples=self.samples,
             length=min(self.length, context),
@@ -172,20 +190,26 @@ def calibration_windows(
     seed: int,
     context: int | None,
     chat: bool,
+    pack: bool,
     found: list[SourceRead],
-) -> tuple[torch.Tensor, list[str]]:
-    """Calibration windows and their domains: the given texts, or the embedded text for the embedded model."""
+) -> tuple[torch.Tensor, torch.Tensor | None, list[str]]:
+    """Calibration windows, their mask and domains: the given texts, or the embedded text for the embedded model."""
     from moesparse import text
 
-    named = [text.parse_source(argument) for argument in _named_or_embedded(sources, source)]
-    options: dict[str, Any] = {"max_length": context, "chat": chat, "found": found}
-    windows = text.domain_windows(named, tokenizer, samples=samples, length=length, seed=seed, **options)
+    named = text.named_sources(_named_or_embedded(sources, source))
+    options: dict[str, Any] = {"samples": samples, "length": length, "seed": seed}
+    options |= {"max_length": context, "chat": chat, "found": found}
+    mask: torch.Tensor | None = None
+    if pack:
+        ids, domains = text.domain_windows(named, tokenizer, **options)
+    else:
+        ids, mask, domains = text.record_windows(named, tokenizer, **options)
     if sources:
         tell_read(found)
     else:
         for note, one in zip(found, named, strict=True):
             note.source = f"embedded {one.domain}"
-    return windows
+    return ids, mask, domains
 
 
 def _named_or_embedded(sources: Sequence[str], source: str) -> Sequence[str]:
@@ -203,23 +227,27 @@ def _named_or_embedded(sources: Sequence[str], source: str) -> Sequence[str]:
     return texts
 
 
-def check_sources(option: str, sources: Sequence[str]) -> None:
+def check_sources(option: str, sources: Sequence[TextSource], also: str = "") -> None:
     """Refuse a text that is not there, before any work.
+
+    Args:
+        option: that names them.
+        sources: named.
+        also: what else it may name, for the error.
 
     Raises:
         MissingFileError: names the option and the text.
     """
     from moesparse.documents import is_dataset
-    from moesparse.text import parse_source
 
-    for one in map(parse_source, sources):
+    for one in sources:
         path = Path(one.path)
         if path.is_dir():
             raise UsageError(f"{option} must be a file or a datasets name, got the folder {path}: name the files in it")
         if not path.exists() and not is_dataset(one.path):
             raise MissingFileError(
-                f"{option} must be a file or a datasets name such as NAME:SPLIT, got {one.path!r}: there is no such "
-                "file"
+                f"{option} must be a file{also} or a datasets name such as NAME:SPLIT, got {one.path!r}: there is no "
+                "such file"
             )
 
 
@@ -235,8 +263,20 @@ def held_out_texts(text: Sequence[str] | None, source: str) -> list[TextSource]:
     if not sources:
         raise UsageError("--text must name a text (.txt, .jsonl, .parquet or a datasets name), got none")
     # a wrong name should not cost the loading of a model
-    check_sources("--text", text or ())
+    check_without_shares("--text", sources)
+    check_sources("--text", sources)
     return sources
+
+
+def check_without_shares(option: str, sources: Sequence[TextSource]) -> None:
+    """Refuse shares where everything that is named is read whole.
+
+    Raises:
+        UsageError: names the option.
+    """
+    for one in sources:
+        if one.share is not None:
+            raise UsageError(f"{option} must be FILE or FILE=DOMAIN, got a share of {one.share:g} for {one.path}")
 
 
 def tell_embedded(option: str, source: str) -> None:
@@ -254,10 +294,15 @@ def tell_embedded(option: str, source: str) -> None:
 
 
 def tell_read(found: Sequence[SourceRead]) -> None:
-    """Say what was read of each source."""
+    """Say what was read of each source, and drawn from it."""
+    from moesparse.documents import SourceSampled
+
     for note in found:
         chats = f", {note.chats:,} of them chats laid out by the tokenizer's template" if note.chats else ""
         counted = f"{note.documents:,} document{'s' if note.documents != 1 else ''}"
+        if isinstance(note, SourceSampled):
+            chats += f"; {note.windows:,} windows of it, {note.tokens:,} tokens"
+            chats += f", {note.cut:,} cut at their end" if note.cut else ""
         console.print(f"read {note.source}: {counted}{chats}", highlight=False, markup=False, soft_wrap=True)
         if note.left_out:
             console.print(

@@ -8,6 +8,7 @@ import pytest
 from small_text import make_tokenizer, prose, write
 
 from moesparse import text
+from moesparse.calibration.windows import windows_hash
 from moesparse.cli import main
 from moesparse.evaluate import perplexity_of_files
 from moesparse.testing import tiny_model
@@ -90,6 +91,89 @@ def test_the_figure_of_chats_is_that_of_their_layout(place, tmp_path, monkeypatc
     model = tiny_model("qwen3_moe", vocab_size=320)
     again = perplexity_of_files(model, tokenizer, [place / "chat.jsonl.gz"], 16, chat=True)
     assert result["perplexity"] == pytest.approx(again.overall.perplexity)
+
+
+def test_mixtures_and_records_at_every_command(place, tmp_path, monkeypatch, capsys):
+    """Shares and --no-pack reach the windows, the report says what was drawn, and --resume holds to it."""
+    code = write(tmp_path / "code.jsonl", "".join(json.dumps({"text": prose(9, seed=n)}) + "\n" for n in range(40)))
+    talk = write(tmp_path / "talk.jsonl", "".join(json.dumps({"text": prose(3, seed=n)}) + "\n" for n in range(40)))
+    mixed = ("--calibration", f"{code}=code:0.25", "--calibration", f"{talk}=talk:0.75")
+    sizes = ("--samples", "8", "--length", "24", "--json")
+    tokenizer = make_tokenizer()
+    sources = [text.TextSource(code, "code", 0.25), text.TextSource(talk, "talk", 0.75)]
+    rows, mask, domains = text.record_windows(sources, tokenizer, samples=8, length=24)
+    held = [int(mask[[each == name for each in domains]].sum()) for name in ("code", "talk")]
+    dense = place / "model"
+    prune = ("prune", dense, "OUT", "--saliency", "wanda", "--update", "none", *mixed, *sizes)
+    for name, words in {
+        "prune": prune,
+        "prune --whole": (*prune, "--whole"),
+        "calibrate": ("calibrate", dense, "OUT", *mixed, *sizes),
+    }.items():
+        for packed in (True, False):
+            target = tmp_path / f"{name.replace(' ', '')}{packed}"
+            more = () if packed else ("--no-pack",)
+            code_, out, err = run(monkeypatch, capsys, *(target if word == "OUT" else word for word in words), *more)
+            assert code_ in (0, None), (name, err)
+            result = json.loads(out)
+            noted = result["sources"] if name == "calibrate" else result["calibration"]["sources"]
+            assert [each["share"] for each in noted] == [0.25, 0.75]
+            tokens = [48, 144] if packed else held
+            assert [each["tokens"] for each in noted] == tokens
+            assert (result["tokens"] if name == "calibrate" else result["calibration"]["tokens"]) == sum(tokens)
+            if name == "calibrate" and not packed:
+                assert result["text"] == windows_hash(rows, mask)
+                assert f"tokens, {noted[0]['cut']} cut at their end" in err and noted[0]["cut"] > 0
+    code_, _, err = run(monkeypatch, capsys, *prune[:2], tmp_path / "x", *prune[3:], "--dry-run")
+    assert code_ in (0, None), err
+
+
+def test_a_stopped_run_does_not_go_on_with_other_windows(place, tmp_path, monkeypatch, capsys):
+    lines = "".join(json.dumps({"text": prose(9, seed=n)}) + "\n" for n in range(40))
+    chosen = ("--calibration", write(tmp_path / "a.jsonl", lines), "--samples", "4", "--length", "16")
+    words = ("calibrate", place / "model", tmp_path / "s", *chosen)
+
+    def stopped(*args, **keywords):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moesparse.calibration.checkpoint.from_shards", stopped)
+        assert run(monkeypatch, capsys, *words)[0] not in (0, None)
+    code, _, err = run(monkeypatch, capsys, *words, "--no-pack", "--resume")
+    assert code == 1 and "windows" in err, err
+    code, _, err = run(monkeypatch, capsys, *words, "--resume")
+    assert code in (0, None), err
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--calibration", "A=a:0.4", "--calibration", "A=b:0.4"), "add up to 1, got 0.4 + 0.4 = 0.8"),
+        (("--calibration", "A=a:0.4", "--calibration", "A=b"), "all sources must have a share, or none"),
+        (("--calibration", "reap-code"), "--chat must come with --calibration reap-code, whose records are chats"),
+        (("--calibration", "c5"), "must be a file, a published mix (c4, wikitext, reap-code) or a datasets name"),
+        (
+            ("--calibration", "A", "--no-pack", "--demonstrations-from-model", "4"),
+            "--no-pack must be left out with --demonstrations-from-model",
+        ),
+        (("--calibration", "A=a:0.001", "--calibration", "A=b:0.999"), "--samples must be at least 1000 for a share"),
+        (("--statistics", "A=a:0.4"), "--statistics must be FILE or FILE=DOMAIN, got a share of 0.4 for"),
+    ],
+)
+def test_what_cannot_be_asked_of_text_is_said_at_once(place, tmp_path, monkeypatch, capsys, words, match):
+    file = write(tmp_path / "a.txt", prose(200))
+    asked = [word.replace("A", file, 1) if word.startswith("A") else word for word in words]
+    more = ("--experts", "0.25", "--update", "none") if "--statistics" in asked else ()
+    code, _, err = run(
+        monkeypatch, capsys, "prune", place / "model", tmp_path / "x", *asked, *more, "--samples", "8", "--length", "8"
+    )
+    assert code in (1, 2) and match in " ".join(err.split()), err
+
+
+def test_a_text_to_score_has_no_share(place, tmp_path, monkeypatch, capsys):
+    file = write(tmp_path / "a.txt", prose(200))
+    code, _, err = run(monkeypatch, capsys, "eval", place / "model", "--text", f"{file}=a:0.4")
+    assert code in (1, 2) and "--text must be FILE or FILE=DOMAIN, got a share of 0.4 for" in err
 
 
 def test_embedded_text_is_named_without_a_path(tmp_path, monkeypatch, capsys):
