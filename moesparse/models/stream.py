@@ -26,7 +26,7 @@ from torch import nn
 
 from moesparse.errors import CalibrationError, UnsupportedModelError
 from moesparse.models.hidden_states import HiddenStates
-from moesparse.models.inputs import forward_inputs
+from moesparse.models.inputs import attention_mask_of, forward_inputs
 from moesparse.models.modes import let_experts_run, placed, replaced_forwards
 from moesparse.models.next_token import Behind
 from moesparse.system.cpu_products import fast_products
@@ -140,13 +140,14 @@ class LayerStream:
         self._ids: list[torch.Tensor] = []
         self.token_masks: list[torch.Tensor | None] = []
         self._calls: list[list[LayerCall]] = []
+        bare: dict[torch.Size, list[LayerCall]] = {}
         for start in self.first_window:
             batch = self._windows[start : start + self._batch_size]
             mask = None if self._mask is None else self._mask[start : start + self._batch_size]
             hidden, calls = self._trace(batch, mask, start)
-            if mask is None and self._inputs is None and self._calls and self.hidden[0].shape == hidden.shape:
-                # equal shapes without padding: equal masks and rotary tables
-                calls = self._calls[0]
+            if attention_mask_of(mask) is None and self._inputs is None:
+                # equal shapes without padding in front: equal masks and rotary tables
+                calls = bare.setdefault(hidden.shape, calls)
             self.hidden.append(hidden)
             self._ids.append(batch)
             self.token_masks.append(None if mask is None else mask.bool().flatten())

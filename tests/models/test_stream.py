@@ -4,10 +4,11 @@ import pytest
 import torch
 from image_data import record
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesparse.errors import UnsupportedModelError, UsageError
 from moesparse.models.blocks import decoder_layers, find_moe_blocks
-from moesparse.models.stream import LayerStream
+from moesparse.models.stream import LayerCall, LayerStream
 from moesparse.testing import WRAPPERS, tiny_model
 
 # plain; shared experts with dense first layers; masks by layer type; state-space layers between; rotary per layer type
@@ -59,7 +60,94 @@ def test_padding_reaches_the_attention_and_the_token_masks():
     for position in range(len(layers)):
         list(stream.run(position, keep=True))
     want = torch.cat([outputs_inside(model, layers, ids[i : i + 2], mask[i : i + 2])[-1] for i in (0, 2)])
-    assert torch.equal(torch.cat(list(stream.hidden))[mask.bool()], want[mask.bool()])
+    # the first batch is padded behind and needs no mask, which is another order of adding up
+    torch.testing.assert_close(torch.cat(list(stream.hidden))[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-5)
+    assert torch.equal(stream.hidden[1][mask[2:].bool()], want[2:][mask[2:].bool()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_behind_is_as_if_the_window_ended_there(family):
+    """It needs no mask of the attention: real tokens get what they get in a window of their own length."""
+    model = tiny_model(family)
+    ids, mask = tokens(4, 12), torch.ones(4, 12, dtype=torch.bool)
+    ends = (12, 7, 3, 1)
+    for row, end in enumerate(ends):
+        mask[row, end:] = False
+    stream, layers = stream_of(model, ids, mask)
+    for position in range(len(layers)):
+        list(stream.run(position, keep=True))
+        hidden = torch.cat(list(stream.hidden))
+        for row, end in enumerate(ends):
+            want = outputs_inside(model, layers, ids[row : row + 1, :end])[position][0]
+            # another length is another order of adding up
+            torch.testing.assert_close(hidden[row, :end], want, rtol=1e-4, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor has which is made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for each in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(each, torch.Tensor) and "view" not in str(function) and "expand" not in str(function):
+                self.numbers = max(self.numbers, each.untyped_storage().nbytes() // each.element_size())
+        return found
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_long_windows_take_memory_by_their_length_not_its_square(padded):
+    """What is made on the way, and what is held, is twice as much for windows twice as long or twice as many."""
+    model = tiny_model("mixtral", max_position_embeddings=8192, sliding_window=None)
+    largest, held = {}, {}
+    for n, length in ((2, 2048), (2, 4096), (4, 2048)):
+        ids, mask = tokens(n, length), torch.ones(n, length, dtype=torch.bool)
+        mask[0, length // 2 :] = not padded
+        with Largest() as seen:
+            stream, layers = stream_of(model, ids, mask if padded else None, batch_size=1)
+            for position in range(len(layers)):
+                list(stream.run(position, keep=True))
+        largest[n, length] = seen.numbers
+        held[n, length] = held_bytes(stream)
+    assert largest[2, 4096] <= 2 * largest[2, 2048] < 2048**2
+    assert largest[4, 2048] == largest[2, 2048]
+    assert max(held[2, 4096], held[4, 2048]) <= 2 * held[2, 2048]
+
+
+def test_a_mask_by_layer_type_is_held_once_for_all_windows():
+    """Attention in a sliding window has a mask of [t, t], which no kernel of sdpa does without."""
+    model, length = tiny_model("mixtral"), 512
+    assert model.config.sliding_window < length
+    held = []
+    for n in (2, 6):
+        mask = torch.ones(n, length, dtype=torch.bool)
+        mask[:, length // 2 :] = torch.arange(n)[:, None] % 2 == 0
+        held.append(held_bytes(stream_of(model, tokens(n, length), mask, batch_size=1)[0]))
+    hidden = length * model.config.hidden_size * 4 + length
+    assert length**2 < held[0] and held[1] - held[0] == 4 * hidden
+
+
+def held_bytes(stream):
+    """Of all tensors that a stream holds, each once."""
+    found = {}
+
+    def look(value):
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            look(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for each in value:
+                look(each)
+        elif isinstance(value, LayerCall):
+            look([value.args, value.kwargs])
+
+    look([list(stream.hidden), stream._calls, stream.token_masks])
+    return sum(found.values())
 
 
 class Told:
