@@ -236,7 +236,7 @@ def test_files_are_scored_each_and_all_together(tmp_path, model, tokenizer):
     assert {(event.stage, event.name) for event in events} == {("score a.txt", files[0]), ("score b.jsonl", files[1])}
     shown = got.as_dict()
     assert shown["perplexity"] == got.overall.perplexity
-    read = {"documents": 2, "chats": 0, "chat_template": None}
+    read = {"documents": 2, "chats": 0, "chat_template": None, "left_out": 0}
     assert shown["files"][1] == {"file": files[1], **two.as_dict(), **read}
     assert shown["protocol"] == {"window": 16, "stride": 16, "bos": True}
 
