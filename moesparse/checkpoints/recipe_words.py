@@ -37,7 +37,7 @@ _UPDATES = {
     "none": "keep the values they had",
     "obs": "are updated as SparseGPT does",
     "least-squares": "are solved for again by least squares",
-    "asymmetric": "are solved for again by least squares, down answering for gate and up",
+    "asymmetric": "are solved for again by least squares, with down answering for gate and up,",
     "rescale": "are rescaled, one number for each expert",
     "tune": "are trained together for the output of each expert",
 }
@@ -147,7 +147,7 @@ def _weights(recipe: Mapping[str, Any]) -> str:
     chosen = f", chosen by {rule}" if rule else ""
     chosen += f", seed {recipe.get('seed')}" if rule == "random" else ""
     update = [_UPDATES.get(each, each) for each in str(recipe.get("update") or "none").split("+")]
-    text = f"of the experts, {share}{chosen}; the kept ones {' and '.join(update)}"
+    text = f"of the experts, {share}{chosen}; the kept ones {' and '.join(update)}".rstrip(",")
     if rule == "magnitude" and recipe.get("update") in (None, "none"):
         return text
     if recipe.get("propagate") is False:

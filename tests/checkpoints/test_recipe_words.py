@@ -14,7 +14,7 @@ from moesparse.weights.weight_rules import UPDATE_RULES
     ("recipe", "words"),
     [
         (
-            Recipe(saliency="gated-admm"),
+            Recipe(saliency="gated-admm", update="least-squares+rescale"),
             "Of the experts, 2 of every 4 weights stay (2:4), chosen by gated-admm; the kept ones are solved for again "
             "by least squares and are rescaled, one number for each expert.",
         ),
@@ -43,11 +43,24 @@ from moesparse.weights.weight_rules import UPDATE_RULES
             "m-smoe; those that stay are refitted.",
         ),
         (
-            Recipe("4:8", "gated-admm", experts=0.25, expert_saliency="random", seed=3, expert_mix="equal"),
+            Recipe(
+                "4:8",
+                "gated-admm",
+                "asymmetric+tune",
+                experts=0.25,
+                expert_saliency="random",
+                seed=3,
+                expert_mix="equal",
+            ),
             "25% of the experts of every block are removed, chosen by random, every domain of the text counting the "
             "same, seed 3; those that stay are refitted. Of the experts, 4 of every 8 weights stay (4:8), chosen by "
-            "gated-admm; the kept ones are solved for again by least squares and are rescaled, one number for each "
-            "expert.",
+            "gated-admm; the kept ones are solved for again by least squares, with down answering for gate and up, and "
+            "are trained together for the output of each expert.",
+        ),
+        (
+            Recipe(saliency="wanda", update="asymmetric"),
+            "Of the experts, 2 of every 4 weights stay (2:4), chosen by wanda; the kept ones are solved for again by "
+            "least squares, with down answering for gate and up.",
         ),
         (
             Recipe(target_bytes=0.7, choices=("drop", "2:4"), saliency="sparsegpt", update="obs"),
