@@ -69,7 +69,17 @@ from moesparse.weights.weight_rules import UPDATE_RULES
             "by sparsegpt; the kept ones are updated as SparseGPT does.",
         ),
     ],
-    ids=["default", "ratio", "dense calibration", "removal", "merged", "merged and refitted", "both", "target"],
+    ids=[
+        "default",
+        "ratio",
+        "dense calibration",
+        "removal",
+        "merged",
+        "merged and refitted",
+        "both",
+        "asymmetric",
+        "target",
+    ],
 )
 def test_a_recipe_is_said_in_sentences(recipe, words):
     assert recipe_in_words(recipe.on(None).to_dict()) == words

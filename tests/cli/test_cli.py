@@ -86,7 +86,7 @@ def test_magnitude_plans_to_run_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said", "rules"),
     [
-        ((), True, ("gated-sparsegpt", "least-squares+rescale")),
+        ((), True, ("gated-sparsegpt", "asymmetric+tune")),
         (("--saliency", "wanda", "--update", "none"), False, ("wanda", "none")),
         (("--weights", "none", "--experts", "0.25"), False, (None, None)),
     ],
