@@ -476,7 +476,7 @@ class TestRefusals:
             ),
             (
                 {"mode": "blockwise", "settings": Settings(train="all")},
-                "train must be 'experts' in blockwise mode, which runs nothing else, got 'all'",
+                "train must be 'experts' or 'routers' in blockwise mode, which runs nothing else, got 'all'",
             ),
             ({"settings": Settings(logit_share=1.0), "cache": "c"}, "cache must be None with logit_share 1.0, got c"),
             ({"save_every": 0}, "save_every must be at least 1, got 0"),
@@ -495,7 +495,7 @@ class TestRefusals:
             ({"batch_size": 6, "micro_batch": 4}, "batch_size must be a multiple of micro_batch=4, got 6"),
             ({"expert_weight": -1.0}, "expert_weight must be at least 0"),
             ({"logit_share": 1.5}, "logit_share must be from 0 to 1, got 1.5"),
-            ({"train": "router"}, "train must be one of experts, all, got 'router'"),
+            ({"train": "router"}, "train must be one of experts, all, routers, got 'router'"),
         ):
             with pytest.raises(UsageError, match=message):
                 Settings(**wrong)
