@@ -40,12 +40,13 @@ from benchmarks.peers.table import draw, show
 from benchmarks.results import RESULTS, ResultFile
 from benchmarks.speed.bench_prune import hardware
 from benchmarks.speed.synthetic import make_checkpoint, random_windows
-from benchmarks.studies.weights import WINDOWS, measure
+from benchmarks.studies.testbed import open_testbed
 from moesparse import demo
 
 BATCH = 8
 LENGTH = 256
 COST_WINDOWS = 32
+WINDOWS = 160
 HELDOUT = 24
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -132,7 +133,8 @@ class Part:
             compare = experts_shared if contender.task == "experts" else mask_difference
             row["like"] = {"contender": like.name, **compare(found.model, load(self.out(like, seed)).model)}
         if self.name == "quality":
-            row["perplexity"] = measure(found.model.float(), self.limit)
+            testbed = open_testbed()
+            row["perplexity"] = testbed.score(found.model.float(), testbed.heldout(self.limit)).perplexity
         return row
 
 

@@ -26,8 +26,8 @@ __all__ = ["any_choice", "plan_pruning", "plan_run"]
 # a rule's products with the second moment: 2 * out * in^2 multiply-adds and times for a matrix [out, in]. An update's
 # errors are three; of admm and the conjugate gradients what benchmarks/speed/bench_prune.py measured for 14336 x 4096
 _PRODUCTS = {
-    "admm": 18.0,
-    "gated-admm": 18.0,
+    "admm": 40.0,
+    "gated-admm": 40.0,
     "obs": 3.0,
     "least-squares": 15.0,
     "asymmetric": 15.0,

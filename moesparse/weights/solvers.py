@@ -24,8 +24,7 @@ from moesparse.weights.patterns import Pattern, keep_in_groups, keep_in_rows, ma
 DAMPING = 0.01
 _MAX_DAMPING = 1.0
 _OBS_BLOCK = 128
-# six stages from 0.1 to 1.2, of three products each: as good as six of seven from 0.05 to 1.6
-_ADMM_RHO = (0.1, 0.164, 0.27, 0.444, 0.73, 1.2)
+_ADMM_RHO = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 # buffers beside the moments; large matrices are worked off in slices of rows
 _CPU_BYTES = 1 << 30
@@ -140,11 +139,11 @@ def _pruning_cost(dense: Tensor, push: Tensor, factor: Tensor) -> Tensor:
     return (value * factor.diagonal(dim1=-2, dim2=-1)[..., None]).square_()
 
 
-def admm(weight: Tensor, hessian: Tensor, pattern: Pattern, *, iterations: int = 3, name: str = "weight") -> Tensor:
+def admm(weight: Tensor, hessian: Tensor, pattern: Pattern, *, iterations: int = 7, name: str = "weight") -> Tensor:
     """A mask by ADMM on the layer error: W free, D of the pattern, and W = D enforced ever harder.
 
     Source: ALPS (Meng et al., 2024, arXiv 2406.07831) and Boža (2024, arXiv 2401.02938). The inputs are scaled to a
-    unit diagonal of H first. The penalty rho grows from stage to stage, which finds better masks than any one rho;
+    unit diagonal of H first. The penalty rho doubles from stage to stage, which finds better masks than any one rho;
     a stage inverts H + rho once, and each of its iterations is one product with that inverse.
 
     Args:
