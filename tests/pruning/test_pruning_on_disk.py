@@ -98,7 +98,7 @@ def test_without_text_what_needs_it_is_refused(source, tmp_path):
     for recipe in (Recipe(), Recipe(saliency="magnitude"), Recipe(weights=None, experts=0.25)):
         with pytest.raises(
             CalibrationError,
-            match="only magnitude without an update needs no data|calibration must be windows to refit",
+            match=r"only magnitude without an update needs no data|calibration must be windows to refit",
         ):
             prune_checkpoint(source, tmp_path / "out", None, recipe)
     assert not (tmp_path / "out").exists()
