@@ -14,9 +14,8 @@ from typing import Any
 
 from moesparse.checkpoints.card import card_in_form, is_packed_form
 from moesparse.checkpoints.edit import Surplus, say_surplus
-from moesparse.checkpoints.recipe_words import EXPERT_FIELDS, WEIGHT_FIELDS, merges
+from moesparse.checkpoints.recipe_words import EXPERT_FIELDS, WEIGHT_FIELDS, merges, refits
 from moesparse.system.shards import read_json
-from moesparse.weights.weight_rules import parse_update
 
 __all__ = [
     "EARLIER",
@@ -142,13 +141,9 @@ def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -
     elif "mtp" not in recipe:
         # without a word the layers that predict further tokens may not have stayed
         found.pop("mtp", None)
-    if not prunes and not (removes and (_solves(recipe) or merges(recipe))):
+    if not prunes and not (removes and (refits(recipe) or merges(recipe))):
         found |= {key: before[key] for key in WEIGHT_FIELDS if key in before}
     return found
-
-
-def _solves(recipe: Mapping[str, Any]) -> bool:
-    return parse_update(recipe.get("update") or "none")[0] in ("least-squares", "asymmetric")
 
 
 def noted_with(

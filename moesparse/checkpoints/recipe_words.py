@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["EXPERT_FIELDS", "WEIGHT_FIELDS", "merges", "recipe_in_words"]
+__all__ = ["EXPERT_FIELDS", "WEIGHT_FIELDS", "merges", "recipe_in_words", "refits"]
 
 EXPERT_FIELDS = (
     "experts",
@@ -40,8 +40,9 @@ _UPDATES = {
     "asymmetric": "are solved for again by least squares, with down answering for gate and up,",
     "rescale": "are rescaled, one number for each expert",
     "tune": "are trained together for the output of each expert",
+    "auto": "are solved for again by the rule that suits the data",
 }
-_REFITS = ("least-squares", "asymmetric")
+_REFITS = ("least-squares", "asymmetric", "auto")
 _MTP = {
     "prune": "are pruned like the others",
     "keep": "are kept as they were",
@@ -82,6 +83,11 @@ def merges(recipe: Mapping[str, Any]) -> bool:
     return found not in (None, "remove")
 
 
+def refits(recipe: Mapping[str, Any]) -> bool:
+    """Whether experts that stay are re-solved where a recipe removes others; also by one that was never settled."""
+    return _solver(recipe) in _REFITS
+
+
 def _target(recipe: Mapping[str, Any]) -> str:
     target = recipe.get("target_bytes")
     if target is None:
@@ -119,7 +125,7 @@ def _experts(recipe: Mapping[str, Any]) -> str:
         text += ", super-experts kept whatever their score"
     if recipe.get("divisible_by") is not None:
         text += f", how many stay being a multiple of {recipe['divisible_by']}"
-    if _solver(recipe) in _REFITS:
+    if refits(recipe):
         text += "; those that stay are refitted"
     return text
 

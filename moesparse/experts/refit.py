@@ -371,9 +371,9 @@ def _capture(stream: LayerStream, position: int, block: MoEBlock) -> list[Batch]
 
 
 @contextmanager
-def calls_noted(stream: LayerStream, position: int, block: MoEBlock) -> Iterator[list[Batch]]:
-    """While the body runs a layer once over all batches: of each the fields of `Calls` and the output [T, H], for at
-    most MAX_TOKENS evenly spaced; padding is left out, which the model computes but must not steer a fit.
+def calls_noted(stream: LayerStream, position: int, block: MoEBlock, *, outputs: bool = True) -> Iterator[list[Batch]]:
+    """While the body runs a layer once over all batches: of each the fields of `Calls` and, with `outputs`, the output
+    [T, H], for at most MAX_TOKENS evenly spaced; padding is left out: it is computed, and must not steer a fit.
     """
     every = -(-stream.tokens // MAX_TOKENS)
     parts: list[Batch] = []
@@ -382,7 +382,8 @@ def calls_noted(stream: LayerStream, position: int, block: MoEBlock) -> Iterator
         chosen = slice(None, None, every)
         real = stream.token_mask(len(parts), position)
         keep = slice(None) if real is None else real[chosen].to(call[0].device)
-        parts.append(tuple(tensor.detach()[chosen][keep].clone() for tensor in call))
+        wanted = call if outputs else call[:-1]
+        parts.append(tuple(tensor.detach()[chosen][keep].clone() for tensor in wanted))
 
     with experts_watched(block, note):
         yield parts

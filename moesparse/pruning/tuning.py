@@ -46,6 +46,7 @@ def tune_experts(
     calls: Calls,
     experts: Iterable[int] | None = None,
     *,
+    trained: Sequence[bool] = (True, True),
     epochs: int = EPOCHS,
     seed: int = 0,
 ) -> list[Tuned]:
@@ -56,6 +57,7 @@ def tune_experts(
         dense: its matrices [E, out, in] before them; of the gradient nothing reaches these.
         calls: of its experts, in any dtype, on the CPU or the block's device; ids of E and above are left out.
         experts: which of them train; all when None.
+        trained: of each matrix, whether it does; the other's weights stay as they are.
         epochs: times every token is seen.
         seed: of the order of tokens.
 
@@ -63,17 +65,25 @@ def tune_experts(
         Of each of them the relative errors; an expert with fewer than 2 * HELD_BACK tokens is left as it was.
     """
     chosen = range(block.num_experts) if experts is None else experts
-    return [_tune(block, dense, calls, expert, epochs, seed) for expert in chosen]
+    return [_tune(block, dense, calls, expert, trained, epochs, seed) for expert in chosen]
 
 
-def _tune(block: MoEBlock, dense: Sequence[Tensor], calls: Calls, expert: int, epochs: int, seed: int) -> Tuned:
+def _tune(
+    block: MoEBlock,
+    dense: Sequence[Tensor],
+    calls: Calls,
+    expert: int,
+    trained: Sequence[bool],
+    epochs: int,
+    seed: int,
+) -> Tuned:
     token, slot = (calls.index == expert).nonzero(as_tuple=True)
     if len(token) < 2 * HELD_BACK:
         return None
     device = block.matrices[0].weight.device
     x, gates = calls.hidden[token].to(device), calls.gates[token, slot].to(device).float()
     masters = [matrix.weight[expert].float() for matrix in block.matrices]
-    masks = [weight != 0 for weight in masters]
+    masks = [(weight != 0) & learns for weight, learns in zip(masters, trained, strict=True)]
     with fast_products(block.experts):
         goal = torch.cat([_output(block, expert, rows, [each[expert] for each in dense]) for rows in x.split(4096)])
     x, goal = x.float(), goal.float() * gates[:, None]
@@ -105,7 +115,10 @@ def _train(
 ) -> None:
     """Adam on `weights` in place, over rows (inputs [n, H], gates [n], gated goals [n, H])."""
     x, gates, goal = rows
-    rates = [RATE * float(weight.abs().sum() / mask.sum()) for weight, mask in zip(weights, masks, strict=True)]
+    # a pruned weight, and one of a matrix that does not train, has no gradient: Adam leaves it where it is
+    rates = [
+        RATE * float(weight.abs().sum() / mask.sum().clamp(1)) for weight, mask in zip(weights, masks, strict=True)
+    ]
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     steps = epochs * math.ceil(len(x) / ROWS_IN_A_STEP)
@@ -147,8 +160,8 @@ def _error(block: MoEBlock, expert: int, x: Tensor, gates: Tensor, goal: Tensor,
 
 
 def memory_for_tuning(block: MoEBlock, tokens: int) -> int:
-    """Bytes held at the peak: the dense matrices and the block's calls, and of one expert its float32 weights five
-    times with all tokens that it may get, in and out.
+    """Bytes held at the peak: the dense matrices, the block's calls twice (batch by batch, and joined), and of one
+    expert its float32 weights five times with all tokens that it may get, in and out.
 
     Args:
         block: any.
@@ -159,7 +172,7 @@ def memory_for_tuning(block: MoEBlock, tokens: int) -> int:
     element = block.matrices[0].weight.element_size()
     kept = tokens * (block.hidden_size * element + 12 * (block.top_k or 1))
     rows = min(tokens, 4 * tokens * (block.top_k or 1) // block.num_experts)
-    return sum(sizes) + kept + 20 * one + 12 * rows * block.hidden_size
+    return sum(sizes) + 2 * kept + 20 * one + 20 * rows * block.hidden_size
 
 
 def tuning_flops(block: MoEBlock, tokens: int, epochs: int = EPOCHS) -> float:

@@ -161,6 +161,7 @@ class _LayerPass:
                 recorder.statistics.combine(self.stream.processes)
                 report.rescale = _rescale(block, sums, recorder.statistics)
         for block, report, weights, parts in zip(blocks, measured, before, calls, strict=False):
+            self._tell(f"tune {block.name}", position)
             report.tuned = self._tune(block, weights, parts)
         _round(output, position, blocks, measured)
         if outputs is not None:
@@ -175,13 +176,19 @@ class _LayerPass:
             report.peak_bytes = peak_memory()
         return measured
 
-    def _tune(self, block: MoEBlock, dense: Sequence[torch.Tensor], parts: Sequence[Batch]) -> list[Tuned]:
-        """Train the kept weights; processes take experts of their own, each on the tokens of all."""
+    def _tune(self, block: MoEBlock, dense: Sequence[torch.Tensor], parts: Sequence[Batch]) -> list[Tuned] | None:
+        """Train the kept weights of matrices that are pruned; None where none is.
+
+        Processes take experts of their own, each on the tokens of all.
+        """
+        trained = [self.recipe.pattern_of(block.name, matrix.name) is not None for matrix in block.matrices]
+        if not any(trained):
+            return None
         processes = self.stream.processes
-        given = processes.to_all([batch[:3] for batch in parts])
-        calls = Calls(*(torch.cat(each) for each in zip(*given, strict=True)))
+        calls = Calls(*(torch.cat(each) for each in zip(*processes.to_all(parts), strict=True)))
         mine = processes.own(block.num_experts)
-        found = tune_experts(block, dense, calls, range(mine.start, mine.stop), seed=self.recipe.seed)
+        experts = range(mine.start, mine.stop)
+        found = tune_experts(block, dense, calls, experts, trained=trained, seed=self.recipe.seed)
         for matrix in block.matrices:
             processes.collect(matrix.parameter.detach())
         return [each for part in processes.gather(found) for each in part]
@@ -191,7 +198,7 @@ class _LayerPass:
         """What the blocks are called with while the body runs the layer; nothing where nothing trains on it."""
         with ExitStack() as stack:
             wanted = blocks if self.tunes else ()
-            yield [stack.enter_context(calls_noted(self.stream, position, block)) for block in wanted]
+            yield [stack.enter_context(calls_noted(self.stream, position, block, outputs=False)) for block in wanted]
 
     def _match(self, position: int) -> Callable[[MoEBlock, torch.Tensor], Recorded]:
         """Records a block of the layer with its pruned gate and up, given what they were before."""

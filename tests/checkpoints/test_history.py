@@ -191,6 +191,11 @@ def test_recipes_and_notes_alone():
     note = noted_with({"recipe": old, "kept_experts": {}}, new, None, "1")
     assert note == {"recipe": both, "kept_experts": {}, "version": "1", "earlier": [old]}
     assert noted_with(note, both, None, "1") == note
+    # a recipe as it was written, its rules not chosen yet: those that stay were refitted and hold no pattern
+    written = moesparse.Recipe(weights=None, experts=0.25).to_dict()
+    assert written["update"] == "auto"
+    assert joined_recipe(new, written)["weights"] is None
+    assert joined_recipe(new, {**written, "update": "none"})["weights"] == new["weights"]
 
 
 def test_a_card_stands_behind_the_next_one_once():

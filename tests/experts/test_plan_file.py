@@ -80,7 +80,7 @@ def test_a_plan_is_read_as_it_was_written(plan, tmp_path):
             lambda held: held.update(format="moesparse-scores"),
             'must be a file with "format": "moesparse-plan", got \'moe',
         ),
-        (lambda held: held.update(format_version=3), "must have format_version"),
+        (lambda held: held.update(format_version=3), "must have format_version 1 or 2, got 3"),
         (lambda held: held.update(layers={}), 'must hold "layers", a list of objects'),
         (lambda held: held.update(layers=[]), "must hold layers by ascending number, got"),
         (lambda held: held.update(model=3), 'must hold "model" with experts and sizes'),

@@ -198,3 +198,24 @@ def test_saved_sums_do_not_do():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(UsageError, match="update must be one of"):
         Recipe(update="none+tune")
+
+
+def test_a_matrix_that_stays_dense_stays_as_it_is():
+    dense, model = tiny_model("mixtral"), tiny_model("mixtral")
+    names = [block.name for block in find_moe_blocks(model)]
+    patterns = {names[0]: {"gate_up_proj": "2:4", "down_proj": "dense"}}
+    patterns |= {name: {"gate_up_proj": "dense", "down_proj": "dense"} for name in names[1:]}
+    stages = []
+    report = prune(
+        model,
+        windows(256),
+        Recipe(patterns=patterns, saliency="moe-pruner", update="least-squares+tune"),
+        progress=lambda event: stages.append(event.stage),
+    )
+    for number, (before, after) in enumerate(zip(find_moe_blocks(dense), find_moe_blocks(model), strict=True)):
+        up, down = (torch.equal(a.weight, b.weight) for a, b in zip(before.matrices, after.matrices, strict=True))
+        assert down and up == (number > 0)
+        assert (report.blocks[number].tuned is None) == (number > 0)
+    assert any(report.blocks[0].tuned)
+    # a step that may take minutes is announced
+    assert f"tune {names[0]}" in stages
