@@ -204,7 +204,7 @@ def code(root: Path) -> Iterator[Document]:
                     yield name, text + "\n"
 
 
-class _ManualPage(HTMLParser):
+class ManualPage(HTMLParser):
     """Collects the text of one DocBook page: prose refilled to one line a paragraph, `<pre>` as it stands."""
 
     SKIPPED = frozenset({"navheader", "navfooter", "toc", "titlepage-toc", "indexterm"})
@@ -269,7 +269,7 @@ def manual(root: Path) -> Iterator[Document]:
     for path in sorted((root / "postgresql-doc-15/usr/share/doc/postgresql-doc-15/html").glob("*.html")):
         if path.name in {"bookindex.html", "index.html", "sql-keywords-appendix.html", "legalnotice.html"}:
             continue
-        page = _ManualPage()
+        page = ManualPage()
         page.feed(path.read_text("utf-8"))
         text = page.text()
         if len(text) > 500:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import random
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ DOMAINS = tuple(LICENCES)
 def essay(root: Path) -> Iterator[Document]:
     """An Anarchist FAQ by section: long argued prose of our days."""
     for path in sorted((root / "anarchism/usr/share/doc/anarchism/html").glob("sec*.html")):
-        page = fetch_text._ManualPage()
+        page = fetch_text.ManualPage()
         page.feed(path.read_text("utf-8", errors="ignore"))
         if len(text := page.text()) > 2000:
             yield path.name, text
@@ -106,7 +105,7 @@ def build(folder: Path) -> None:
     for each in (archives, unpacked, folder / "training", folder / "heldout"):
         each.mkdir(parents=True, exist_ok=True)
     for archive in ARCHIVES:
-        _unpack(archive, fetch_text.download(archive, archives), unpacked)
+        fetch_text.unpack(archive, fetch_text.download(archive, archives), unpacked)
     documents = {name: [text for _, text in extract(unpacked)] for name, extract in EXTRACTORS.items()}
     held, documents["essay"] = build_text.hold_out(documents["essay"], random.Random("0:heldout:essay"))
     texts = {name: _shipped(name) for name in demo.DOMAINS} | {"essay": "\n".join(held)}
@@ -130,16 +129,6 @@ def build(folder: Path) -> None:
         size = target.stat().st_size / 1e6
         print(f"{name:12s} {size:6.2f} MB of training text, {dropped} characters dropped as held out; {LICENCES[name]}")
     (folder / "finished").touch()
-
-
-def _unpack(archive: Archive, path: Path, folder: Path) -> None:
-    if archive.kind == "debian":
-        fetch_text.unpack(archive, path, folder)
-    elif not (folder / archive.package).exists():
-        with tarfile.open(path) as tar:
-            # the tests of a web framework hold odd file names on purpose
-            members = [each for each in tar.getmembers() if each.isfile() and each.name.endswith((".py", ".txt"))]
-            tar.extractall(folder / archive.package, members=members, filter="data")
 
 
 def _shipped(domain: str) -> str:

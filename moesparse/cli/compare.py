@@ -13,7 +13,7 @@ import typer
 from moesparse.cli import options
 from moesparse.cli.console import console, print_json, quiet_libraries, with_schema
 from moesparse.cli.job import refuse_several, saying_what_is_left
-from moesparse.cli.options import CHAT_HELP, RESULT, RUN, check_output_file, option, resolve_device
+from moesparse.cli.options import RESULT, RUN, SCORED, check_output_file, option, resolve_device
 from moesparse.cli.show_comparison import show_comparison
 from moesparse.cli.text import EMBEDDED_LENGTH, held_out_texts, tell_embedded, tell_read
 from moesparse.cli.voice import shown_progress
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moesparse.models.on_disk import LayersOnDisk
     from moesparse.text import TextSource
 
-_TEXT, _WRITE = "Text", "Continuations"
+_WRITE = "Continuations"
 _PROMPTS, _PROMPT_TOKENS = 24, 32
 
 
@@ -39,15 +39,12 @@ def compare(
             "domain. Repeat."
         ),
     ] = None,
-    chat: Annotated[bool, option(_TEXT, CHAT_HELP, "--chat")] = False,
-    length: Annotated[
-        int | None,
-        option(_TEXT, "Tokens in a window (2048; 256 for the embedded text); bounded by the context.", min=2),
-    ] = None,
+    chat: options.ScoredChat = False,
+    length: options.ScoredLength = None,
     languages: Annotated[
         bool,
         option(
-            _TEXT,
+            SCORED,
             "Also compare on the beginning of the Universal Declaration of Human Rights in twenty languages, which are "
             "reported by themselves (the default).",
             "--languages/--no-languages",

@@ -10,14 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moesparse.cli import options
 from moesparse.cli.console import print_json, quiet_libraries, with_schema
-from moesparse.cli.options import CHAT_HELP, check_output_file, model_source, option, resolve_device
+from moesparse.cli.options import SCORED, check_output_file, model_source, option, resolve_device
 from moesparse.cli.text import EMBEDDED_LENGTH, embedded_texts, held_out_texts, tell_embedded
 from moesparse.cli.voice import shown_progress
 from moesparse.errors import UsageError
 from moesparse.progress import ProgressEvent
 
-_TEXT, _TASKS = "Text", "Tasks"
+_TASKS = "Tasks"
 
 
 def evaluate(
@@ -29,14 +30,11 @@ def evaluate(
             "Repeat."
         ),
     ] = None,
-    chat: Annotated[bool, option(_TEXT, CHAT_HELP, "--chat")] = False,
-    length: Annotated[
-        int | None,
-        option(_TEXT, "Tokens in a window (2048; 256 for the embedded text); bounded by the context.", min=2),
-    ] = None,
+    chat: options.ScoredChat = False,
+    length: options.ScoredLength = None,
     stride: Annotated[
         int | None,
-        option(_TEXT, "Tokens from one window's start to the next; the window's length if left out.", min=1),
+        option(SCORED, "Tokens from one window's start to the next; the window's length if left out.", min=1),
     ] = None,
     tasks: Annotated[
         list[str] | None,

@@ -190,6 +190,13 @@ Calibration = Annotated[
 ]
 CHAT_HELP = "Records may be chats ('messages' or 'conversations'): the tokenizer's chat template makes text of them."
 Chat = Annotated[bool, option(TEXT, CHAT_HELP, "--chat")]
+SCORED = "Text"
+"""The panel of commands that score text."""
+ScoredChat = Annotated[bool, option(SCORED, CHAT_HELP, "--chat")]
+ScoredLength = Annotated[
+    int | None,
+    option(SCORED, "Tokens in a window (2048; 256 for the embedded text); bounded by the context.", min=2),
+]
 Pack = Annotated[
     bool,
     option(
