@@ -1,4 +1,4 @@
-"""Which expert criterion keeps the most: every one of them on one testbed, agnostic and per domain.
+"""Which expert criterion keeps the most: every one of them on the embedded model, agnostic and per domain.
 
     python -m benchmarks.studies.experts                    # about a quarter of an hour on one core
     python -m benchmarks.studies.experts --quick            # one seed, few windows, nothing written
