@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate, activate_rows
+from .launch_order import block_and_tile
 from .schedule import Routing
 from .tuning import GroupedConfig
 
@@ -58,12 +59,7 @@ def _grouped_dense_kernel(
     STAGES: tl.constexpr,
 ):
     """Grid (num_blocks * tiles, split_k): one program makes a block of rows by BLOCK_N weight rows."""
-    # group_m blocks walk the weight together, so that a tile read by one is in L2 for the others
-    pid = tl.program_id(0)
-    group = pid // (group_m * tiles)
-    blocks_here = tl.minimum(num_blocks - group * group_m, group_m)
-    block = group * group_m + (pid % (group_m * tiles)) % blocks_here
-    tile = (pid % (group_m * tiles)) // blocks_here
+    block, tile = block_and_tile(tl.program_id(0), tiles, num_blocks, group_m)
     expert = tl.load(block_expert_ptr + block).to(tl.int64)
     if expert < 0:
         return

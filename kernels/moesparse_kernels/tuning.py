@@ -32,11 +32,16 @@ from typing import Any
 
 import torch
 
+from .schedule import block_bound
+
 __all__ = ["GroupedConfig", "backend_from_table", "block_m_for", "config_folder", "grouped_config"]
 
 # programs wanted for each multiprocessor before the reduction is split further
 _WAVES = 2
 _MAX_SPLITS = 8
+# Blocks that walk the weight together. Where they are all of them, as in decode of few experts, no weight is read
+# twice; more would sweep the rows of too many experts out of L2 (tests/kernels/l2.py).
+_GROUP_M = 32
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,6 @@ def _split_k(programs: int, k_steps: int, device: torch.device) -> int:
 
 
 def _heuristic(op: str, rows: int, num_experts: int, n: int, k: int, device: torch.device) -> GroupedConfig:
-    touched = max(1, min(rows, num_experts))
     if op.endswith("_nm"):
         block_m = block_m_for(rows, num_experts, largest=64)
         swap = _has_wgmma(device) and block_m >= 32
@@ -137,9 +141,10 @@ def _heuristic(op: str, rows: int, num_experts: int, n: int, k: int, device: tor
             base = GroupedConfig(block_m, block_n=128, block_k=128, num_stages=3)
         else:
             base = GroupedConfig(block_m, block_n=128, block_k=64, num_warps=4 if block_m == 64 else 8, num_stages=3)
-    blocks = touched + (rows - touched) // block_m
+    blocks = block_bound(rows, num_experts, block_m)
     split_k = _split_k(blocks * math.ceil(n / base.block_n), math.ceil(k / base.block_k), device)
-    group_m = min(8, max(1, blocks // touched))
+    # up to block_m rows no expert can have a second block
+    group_m = min(_GROUP_M, blocks) if rows > block_m else 1
     return GroupedConfig(**{**vars(base), "split_k": split_k, "group_m": group_m})
 
 
