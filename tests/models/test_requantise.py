@@ -10,7 +10,7 @@ from moesparse.models.formats.base import CODES, SCALE
 from moesparse.models.formats.fp8_block import Fp8Block
 from moesparse.models.formats.gptq import Gptq
 from moesparse.models.formats.int4_packed import Int4Packed
-from moesparse.models.formats.numbers import FP4_VALUES, scales_of
+from moesparse.weights.codes import FP4_VALUES, scales_of
 
 E4M3 = torch.arange(256, dtype=torch.uint8)[torch.arange(256) & 127 != 127].view(torch.float8_e4m3fn).float().tolist()
 

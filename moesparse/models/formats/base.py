@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import CheckpointError
-from moesparse.models.formats.numbers import where_stored
 from moesparse.system.shards import TensorInfo
+from moesparse.weights.codes import where_stored
 
 __all__ = ["CODES", "SCALE", "Coded", "Format", "Infos", "Parts", "expect"]
 

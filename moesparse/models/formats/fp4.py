@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from moesparse.errors import CheckpointError
 from moesparse.models.formats.base import CODES, SCALE, Coded, Infos, Parts, expect
-from moesparse.models.formats.numbers import (
+from moesparse.weights.codes import (
     FP4_VALUES,
     nearest_fp4,
+    of_fp4,
     pack_nibbles,
     reduced,
     scales_near,
@@ -45,10 +45,7 @@ class Fp4(Coded):
         return unpack_nibbles(parts[CODES])
 
     def values(self, codes: Tensor, parts: Parts) -> Tensor:
-        table = torch.tensor(FP4_VALUES, device=codes.device)
-        # indexing with a tensor takes twice the time of index_select
-        values = table.index_select(0, codes.flatten().int()).view(codes.shape)
-        return values.mul_(spread(self.scales(parts), self.group, codes.shape[-1], -1))
+        return of_fp4(codes).mul_(spread(self.scales(parts), self.group, codes.shape[-1], -1))
 
     def scales(self, parts: Parts) -> Tensor:
         """float32 (..., out, in / group)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesparse.models.formats.base import CODES, SCALE, Coded, Parts
-from moesparse.models.formats.numbers import FP8_MAX, nearest_fp8, reduced, scales_near, scales_of, spread
+from moesparse.weights.codes import FP8_MAX, nearest_fp8, of_fp8, reduced, scales_near, scales_of, spread
 
 __all__ = ["Fp8"]
 
@@ -25,7 +25,7 @@ class Fp8(Coded):
         return parts[CODES].view(torch.uint8)
 
     def values(self, codes: Tensor, parts: Parts) -> Tensor:
-        return codes.view(torch.float8_e4m3fn).float().mul_(self._scales(codes, parts))
+        return of_fp8(codes).mul_(self._scales(codes, parts))
 
     def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
         return nearest_fp8((weight / self._scales(weight, parts)).nan_to_num(0))

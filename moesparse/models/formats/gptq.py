@@ -8,8 +8,8 @@ from torch import Tensor
 from moesparse.errors import CheckpointError, UnsupportedModelError
 from moesparse.models.formats.base import CODES, SCALE, Infos, Parts, expect
 from moesparse.models.formats.integers import ZERO
-from moesparse.models.formats.numbers import pack_words, unpack_words
 from moesparse.models.formats.words import Words
+from moesparse.weights.codes import pack_words, unpack_words
 
 __all__ = ["Gptq"]
 

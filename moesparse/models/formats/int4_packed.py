@@ -8,7 +8,7 @@ from torch import Tensor
 from moesparse.errors import CheckpointError
 from moesparse.models.formats.base import CODES, SCALE, Infos, Parts, expect
 from moesparse.models.formats.integers import ZERO, Integers
-from moesparse.models.formats.numbers import pack_words, reduced, spread, unpack_words
+from moesparse.weights.codes import pack_words, reduced, spread, unpack_words
 
 __all__ = ["Int4Packed"]
 

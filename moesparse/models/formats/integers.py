@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesparse.models.formats.base import SCALE, Coded, Parts
-from moesparse.models.formats.numbers import scales_near, scales_of
+from moesparse.weights.codes import nearest_integers, scales_near, scales_of
 
 __all__ = ["ZERO", "Integers"]
 
@@ -47,8 +47,7 @@ class Integers(Coded):
 
     def nearest(self, weight: Tensor, parts: Parts) -> Tensor:
         scale, zero = self._scale_and_zero(weight, parts)
-        codes = (weight / scale).nan_to_num(0).round() + zero
-        return codes.clamp(0, 2**self.bits - 1).to(torch.uint8)
+        return nearest_integers((weight / scale).nan_to_num(0), zero, self.bits)
 
     def remade(self, weight: Tensor, parts: Parts) -> Iterator[Parts]:
         """Codes reach from the smallest to the largest weight and hold zero, as in compressed-tensors."""

@@ -13,6 +13,9 @@ __all__ = [
     "FP8_MAX",
     "nearest_fp4",
     "nearest_fp8",
+    "nearest_integers",
+    "of_fp4",
+    "of_fp8",
     "pack_nibbles",
     "pack_words",
     "reduced",
@@ -42,9 +45,29 @@ def nearest_fp4(values: Tensor) -> Tensor:
     return (code + values.signbit() * 8).to(torch.uint8)
 
 
+def of_fp4(codes: Tensor) -> Tensor:
+    """The way back: uint8 -> float32 of the same shape."""
+    table = torch.tensor(FP4_VALUES, device=codes.device)
+    # indexing with a tensor takes twice the time of index_select
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
 def nearest_fp8(values: Tensor) -> Tensor:
     """float32 -> uint8, the bytes of the nearest E4M3 numbers, those beyond 448 of 448."""
     return values.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def of_fp8(codes: Tensor) -> Tensor:
+    """The way back: uint8 -> float32."""
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+def nearest_integers(values: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """float32 -> uint8, the nearest integers and a zero point, those beyond 0 and 2^bits - 1 of these; ties to even.
+
+    The way back is the code less the zero point.
+    """
+    return (values.round() + zero).clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def unpack_nibbles(data: Tensor) -> Tensor:
