@@ -1,4 +1,4 @@
-"""Seconds and peak memory of every mask rule and weight rule, on whole expert matrices.
+"""Seconds and peak memory of every mask rule, weight rule and value rule, on whole expert matrices.
 
     python benchmarks/speed/bench_prune.py                     # the embedded model and a slice of Mixtral-8x7B's up
     python benchmarks/speed/bench_prune.py --shapes mixtral-up # all of it: 14336 x 4096; mixtral-down has 14336 inputs
@@ -7,7 +7,8 @@
 The baseline of a mask from a score is the plain way: a stable sort of every row (or group) and a scatter of the first
 columns. It gives the same mask, which is checked before anything is timed. Weights are random; the inputs are
 correlated with a spectrum that decays as 1/k, and the gates lie between 0 and 1. Statistics are made outside the clock.
-A mask rule is timed with its scores, a weight rule on moe-pruner's mask. The slice of Mixtral is an eighth of its rows:
+A mask rule is timed with its scores, a weight rule on moe-pruner's mask, a value rule on what least squares makes of
+that; its error is that of rounding alone. The slice of Mixtral is an eighth of its rows:
 rows are independent, so all but the factorisations scale with them.
 
 Times are medians with the 20-80% range over the repeats, after one call that is not timed unless --repeats is 1; CPU
@@ -37,7 +38,9 @@ from torch import Tensor
 from moesparse.system.memory import peak_memory, reset_peak_memory
 from moesparse.weights.mask_rules import MASK_RULES, choose_masks, obs_gate
 from moesparse.weights.patterns import Pattern, check_mask, mask_from_score
-from moesparse.weights.weight_rules import UPDATE_RULES, Update, update_weights
+from moesparse.weights.value_formats import ValueFormat
+from moesparse.weights.value_rules import VALUE_RULES, ValueChoice, choose_values
+from moesparse.weights.weight_rules import UPDATE_RULES, Update, output_energy, update_weights
 
 # experts, out_features, in_features; what the matrix reads
 SHAPES = {
@@ -126,6 +129,7 @@ class Case:
     pattern: Pattern
     masks: list[str]
     updates: list[str]
+    values: list[str]
     repeats: int
 
     def measure(self, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -176,13 +180,29 @@ class Case:
                 "error": float(error.mean()) if error is not None else None,
             }
 
+    def value(self, weight: Tensor, rule: str, format: ValueFormat) -> ValueChoice:
+        choice = choose_values(weight, rule, format, self.sums, "activation")
+        if not check_mask(choice.quantised.dequantise(), self.pattern).holds:
+            raise SystemExit(f"{rule} at {self.pattern}: the pattern does not hold")
+        return choice
+
+    def value_rows(self) -> Iterator[dict[str, Any]]:
+        """Every value rule on least squares' weights."""
+        weight = self.update(self.mask("moe-pruner"), "least-squares").weight
+        for name in self.values:
+            for rule in VALUE_RULES:
+                choice, figures = self.measure(partial(self.value, weight, rule, ValueFormat.parse(name)))
+                moment = self.sums.gated_moment["activation"]
+                off, whole = (output_energy(each, moment) for each in (weight - choice.quantised.dequantise(), weight))
+                yield {"step": f"values {name}", "rule": rule, **figures, "error": float((off / whole).sqrt().mean())}
+
 
 def rows(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     for shape in args.shapes:
         weight, sums = synthetic(SHAPES[shape], device)
         for pattern in map(Pattern.parse, args.patterns):
-            case = Case(weight, sums, pattern, args.masks, args.updates, args.repeats)
-            for row in chain(case.selection_rows(), case.mask_rows(), case.update_rows()):
+            case = Case(weight, sums, pattern, args.masks, args.updates, args.values, args.repeats)
+            for row in chain(case.selection_rows(), case.mask_rows(), case.update_rows(), case.value_rows()):
                 yield {"shape": shape, "size": list(weight.shape), "pattern": str(pattern), **row}
 
 
@@ -226,6 +246,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--updates", nargs="*", choices=UPDATE_RULES, default=["none", "rescale", "obs", "least-squares"]
     )
+    parser.add_argument("--values", nargs="*", default=["int4:64"], help="formats of values")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's own")
     parser.add_argument("--device", default="cpu")

@@ -106,7 +106,7 @@ def choose_masks(
     choice = _RULES[rule].choose(_Request(weight, pattern, stats, input, seed, damping, keep_solved, name, first))
     if rule in ("magnitude", "random"):
         return choice
-    fallback = _unseen(stats, input)
+    fallback = unseen_experts(stats, input)
     for expert in fallback:
         choice.mask[expert] = mask_from_score(weight[expert].abs(), pattern, name=name)
         if choice.solved is not None:
@@ -146,7 +146,7 @@ def prune_in_place(
     fallback: tuple[int, ...] = ()
     scale = None
     if rule != "magnitude":
-        scale, fallback = _column_norm(rule, stats, input).to(weight.device), _unseen(stats, input)
+        scale, fallback = _column_norm(rule, stats, input).to(weight.device), unseen_experts(stats, input)
         if not all_finite(scale):
             raise MoESparseError(f"{name}: the statistics must be finite, got inf or NaN")
         scale[list(fallback)] = 1.0
@@ -245,7 +245,7 @@ def _column_norm(rule: str, stats: Statistics, input: str) -> Tensor:
     return energy[input].sqrt().float()
 
 
-def _unseen(stats: Statistics, input: str) -> tuple[int, ...]:
+def unseen_experts(stats: Statistics, input: str) -> tuple[int, ...]:
     """Experts without tokens, or with zeros only: all their scores are equal, which would prune by index order."""
     unseen = (stats.tokens.cpu() == 0) | (stats.energy[input].cpu().sum(-1) == 0)
     return tuple(unseen.nonzero().flatten().tolist())

@@ -13,7 +13,7 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -74,6 +74,10 @@ def factorise(hessian: Tensor, damping: float = DAMPING) -> tuple[Tensor, list[f
     return torch.stack(factors), dampings
 
 
+Settle = Callable[[int, slice, Tensor], Tensor]
+"""(column, rows, its best values [E, rows]) -> the values that it gets."""
+
+
 def obs(weight: Tensor, factor: Tensor, choice: Pattern | Tensor) -> tuple[Tensor, Tensor]:
     """SparseGPT: walk the columns, prune, and let the columns to the right make up for the error.
 
@@ -96,11 +100,37 @@ def obs(weight: Tensor, factor: Tensor, choice: Pattern | Tensor) -> tuple[Tenso
     updated = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows in row_slices(weight):
         part = choice if isinstance(choice, Pattern) else choice[:, rows]
-        mask[:, rows], updated[:, rows] = _obs_rows(weight[:, rows], factor, part)
+        mask[:, rows], updated[:, rows], _ = _obs_rows(weight[:, rows], factor, part)
     return mask, updated
 
 
-def _obs_rows(weight: Tensor, factor: Tensor, choice: Pattern | Tensor) -> tuple[Tensor, Tensor]:
+def obs_rounded(weight: Tensor, factor: Tensor, mask: Tensor, settle: Settle) -> tuple[Tensor, Tensor]:
+    """GPTQ (Frantar et al., 2022, arXiv 2210.17323): the walk of `obs` with every column rounded when it is settled.
+
+    Args:
+        weight: [E, out, in].
+        factor: [E, in, in], from `factorise`.
+        mask: bool [E, out, in]; what is pruned and was zero before takes no error.
+        settle: rounds the values of a column.
+
+    Returns:
+        (the rounded weights, zero where pruned; diag(e H e^T) [E, out] float64, the damped layer error of each row).
+    """
+    updated = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    error = torch.empty(weight.shape[:2], dtype=torch.float64, device=weight.device)
+    for rows in row_slices(weight):
+        found = _obs_rows(weight[:, rows], factor, mask[:, rows], settle, rows)
+        _, updated[:, rows], error[:, rows] = found
+    return updated, error
+
+
+def _obs_rows(
+    weight: Tensor,
+    factor: Tensor,
+    choice: Pattern | Tensor,
+    settle: Settle | None = None,
+    rows_at: slice | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     in_features = weight.shape[-1]
     pattern = choice if isinstance(choice, Pattern) else None
     # columns are rows here, so that each step runs over contiguous memory
@@ -108,6 +138,7 @@ def _obs_rows(weight: Tensor, factor: Tensor, choice: Pattern | Tensor) -> tuple
     error = torch.empty_like(dense)
     keep = choice.mT.contiguous() if isinstance(choice, Tensor) else torch.empty_like(dense, dtype=torch.bool)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    cost = torch.zeros(dense[:, 0].shape, dtype=torch.float64, device=weight.device)
     kept = 0 if pattern is None else pattern.kept(in_features)
     n, m = (pattern.group if pattern else None) or (0, 1)
     for start in range(0, in_features, _OBS_BLOCK):
@@ -127,10 +158,15 @@ def _obs_rows(weight: Tensor, factor: Tensor, choice: Pattern | Tensor) -> tuple
                 score = _pruning_cost(dense[:, group], push[:, i : i + m], factor[:, group, group])
                 keep[:, group] = keep_in_groups(score.transpose(0, 1), n).transpose(0, 1)
             # a kept column moves by push / R_kk, a pruned one loses its weight
-            step = torch.where(keep[:, k], push[:, i] / -diagonal[:, k, None], dense[:, k])
+            step = push[:, i] / -diagonal[:, k, None]
+            if settle is not None and rows_at is not None:
+                step = dense[:, k] - settle(k, rows_at, dense[:, k] - step)
+            step = torch.where(keep[:, k], step, dense[:, k])
             error[:, k] = step
+            if settle is not None:
+                cost += torch.addcmul(push[:, i], step, diagonal[:, k, None]).square_()
             push[:, i + 1 :].baddbmm_(factor[:, k, k + 1 : stop, None], step[:, None])
-    return keep.mT, (dense - error).masked_fill_(~keep, 0.0).mT
+    return keep.mT, (dense - error).masked_fill_(~keep, 0.0).mT, cost
 
 
 def _pruning_cost(dense: Tensor, push: Tensor, factor: Tensor) -> Tensor:
@@ -222,6 +258,18 @@ def _least_squares_rows(weight: Tensor, mask: Tensor, matrix: Tensor, iterations
             break
         direction = preconditioned.addcmul_(torch.where(previous > 0, norm / previous, 0.0), direction)
     return solution
+
+
+def factor_error(difference: Tensor, factor: Tensor) -> Tensor:
+    """diag(D H D^T) = |D R|^2 of each row, [E, out] float64, from the triangular factor: half of `row_error`."""
+    size = difference.shape[-1]
+    found = torch.zeros(difference.shape[:2], dtype=torch.float64, device=difference.device)
+    for rows in row_slices(difference):
+        for start in range(0, size, 8 * _OBS_BLOCK):
+            stop = min(start + 8 * _OBS_BLOCK, size)
+            part = difference[:, rows, :stop] @ factor[:, :stop, start:stop]
+            found[:, rows] += part.square_().sum(-1, dtype=torch.float64)
+    return found
 
 
 def row_error(difference: Tensor, moment: Tensor) -> Tensor:

@@ -88,6 +88,14 @@ class Quantised:
     codes: Tensor
     scales: Scales | None
 
+    def __getitem__(self, experts: int | slice) -> Quantised:
+        """Of some of the first dim, as views."""
+        scales = self.scales
+        if scales is not None:
+            found = (None if each is None else each[experts] for each in (scales.zero, scales.whole))
+            scales = Scales(scales.stored[experts], *found)
+        return Quantised(self.format, self.codes[experts], scales)
+
     def dequantise(self) -> Tensor:
         """float32 of the weights' shape."""
         return self.format.values(self.codes, self.scales)
@@ -210,49 +218,63 @@ class ValueFormat:
             return Scales(power.to(torch.uint8).view(torch.float8_e8m0fnu))
         steps = 2**self.bits - 1
         if self.zero_point:
-            wanted = _nonzero((high - low) * reach / steps).bfloat16()
-            zero = (-low * reach / wanted.float()).nan_to_num(0, 0, 0).round().clamp(0, steps)
-            return Scales(wanted, zero.to(torch.uint8))
+            stored = _stored((high - low) * reach / steps, torch.bfloat16)
+            zero = (-low * reach / stored.float()).round().clamp(0, steps)
+            return Scales(stored, zero.to(torch.uint8))
         if self.kind == "int":
-            return Scales(_nonzero(largest * 2 / steps).bfloat16())
+            return Scales(_stored(largest * 2 / steps, torch.bfloat16))
         if self.kind == "fp8":
-            return Scales(_nonzero(largest / FP8_MAX).bfloat16())
+            return Scales(_stored(largest / FP8_MAX, torch.bfloat16))
         assert whole is not None
-        wanted = _nonzero(largest / max(FP4_VALUES) * whole).clamp(max=FP8_MAX)
-        return Scales(wanted.to(torch.float8_e4m3fn), whole=whole)
+        wanted = (largest / max(FP4_VALUES) * whole).clamp(max=FP8_MAX)
+        return Scales(_stored(wanted, torch.float8_e4m3fn), whole=whole)
 
     def nearest(self, weight: Tensor, scales: Scales | None) -> Tensor:
         """The nearest codes of float32 weights [..., out, in]; zero has the code of zero."""
         if scales is None:
             return weight.bfloat16()
         scale, zero = self.spread(scales, weight.shape)
-        return self.nearest_units((weight / scale).nan_to_num(0, 0, 0), zero)
+        return self.nearest_units(weight / scale, zero)
 
     def values(self, codes: Tensor, scales: Scales | None) -> Tensor:
-        """What codes stand for: float32."""
+        """What codes stand for: float32, and every zero is the positive one."""
         if scales is None:
-            return codes.float()
+            return codes.float().add_(0.0)
         scale, zero = self.spread(scales, codes.shape)
-        return self.units(codes, zero).mul_(scale)
+        return self.units(codes, zero).mul_(scale).add_(0.0)
 
     def spread(self, scales: Scales, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(float32 scale, float32 zero point) of every weight; the second is one number where codes are symmetric."""
-        return self._spread(scales.values, shape), self._zeros(scales, shape)
+        zero = self.zeros(scales)
+        return self._spread(scales.values, shape), zero if zero.ndim == 0 else self._spread(zero, shape)
 
-    def _zeros(self, scales: Scales, shape: Sequence[int]) -> Tensor:
+    def zeros(self, scales: Scales) -> Tensor:
+        """float32 zero points, the shape of the scales, or one number where codes are symmetric."""
         if scales.zero is None:
             return torch.tensor(float(2 ** (self.bits - 1)), device=scales.stored.device)
-        return self._spread(scales.zero.float(), shape)
+        return scales.zero.float()
+
+    def by_rows(self, each: Tensor, rows: int) -> Tensor:
+        """What there is one of for each scale, for every one of some rows: [..., rows, column blocks]."""
+        return each if self.rows == 1 else spread(each, self.rows, rows, -2)
 
     def _spread(self, each: Tensor, shape: Sequence[int]) -> Tensor:
-        rows = each if self.rows == 1 else spread(each, self.rows, shape[-2], -2)
-        return spread(rows, self.columns or shape[-1], shape[-1], -1)
+        return spread(self.by_rows(each, shape[-2]), self.columns or shape[-1], shape[-1], -1)
 
     def nearest_units(self, units: Tensor, zero: Tensor) -> Tensor:
         """Codes of weights over their scale, float32 of any shape."""
         if self.kind == "int":
             return nearest_integers(units, zero, self.bits)
         return nearest_fp8(units) if self.kind == "fp8" else nearest_fp4(units)
+
+    def rounded_(self, units: Tensor, zero: Tensor) -> Tensor:
+        """`units` of `nearest_units`, in place where that is fewer passes."""
+        if self.kind != "int":
+            return self.units(self.nearest_units(units, zero), zero)
+        top = 2**self.bits - 1
+        if zero.ndim == 0:
+            return units.round_().clamp_(-(top + 1) // 2, top // 2)
+        return units.round_().add_(zero).clamp_(0, top).sub_(zero)
 
     def units(self, codes: Tensor, zero: Tensor) -> Tensor:
         """The way back: float32, values over their scale."""
@@ -276,9 +298,9 @@ class ValueFormat:
         return Quantised(self, self.nearest(weight.float(), scales), scales)
 
 
-def _nonzero(scale: Tensor) -> Tensor:
-    """A scale for weights that are all zero, too."""
-    return torch.where(scale == 0, 1.0, scale)
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scale as it is stored; 1 where that would be zero, for weights that are all zero or next to it."""
+    return torch.where(scale.to(dtype).float() == 0, 1.0, scale).to(dtype)
 
 
 _NAMED = {

@@ -23,12 +23,25 @@ def test_quick_prints_one_object_with_every_rule(bench, capsys):
     assert all(row.keys() >= {"cpu", "threads", "torch", "commit"} for row in result["rows"])
     rules = {(row["step"], row["rule"]) for row in result["rows"]}
     assert rules >= {("mask", "gated-admm"), ("mask", "magnitude"), ("weights", "obs"), ("weights", "least-squares")}
+    assert rules >= {("values int4:64", "rtn-mse"), ("values int4:64", "gated-gptq")}
     assert all(row["seconds"] > 0 for row in result["rows"])
 
 
 def test_a_result_file_keeps_the_rows_of_earlier_runs(bench, tmp_path):
     for rule in ("wanda", "magnitude", "wanda"):
-        arguments = ["--shapes", "tiny", "--patterns", "2:4", "--masks", rule, "--updates", "none", "--repeats", "1"]
+        arguments = [
+            "--shapes",
+            "tiny",
+            "--patterns",
+            "2:4",
+            "--masks",
+            rule,
+            "--updates",
+            "none",
+            "--values",
+            "--repeats",
+            "1",
+        ]
         bench["main"]([*arguments, "--out", str(tmp_path)])
     (file,) = tmp_path.rglob("bench_prune.json")
     rules = [row["rule"] for row in json.loads(file.read_text())["rows"]]
