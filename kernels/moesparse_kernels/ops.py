@@ -2,7 +2,8 @@
 
 Triton serves tensors on a CUDA or ROCm device, and every tensor under TRITON_INTERPRET=1; plain torch serves the rest.
 The ops are registered as `torch.ops.moesparse.*` with fakes, so torch.compile(fullgraph=True), export, fake tensors and
-CUDA graph capture work. Gradients do not flow through them.
+CUDA graph capture work. Gradients do not flow through them. Triton launches on the current device, so every op makes
+that of its tensors the current one.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def _energy(
 
     if x.stride(-1) != 1:
         x = x.contiguous()
-    return energy.column_energy(x, offsets, gates, order, top_k, both)
+    with torch.cuda.device_of(x):
+        return energy.column_energy(x, offsets, gates, order, top_k, both)
 
 
 @torch.library.custom_op("moesparse::column_energy", mutates_args=())
@@ -251,7 +253,8 @@ def _nm_prune_op(weight: torch.Tensor, scale: torch.Tensor, n: int, m: int) -> t
         return reference.nm_prune(weight, scale, n, m)
     from . import select
 
-    return select.nm_prune(weight, scale, n, m)
+    with torch.cuda.device_of(weight):
+        return select.nm_prune(weight, scale, n, m)
 
 
 @_nm_prune_op.register_fake
@@ -265,7 +268,8 @@ def _nm_prune_packed_op(weight: torch.Tensor, scale: torch.Tensor, n: int, m: in
         return reference.nm_prune_packed(weight, scale, n, m)
     from . import select
 
-    return select.nm_prune_packed(weight, scale, n, m)
+    with torch.cuda.device_of(weight):
+        return select.nm_prune_packed(weight, scale, n, m)
 
 
 @_nm_prune_packed_op.register_fake
@@ -332,7 +336,8 @@ def _row_topk_op(weight: torch.Tensor, scale: torch.Tensor, keep: int) -> torch.
 
     if weight.shape[-1] > threshold.MAX_COLUMNS:
         return reference.row_topk(weight, scale, keep)
-    return threshold.row_topk(weight, scale, keep)
+    with torch.cuda.device_of(weight):
+        return threshold.row_topk(weight, scale, keep)
 
 
 @_row_topk_op.register_fake
@@ -381,7 +386,8 @@ def route_inside(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> R
 
 @torch.library.custom_op("moesparse::route", mutates_args=())
 def _route_op(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> torch.Tensor:
-    return _sorted_slots(top_k_index, num_experts, block_m)
+    with torch.cuda.device_of(top_k_index):
+        return _sorted_slots(top_k_index, num_experts, block_m)
 
 
 @_route_op.register_fake
