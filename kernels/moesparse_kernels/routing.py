@@ -24,7 +24,7 @@ __all__ = ["sort_slots"]
 
 # slots ranked at a time by comparing every pair of them; fewer when there are many experts, or the tables of slots by
 # experts do not fit the registers
-_SUB = 128
+_SUB = 64
 _SUB_TIMES_EXPERTS = 8192
 # slots one program sorts alone; more are cut into at most _MAX_CHUNKS pieces
 _CHUNK = 1024
@@ -39,13 +39,14 @@ def _experts_of(top_k_index_ptr, slots, R, E):
     return tl.where(slots < R, ids, -2)
 
 
-@triton.jit(do_not_specialize=("R", "E"))
+# what changes with the batch is no constant and no promise: one kernel for a number of experts
+@triton.jit(do_not_specialize=("R", "E", "chunk_size"))
 def _histogram_kernel(
     top_k_index_ptr,  # (R,) int32 or int64
     counts_ptr,  # (chunks, BLOCK_E) int32
     R,
     E,
-    CHUNK: tl.constexpr,
+    chunk_size,  # a multiple of SUB
     SUB: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -53,19 +54,19 @@ def _histogram_kernel(
     chunk = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
     counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    for start in range(0, CHUNK, SUB):
-        ids = _experts_of(top_k_index_ptr, chunk * CHUNK + start + tl.arange(0, SUB), R, E)
+    for start in range(0, chunk_size, SUB):
+        ids = _experts_of(top_k_index_ptr, chunk * chunk_size + start + tl.arange(0, SUB), R, E)
         counts += tl.sum((ids[:, None] == offs_e[None, :]).to(tl.int32), axis=0)
     tl.store(counts_ptr + chunk * BLOCK_E + offs_e, counts)
 
 
 @triton.jit(
-    do_not_specialize=("R", "E", "num_blocks", "chunks", "block_m"),
+    do_not_specialize=("R", "E", "num_blocks", "chunks", "chunk_size", "block_m"),
     do_not_specialize_on_alignment=("row_of_ptr", "offsets_ptr", "block_expert_ptr", "block_row_ptr"),
 )
 def _sort_kernel(
     top_k_index_ptr,  # (R,) int32 or int64
-    counts_ptr,  # (chunks, BLOCK_E) int32; not read when ONE_CHUNK
+    counts_ptr,  # (chunks, BLOCK_E) int32; not read when there is one chunk
     slot_of_ptr,  # (R,) int32
     row_of_ptr,  # (R,) int32
     offsets_ptr,  # (E + 1,) int32
@@ -75,19 +76,18 @@ def _sort_kernel(
     E,
     num_blocks,
     chunks,
+    chunk_size,  # a multiple of SUB
     block_m,
-    CHUNK: tl.constexpr,
     SUB: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
 ):
     """Grid (chunks,): one program ranks one chunk and writes its share of the block schedule."""
     chunk = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), dtype=tl.int32)
     earlier = tl.zeros((BLOCK_E,), dtype=tl.int32)
-    if ONE_CHUNK:
-        for start in range(0, CHUNK, SUB):
+    if chunks == 1:
+        for start in range(0, chunk_size, SUB):
             ids = _experts_of(top_k_index_ptr, start + tl.arange(0, SUB), R, E)
             total += tl.sum((ids[:, None] == offs_e[None, :]).to(tl.int32), axis=0)
     else:
@@ -103,15 +103,15 @@ def _sort_kernel(
 
     next_row = first_row + earlier
     within = tl.arange(0, SUB)
-    for start in range(0, CHUNK, SUB):
-        slots = chunk * CHUNK + start + within
+    for start in range(0, chunk_size, SUB):
+        slots = chunk * chunk_size + start + within
         ids = _experts_of(top_k_index_ptr, slots, R, E)
         # ids of the same slots along the other axis: a second load is cheaper than moving them between threads
-        others = _experts_of(top_k_index_ptr, chunk * CHUNK + start + tl.arange(0, SUB), R, E)
+        others = _experts_of(top_k_index_ptr, chunk * chunk_size + start + tl.arange(0, SUB), R, E)
         tied = (ids[:, None] == others[None, :]) & (within[None, :] < within[:, None])
         one_hot = ids[:, None] == offs_e[None, :]
         # dropped slots line up behind the kept ones: all earlier slots less the earlier kept ones
-        next_dropped = kept + chunk * CHUNK + start - tl.sum(next_row - first_row, axis=0)
+        next_dropped = kept + chunk * chunk_size + start - tl.sum(next_row - first_row, axis=0)
         base = tl.where(ids < 0, next_dropped, tl.sum(tl.where(one_hot, next_row[None, :], 0), axis=1))
         rows = base + tl.sum(tied.to(tl.int32), axis=1)
         tl.store(slot_of_ptr + rows, slots, mask=slots < R)
@@ -152,18 +152,14 @@ def sort_slots(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> tor
         offsets.zero_()
         return buffer
     block_e = triton.next_power_of_2(num_experts)
-    sub = min(_SUB, max(16, _SUB_TIMES_EXPERTS // block_e))
-    one_chunk = R <= _CHUNK
-    if one_chunk:
-        # a power of two: CHUNK is a compile-time constant, and a new one is a new kernel
-        chunk = max(sub, triton.next_power_of_2(R))
-    else:
-        chunk = max(_CHUNK, triton.next_power_of_2(triton.cdiv(R, _MAX_CHUNKS)))
-    chunks = triton.cdiv(R, chunk)
+    sub = min(_SUB, max(32, _SUB_TIMES_EXPERTS // block_e))
+    wanted = R if R <= _CHUNK else max(_CHUNK, triton.cdiv(R, _MAX_CHUNKS))
+    chunk_size = triton.cdiv(wanted, sub) * sub
+    chunks = triton.cdiv(R, chunk_size)
     counts = buffer
-    if not one_chunk:
+    if chunks > 1:
         counts = torch.empty(chunks, block_e, dtype=torch.int32, device=device)
-        _histogram_kernel[(chunks,)](top_k_index, counts, R, num_experts, CHUNK=chunk, SUB=sub, BLOCK_E=block_e)
+        _histogram_kernel[(chunks,)](top_k_index, counts, R, num_experts, chunk_size, SUB=sub, BLOCK_E=block_e)
     _sort_kernel[(chunks,)](
         top_k_index,
         counts,
@@ -176,11 +172,10 @@ def sort_slots(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> tor
         num_experts,
         block_expert.numel(),
         chunks,
+        chunk_size,
         block_m,
-        CHUNK=chunk,
         SUB=sub,
         BLOCK_E=block_e,
-        ONE_CHUNK=one_chunk,
         num_warps=8,
     )
     return buffer

@@ -134,7 +134,9 @@ def _heuristic(op: str, rows: int, num_experts: int, n: int, k: int, device: tor
     if op.endswith("_nm"):
         block_m = block_m_for(rows, num_experts, largest=64)
         swap = _has_wgmma(device) and block_m >= 32
-        base = GroupedConfig(block_m, swap=swap, num_stages=3 if block_m < 64 else 2)
+        # Two programs of 64 rows keep too little under way with two stages, on wgmma; with three they need 84 KB of
+        # shared memory each, which other GPUs may not have.
+        base = GroupedConfig(block_m, swap=swap, num_stages=3 if block_m < 64 or swap else 2)
     else:
         block_m = block_m_for(rows, num_experts, largest=128)
         if block_m <= 32:

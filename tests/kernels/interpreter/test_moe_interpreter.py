@@ -50,6 +50,34 @@ def test_route(T, top_k, E, block_m, dtype, ids, monkeypatch):
         torch.testing.assert_close(getattr(actual, name), getattr(wanted, name), rtol=0, atol=0, msg=name)
 
 
+# a piece of 64 and around it, one chunk and around it, chunks of no power of two
+@pytest.mark.parametrize("slots", [1, 63, 64, 65, 255, 256, 257, 400, 1100])
+def test_route_at_every_size(slots, monkeypatch):
+    monkeypatch.setattr(routing, "_CHUNK", 256)
+    monkeypatch.setattr(routing, "_MAX_CHUNKS", 3)
+    top_k_index = torch.randint(-1, 6, (slots, 1), generator=torch.Generator().manual_seed(slots))
+    actual, wanted = route(top_k_index, 5, 16), route_torch(top_k_index, 5, 16)
+    for name in ("slot_of", "row_of", "offsets", "block_expert", "block_row"):
+        torch.testing.assert_close(getattr(actual, name), getattr(wanted, name), rtol=0, atol=0, msg=name)
+
+
+def test_route_is_one_kernel_for_all_batches(monkeypatch):
+    constants = {"_histogram_kernel": set(), "_sort_kernel": set()}
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **named: constants[self.name].add(tuple(named.items()))
+
+    for name in constants:
+        monkeypatch.setattr(routing, name, Kernel(name))
+    for tokens in (1, 2, 8, 32, 128, 129, 256, 1000, 4096, 16384):
+        routing.sort_slots(torch.zeros(tokens, 8, dtype=torch.int64), 128, 16)
+    assert {name: len(found) for name, found in constants.items()} == {"_histogram_kernel": 1, "_sort_kernel": 1}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_layer(shape, dtype, monkeypatch):
