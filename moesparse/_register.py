@@ -1,8 +1,9 @@
 """Register with transformers when transformers is used, and not before: importing moesparse stays light.
 
 transformers has no entry points for quantizers. So a finder on sys.meta_path waits for the import of the module that
-loads models, lets the usual finders find it, and imports moesparse.packed.quantizer right after it. Nothing of
-transformers is changed, and the finder takes itself off the list when its one use has come.
+loads models, lets the usual finders find it, and imports moesparse.packed.quantizer right after it. Of transformers
+nothing is changed but what moesparse.models.layer_counts says, and the finder takes itself off the list when its one
+use has come.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Plan:
         hidden_states: of the calibration set between two layers, as far as one process holds them.
         flops: multiply-adds times two: forward passes, second moments, solvers; masks and files as much as takes the
             same time.
-        keep: experts of a block that stay; None for all.
+        keep: experts of a block that stay, on average where layers differ; None for all.
         sums: of all experts and windows, to choose by, in memory all the time.
         processes: that share the work; what is in memory is in that of each.
         formats: in which a checkpoint stores quantised weights; `weights` and `packed` are those of the dequantised.
@@ -144,7 +144,7 @@ def plan_pass(
     return Plan(
         layers=len(layers),
         blocks=len(blocks),
-        experts=blocks[0].num_experts,
+        experts=max(block.num_experts for block in blocks),
         tokens=tokens,
         parameters=parameters,
         active_parameters=active,

@@ -25,11 +25,12 @@ from moesparse.checkpoints.recipe_words import merges
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
 from moesparse.errors import ResultError
 from moesparse.experts.plan_file import PLAN_FILE
-from moesparse.experts.twins import COUNT_KEY, GROUP_KEYS
+from moesparse.experts.twins import GROUP_KEYS
 from moesparse.models.formats.dequantised import DequantisedWeights
 from moesparse.models.formats.expert_names import SIDE_FILE, with_kept_experts
 from moesparse.models.formats.said import PACKED
 from moesparse.models.formats.stored import Stored, StoredWeights
+from moesparse.models.layer_counts import COUNT_KEY, PER_LAYER
 from moesparse.models.meta import bare_model, dtype_of, read_config
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attach, attached, find_next_token_layers
 from moesparse.packed.experts import META_SUFFIX
@@ -342,6 +343,7 @@ class _Tensors:
             ours |= path in dtypes and at(self._result.config, path[:-1]).get(path[-1]) == dtype
             further = path[-1] in NEXT_TOKEN_COUNTS
             count = COUNT_KEY.fullmatch(path[-1].removeprefix("mtp_")) or path[-1] in GROUP_KEYS
+            count = count or PER_LAYER in path
             if not (ours or (pruned and (count or further)) or (dropped and further) or path[-1] in meant):
                 self._found.problems.append(f"{'.'.join(path)} of config.json has another value")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moesparse.models.layer_counts import PER_LAYER
+
 __all__ = ["CONFIG_KEY", "QUANTIZATION", "at", "deepest", "differences", "dtype_changes", "renamed", "spellings"]
 
 CONFIG_KEY = "moesparse"
@@ -36,12 +38,15 @@ def renamed(noted: Any, names: Mapping[str, str]) -> Any:
 def differences(
     before: Mapping[str, Any], after: Mapping[str, Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Path and new value of what differs between two configs, but for what loading a model sets."""
+    """Path and new value of what differs between two configs, but for what loading a model sets.
+
+    What a config says of its layers is one value: a folder may say it otherwise, and is then given all of it.
+    """
     for key, value in after.items():
         if key in _NOT_OF_THE_FOLDER:
             continue
         old = before.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
+        if isinstance(value, dict) and isinstance(old, dict) and key != PER_LAYER:
             yield from differences(old, value, (*path, key))
         elif key not in before or value != old:
             yield (*path, key), value

@@ -28,12 +28,12 @@ from moesparse.checkpoints.config_text import (
 )
 from moesparse.errors import UnsupportedModelError
 from moesparse.experts.surgery import KEPT_KEY
-from moesparse.experts.twins import COUNT_KEY
 from moesparse.models.blocks import decoder_layers, find_moe_blocks
 from moesparse.models.formats.dequantised import QUANTISATION_FILES, DequantisedWeights
 from moesparse.models.formats.expert_names import SIDE_FILE, with_kept_experts
 from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.keys import layers_prefix
+from moesparse.models.layer_counts import COUNT_KEY
 from moesparse.models.meta import bare_model
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attached, is_next_token
 from moesparse.models.opener import text_part

@@ -17,6 +17,7 @@ EXPERT_FIELDS = (
     "expert_mix",
     "expert_budget",
     "expert_floor",
+    "allow_non_uniform",
     "protect_experts",
 )
 """Of a recipe: they say how experts are removed."""
@@ -107,14 +108,16 @@ def _experts(recipe: Mapping[str, Any]) -> str:
     criterion = recipe.get("expert_saliency")
     method = plan.get("method") if isinstance(plan, Mapping) else recipe.get("expert_method")
     merged = merges(recipe)
+    ranked = recipe.get("expert_budget") == "global"
+    every, average = ("all blocks, ranked together,", "a block on average ") if ranked else ("every block", "")
     gone = f"are merged into those that stay by {method}" if merged else "are removed"
     if plan is not None:
         made = plan.get("criterion") if isinstance(plan, Mapping) else None
         text = "the experts that stay in every block are those that a plan names" + (f", made by {made}" * bool(made))
     elif keep is not None:
-        text = f"{keep} experts of every block stay, {_chosen(recipe, criterion)}"
+        text = f"{keep} experts {average or f'of {every} '}stay, {_chosen(recipe, criterion)}"
     elif share is not None:
-        text = f"{_percent(share)} of the experts of every block {gone}, {_chosen(recipe, criterion)}"
+        text = f"{_percent(share)} of the experts of {every} {gone}, {_chosen(recipe, criterion)}"
     else:
         return ""
     if merged and share is None:

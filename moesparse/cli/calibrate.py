@@ -65,7 +65,7 @@ def calibrate(
     expert_saliency: Annotated[str, options.option(CHOICE, "Criterion of that choice, see moesparse prune.")] = "reap",
     mix: Annotated[str, options.option(CHOICE, options.MIX_HELP)] = "pooled",
     budget: Annotated[
-        str, options.option(CHOICE, "Of that choice: per-layer, or global, over all blocks together (to look at only).")
+        str, options.option(CHOICE, "Of that choice: per-layer, or global, over all blocks together.")
     ] = "per-layer",
     expert_floor: Annotated[
         int | None, options.option(CHOICE, "Fewest experts of a block under the global budget.")
@@ -157,7 +157,7 @@ def _tell_finished(path: Path, seed: int, *, as_json: bool) -> None:
 
 
 def _check_files(plan: Path | None, scores: Path | None, chosen: _Choice | None) -> None:
-    """Refuse files that cannot be written, and a plan without a choice or of one that no checkpoint can have."""
+    """Refuse files that cannot be written, and a plan without a choice."""
     for option, file in (("--plan", plan), ("--scores", scores)):
         if file is not None:
             options.check_output_file(option, file)
@@ -165,11 +165,6 @@ def _check_files(plan: Path | None, scores: Path | None, chosen: _Choice | None)
         return
     if chosen is None:
         raise UsageError("--plan must come with --experts or --keep-experts, whose choice it holds, got neither")
-    if chosen.rule["budget"] != "per-layer":
-        raise UsageError(
-            "--budget must be per-layer with --plan, got global: it keeps another number of experts in every block, "
-            "which no checkpoint can say"
-        )
 
 
 @dataclass(frozen=True)
@@ -194,7 +189,7 @@ class _Choice:
         """What the options say, None where no choice is asked for; refused where it cannot be."""
         from moesparse.experts.criteria import check_from_sums
         from moesparse.experts.domains import check_mix
-        from moesparse.pruning.recipe import check_removal
+        from moesparse.pruning.recipe_checks import check_removal
 
         check_from_sums(criterion)  # type: ignore[arg-type]
         check_mix(mix)

@@ -60,7 +60,7 @@ def prune_gguf_file(
     from moesparse.cli.options import check_input_file, load_scores
     from moesparse.experts.plan_file import ExpertPlan
     from moesparse.pruning.gguf import GGUFModel, plan_from_scores, prune_gguf
-    from moesparse.pruning.recipe import check_removal
+    from moesparse.pruning.recipe_checks import check_removal
 
     refuse_several("MODEL.gguf")
     for option, file in (("--plan", plan), ("--scores", scores)):

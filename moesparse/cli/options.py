@@ -100,6 +100,27 @@ DivisibleBy = Annotated[
         metavar="N",
     ),
 ]
+Budget = Annotated[
+    str,
+    option(
+        EXPERTS,
+        "per-layer (the default): every layer keeps equally many; or global: the experts of all layers are ranked "
+        "together, and --experts and --keep-experts are meant on average. Takes --allow-non-uniform.",
+    ),
+]
+ExpertFloor = Annotated[
+    int | None,
+    option(EXPERTS, "Fewest experts of a layer under the global budget. Default: as many as a token uses."),
+]
+AllowNonUniform = Annotated[
+    bool,
+    option(
+        EXPERTS,
+        "Layers may keep different numbers of experts, by --budget global or a --plan. config.json says them as "
+        "per_layer_config, which few programs read; the run says which of those here do.",
+        "--allow-non-uniform",
+    ),
+]
 ExpertSaliency = Annotated[
     str,
     option(

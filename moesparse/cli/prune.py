@@ -51,6 +51,8 @@ Examples:
 
   moesparse prune demo out/twelve-experts --keep-experts 12
 
+  moesparse prune demo out/by-rank --experts 0.25 --budget global --allow-non-uniform
+
   moesparse prune demo out/merged --experts 0.25 --expert-method ream
 
   moesparse prune demo out/again --plan out/twelve-experts/moesparse_plan.json
@@ -79,6 +81,9 @@ def prune(
     experts: options.Experts = None,
     keep_experts: options.KeepExperts = None,
     divisible_by: options.DivisibleBy = None,
+    budget: options.Budget = "",
+    expert_floor: options.ExpertFloor = None,
+    allow_non_uniform: options.AllowNonUniform = False,
     plan: options.Plan = None,
     scores: options.Scores = None,
     expert_saliency: options.ExpertSaliency = "",

@@ -25,6 +25,9 @@ _FIELDS = {
     "experts": "experts",
     "keep_experts": "keep_experts",
     "divisible_by": "divisible_by",
+    "budget": "expert_budget",
+    "expert_floor": "expert_floor",
+    "allow_non_uniform": "allow_non_uniform",
     "expert_saliency": "expert_saliency",
     "expert_method": "expert_method",
     "refine_experts": "refine_experts",
@@ -95,7 +98,7 @@ def _named(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that options name."""
     found = {field: given[name] for name, field in _FIELDS.items()}
     # a flag that is not given is no field
-    found |= {name: found[name] or None for name in ("refine_experts", "protect_experts")}
+    found |= {name: found[name] or None for name in ("refine_experts", "protect_experts", "allow_non_uniform")}
     found = {name: value for name, value in found.items() if value not in (None, "")}
     if given["weights"]:
         found["weights"] = None if given["weights"] == "none" else given["weights"]

@@ -121,6 +121,16 @@ def _show_experts(result: Any) -> None:
         ids = " ".join(map(str, block["removed"])) + (f" (no tokens: {' '.join(map(str, dead))})" if dead else "")
         table.add_row(block["name"], f"{len(block['kept'])} of {block['before']}", ids, fits.get(block["name"], ""))
     console.print(table)
+    if "readers" in removed:
+        from moesparse.experts.surgery import say_readers
+
+        console.print(
+            "Layers keep different numbers of experts, which config.json says as per_layer_config: "
+            f"{say_readers(removed['readers'])}.",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
     for block, expert in removed["protected"]:
         console.print(f"super-expert kept: {removed['blocks'][block]['name']} {expert}", highlight=False)
     if removed["domains"] is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesparse.calibration.data import ONE_DOMAIN
 from moesparse.calibration.statistics import ModelStatistics
@@ -25,16 +25,17 @@ from moesparse.experts.criteria import (
 from moesparse.experts.domains import DEFAULT_MIX, DomainReport, mixed_scores, split_windows, survey
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.experts.refit import RefitReport
-from moesparse.experts.selection import BUDGETS, choose_experts
-from moesparse.experts.surgery import SurgeryReport, router_groups
+from moesparse.experts.router_groups import router_groups
+from moesparse.experts.selection import choose_experts
+from moesparse.experts.surgery import SurgeryReport
 from moesparse.experts.swaps import RefineReport
 from moesparse.models.blocks import MoEBlock
+from moesparse.models.layer_counts import check_equal_counts
 
 __all__ = [
     "Choice",
     "ExpertReport",
     "Rule",
-    "check_budget",
     "check_sums_suffice",
     "choose_from_domains",
     "choose_from_plan",
@@ -63,6 +64,8 @@ class Rule:
         protect_super: super-experts stay whatever their score, see moesparse.experts.criteria.super_experts.
         seed: of the "random" criterion.
         divisible_by: the count that stays is a multiple of it, as in `choose_experts`.
+        budget: "per-layer" or "global", as there.
+        floor: fewest experts of a block under the global budget.
     """
 
     criterion: Criterion = "reap"
@@ -72,6 +75,13 @@ class Rule:
     protect_super: bool = False
     seed: int = 0
     divisible_by: int | None = None
+    budget: str = "per-layer"
+    floor: int | None = None
+
+    @property
+    def count(self) -> dict[str, Any]:
+        """How many stay, as `choose_rule` takes it."""
+        return {name: getattr(self, name) for name in ("keep", "remove", "divisible_by", "budget", "floor")}
 
 
 @dataclass(frozen=True)
@@ -188,7 +198,7 @@ def choose_from_scores(blocks: Sequence[MoEBlock], scores: Tensor, rule: Rule) -
     Raises:
         UsageError: counts that cannot be.
     """
-    choose = choose_rule(blocks, keep=rule.keep, remove=rule.remove, divisible_by=rule.divisible_by)
+    choose = choose_rule(blocks, **rule.count)
     dead = [(row == -math.inf).nonzero().flatten().tolist() for row in scores]
     return Choice(choose(scores), rule.criterion, dead, None, [], scores, None)
 
@@ -201,8 +211,7 @@ def _choose(
     rule: Rule,
 ) -> Choice:
     protected = super_experts(statistics) if rule.protect_super else []
-    count: dict[str, Any] = {"keep": rule.keep, "remove": rule.remove, "divisible_by": rule.divisible_by}
-    choose = choose_rule(blocks, **count, protect=protected)
+    choose = choose_rule(blocks, **rule.count, protect=protected)
     found = survey(sums, rule.criterion, choose, rule.mix, seed=rule.seed)
     tokens = torch.stack([each.tokens.cpu() for each in statistics.blocks.values()])
     return Choice(choose(scores), rule.criterion, dead_experts(statistics), found, protected, scores, tokens)
@@ -232,24 +241,6 @@ def score_windows(
         return sums, expert_scores(statistics, rule.criterion, seed=rule.seed)
     totals = {name: {key: value.sum(0) for key, value in part.items()} for name, part in sums.items()}
     return sums, mixed_scores(totals, rule.criterion, rule.mix, seed=rule.seed)
-
-
-def check_budget(model: nn.Module, budget: str, floor: int | None) -> None:
-    """Refuse a budget over all blocks together: the smaller model could not be saved.
-
-    No config of transformers states another number of experts for every layer (HunYuan's code would read a list, its
-    config takes an int). `choose_from_statistics` shows what a global budget would keep.
-    """
-    if budget not in BUDGETS:
-        raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-    if budget == "global":
-        raise UsageError(
-            f"expert_budget must be 'per-layer' for this model, got 'global': it keeps another number of experts in "
-            f"every block, and {type(getattr(model, 'config', model)).__name__} states one for all; moesparse "
-            "calibrate with expert_budget='global' shows the choice"
-        )
-    if floor is not None:
-        raise UsageError(f"expert_floor must be left out with expert_budget='per-layer', got {floor}")
 
 
 def merged_statistics(fingerprint: str, parts: Mapping[str, ModelStatistics]) -> ModelStatistics:
@@ -303,9 +294,7 @@ def choose_rule(
 
     What it refuses is named as the fields of a recipe are.
     """
-    counts = {block.num_experts for block in blocks}
-    if len(counts) != 1:
-        raise UsageError(f"every block must have the same number of experts, got {sorted(counts)}")
+    check_equal_counts(blocks)
     groups = next((group for group in map(router_groups, blocks) if group is not None), None)
     top_k = max(block.top_k or 1 for block in blocks)
     how: dict[str, Any] = {

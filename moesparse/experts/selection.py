@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesparse.errors import UsageError
-from moesparse.experts.surgery import RouterGroups
+from moesparse.experts.router_groups import RouterGroups
 
 __all__ = ["BUDGETS", "check_divisor", "choose_experts"]
 
@@ -39,8 +39,8 @@ def choose_experts(
         top_k: experts a token uses; no block keeps fewer.
         groups: the router's groups; the same number stays in each.
         budget: "per-layer" keeps the same number in every block, as every loader needs. "global" ranks the experts of
-            all blocks together, each block's scores divided by their sum, so the blocks differ in count: transformers
-            configs cannot say that, so it is for analysis and for formats of your own.
+            all blocks together, each block's scores divided by their sum, so the blocks differ in count: see
+            moesparse.models.layer_counts.
         floor: fewest experts a block keeps under the global budget; top_k when None.
         protect: (block, expert) pairs that stay whatever their score, super-experts for example.
         divisible_by: the count that stays is a multiple of it, and of the router's groups: with `remove` the next one

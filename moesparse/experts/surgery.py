@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesparse._version import __version__
 from moesparse.errors import UsageError
 from moesparse.experts.merging import Merged
+from moesparse.experts.router_groups import groups_left
 from moesparse.experts.twins import (
-    GROUP_KEYS,
     Cut,
     Setting,
     compare_twins,
@@ -32,64 +33,23 @@ from moesparse.experts.twins import (
     expert_tables,
     inside,
     named_tensors,
+    said_without_us,
 )
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
+from moesparse.models.layer_counts import check_built_once, check_equal_counts
+from moesparse.models.next_token import attached
 
 __all__ = [
     "BlockSurgery",
     "RemovalPlan",
-    "RouterGroups",
     "SurgeryReport",
     "plan_removal",
     "remove_experts",
-    "router_groups",
+    "say_readers",
 ]
 
 KEPT_KEY = "kept_experts"
 """In config.moesparse: {block name: ids the kept experts had in the dense model}, position = id now."""
-
-
-@dataclass(frozen=True)
-class RouterGroups:
-    """A router that first chooses groups of experts, then experts in them (DeepSeek-V3, arXiv 2412.19437).
-
-    Attributes:
-        count: groups; expert e of E is in group e // (E // count).
-        top: groups a token may use.
-        ranked_by: experts whose scores rank a group, so the fewest it may hold.
-    """
-
-    count: int
-    top: int
-    ranked_by: int
-
-    def minimum(self, top_k: int) -> int:
-        """The fewest experts a block may keep: every group equally many, and top_k in the groups a token uses."""
-        return self.count * max(self.ranked_by, -(-top_k // self.top))
-
-    def left(self, kept: Tensor, num_experts: int, top_k: int, name: str) -> int:
-        """How many groups a block has once only `kept` stay.
-
-        Args:
-            kept: ids of its experts.
-            num_experts: it had.
-            top_k: a token uses.
-            name: of the block, for the error.
-
-        Raises:
-            UsageError: unequal counts in the groups that stay, or fewer than the router needs.
-        """
-        counts = torch.bincount(kept // (num_experts // self.count), minlength=self.count)
-        staying = counts[counts > 0]
-        where = f"kept of {name}, whose router chooses {self.top} of {self.count} groups first,"
-        if (staying != staying[0]).any():
-            raise UsageError(f"{where} must hold equally many of each group, got {counts.tolist()}")
-        if len(staying) < self.top:
-            raise UsageError(f"{where} must leave at least {self.top} groups, got {len(staying)}")
-        least = RouterGroups(len(staying), self.top, self.ranked_by).minimum(top_k)
-        if len(kept) < least:
-            raise UsageError(f"{where} must hold at least {least} experts, got {len(kept)}")
-        return len(staying)
 
 
 @dataclass(frozen=True)
@@ -131,12 +91,14 @@ class SurgeryReport:
         config: "key" or "text_config.key" -> (value before, value after).
         bytes_before: of all parameters and buffers of the model.
         bytes_after: the same after the removal.
+        readers: where layers keep different numbers of experts, who builds them so: `RemovalPlan.readers`.
     """
 
     blocks: list[BlockSurgery]
     config: dict[str, tuple[Any, Any]]
     bytes_before: int
     bytes_after: int
+    readers: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -156,6 +118,7 @@ class SurgeryReport:
             "config": {key: list(change) for key, change in self.config.items()},
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            **({"readers": self.readers} if self.readers else {}),
         }
 
 
@@ -178,6 +141,23 @@ class RemovalPlan:
     done: dict[int, BlockSurgery] = field(default_factory=dict)
     bytes_before: int = 0
     merged: dict[int, tuple[Merged, ...]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> list[int]:
+        """Experts that stay in each block."""
+        return [len(ids) for ids in self.kept]
+
+    def readers(self) -> dict[str, str]:
+        """Who builds layers of different counts: name and version -> "", or what keeps it from that.
+
+        Asked of what is installed here, and read from no table; {} where every layer keeps equally many.
+        """
+        if len(set(self.counts)) == 1:
+            return {}
+        import transformers
+
+        said = said_without_us(self.model, self.config, self.counts)
+        return {f"moesparse {__version__}": "", f"transformers {transformers.__version__}": said}
 
     def merge(self, position: int, kept: Tensor, groups: tuple[Merged, ...]) -> None:
         """Note that experts of a block, which is not applied yet, were merged into those that stay.
@@ -247,12 +227,13 @@ class RemovalPlan:
         """Set the config and the model's own attributes; every block must have been applied."""
         missing = [block.name for number, block in enumerate(self.blocks) if number not in self.done]
         assert not missing, f"not applied: {missing}"
+        readers = self.readers()
         for setting in [*self.model_attributes, *self.config]:
             _set(setting)
         _record_kept(self.model, self.blocks, self.kept)
         changed = {setting.path: (setting.before, setting.after) for setting in self.config}
         blocks = [self.done[number] for number in range(len(self.blocks))]
-        return SurgeryReport(blocks, changed, self.bytes_before, _size(self.model))
+        return SurgeryReport(blocks, changed, self.bytes_before, _size(self.model), readers)
 
     def apply(self) -> SurgeryReport:
         """Remove the experts of every block, then set the config."""
@@ -285,7 +266,9 @@ class RemovalPlan:
         return len(holes)
 
 
-def remove_experts(model: nn.Module, kept: Sequence[Tensor | Sequence[int]]) -> SurgeryReport:
+def remove_experts(
+    model: nn.Module, kept: Sequence[Tensor | Sequence[int]], *, allow_non_uniform: bool = False
+) -> SurgeryReport:
     """Remove all experts but `kept` from a transformers model, in place.
 
     Fused weights, biases, the router's rows and selection biases, per-expert scales, token -> expert tables, module
@@ -297,6 +280,7 @@ def remove_experts(model: nn.Module, kept: Sequence[Tensor | Sequence[int]]) -> 
     Args:
         model: a transformers model in any floating dtype, on any device.
         kept: for each block in forward order the ids that stay, unique, [K] integers; K is the same in every block.
+        allow_non_uniform: K may differ by block: the config says it as `per_layer_config`, which moesparse reads.
 
     Returns:
         What was done, with the bytes of the model before and after. config.moesparse["kept_experts"] maps new ids to
@@ -307,18 +291,21 @@ def remove_experts(model: nn.Module, kept: Sequence[Tensor | Sequence[int]]) -> 
         UnsupportedModelError: a per-expert tensor that cannot be placed, or a config that cannot say the new count.
             Nothing is changed in either case.
     """
-    return plan_removal(model, kept).apply()
+    return plan_removal(model, kept, allow_non_uniform=allow_non_uniform).apply()
 
 
-def plan_removal(model: nn.Module, kept: Sequence[Tensor | Sequence[int]]) -> RemovalPlan:
+def plan_removal(
+    model: nn.Module, kept: Sequence[Tensor | Sequence[int]], *, allow_non_uniform: bool = False
+) -> RemovalPlan:
     """Find and check all that `remove_experts` would change, and change nothing. Arguments and errors are its own."""
     blocks = find_moe_blocks(model)
     if len(kept) != len(blocks):
         raise UsageError(f"kept must name the experts of each of the {len(blocks)} blocks, got {len(kept)}")
     ids = [_check_kept(block, torch.as_tensor(entry)) for block, entry in zip(blocks, kept, strict=True)]
-    groups = _groups_left(blocks, ids)
-    counts = _new_counts(blocks, ids)
-    config = config_settings(model, counts, groups)
+    groups = groups_left(blocks, ids)
+    layers = _uneven_layers(model, blocks, ids, allow_non_uniform)
+    counts = _new_counts(blocks, ids) if layers is None else {blocks[0].num_experts: max(layers.values())}
+    config = config_settings(model, counts, groups, layers)
     cuts, attributes, model_attributes = compare_twins(model, blocks, ids, config)
     return RemovalPlan(
         model=model,
@@ -336,16 +323,12 @@ def plan_removal(model: nn.Module, kept: Sequence[Tensor | Sequence[int]]) -> Re
     )
 
 
-def router_groups(block: MoEBlock) -> RouterGroups | None:
-    """The groups a block's router is limited to; None when it chooses among all experts at once."""
-    router = block.router
-    count = next((getattr(router, key) for key in GROUP_KEYS if isinstance(getattr(router, key, None), int)), 1)
-    # DeepSeek-V2 has the numbers in its config and uses them with one of its methods only
-    if count <= 1 or getattr(router, "topk_method", None) == "greedy":
-        return None
-    top = getattr(router, "topk_group", None)
-    ranked_by = 1 if hasattr(router, "topk_method") else 2
-    return RouterGroups(count, top if isinstance(top, int) else count, ranked_by)
+def say_readers(readers: Mapping[str, str]) -> str:
+    """`RemovalPlan.readers` in words, for the end of a sentence."""
+    read = [name for name, why in readers.items() if not why]
+    return ", ".join(
+        [f"read by {' and '.join(read)}", *(f"not by {name} ({why})" for name, why in readers.items() if why)]
+    )
 
 
 def _check_kept(block: MoEBlock, kept: Tensor) -> Tensor:
@@ -367,29 +350,34 @@ def _check_kept(block: MoEBlock, kept: Tensor) -> Tensor:
     return ids
 
 
-def _groups_left(blocks: Sequence[MoEBlock], kept: Sequence[Tensor]) -> dict[int, int]:
-    """Groups of the router before -> after; equal counts in every group that stays, or a UsageError."""
-    left: dict[int, int] = {}
-    for block, ids in zip(blocks, kept, strict=True):
-        groups = router_groups(block)
-        if groups is None or len(ids) == block.num_experts:
-            continue
-        staying = groups.left(ids, block.num_experts, block.top_k or 1, block.name)
-        if left.setdefault(groups.count, staying) != staying:
-            raise UsageError(f"kept of {block.name} must leave as many groups as the other blocks, got {staying}")
-    return {before: after for before, after in left.items() if before != after}
-
-
 def _new_counts(blocks: Sequence[MoEBlock], kept: Sequence[Tensor]) -> dict[int, int]:
-    """E before -> after; a transformers config has one count for all layers."""
-    counts: dict[int, int] = {}
-    for block, ids in zip(blocks, kept, strict=True):
-        if counts.setdefault(block.num_experts, len(ids)) != len(ids):
-            raise UsageError(
-                f"kept must hold the same number of experts in every block, got {counts[block.num_experts]} and "
-                f"{len(ids)} ({block.name}): the config of a transformers model has one count for all layers"
-            )
+    """E before -> after, the same in every block."""
+    counts = {block.num_experts: len(ids) for block, ids in zip(blocks, kept, strict=True)}
     return {before: after for before, after in counts.items() if before != after}
+
+
+def _uneven_layers(
+    model: nn.Module, blocks: Sequence[MoEBlock], kept: Sequence[Tensor], allowed: bool
+) -> dict[int, int] | None:
+    """Decoder layer -> experts that stay in it, where they are not equally many; None where they are."""
+    if all(len(ids) == block.num_experts for block, ids in zip(blocks, kept, strict=True)):
+        return None
+    check_equal_counts(blocks)
+    counts = {int(block.layer.rpartition(".")[2]): len(ids) for block, ids in zip(blocks, kept, strict=True)}
+    if len(set(counts.values())) == 1:
+        return None
+    if not allowed:
+        raise UsageError(
+            "kept must hold the same number of experts in every block unless allow_non_uniform=True, got "
+            f"{min(counts.values())} to {max(counts.values())}"
+        )
+    check_built_once(blocks)
+    if attached(model) is not None:
+        raise UsageError(
+            "mtp must be keep or drop where layers keep different numbers of experts, got prune: config.json says them "
+            "for decoder layers alone, and not for those that predict further tokens"
+        )
+    return counts
 
 
 def _rows(kept: Tensor, num_experts: int, length: int) -> Tensor:

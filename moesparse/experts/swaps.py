@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from moesparse.errors import UnsupportedModelError, UsageError
-from moesparse.experts.surgery import RemovalPlan, plan_removal, router_groups
+from moesparse.experts.router_groups import router_groups
+from moesparse.experts.surgery import RemovalPlan, plan_removal
 from moesparse.models.blocks import MoEBlock
 from moesparse.models.experts_function import experts_watched
 from moesparse.models.modes import replaced_forwards
@@ -85,7 +86,7 @@ def refine_choice(
     """
     if tokens < 1:
         raise UsageError(f"tokens must be at least 1, got {tokens}")
-    plan = plan_removal(model, kept)
+    plan = plan_removal(model, kept, allow_non_uniform=True)
     for position, block in enumerate(plan.blocks):
         if block.router is None or plan.tables[position] or block.moe_name == block.layer:
             raise UnsupportedModelError(

@@ -7,20 +7,19 @@ differs between the two depends on the number of experts. `moesparse.experts.sur
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moesparse.errors import UnsupportedModelError
-from moesparse.models.blocks import MoEBlock
+from moesparse.errors import UnsupportedModelError, reason_of
+from moesparse.models.blocks import MoEBlock, find_moe_blocks
+from moesparse.models.layer_counts import COUNT_KEY, PER_LAYER, by_layer, overrides, unregistered
 from moesparse.models.next_token import attach, attached
 
 __all__ = [
-    "COUNT_KEY",
     "GROUP_KEYS",
     "Cut",
     "Setting",
@@ -29,10 +28,9 @@ __all__ = [
     "expert_tables",
     "inside",
     "named_tensors",
+    "said_without_us",
 ]
 
-# num_experts, num_local_experts, n_routed_experts, moe_num_experts: never num_experts_per_tok or n_shared_experts.
-COUNT_KEY = re.compile(r"(?:moe_)?(?:num|n)_(?:local_|routed_|moe_)?experts")
 GROUP_KEYS = ("n_group", "num_expert_group", "num_group")
 
 # A table token id -> expert ids: values are experts, no dimension is.
@@ -83,17 +81,32 @@ def _configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from walk(f"{name}.config", vars(module).get("config"))
 
 
-def config_settings(model: nn.Module, counts: dict[int, int], groups: dict[int, int]) -> list[Setting]:
+def config_settings(
+    model: nn.Module, counts: dict[int, int], groups: dict[int, int], layers: Mapping[int, int] | None = None
+) -> list[Setting]:
+    """What of the model's configs changes.
+
+    Args:
+        model: as it is.
+        counts: experts of a block before -> after; with `layers` the most that stay in one.
+        groups: of the router before -> after.
+        layers: decoder layer -> experts after, where they are not equally many; None where they are.
+    """
     settings = []
     for path, config in _configs(model):
         for key, value in list(vars(config).items()):
-            new = value
+            new, where = value, f"{path}.{key}".lstrip(".")
             if COUNT_KEY.fullmatch(key):
                 new = _mapped(value, counts)
             elif key in GROUP_KEYS:
                 new = _mapped(value, groups)
             if new != value:
-                settings.append(Setting(config, f"{path}.{key}".lstrip("."), value, new))
+                settings.append(Setting(config, where, value, new))
+            if layers is not None and COUNT_KEY.fullmatch(key) and type(value) is int and value in counts:
+                said = by_layer(config, key, layers, new)
+                place = f"{path}.{PER_LAYER}".lstrip(".")
+                # behind the count of all others: transformers leaves out what equals that
+                settings.append(Setting(config, place, overrides(config) or None, said))
     return settings
 
 
@@ -166,11 +179,11 @@ def _twin(model: nn.Module, settings: Sequence[Setting]) -> nn.Module:
         raise UnsupportedModelError(f"{family}: model must be a transformers model, got {type(model).__name__}")
     memo: dict[int, Any] = {}
     config = copy.deepcopy(model.config, memo)
-    for setting in settings:
-        # a config object that only a submodule holds is rebuilt from the model's own
-        if id(setting.owner) in memo:
-            setattr(memo[id(setting.owner)], setting.path.rpartition(".")[2], setting.after)
     try:
+        for setting in settings:
+            # a config object that only a submodule holds is rebuilt from the model's own
+            if id(setting.owner) in memo:
+                setattr(memo[id(setting.owner)], setting.path.rpartition(".")[2], setting.after)
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             twin = build(config)
             if (further := attached(model)) is not None:
@@ -182,6 +195,24 @@ def _twin(model: nn.Module, settings: Sequence[Setting]) -> nn.Module:
         raise UnsupportedModelError(
             f"{family}: transformers cannot build the model from {changes}: {reason}"
         ) from error
+
+
+def said_without_us(model: nn.Module, config: Sequence[Setting], counts: Sequence[int]) -> str:
+    """What keeps the installed transformers, by itself, from building a model as it will be; "" where nothing does.
+
+    Args:
+        model: as it is; it is built from its config on the meta device, and not loaded.
+        config: what changes of its config.
+        counts: experts that stay in each block.
+    """
+    try:
+        with unregistered():
+            built = [block.num_experts for block in find_moe_blocks(_twin(model, config))]
+    except UnsupportedModelError as error:
+        cause = error.__cause__ or error
+        # transformers says in further sentences what code might do
+        return f"{type(cause).__name__}: {reason_of(cause).partition('. ')[0]}"
+    return "" if built == list(counts) else f"it builds layers of {', '.join(map(str, built))} experts"
 
 
 def _check_same(family: str, model: nn.Module, twin: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Packed checkpoints in transformers: the quantizer "moesparse", and the experts function "moesparse".
 
-Importing this module registers both. `import moesparse` sees to it as soon as transformers is in use
-(moesparse/_register.py), so that `AutoModelForCausalLM.from_pretrained(packed_folder)` just works.
+Importing this module registers both, and what builds layers of different counts (models/layer_counts.py). `import
+moesparse` sees to it as soon as transformers is in use (moesparse/_register.py), so that
+`AutoModelForCausalLM.from_pretrained(packed_folder)` just works.
 
 A packed checkpoint has the standard keys of its family: for each expert matrix `...weight` holds the kept values and
 `...weight_meta` the bitmask, in the row order of moesparse_kernels.layout. `quantization_config` in config.json says
@@ -32,6 +33,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
+from moesparse.models import layer_counts
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.packed.conversions import LoadPlan, Patterns, conversions_of, packed_conversions, plan_loading
 from moesparse.packed.experts import META_SUFFIX, PACKED_DTYPES, MatrixLayout, SparseExperts
@@ -380,3 +382,4 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(METHOD)(MoESparseConfig)
 ExpertsInterface.register(METHOD, experts_forward)
+layer_counts.register()

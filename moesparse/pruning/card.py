@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from moesparse.checkpoints.card import STORED_DENSE, TEMPLATE
 from moesparse.checkpoints.hub import hub_id
 from moesparse.checkpoints.recipe_words import recipe_in_words
+from moesparse.experts.surgery import say_readers
 
 if TYPE_CHECKING:
     from moesparse.pruning.report import Report
@@ -27,13 +28,17 @@ def model_card(base: str, report: Report, base_model: str | None = None) -> str:
     what: list[str] = []
     rows: dict[str, object] = {}
     if report.experts is not None:
-        first = report.experts["blocks"][0]
-        what.append(f"{len(first['kept'])} of {first['before']} experts kept")
+        counts = {len(block["kept"]) for block in report.experts["blocks"]}
+        stay = " to ".join(map(str, sorted({min(counts), max(counts)})))
+        stay += f" of {report.experts['blocks'][0]['before']}"
+        what.append(f"{stay} experts kept")
         rows |= {
-            "experts per block": f"{len(first['kept'])} of {first['before']}",
+            "experts per block": stay,
             "expert criterion": report.experts["criterion"],
             "kept experts refitted": "yes" if report.experts["refit"] else "no",
         }
+        if "readers" in report.experts:
+            rows["layers of different counts, per_layer_config"] = say_readers(report.experts["readers"])
         if "method" in report.experts:
             rows["the others merged by"] = report.experts["method"]
     if report.blocks:

@@ -24,9 +24,9 @@ from moesparse.checkpoints.gguf import GGUFFiles, Items, Slices, output_files, s
 from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
 from moesparse.experts.origin import QUANTIZED_TOLERANCE, ROUTER_TOLERANCE, Origin
 from moesparse.experts.plan_file import ExpertPlan
+from moesparse.experts.router_groups import RouterGroups
 from moesparse.experts.scores_file import ExpertScores
 from moesparse.experts.selection import choose_experts
-from moesparse.experts.surgery import RouterGroups
 from moesparse.models.fingerprint import router_sketch
 from moesparse.progress import ProgressEvent, ProgressLike, reporting
 from moesparse.system.run_folder import claimed

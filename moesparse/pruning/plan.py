@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from moesparse.calibration.plan import Plan, file_flops, plan_pass
 from moesparse.calibration.statistics import memory_needed
+from moesparse.errors import UsageError
 from moesparse.experts.choice import choose_rule
 from moesparse.experts.merging import memory_for_merging, merging_flops
 from moesparse.experts.refit import MAX_TOKENS, memory_for_refit, refit_flops
+from moesparse.experts.surgery import plan_removal, say_readers
 from moesparse.models.blocks import MoEBlock
+from moesparse.models.layer_counts import PER_LAYER
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.tuning import memory_for_tuning, tuning_flops
 from moesparse.weights.mask_rules import COLUMN_RULES, moments_needed
 from moesparse.weights.solvers import memory_for_solver
 from moesparse.weights.weight_rules import parse_update, tunes
 
-__all__ = ["any_choice", "plan_pruning", "plan_run"]
+__all__ = ["any_choice", "check_counts", "plan_pruning", "plan_run"]
 
 # a rule's products with the second moment: 2 * out * in^2 multiply-adds and times for a matrix [out, in]. An update's
 # errors are three; of admm and the conjugate gradients what benchmarks/speed/bench_prune.py measured for 14336 x 4096
@@ -126,8 +129,10 @@ def plan_run(
     sizes = {"windows": windows, "length": length, "batch_size": batch_size, "processes": processes}
     if not recipe.removes_experts:
         return plan_pruning(model, blocks, recipe, **sizes)
-    keep = len(any_choice(blocks, recipe)[0])
-    share = keep / blocks[0].num_experts
+    counts = [len(ids) for ids in any_choice(blocks, recipe)]
+    if len(set(counts)) > 1:
+        check_counts(model, blocks, recipe)
+    keep, share = max(counts), sum(counts) / sum(block.num_experts for block in blocks)
     scoring = plan_pass(model, blocks, "none", **sizes)
     if recipe.prunes_weights:
         base = plan_pruning(model, blocks, recipe.without_experts(), **sizes)
@@ -160,7 +165,11 @@ def plan_run(
     # read to be checked, recorded and cut
     flops["files"] += file_flops(3 * base.weights, share * base.weights)
     return dataclasses.replace(
-        base, keep=keep, workspace=max(base.workspace, workspace), sums=scoring.sums, flops=flops
+        base,
+        keep=round(sum(counts) / len(counts)),
+        workspace=max(base.workspace, workspace),
+        sums=scoring.sums,
+        flops=flops,
     )
 
 
@@ -172,5 +181,23 @@ def any_choice(blocks: Sequence[MoEBlock], recipe: Recipe) -> list[Tensor]:
     """
     if recipe.plan is not None:
         return recipe.plan.tensors()
-    choose = choose_rule(blocks, keep=recipe.keep_experts, remove=recipe.experts, divisible_by=recipe.divisible_by)
-    return choose(torch.zeros(len(blocks), blocks[0].num_experts))
+    return choose_rule(blocks, **recipe.expert_rule.count)(torch.zeros(len(blocks), blocks[0].num_experts))
+
+
+def check_counts(model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe) -> None:
+    """Refuse what cannot be removed, by a choice of as many experts as the recipe leaves, whichever they are.
+
+    Raises:
+        UsageError: counts that cannot be, or that differ by layer and are not allowed to.
+        UnsupportedModelError: experts that cannot be placed; named.
+    """
+    plan = plan_removal(model, any_choice(blocks, recipe), allow_non_uniform=True)
+    if recipe.allow_non_uniform or len(set(plan.counts)) == 1:
+        return
+    wanted, got = "expert_budget must be 'per-layer', which keeps", "'global'"
+    if recipe.plan is not None:
+        wanted, got = "plan must keep", f"{min(plan.counts)} to {max(plan.counts)}"
+    raise UsageError(
+        f"{wanted} equally many experts in every layer, unless allow_non_uniform=True, got {got}: config.json then "
+        f"says how many as {PER_LAYER}, {say_readers(plan.readers())}"
+    )

@@ -53,7 +53,7 @@ def check_plain_routers(layers: LayersOnDisk, recipe: Recipe) -> None:
     stored = layers.shards.stored
     if not stored or not recipe.removes_experts:
         return
-    plan = plan_removal(layers.model, any_choice(layers.blocks, recipe))
+    plan = plan_removal(layers.model, any_choice(layers.blocks, recipe), allow_non_uniform=True)
     cut = {each.path for cuts in plan.cuts for each in cuts}
     for position in range(len(layers)):
         routers = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -18,6 +18,7 @@ from moesparse.experts.scores_file import ExpertScores
 from moesparse.experts.selection import BUDGETS, check_divisor
 from moesparse.models.blocks import MoEBlock
 from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, DROP, check_choices, check_target
+from moesparse.pruning.recipe_checks import check_layers_alike, check_patterns, check_removal
 from moesparse.pruning.recipe_file import PUBLISHED, find_recipe, read_fields, write_fields
 from moesparse.weights.mask_rules import check_rules
 from moesparse.weights.patterns import Pattern
@@ -35,8 +36,6 @@ __all__ = [
     "MTP_CHOICES",
     "OUTPUT_DTYPES",
     "Recipe",
-    "check_patterns",
-    "check_removal",
     "recipe_fields",
 ]
 
@@ -55,23 +54,6 @@ _SALIENCY_ON_CPU, _SALIENCY_ELSEWHERE = "gated-sparsegpt", "gated-admm"
 _UPDATE_FROM_TEXT, _UPDATE_FROM_SUMS = "asymmetric+tune", "least-squares+rescale"
 # what "auto" is for experts, where there is text or sums of one
 EXPERT_SALIENCY_OF_TEXT = "reap"
-
-
-def check_removal(experts: float | None, keep_experts: int | None) -> None:
-    """Raise UsageError for both at once, or a share outside of (0, 1); how many can stay is for the model to say."""
-    if experts is not None and keep_experts is not None:
-        raise UsageError(f"only one of experts and keep_experts may be given, got {experts} and {keep_experts}")
-    if experts is not None and not 0 < experts < 1:
-        raise UsageError(f"experts must be a share between 0 and 1, got {experts}")
-
-
-def check_patterns(blocks: Sequence[MoEBlock], pattern_of: Callable[[str, str], Pattern | None]) -> None:
-    """Raise UsageError for a matrix that its pattern, by names of block and matrix, does not divide."""
-    for block in blocks:
-        for matrix in block.matrices:
-            pattern = pattern_of(block.name, matrix.name)
-            if pattern is not None:
-                pattern.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -97,8 +79,9 @@ class Recipe:
             criterion of that paper, reap or frequency, which says too what each weighs; text is needed in any case.
         refine_experts: swap experts after the first choice while the block's output error falls.
         expert_mix: how the domains of the calibration text become one choice, one of moesparse.experts.domains.MIXES.
-        expert_budget: "per-layer", or "global", which `prune` refuses for every format that states one count for all.
-        expert_floor: fewest experts of a block under the global budget.
+        expert_budget: "per-layer", or "global": the experts of all layers are ranked together, and layers keep
+            different numbers of them, `experts` and `keep_experts` on average. Takes `allow_non_uniform`.
+        expert_floor: fewest experts of a block under the global budget; top_k when None.
         protect_experts: super-experts, of extreme activations, stay whatever their score.
         patterns: instead of weights, block name -> matrix name -> a pattern as above, or "dense"; names every block.
         target_bytes: instead of weights and a share of experts, what the packed experts may take: a share of the dense
@@ -116,6 +99,8 @@ class Recipe:
         divisible_by: the experts that stay in a block are a multiple of it, such as the size of an expert-parallel
             group: `experts` is rounded so that fewer go, of `target_bytes` no other count is tried, and what
             `keep_experts` or `plan` would leave is refused where it is none.
+        allow_non_uniform: the layers may keep different numbers of experts, by the global budget or by `plan`:
+            config.json says them as `per_layer_config`, which few programs read; who does here, the refusal says.
         output_dtype: of a quantised checkpoint, make a plain one: "bfloat16", "float16" or "float32" for every
             quantised weight and for what is in the model's own dtype. None leaves its weights quantised.
 
@@ -146,6 +131,7 @@ class Recipe:
     divisible_by: int | None = None
     output_dtype: str | None = None
     expert_method: str = "remove"
+    allow_non_uniform: bool = False
 
     @classmethod
     def of(cls, given: Recipe | str | float | None) -> Recipe:
@@ -201,15 +187,14 @@ class Recipe:
         self._check_files()
         check_mix(self.expert_mix, "expert_mix")
         self._check_method()
-        if self.expert_budget not in BUDGETS:
-            raise UsageError(f"expert_budget must be one of {', '.join(BUDGETS)}, got {self.expert_budget!r}")
+        check_layers_alike(self)
         if self.mtp is not None and self.mtp not in MTP_CHOICES:
             raise UsageError(f"mtp must be one of {', '.join(MTP_CHOICES)}, got {self.mtp!r}")
         if self.output_dtype is not None and self.output_dtype not in OUTPUT_DTYPES:
             raise UsageError(f"output_dtype must be one of {', '.join(OUTPUT_DTYPES)}, got {self.output_dtype!r}")
         if not self.removes_experts and self.target_bytes is None:
-            for name in ("refine_experts", "protect_experts", "expert_floor", "divisible_by", "expert_method"):
-                if getattr(self, name) not in (None, False, METHODS[0]):
+            for name in ("refine_experts", "protect_experts", "expert_budget", "divisible_by", "expert_method"):
+                if getattr(self, name) not in (None, False, METHODS[0], BUDGETS[0]):
                     raise UsageError(f"{name} must come with experts or keep_experts, got neither")
 
     def _check_weights(self) -> None:
@@ -389,6 +374,9 @@ class Recipe:
             "protect_experts": False,
             "divisible_by": None,
             "expert_method": METHODS[0],
+            "expert_budget": BUDGETS[0],
+            "expert_floor": None,
+            "allow_non_uniform": False,
         }
         removal |= {"plan": None, "scores": None, "expert_saliency": EXPERT_SALIENCY_OF_TEXT}
         return dataclasses.replace(self, **removal)  # type: ignore[arg-type]
@@ -428,6 +416,8 @@ class Recipe:
             protect_super=self.protect_experts,
             seed=self.seed,
             divisible_by=self.divisible_by,
+            budget=self.expert_budget,
+            floor=self.expert_floor,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -443,6 +433,7 @@ class Recipe:
         unused = [] if self.target_bytes is not None else ["target_bytes", "choices", "compare_uniform"]
         unused += [name for name in ("patterns", "mtp", "divisible_by", "output_dtype") if getattr(self, name) is None]
         unused += ["expert_method"] * (self.expert_method == METHODS[0])
+        unused += ["allow_non_uniform"] * (not self.allow_non_uniform)
         return {name: value for name, value in found.items() if name not in unused}
 
 

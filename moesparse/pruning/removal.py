@@ -21,7 +21,6 @@ from moesparse.errors import CalibrationError, UsageError
 from moesparse.experts.choice import (
     Choice,
     ExpertReport,
-    check_budget,
     check_sums_suffice,
     choose_from_domains,
     choose_from_plan,
@@ -32,13 +31,14 @@ from moesparse.experts.merging import Merged, Seen, check_merging, form_groups, 
 from moesparse.experts.origin import Origin
 from moesparse.experts.plan_file import ExpertPlan
 from moesparse.experts.refit import DEFAULT_RIDGE, RefitReport, check_refit, remove_and_refit_block
-from moesparse.experts.surgery import RemovalPlan, SurgeryReport, plan_removal, router_groups
+from moesparse.experts.router_groups import router_groups
+from moesparse.experts.surgery import RemovalPlan, SurgeryReport, plan_removal
 from moesparse.experts.swaps import RefineReport, refine_choice
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.look import Look
 from moesparse.models.stream import LayerStream
 from moesparse.progress import ProgressEvent
-from moesparse.pruning.plan import any_choice
+from moesparse.pruning.plan import check_counts
 from moesparse.pruning.recipe import Recipe
 
 __all__ = ["Merging", "check_removal", "remove_and_refit", "remove_experts"]
@@ -53,14 +53,13 @@ def check_removal(layers: Layers, calibration: Calibration, recipe: Recipe) -> N
         UnsupportedModelError: experts that cannot be placed, or not refitted; named.
         CalibrationError: no text where it takes some; a plan or scores of a model of other sizes.
     """
-    check_budget(layers.model, recipe.expert_budget, recipe.expert_floor)
     file = recipe.plan or recipe.scores
     if file is not None:
         # the routers are compared once they are in memory
         file.check(Origin.of(layers.model, layers.blocks, {}))
     if recipe.chooses_without_text is not None:
         _check_without_text(calibration, recipe, recipe.chooses_without_text)
-    plan_removal(layers.model, any_choice(layers.blocks, recipe))
+    check_counts(layers.model, layers.blocks, recipe)
     if recipe.refits_experts:
         check_refit(layers.blocks, DEFAULT_RIDGE)
     if recipe.forms_groups:
@@ -151,7 +150,7 @@ def remove_experts(
         kept, swaps = refine_choice(
             layers.model, kept, calibration.ids, protect=choice.protected, progress=options.progress
         )
-    plan = plan_removal(layers.model, kept)
+    plan = plan_removal(layers.model, kept, allow_non_uniform=recipe.allow_non_uniform)
     merging = _merging(layers, recipe, choice)
     reads = recipe.refits_experts or recipe.forms_groups
     surgery, fits = remove_and_refit(

@@ -20,9 +20,10 @@ from moesparse.calibration.windows import ImageWindows
 from moesparse.checkpoints.output import InPlace
 from moesparse.errors import CalibrationError, UsageError
 from moesparse.evaluate.on_text import perplexity
-from moesparse.experts.choice import check_budget, choose_rule, score_windows
+from moesparse.experts.choice import choose_rule, score_windows
 from moesparse.experts.criteria import super_experts
 from moesparse.models.blocks import MoEBlock
+from moesparse.models.layer_counts import check_equal_counts
 from moesparse.models.layers import Layers, LayersInMemory, RunOptions
 from moesparse.models.look import Look
 from moesparse.models.modes import placed
@@ -40,7 +41,8 @@ from moesparse.pruning.budget import (
     target_in_bytes,
 )
 from moesparse.pruning.driver import carry_out_in_place
-from moesparse.pruning.recipe import Recipe, check_patterns
+from moesparse.pruning.recipe import Recipe
+from moesparse.pruning.recipe_checks import check_patterns
 from moesparse.pruning.report import Report
 from moesparse.weights.mask_rules import choose_masks, moments_needed, obs_gate
 from moesparse.weights.patterns import Pattern
@@ -195,7 +197,7 @@ def plan_budget(
         raise UsageError("recipe must have target_bytes to be planned for, got None")
     layers = LayersInMemory(model)
     blocks = layers.blocks
-    check_budget(model, recipe.expert_budget, recipe.expert_floor)
+    check_equal_counts(blocks)
     text = calibration_of(given, model, domains)
     if not isinstance(text, FromText):
         raise CalibrationError(

@@ -115,9 +115,9 @@ def _summary(findings: Findings) -> Section | str | None:
         share = sizes["after"]["packed"] / sizes["before"]["experts"]
         tiles.append((f"{share:.1%}", "of the experts' bytes are left once packed"))
     if checkpoint is not None and (removal := checkpoint.removal):
-        kept = {(len(block["kept"]), block["before"]) for block in removal["blocks"]}
-        for count, total in sorted(kept):
-            tiles.append((f"{count} of {total}", f"experts stay in every block, chosen by {removal['criterion']}"))
+        total, kept = removal["blocks"][0]["before"], sorted({len(block["kept"]) for block in removal["blocks"]})
+        counts, where = (str(kept[0]), "every") if len(kept) == 1 else (f"{kept[0]} to {kept[-1]}", "a")
+        tiles.append((f"{counts} of {total}", f"experts stay in {where} block, chosen by {removal['criterion']}"))
     if checkpoint is not None and checkpoint.recipe and checkpoint.recipe.get("weights"):
         recipe = checkpoint.recipe
         tiles.append((recipe["weights"], f"expert weights by {recipe['saliency']} + {recipe['update']}"))
@@ -272,9 +272,11 @@ def _removal(findings: Findings) -> Section | str | None:
         swapped = ", then experts were swapped while the block came out closer" if refined else ""
         scored_on = "its weights" if removal["criterion"] == WEIGHT_CRITERION else "the calibration text"
         went = f"were merged into others by {removal['method']}" if "method" in removal else "went"
+        ranked = (checkpoint.recipe or {}).get("expert_budget") == "global"
+        among = "all blocks, each block's scores divided by their sum," if ranked else "each block"
         section.say(
-            f"Every expert was scored by {removal['criterion']} on {scored_on} (larger means keep); the lowest of each "
-            f"block {went}{swapped}. {position}"
+            f"Every expert was scored by {removal['criterion']} on {scored_on} (larger means keep); the lowest of "
+            f"{among} {went}{swapped}. {position}"
         )
     if scores is not None:
         values = torch.tensor([[math.nan if v is None else float(v) for v in row] for row in scores])

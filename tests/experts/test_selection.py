@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moesparse.errors import UsageError
+from moesparse.experts.router_groups import RouterGroups
 from moesparse.experts.selection import choose_experts
-from moesparse.experts.surgery import RouterGroups
 
 SCORES = torch.tensor([[0.1, 0.9, 0.5, 0.5, 0.2, 0.8, 0.3, 0.4], [8.0, 7, 6, 5, 4, 3, 2, -torch.inf]])
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from moesparse.errors import UnsupportedModelError, UsageError
-from moesparse.experts.surgery import plan_removal, remove_experts, router_groups
+from moesparse.experts.router_groups import router_groups
+from moesparse.experts.surgery import plan_removal, remove_experts
 from moesparse.models.blocks import MoEBlock, find_moe_blocks
 from moesparse.testing import MOE_FAMILIES, tiny_model
 
