@@ -127,7 +127,8 @@ def calibrate(
         refuse_several("--whole" if whole else "--demonstrations-from-model")
     target = options.resolve_device(device)
     text = TextOptions(calibration or [], samples, length, seed, made, temperature, batch_size, target, chat, pack)
-    run = _Run(model, statistics, moments, chosen, text, resume, dry_run, max_memory, as_json)
+    writes_origin = plan is not None or scores is not None
+    run = _Run(model, statistics, moments, chosen, text, resume, dry_run, max_memory, as_json, writes_origin)
     with quiet_libraries():
         done = run.on_whole_model() if whole or made is not None else run.layer_by_layer()
     if done is not None:
@@ -245,14 +246,14 @@ class _Done:
         by_window: the sums of every window, [windows, blocks, E].
         text: that was read.
         choose: the rule of the choice that is to be shown, or None.
-        origin: what a plan and scores say of the model.
+        origin: what a plan and scores say of the model; None where neither is written.
     """
 
     statistics: ModelStatistics
     by_window: dict[str, Tensor]
     text: CalibrationText
     choose: Callable[[Tensor], list[Tensor]] | None
-    origin: Origin
+    origin: Origin | None
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ class _Run:
     dry_run: bool
     max_memory: str
     as_json: bool
+    writes_origin: bool
 
     def layer_by_layer(self) -> _Done | None:
         """One layer in memory at a time; None where there is no more to tell."""
@@ -279,6 +281,9 @@ class _Run:
         limit = options.parse_limit(self.max_memory)
         model = ModelOnDisk(self.model)
         network, blocks = model.network, model.layers.blocks
+        if self.writes_origin:
+            # what cannot be written is refused before the text is run
+            Origin.of(network, blocks, {})
         if not self.dry_run:
             self.text.check(model.source)
         plan = plan_pass(network, blocks, self.moments, **planned_windows(network, self.text))
@@ -304,7 +309,8 @@ class _Run:
             )
         if job.rank:
             return None
-        return _Done(result, by_window, text, choose, Origin.of(network, blocks, routers))
+        origin = Origin.of(network, blocks, routers) if self.writes_origin else None
+        return _Done(result, by_window, text, choose, origin)
 
     def on_whole_model(self) -> _Done:
         """Load the model."""
@@ -331,7 +337,7 @@ class _Run:
             )
             result.save(self.statistics)
             blocks = find_moe_blocks(model.network)
-            origin = Origin.of(model.network, blocks, sketches(blocks))
+            origin = Origin.of(model.network, blocks, sketches(blocks)) if self.writes_origin else None
         return _Done(result, by_window, text, choose, origin)
 
 
@@ -344,10 +350,10 @@ def _tell(
 
     result, dead = done.statistics, dead_experts(done.statistics)
     choice = {} if chosen is None else chosen.shown(done)
-    if plan is not None:
+    if plan is not None and done.origin is not None:
         kept = tuple(map(tuple, choice["kept"].values()))
         ExpertPlan(done.origin, kept, choice["criterion"], result.text_hash).save(plan)
-    if scores is not None:
+    if scores is not None and done.origin is not None:
         ExpertScores.of(done.origin, result).save(scores)
     if as_json:
         print_json(

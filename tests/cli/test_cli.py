@@ -230,9 +230,8 @@ def test_bench_says_what_it_measured(monkeypatch, capsys):
         (["prune", "demo", "OUT", "--experts", "1.5"], 2, "experts must be a share between 0 and 1, got 1.5"),
         (["prune", "demo", "OUT", "--expert-saliency", "ean"], 2, "--expert-saliency must come with --experts"),
         (["prune", "demo", "OUT", "--protect-super-experts"], 2, "--protect-super-experts must come with --experts or"),
-        # a global budget is for moesparse calibrate to show: prune could only refuse it
-        (["prune", "demo", "OUT", "--experts", "0.5", "--expert-floor", "3"], 2, "No such option: --expert-floor"),
-        (["prune", "demo", "OUT", "--experts", "0.5", "--budget", "global"], 2, "No such option: --budget"),
+        (["prune", "demo", "OUT", "--experts", "0.5", "--expert-floor", "3"], 2, "left out with --budget per-layer"),
+        (["prune", "demo", "OUT", "--experts", "0.5", "--budget", "global"], 2, "unless --allow-non-uniform, got 'gl"),
         (["prune", "demo", "OUT", "--choices", "drop,2:4"], 2, "--choices must come with --target-bytes, which"),
         (["prune", "demo", "OUT", "--temperature", "1"], 2, "--temperature must come with --demonstrations-from-model"),
         (["prune", "demo", "OUT", "--report", "FULL"], 2, "--report must be a file to write, got the folder"),

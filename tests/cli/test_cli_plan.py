@@ -123,10 +123,6 @@ def test_what_does_not_go_together(options, message, made, tmp_path, monkeypatch
     [
         (("--plan", "P"), "--plan must come with --experts or --keep-experts, whose choice it holds, got neither"),
         (("--divisible-by", "8"), "--divisible-by must come with --experts or --keep-experts, whose choice it shows"),
-        (
-            ("--plan", "P", "--experts", "0.5", "--budget", "global"),
-            "--budget must be per-layer with --plan, got global",
-        ),
         (("--scores", "."), "--scores must be a file to write, got the folder ."),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -90,7 +91,17 @@ def test_a_checkpoint_says_which_experts_are_left(tmp_path):
         ({"experts": 0.25, "keep_experts": 4}, "only one of experts and keep_experts"),
         ({"experts": 1.5}, "experts must be a share between 0 and 1, got 1.5"),
         ({"refine_experts": True}, "must come with experts or keep_experts"),
-        ({"expert_floor": 3}, "expert_floor must come with experts or keep_experts"),
+        ({"experts": 0.5, "expert_floor": 3}, "expert_floor must be left out with expert_budget='per-layer', got 3"),
+        ({"expert_budget": "global"}, "expert_budget must come with experts or keep_experts"),
+        ({"experts": 0.5, "allow_non_uniform": True}, "must come with expert_budget='global' or plan, got neither"),
+        (
+            {"experts": 0.5, "expert_budget": "global", "divisible_by": 2},
+            "divisible_by must be left out with expert_budget='global', got 2",
+        ),
+        (
+            {"target_bytes": 0.5, "expert_budget": "global"},
+            "target_bytes must be left out with expert_budget='global', got 0.5",
+        ),
         ({"experts": 0.5, "expert_budget": "equal"}, "expert_budget must be one of per-layer, global, got 'equal'"),
         ({"experts": 0.25, "expert_saliency": "reep"}, "expert_saliency must be one of frequency, .* got 'reep'"),
     ],
@@ -105,10 +116,13 @@ def test_recipes_that_cannot_be(recipe, message):
     [
         ({"keep_experts": 0}, "keep_experts must be between 1 and the 8 experts"),
         ({"keep_experts": 9}, "keep_experts must be between 1 and the 8 experts"),
-        ({"experts": 0.5, "expert_floor": 3}, "expert_floor must be left out with expert_budget='per-layer', got 3"),
         (
             {"experts": 0.5, "expert_budget": "global"},
-            "got 'global': it keeps another number of experts in every block",
+            r"unless allow_non_uniform=True, got 'global': .* read by moesparse .*, not by transformers .*'num_lo",
+        ),
+        (
+            {"experts": 0.5, "expert_budget": "global", "allow_non_uniform": True, "expert_floor": 5},
+            "experts must leave at least 5 of 8 experts per block, got 0.5",
         ),
     ],
 )
@@ -215,14 +229,30 @@ def test_a_model_without_outliers_has_no_super_experts():
         super_experts(statistics)
 
 
-def test_a_global_budget_is_shown_but_not_written():
+GLOBAL = Recipe(weights=None, experts=0.5, expert_budget="global", expert_floor=3, allow_non_uniform=True)
+
+
+def test_a_global_budget_keeps_what_the_statistics_choose():
     model = tiny_model("mixtral")
-    before = parameters(model)
-    recipe = Recipe(weights=None, experts=0.5, expert_budget="global", expert_floor=3)
-    with pytest.raises(UsageError, match="MixtralConfig states one for all"):
-        prune(model, WINDOWS, recipe)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), parameters(model).values(), strict=True))
     blocks, statistics = find_moe_blocks(model), calibrate(model, WINDOWS)
     kept = choose_from_statistics(blocks, statistics, "reap", remove=0.5, budget="global", floor=3)
-    assert sum(map(len, kept)) == 8
-    assert min(map(len, kept)) >= 3
+    assert sorted(map(len, kept)) == [3, 5]
+    again, merged = tiny_model("mixtral"), tiny_model("mixtral")
+    report = prune(model, WINDOWS, dataclasses.replace(GLOBAL, update="none"))
+    assert [block["kept"] for block in report.experts["blocks"]] == [ids.tolist() for ids in kept]
+    assert report.recipe["allow_non_uniform"] is True and report.recipe["expert_floor"] == 3
+    # the plan of it, on the same model; a plan alone says no such thing is wanted
+    with pytest.raises(UsageError, match=r"plan must keep equally many experts in every layer, .* got 3 to 5: config"):
+        prune(again, None, Recipe(weights=None, plan=report.plan, update="none"))
+    prune(again, None, Recipe(weights=None, plan=report.plan, update="none", allow_non_uniform=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters(model).values(), parameters(again).values(), strict=True))
+    # as many, merged
+    report = prune(merged, WINDOWS, dataclasses.replace(GLOBAL, update="none", expert_method="m-smoe"))
+    assert sum(len(block["kept"]) for block in report.experts["blocks"]) == 8
+    assert all(block["merged"] for block in report.experts["blocks"])
+
+
+def test_a_router_of_groups_has_no_global_budget():
+    recipe = dataclasses.replace(GLOBAL, expert_floor=None)
+    with pytest.raises(UsageError, match="expert_budget must be 'per-layer' for a router with groups, got 'global'"):
+        prune(tiny_model("deepseek_v3"), WINDOWS, recipe)

@@ -195,7 +195,7 @@ def test_saved_statistics_choose_and_no_text_is_run(source, tmp_path):
     [
         (Recipe(weights=None, experts=0.5, refine_experts=True), "refine_experts must be False to run layer by layer"),
         (Recipe(weights=None, keep_experts=9), "keep_experts must be between 1 and the 8 experts"),
-        (Recipe(weights=None, experts=0.5, expert_budget="global"), "got 'global': it keeps another number"),
+        (Recipe(weights=None, experts=0.5, expert_budget="global"), "unless allow_non_uniform=True, got 'global'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(source, tmp_path, recipe, said):
