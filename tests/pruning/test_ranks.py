@@ -56,7 +56,14 @@ RECIPES = {
     "refit": Recipe(weights=None, experts=0.25),
     "merge": Recipe(weights=None, experts=0.25, expert_method="m-smoe", update="none"),
     "merge and refit": Recipe(weights=None, experts=0.5, expert_method="ream"),
-    "both": Recipe(weights="2:4", experts=0.25, saliency="moe-pruner", update="none"),
+    "both": Recipe(
+        weights="2:4",
+        experts=0.3,
+        expert_budget="global",
+        allow_non_uniform=True,
+        saliency="moe-pruner",
+        update="none",
+    ),
     "weights alone": Recipe(weights="2:4", saliency="magnitude", update="none"),
 }
 TEXTS = {
