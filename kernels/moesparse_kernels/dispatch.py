@@ -8,14 +8,18 @@
     reference        plain torch, any device
 
 The choice depends on the average number of rows per expert, the shape, the dtype and the device: from the device's
-measured table (tuning.py) where it has the shape, else from `_SPARSE_ROWS`; on a CPU from `_NATIVE_ROWS`, for a whole
-layer by the rows of each expert (`experts_for_torch`). Where no sparse form wins, the layer runs dense.
+measured table (tuning.py) where it has the shape; on a CPU from `_NATIVE_ROWS`, for a whole layer by the rows of each
+expert (`experts_for_torch`). On a GPU without a table packed 2:4 experts take "triton" for any number of rows: "unpack"
+is the dense layer and the writing of it besides, at every call, so that it never reaches the layer that holds dense
+weights. That "triton" reaches it for many rows is an estimate from instruction counts, nothing was measured.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -38,10 +42,7 @@ __all__ = [
 NM_BACKENDS = ("auto", "native", "triton", "semi_structured", "unpack", "reference")
 DENSE_BACKENDS = ("auto", "native", "triton", "grouped_mm", "reference")
 
-# rows per expert up to which reading half the weight should outweigh decoding it for every block of rows: an estimate
-# from instruction counts, used only where nothing was measured
-_SPARSE_ROWS = 256
-# rows per expert up to which the fused Triton layer is taken for dense experts, likewise
+# rows per expert up to which the fused Triton layer is taken for dense experts, where nothing was measured: an estimate
 _FUSED_DENSE_ROWS = 64
 # Rows per expert up to which the compiled kernels are faster than torch's products, by instruction path and dtype: of
 # packed weights, which torch must have unpacked, and of dense ones. Measured on an AMD Zen 4, the last two paths with
@@ -177,7 +178,7 @@ def _auto_on_others(device: torch.device, dtype: torch.dtype) -> tuple[Auto, Aut
         packed, dense = (Auto(op, dtype, "reference", None, None, reason) for op in ("moe_nm", "moe_dense"))
         return packed, dense
     reason = "an estimate, where nothing was measured for a shape"
-    packed = Auto("moe_nm", dtype, "triton", _SPARSE_ROWS, "unpack", reason)
+    packed = Auto("moe_nm", dtype, "triton", None, None, reason)
     if dtype == torch.bfloat16 and hasattr(torch.nn.functional, "grouped_mm"):
         return packed, Auto("moe_dense", dtype, "triton", _FUSED_DENSE_ROWS, "grouped_mm", reason)
     return packed, Auto("moe_dense", dtype, "triton", None, None, "torch has no grouped GEMM of this dtype")
@@ -194,7 +195,7 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
         intermediate: I.
 
     Raises:
-        ValueError: a forced backend cannot run this weight on this device.
+        ValueError: a forced backend cannot run this weight on this device, or a 2:4 weight on a GPU is in "row" order.
     """
     device, E = weight.values.device, weight.shape[0]
     if backend == "native":
@@ -215,16 +216,30 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
     if device.type != "cuda" or weight.dtype.itemsize != 2:
         return "reference"
     if weight.order != "fragment":
+        if (weight.n, weight.m) == (2, 4):
+            raise ValueError(
+                f'packed 2:4 weights of 16 bits must be in "fragment" order on a GPU, got {weight.order!r}; '
+                'reorder once with weight.to_order("fragment"), or ask for backend="unpack"'
+            )
+        _warn_of_unpacking(f"{weight.n}:{weight.m}")
         return "unpack"
     rows_per_expert = rows / max(E, 1)
     measured = backend_from_table(rows_per_expert, E, hidden, intermediate, weight.dtype, device)
     if measured == "semi_structured" and (
         torch.cuda.is_current_stream_capturing() or reason_unavailable(weight) is not None
     ):
-        return "unpack"
-    if measured is not None:
-        return measured
-    return "triton" if rows_per_expert <= _SPARSE_ROWS else "unpack"
+        return "triton"
+    return measured or "triton"
+
+
+@cache
+def _warn_of_unpacking(pattern: str) -> None:
+    """Say once for a pattern what every call will cost."""
+    warnings.warn(
+        f"there are no GPU kernels for packed {pattern} weights: every call makes the layer dense first, "
+        "which is slower than to hold it dense (moesparse unpack)",
+        stacklevel=2,
+    )
 
 
 def choose_dense_backend(backend: str, weight: torch.Tensor, rows: int) -> str:

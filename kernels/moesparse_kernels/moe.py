@@ -70,9 +70,9 @@ def moe_nm(
         gate_up_bias: (E, 2 * I) or (E, I), or None.
         down_bias: (E, H) or None.
         backend: "auto" chooses by rows per expert, shape, dtype and device (dispatch.py). "native", the compiled
-            kernels, wants a CPU and row order; "triton" wants 2:4 weights in fragment order; "semi_structured" 2:4 on
-            an NVIDIA GPU, and waits for the device; "unpack" and "reference" run any pattern. "reference" waits for the
-            device on a GPU.
+            kernels, wants a CPU and row order; "triton" wants 2:4 weights in fragment order, as "auto" does on a GPU;
+            "semi_structured" 2:4 on an NVIDIA GPU, and waits for the device; "unpack" and "reference" run any pattern.
+            "reference" waits for the device on a GPU.
 
     Returns:
         (T, H), dtype of x. No gradient: call under torch.no_grad().
@@ -184,15 +184,15 @@ def _up(
 ) -> torch.Tensor:
     """(T, H) -> (R, I) when gated, else (R, N), expert-sorted."""
     _, N, H = weight.shape
-    backend, weight = _choose(backend, weight, top_k_index.numel(), H, N // 2 if gated else N)
-    if backend == "native":
+    chosen, weight = _choose(backend, weight, top_k_index.numel(), H, N // 2 if gated else N)
+    if chosen == "native":
         return activate_torch(up_native(x, top_k_index, weight, bias), activation, gated)
-    if backend == "reference":
+    if chosen == "reference":
         return up_reference(x, routings.rows(), weight, bias, activation, gated)
     # here, because a machine that only ever takes the reference needs no triton
     from .moe_gpu import up_gpu
 
-    return up_gpu(x, top_k_index, weight, bias, activation, gated, backend, routings)
+    return up_gpu(x, top_k_index, weight, bias, activation, gated, chosen, routings, warm=backend == "auto")
 
 
 def _down(
@@ -206,14 +206,14 @@ def _down(
 ) -> torch.Tensor:
     """(R, I), expert-sorted -> (T, H)."""
     _, H, K = weight.shape
-    backend, weight = _choose(backend, weight, top_k_index.numel(), H, K)
-    if backend == "native":
+    chosen, weight = _choose(backend, weight, top_k_index.numel(), H, K)
+    if chosen == "native":
         return down_native(rows, top_k_index, top_k_weights, weight, bias)
-    if backend == "reference":
+    if chosen == "reference":
         return down_reference(rows, routings.rows(), top_k_weights, weight, bias)
     from .moe_gpu import down_gpu
 
-    return down_gpu(rows, top_k_index, top_k_weights, weight, bias, backend, routings)
+    return down_gpu(rows, top_k_index, top_k_weights, weight, bias, chosen, routings, warm=backend == "auto")
 
 
 def _layer(

@@ -19,6 +19,9 @@ from .tuning import GroupedConfig, grouped_config
 
 __all__ = ["down_gpu", "up_gpu"]
 
+# calls that ran "semi_structured" and for which "triton", which a capture of them takes, has run too
+_WARM: set[tuple[object, ...]] = set()
+
 
 def _config(op: str, weight: NMWeight | torch.Tensor, rows: int, device: torch.device) -> GroupedConfig:
     E, N, K = weight.shape
@@ -39,6 +42,19 @@ def _grouped(
     return grouped_dense(x, weight, routing, top_k_index, config, **how)
 
 
+def _is_cold(op: str, weight: NMWeight, top_k_index: torch.Tensor, *how: object) -> bool:
+    """Whether Triton's kernels for such a call have not run yet; asked once, they have.
+
+    A CUDA graph cannot hold "semi_structured", which waits for the device, and takes "triton" instead. Its kernels
+    would be compiled and loaded while the graph is captured, if no call before it had run them.
+    """
+    config = _config(op, weight, top_k_index.numel(), weight.device)
+    key = (op, weight.shape, weight.dtype, weight.device, top_k_index.shape[1], top_k_index.dtype, config, *how)
+    cold = key not in _WARM
+    _WARM.add(key)
+    return cold
+
+
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Rows behind the last expert, those of dropped slots, are left alone."""
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=routing.offsets[1:])
@@ -53,10 +69,16 @@ def up_gpu(
     gated: bool,
     backend: str,
     routings: Routings,
+    warm: bool = False,
 ) -> torch.Tensor:
-    """`moe_reference.up_reference` by "triton", "grouped_mm" (dense) or "semi_structured" (packed)."""
+    """`moe_reference.up_reference` by "triton", "grouped_mm" (dense) or "semi_structured" (packed).
+
+    `warm`: run once what a captured call would take instead of "semi_structured".
+    """
     if backend == "semi_structured":
         assert isinstance(weight, NMWeight)
+        if warm and _is_cold("up", weight, top_k_index, bias is None, activation, gated):
+            up_gpu(x, top_k_index, weight, bias, activation, gated, "triton", routings)
         return up_semi_structured(x, routings.rows(), weight, bias, activation, gated)
     if backend == "grouped_mm":
         assert isinstance(weight, torch.Tensor)
@@ -79,10 +101,13 @@ def down_gpu(
     bias: torch.Tensor | None,
     backend: str,
     routings: Routings,
+    warm: bool = False,
 ) -> torch.Tensor:
-    """`moe_reference.down_reference` by "triton", "grouped_mm" (dense) or "semi_structured" (packed)."""
+    """`moe_reference.down_reference` by "triton", "grouped_mm" (dense) or "semi_structured" (packed); as `up_gpu`."""
     if backend == "semi_structured":
         assert isinstance(weight, NMWeight)
+        if warm and _is_cold("down", weight, top_k_index, bias is None, top_k_weights.dtype):
+            down_gpu(rows, top_k_index, top_k_weights, weight, bias, "triton", routings)
         routing = routings.rows()
         projected, bias = down_semi_structured(rows, routing, weight, bias)[None], None
     elif backend == "grouped_mm":

@@ -350,18 +350,31 @@ class OnCuda:
 
     values = torch.device("cuda")
 
-    def __init__(self, order="fragment", dtype=torch.bfloat16):
+    def __init__(self, order="fragment", dtype=torch.bfloat16, m=4):
         self.values = type("Tensor", (), {"device": torch.device("cuda")})
-        self.order, self.dtype, self.shape, self.n, self.m = order, dtype, (8, 256, 128), 2, 4
+        self.order, self.dtype, self.shape, self.n, self.m = order, dtype, (8, 256, 128), m // 2, m
 
 
-def test_dispatch_takes_dense_where_sparse_does_not_win(monkeypatch):
+def test_dispatch_makes_no_layer_dense_unasked(monkeypatch):
     monkeypatch.setattr(dispatch, "backend_from_table", lambda *_: None)
     choose = dispatch.choose_nm_backend
     assert choose("auto", OnCuda(), rows=8 * 16, hidden=128, intermediate=128) == "triton"
-    assert choose("auto", OnCuda(), rows=8 * 4096, hidden=128, intermediate=128) == "unpack"
-    # any other pattern or order is made dense, and fp32 is the reference's
-    assert choose("auto", OnCuda(order="row"), rows=8, hidden=128, intermediate=128) == "unpack"
+    assert choose("auto", OnCuda(), rows=8 * 4096, hidden=128, intermediate=128) == "triton"
+    # where it was measured to be the fastest
+    monkeypatch.setattr(dispatch, "backend_from_table", lambda *_: "unpack")
+    assert choose("auto", OnCuda(), rows=8 * 16, hidden=128, intermediate=128) == "unpack"
+    with pytest.raises(
+        ValueError, match=r'must be in "fragment" order on a GPU, got \'row\'; reorder once with weight'
+    ):
+        choose("auto", OnCuda(order="row"), rows=8, hidden=128, intermediate=128)
+    assert choose("unpack", OnCuda(order="row"), rows=8, hidden=128, intermediate=128) == "unpack"
+    # a pattern without kernels is made dense, which is said once, and fp32 is the reference's
+    dispatch._warn_of_unpacking.cache_clear()
+    with pytest.warns(UserWarning, match="no GPU kernels for packed 4:8 weights: every call makes the layer dense"):
+        assert choose("auto", OnCuda(order="row", m=8), rows=8, hidden=128, intermediate=128) == "unpack"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("auto", OnCuda(order="row", m=8), rows=8, hidden=128, intermediate=128) == "unpack"
     assert choose("auto", OnCuda(dtype=torch.float32), rows=8, hidden=128, intermediate=128) == "reference"
     with pytest.raises(ValueError, match=r'"fragment" order, got \'row\'; repack once with weight.to_order'):
         choose("triton", OnCuda(order="row"), rows=8, hidden=128, intermediate=128)
@@ -375,7 +388,7 @@ def test_dispatch_never_waits_for_the_device_in_a_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert dispatch.choose_nm_backend("auto", OnCuda(), 8, 128, 128) == "semi_structured"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert dispatch.choose_nm_backend("auto", OnCuda(), 8, 128, 128) == "unpack"
+    assert dispatch.choose_nm_backend("auto", OnCuda(), 8, 128, 128) == "triton"
 
 
 def test_shipped_tables_fit_their_schema():

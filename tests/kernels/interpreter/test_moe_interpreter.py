@@ -4,7 +4,7 @@ import pytest
 import torch
 from moe_cases import ACTIVATE, SHAPES, assert_layer, assert_within_budget, make_layer, oracle, prune_2_4
 
-from moesparse_kernels import moe_gpu, route, routing
+from moesparse_kernels import moe, moe_gpu, route, routing
 from moesparse_kernels.epilogue import activate_rows, combine
 from moesparse_kernels.grouped_dense import grouped_dense
 from moesparse_kernels.grouped_nm import grouped_nm
@@ -189,6 +189,27 @@ def test_callable_activation_and_forced_backends(monkeypatch):
     assert torch.equal(
         moe_dense(*layer.routed, layer.gate_up, layer.down, **bias, activation=gate, backend="triton"), called
     )
+
+
+def test_what_a_capture_takes_has_run_before(monkeypatch):
+    # "auto" takes the library where it waits for the device; a captured call of the same sizes takes our kernels
+    layer = make_layer(5, 2, 3, 128, 128)
+    force(monkeypatch, block_m=16)
+    packed, ran = (pack(layer.gate_up), pack(layer.down)), []
+    monkeypatch.setattr(moe, "choose_nm_backend", lambda backend, *_: "semi_structured")
+    monkeypatch.setattr(moe_gpu, "_WARM", set())
+    for name, width in (("up_semi_structured", 128), ("down_semi_structured", 128)):
+        monkeypatch.setattr(moe_gpu, name, lambda *_, width=width: torch.zeros(10, width, dtype=layer.x.dtype))
+    monkeypatch.setattr(moe_gpu, "grouped_nm", lambda *a, **how: ran.append(how["gather"]) or grouped_nm(*a, **how))
+    out = moe_nm(*layer.routed, *packed)
+    assert ran == [True, False] and not out.any()
+    moe_nm(*layer.routed, *packed)
+    assert ran == [True, False]
+    moe_nm(*layer.routed, *packed, activation="relu")
+    assert ran == [True, False, True]
+    # asked for by name it cannot be captured at all
+    moe_nm(*layer.routed, *packed, activation="gelu", backend="semi_structured")
+    assert ran == [True, False, True]
 
 
 def test_torch_grouped_mm_backend():
