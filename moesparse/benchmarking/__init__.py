@@ -1,7 +1,8 @@
 """Measuring expert layers: shapes of real models, ceilings of the device, timing, and contenders that are verified
 before they are timed. `moesparse bench` and benchmarks/ share it."""
 
-from moesparse.benchmarking.layer import CONTENDERS, bench_layer, contenders_for, print_rows
+from moesparse.benchmarking.contenders import CONTENDERS, contenders_for
+from moesparse.benchmarking.layer import bench_layer, print_rows
 from moesparse.benchmarking.measure import Ceilings, Timing, environment, measure_ceilings, time_call
 from moesparse.benchmarking.shapes import SHAPES, Shape
 

@@ -8,7 +8,6 @@ larger of its bytes over the measured copy bandwidth and these operations over t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,17 +19,15 @@ from torch import nn
 
 from moesparse.benchmarking.measure import Ceilings, time_call
 from moesparse.benchmarking.shapes import Shape
-from moesparse_kernels import NMWeight, moe_dense, moe_nm, nm_prune
+from moesparse_kernels import NMWeight, nm_prune
 
 __all__ = [
-    "CONTENDERS",
     "ROUTINGS",
     "Contender",
     "ExpertLayer",
     "RoutedCall",
     "Unavailable",
     "bench_layer",
-    "contenders_for",
     "device_is_lost",
     "failed",
     "make_layer",
@@ -42,8 +39,6 @@ ROUTINGS = ("uniform", "skewed")
 
 # tokens whose result is compared with fp64; each token's depends on its own row alone, so a sample is a proof
 _CHECKED_TOKENS = 256
-# weights transformers' batched_mm may copy for one call
-_MAX_GATHERED_BYTES = 8 * 2**30
 
 
 class Unavailable(Exception):
@@ -276,56 +271,6 @@ class Contender:
     graph: bool = True
 
 
-def _ours(function: str, backend: str) -> Callable[[RoutedCall], Callable[[], torch.Tensor]]:
-    def prepare(call: RoutedCall) -> Callable[[], torch.Tensor]:
-        layer = call.layer
-        if function == "moe_dense":
-            return lambda: moe_dense(*call.routed, layer.gate_up, layer.down, **layer.options, backend=backend)
-        return lambda: moe_nm(*call.routed, layer.packed_gate_up, layer.packed_down, **layer.options, backend=backend)
-
-    return prepare
-
-
-def _transformers(name: str) -> Callable[[RoutedCall], Callable[[], torch.Tensor]]:
-    def prepare(call: RoutedCall) -> Callable[[], torch.Tensor]:
-        try:
-            from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-            function = ALL_EXPERTS_FUNCTIONS[name]
-        except (ImportError, KeyError) as error:
-            raise Unavailable(f"transformers has no experts function {name!r}") from error
-        if name == "batched_mm":
-            layer = call.layer
-            gathered = call.top_k_index.numel() * layer.gate_up[0].nbytes
-            if gathered > _MAX_GATHERED_BYTES:
-                raise Unavailable(f"it copies the experts of every token, {gathered / 2**30:.0f} GiB here")
-        return lambda: function(call.layer.transformers_module, *call.routed)
-
-    return prepare
-
-
-CONTENDERS: tuple[Contender, ...] = (
-    Contender("moe_nm", ("cuda", "cpu"), True, _ours("moe_nm", "auto"), slack=2.0),
-    Contender("moe_nm native", ("cpu",), True, _ours("moe_nm", "native")),
-    Contender("moe_nm triton", ("cuda",), True, _ours("moe_nm", "triton")),
-    Contender("moe_nm unpack", ("cuda",), True, _ours("moe_nm", "unpack"), slack=2.0),
-    Contender("moe_nm semi_structured", ("cuda",), True, _ours("moe_nm", "semi_structured"), slack=2.0, graph=False),
-    Contender("moe_nm reference", ("cpu",), True, _ours("moe_nm", "reference"), slack=2.0),
-    Contender("moe_dense native", ("cpu",), False, _ours("moe_dense", "native")),
-    Contender("moe_dense triton", ("cuda",), False, _ours("moe_dense", "triton")),
-    Contender("moe_dense grouped_mm", ("cuda",), False, _ours("moe_dense", "grouped_mm"), slack=2.0),
-    Contender("moe_dense reference", ("cpu",), False, _ours("moe_dense", "reference"), slack=2.0),
-    Contender("transformers grouped_mm", ("cuda", "cpu"), False, _transformers("grouped_mm"), slack=2.0),
-    Contender("transformers batched_mm", ("cuda", "cpu"), False, _transformers("batched_mm"), slack=2.0),
-)
-"""Every way to run the layer that is timed; the first that a device has is what a user of packed weights gets."""
-
-
-def contenders_for(device: torch.device) -> list[Contender]:
-    """Those that run on a device."""
-    return [contender for contender in CONTENDERS if device.type in contender.devices]
-
-
 def device_is_lost() -> bool:
     """Whether every later call on the device fails, as after an illegal access; only a new process has it back."""
     if not torch.cuda.is_initialized():
@@ -396,7 +341,8 @@ def bench_layer(
     Returns:
         One row for each contender: sizes, status ("ok", "skipped", "wrong", "failed" or "lost", with the reason),
         errors against fp64, times in microseconds, rates, shares of the ceilings, and `speedup`, the best dense time
-        over its own. A contender that is wrong is not timed. Where one loses the device, its row is the last.
+        over its own, with `against`, whose time that is. A contender that is wrong is not timed. Where one loses the
+        device, its row is the last.
     """
     lost = lost or {}
     call = RoutedCall.make(layer, tokens, law, seed)
@@ -427,11 +373,11 @@ def bench_layer(
         )
         if rows[-1]["status"] == "lost" and contender.name not in lost:
             break
-    dense = [row["us"] for row in rows if row["status"] == "ok" and not row["sparse"]]
-    best = min(dense, default=math.nan)
+    dense = [row for row in rows if row["status"] == "ok" and not row["sparse"]]
+    best = min(dense, key=lambda row: row["us"], default=None)
     for row in rows:
-        if row["status"] == "ok" and dense:
-            row["speedup"] = best / row["us"]
+        if row["status"] == "ok" and best is not None:
+            row |= {"speedup": best["us"] / row["us"], "against": best["contender"]}
     return rows
 
 
@@ -460,6 +406,13 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
             continue
         speedup = f"{ours['speedup']:.2f}x" if "speedup" in ours else "-"
         print(f"{ours['us']:>10,.1f}  {best[0]:<22}{best[1]:<26}{speedup:>8}{ours['roofline_share']:>9.0%}")
+    ran = {row["contender"] for row in rows if row["status"] == "ok"}
+    for contender, reason in {
+        row["contender"]: row["reason"]
+        for row in rows
+        if row["status"] == "skipped" and not row["sparse"] and row["contender"] not in ran
+    }.items():
+        print(f"no speed-up here is against {contender}: {reason}")
     for reason in dict.fromkeys(
         f"{row['shape']} {row['contender']} {row['status']}: {row['reason']}"
         for row in rows
