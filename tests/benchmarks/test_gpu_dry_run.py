@@ -20,7 +20,17 @@ from benchmarks.gpu import PARTS
 from benchmarks.speed import bench_cost, bench_generate
 from benchmarks.speed import bench_layer as layer_script
 from benchmarks.speed.common import DEVICE_LOST, Session
-from moesparse.benchmarking import SHAPES, Ceilings, Shape, bench_layer, contenders_for, layer, measure, time_call
+from moesparse.benchmarking import (
+    CONTENDERS,
+    SHAPES,
+    Ceilings,
+    Shape,
+    bench_layer,
+    contenders_for,
+    layer,
+    measure,
+    time_call,
+)
 from moesparse.benchmarking.layer import Contender, RoutedCall, make_layer, make_routing
 from moesparse_kernels.tuning import GroupedConfig
 
@@ -201,7 +211,7 @@ def test_what_is_stopped_leaves_no_process_behind(tmp_path):
 
 
 def test_the_gpu_tests_are_found_by_their_mark():
-    wanted = {"kernels/test_moe_gpu.py", "kernels/test_sparse_mma.py"}
+    wanted = {"kernels/test_moe_gpu.py", "kernels/test_pruning_gpu.py", "kernels/test_sparse_mma.py"}
     wanted |= {"calibration/test_calibration.py", "packed/test_packed_experts.py"}
     assert {f"tests/{name}" for name in wanted} <= set(gpu.gpu_tests())
     assert "tests/test_text.py" not in gpu.gpu_tests()
@@ -245,8 +255,6 @@ def test_what_cannot_run_is_skipped_or_failed_with_its_reason():
 
     def broken(call):
         raise RuntimeError("no such kernel")
-
-    from moesparse.benchmarking.layer import CONTENDERS
 
     triton = next(contender for contender in CONTENDERS if contender.name == "moe_nm triton")
     contenders = [triton, Contender("broken", ("cpu",), True, broken)]
