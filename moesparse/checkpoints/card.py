@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 
 STORED_DENSE = ": its weights are stored dense with zeros"
+FAKE_QUANTISED = (
+    "Its values are fake-quantised: rounded to what their format can say and stored in the dtype of the model, so the "
+    "files are not smaller yet."
+)
 STORED_PACKED = " after `import moesparse`: its experts are stored packed"
 
 TEMPLATE = """---
@@ -14,7 +18,7 @@ tags: [moesparse, mixture-of-experts, pruned, {tag}]
 # {base}, {what}
 
 The experts of `{base}` were pruned one-shot with moesparse {version}. Attention, norms, embeddings and shared experts
-are unchanged{router}. {recipe} Plain transformers loads the folder{zeros}.
+are unchanged{router}. {recipe} Plain transformers loads the folder{zeros}.{rounded}
 
 | | |
 |---|---|

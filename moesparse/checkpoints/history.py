@@ -14,7 +14,7 @@ from typing import Any
 
 from moesparse.checkpoints.card import card_in_form, is_packed_form
 from moesparse.checkpoints.edit import Surplus, say_surplus
-from moesparse.checkpoints.recipe_words import EXPERT_FIELDS, WEIGHT_FIELDS, merges, refits
+from moesparse.checkpoints.recipe_words import EXPERT_FIELDS, VALUE_FIELDS, WEIGHT_FIELDS, merges, refits
 from moesparse.system.shards import read_json
 
 __all__ = [
@@ -111,13 +111,21 @@ def _cut_block(block: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     def cut(values: Sequence[Any] | None) -> list[Any] | None:
         return None if values is None else [values[expert] for expert in kept]
 
+    def kept_of(experts: Sequence[int]) -> list[int]:
+        return [kept.index(expert) for expert in experts if expert in kept]
+
+    def cut_values(values: Mapping[str, Any]) -> dict[str, Any]:
+        named = {name: cut(values[name]) for name in ("error", "output_error")}
+        return {**values, **named, "fallbacks": kept_of(values["fallbacks"])}
+
     tensors = [
         {
             **tensor,
             "shape": [len(kept), *tensor["shape"][1:]],
             "error_before": cut(tensor["error_before"]),
             "error_after": cut(tensor["error_after"]),
-            "fallbacks": [kept.index(expert) for expert in tensor["fallbacks"] if expert in kept],
+            "fallbacks": kept_of(tensor["fallbacks"]),
+            "values": tensor.get("values") and cut_values(tensor["values"]),
         }
         for tensor in block["tensors"]
     ]
@@ -132,7 +140,7 @@ def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -
     """
     if before is None:
         return dict(recipe)
-    known = {*recipe, *EXPERT_FIELDS, *WEIGHT_FIELDS}
+    known = {*recipe, *EXPERT_FIELDS, *WEIGHT_FIELDS, *VALUE_FIELDS}
     found = {**recipe, **{key: value for key, value in before.items() if key not in known}}
     removes = any(recipe.get(key) is not None for key in ("experts", "keep_experts"))
     prunes = any(recipe.get(key) is not None for key in ("weights", "patterns"))
@@ -143,6 +151,8 @@ def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -
         found.pop("mtp", None)
     if not prunes and not (removes and (refits(recipe) or merges(recipe))):
         found |= {key: before[key] for key in WEIGHT_FIELDS if key in before}
+        if recipe.get("values") is None:
+            found |= {key: before[key] for key in VALUE_FIELDS if key in before}
     return found
 
 

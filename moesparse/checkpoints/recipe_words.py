@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["EXPERT_FIELDS", "WEIGHT_FIELDS", "merges", "recipe_in_words", "refits"]
+__all__ = ["EXPERT_FIELDS", "VALUE_FIELDS", "WEIGHT_FIELDS", "merges", "recipe_in_words", "refits"]
 
 EXPERT_FIELDS = (
     "experts",
@@ -34,6 +34,9 @@ WEIGHT_FIELDS = (
 )
 """Of a recipe: they say how weights are pruned."""
 
+VALUE_FIELDS = ("values", "value_rule")
+"""Of a recipe: they say to what the weights that stay are rounded."""
+
 _UPDATES = {
     "none": "keep the values they had",
     "obs": "are updated as SparseGPT does",
@@ -52,6 +55,7 @@ _MTP = {
 _KNOWN = {
     *WEIGHT_FIELDS,
     *EXPERT_FIELDS,
+    *VALUE_FIELDS,
     "seed",
     "plan",
     "scores",
@@ -69,7 +73,7 @@ def recipe_in_words(recipe: Mapping[str, Any]) -> str:
         recipe: as config.json or a report has it (`moesparse.pruning.recipe.Recipe.to_dict`), of a command or of
             several; it may come from anywhere, and what is not known is named with its value.
     """
-    parts = [_target(recipe), _experts(recipe), _weights(recipe), _further(recipe), _trained(recipe)]
+    parts = [_target(recipe), _experts(recipe), _weights(recipe), _values(recipe), _further(recipe), _trained(recipe)]
     said = [f"{part[0].upper()}{part[1:]}." for part in parts if part]
     other = [f"{name} is {value}" for name, value in recipe.items() if name not in _KNOWN]
     if other:
@@ -162,6 +166,14 @@ def _weights(recipe: Mapping[str, Any]) -> str:
     if recipe.get("propagate") is False:
         return f"{text}; every block was calibrated on what the dense blocks before it give"
     return text
+
+
+def _values(recipe: Mapping[str, Any]) -> str:
+    values, rule = recipe.get("values"), recipe.get("value_rule")
+    if values is None:
+        return ""
+    by = "" if rule in (None, "auto") else f" by {rule}"
+    return f"the weights of the experts are rounded to {values}{by}, and stored in the dtype of the model"
 
 
 def _removed(share: Any) -> str:

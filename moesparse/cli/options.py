@@ -49,7 +49,26 @@ Weights = Annotated[
     option(
         FIRST,
         "n:m (n of every m inputs stay; 2:4 is what sparse tensor cores run), the ratio removed, or none. Default: "
-        "2:4, or none when experts are removed.",
+        "2:4, or none when experts are removed or values rounded.",
+    ),
+]
+Values = Annotated[
+    str,
+    option(
+        WEIGHTS,
+        "Round the weights that stay to a format: int8, int8:GROUP, int4:GROUP, int3:GROUP, int2:GROUP (GROUP 32, 64 "
+        "or 128 weights of a row that share a scale; the last three also with :zero, a zero point for each group), "
+        "fp8, fp8:128x128, mxfp4 or nvfp4. The result holds the rounded values in its own dtype: its files are not "
+        "smaller yet.",
+        metavar="FORMAT",
+    ),
+]
+ValueRule = Annotated[
+    str,
+    option(
+        WEIGHTS,
+        "How --values are found: rtn (the nearest), rtn-mse (under scales of least squared error), gptq, or "
+        "gated-gptq, the default, in whose second moments every token counts by its gate.",
     ),
 ]
 Mtp = Annotated[

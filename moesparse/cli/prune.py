@@ -49,6 +49,8 @@ Examples:
 
   moesparse prune mixtral/ out/paper --recipe paper --calibration c4.jsonl
 
+  moesparse prune demo out/demo-int4 --values int4:64
+
   moesparse prune demo out/twelve-experts --keep-experts 12
 
   moesparse prune demo out/by-rank --experts 0.25 --budget global --allow-non-uniform
@@ -93,6 +95,8 @@ def prune(
     protect_super_experts: options.ProtectSuperExperts = False,
     target_bytes: options.TargetBytes = "",
     mtp: options.Mtp = "",
+    values: options.Values = "",
+    value_rule: options.ValueRule = "",
     choices: options.Choices = "",
     compare_uniform: options.CompareUniform = None,
     calibration: options.Calibration = None,

@@ -20,6 +20,8 @@ __all__ = ["Asked"]
 _FIELDS = {
     "saliency": "saliency",
     "update": "update",
+    "values": "values",
+    "value_rule": "value_rule",
     "propagate": "propagate",
     "seed": "seed",
     "experts": "experts",
@@ -73,7 +75,8 @@ class Asked:
         loaded, criterion = options.load_scores(scores, fields.get("expert_saliency", ""))
         if criterion:
             fields["expert_saliency"] = criterion
-        if "weights" not in fields and not held and (removes or plan is not None):
+        others = removes or plan is not None or fields.get("values") is not None
+        if "weights" not in fields and not held and others:
             fields["weights"] = None
         text = given["calibration"] or given["demonstrations_from_model"]
         unnamed = removes and fields.get("expert_saliency", "auto") == "auto" and not (plan or scores or statistics)

@@ -92,6 +92,8 @@ def show_pruned(result: Report, out: Path) -> None:
     if result.blocks:
         _show_weights(result)
         wrote += f": {100 * result.sparsity:.1f}% of the expert weights are zero"
+        if result.bits is not None:
+            _show_values(result)
     if result.rounding:
         console.print(
             "quantised again in the formats of the checkpoint: squared error "
@@ -139,20 +141,44 @@ def _show_experts(result: Any) -> None:
     console.print(f"model: {before / 2**20:.1f} > {after / 2**20:.1f} MiB", highlight=False)
 
 
+def _show_values(result: Report) -> None:
+    from moesparse.checkpoints.card import FAKE_QUANTISED
+
+    console.print(
+        f"values {result.recipe['values']} by {result.recipe['value_rule']}: {result.bits:.3f} bits a weight in that "
+        f"format. {FAKE_QUANTISED}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    found = sum(len(t.values.fallbacks) for block in result.blocks for t in block.tensors if t.values)
+    if found:
+        console.print(
+            f"[yellow]no calibration tokens:[/] {found} matrices of experts were rounded with all inputs alike",
+            soft_wrap=True,
+        )
+
+
 def _show_weights(result: Any) -> None:
-    pattern = result.recipe["weights"] or "mixed patterns"
+    recipe = result.recipe
+    title = f"{recipe['saliency']} + {recipe['update']} at {recipe['weights'] or 'mixed patterns'}"
+    values = f"{recipe['values']} by {recipe['value_rule']}" if result.bits is not None else ""
+    if values:
+        pruned = recipe["weights"] is not None or "patterns" in recipe
+        title = f"{title}, {values}" if pruned else values
     table = Table(
-        title=f"{result.recipe['saliency']} + {result.recipe['update']} at {pattern}",
+        title=title,
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,
         pad_edge=False,
     )
     table.add_column("block\n  tensor", no_wrap=True)
-    for column in ("shape", "zeros", "error", "s", "peak"):
+    more = ["of rounding"] if values else []
+    for column in ("shape", "zeros", "error", *more, "s", "peak"):
         table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     for block in result.blocks:
-        table.add_row(block.name, "", "", "", f"{block.seconds:.1f}", format_bytes(block.peak_bytes))
+        empty = [""] * (3 + len(more))
+        table.add_row(block.name, *empty, f"{block.seconds:.1f}", format_bytes(block.peak_bytes))
         for tensor in block.tensors:
             error = (
                 ""
@@ -160,7 +186,8 @@ def _show_weights(result: Any) -> None:
                 else f"{_percent(tensor.error_before)} > {_percent(tensor.error_after)}"
             )
             shape = "x".join(map(str, tensor.shape))
-            table.add_row(f"  {tensor.name}", shape, f"{100 * tensor.sparsity:.1f}%", error, "", "")
+            rounded = [_percent(tensor.values.output_error or tensor.values.error, 1)] if tensor.values else []
+            table.add_row(f"  {tensor.name}", shape, f"{100 * tensor.sparsity:.1f}%", error, *rounded, "", "")
     console.print(table)
     for block, tensor, expert in result.fallbacks[:_FALLBACKS_SHOWN]:
         console.print(
@@ -171,8 +198,8 @@ def _show_weights(result: Any) -> None:
         console.print(f"and {len(result.fallbacks) - _FALLBACKS_SHOWN} more, in the report", highlight=False)
 
 
-def _percent(values: list[float]) -> str:
-    return f"{100 * sum(values) / len(values):.0f}%"
+def _percent(values: list[float], digits: int = 0) -> str:
+    return f"{100 * sum(values) / len(values):.{digits}f}%"
 
 
 def show_plan(facts: dict[str, Any], out: Console) -> None:
@@ -186,6 +213,8 @@ def show_plan(facts: dict[str, Any], out: Console) -> None:
     table.add_row("parameters, active for a token", f"{facts['parameters']:.3g}, {facts['active_parameters']:.3g}")
     if facts["formats"]:
         table.add_row("quantised in", ", ".join(facts["formats"]))
+    if facts["values"] is not None:
+        table.add_row("values, fake-quantised: files no smaller yet", f"{facts['values']} by {facts['value_rule']}")
     table.add_row("calibration tokens", f"{facts['tokens']:,}")
     if facts["processes"] > 1:
         table.add_row("processes, each with what is in memory below", str(facts["processes"]))

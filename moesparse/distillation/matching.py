@@ -92,6 +92,16 @@ def stated_pattern(student: nn.Module) -> Pattern | None:
     return Pattern.parse(recipe["weights"]) if recipe.get("weights") else None
 
 
+def refuse_rounded(student: nn.Module, train: str) -> None:
+    """MoESparseError where experts would train whose config says that their values are rounded to a format."""
+    values = (_noted(student).get("recipe") or {}).get("values")
+    if values is not None and train != "routers":
+        raise MoESparseError(
+            f"student must have plain values for its experts to train, got values rounded to {values}, which training "
+            "would leave: distil first and round the result (prune with values), or give train='routers'"
+        )
+
+
 def refuse_dense(pruned: Iterable[bool]) -> None:
     """MoESparseError when no block of a student is pruned."""
     if not any(pruned):

@@ -32,6 +32,7 @@ from moesparse.distillation.matching import (
     pair_blocks,
     refuse_dense,
     refuse_equal,
+    refuse_rounded,
     stated_pattern,
 )
 from moesparse.distillation.report import DistillReport, count_zeros
@@ -121,6 +122,7 @@ def distill(
     if packed:
         unpack(student)
     try:
+        refuse_rounded(student, numbers.train)
         pairs = match(student, teacher)
         if mode == "blockwise" and numbers.train == "experts":
             refuse_equal(differs(pair) for pair in pairs)
@@ -248,6 +250,7 @@ def distill_checkpoint(
     numbers = resolve_settings(settings, "blockwise")
     started = time.perf_counter()
     ours, theirs = LayersOnDisk.of(student), LayersOnDisk.of(teacher)
+    refuse_rounded(ours.model, numbers.train)
     pairs = pair_blocks(ours.model, theirs.model)
     _check_trained(numbers, ours.folder, pairs)
     seen = windows if isinstance(windows, ImageWindows) else None

@@ -32,7 +32,7 @@ from moesparse.weights.weight_rules import (
     update_weights,
 )
 
-__all__ = ["Recorded", "prune_block"]
+__all__ = ["Recorded", "in_parts", "joined", "key_of", "prune_block", "sums_of"]
 
 
 Recorded = tuple[ExpertStatistics, torch.Tensor]
@@ -83,7 +83,7 @@ def prune_block(
     return BlockReport(
         name=block.name,
         experts=block.num_experts,
-        tokens_per_expert=None if tokens is None else _joined(processes.gather(tokens)),
+        tokens_per_expert=None if tokens is None else joined(processes.gather(tokens)),
         tensors=tensors,
         rescale=None,
         seconds=time.perf_counter() - started,
@@ -118,33 +118,72 @@ def _prune_matrix(
     if pattern is None:
         zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
         return TensorReport(matrix.name, tuple(weight.shape), zeros, DENSE, True)  # type: ignore[arg-type]
-    own = processes.own(len(weight))
-    mine = []
-    for part in _slices(weight[own], recipe):
-        experts = slice(own.start + part.start, own.start + part.stop)
-        sums, beside = _sums_of(statistics, part), None if inputs is None else _inputs_of(inputs, part)
-        name = f"{block.name}.{matrix.name}.{experts.start}-{experts.stop}"
-        key = _key(sums, matrix.input, beside)
-        held = pieces.find(name, key)
-        if held is None:
-            done = _prune_experts(block, matrix, experts, sums, recipe, update, beside)
-            pieces.keep(name, key, weight[experts], asdict(done))
-        else:
-            weight[experts] = held[0].to(weight)
-            done = _Pruned(**held[1])
-        mine.append(done)
-    processes.collect(matrix.parameter.detach())
-    found = [each for part in processes.gather(mine) for each in part]
+
+    def beside(part: slice) -> PrunedInputs | None:
+        return None if inputs is None else _inputs_of(inputs, part)
+
+    def work(part: slice, experts: slice) -> dict[str, Any]:
+        sums = sums_of(statistics, part)
+        return asdict(_prune_experts(block, matrix, experts, sums, recipe, update, beside(part)))
+
+    def key(part: slice, experts: slice) -> str:
+        return key_of(sums_of(statistics, part), matrix.input, beside(part))
+
+    parts = _slices(weight[processes.own(len(weight))], recipe)
+    notes = in_parts(matrix, f"{block.name}.{matrix.name}", parts, processes, pieces, key, work)
+    found = [_Pruned(**note) for note in notes]
     return TensorReport(
         name=matrix.name,
         shape=tuple(weight.shape),  # type: ignore[arg-type]
         sparsity=sum(each.zeros for each in found) / weight.numel(),
         pattern=str(pattern),
         holds=all(each.holds for each in found),
-        error_before=_joined([each.error_before for each in found]),
-        error_after=_joined([each.error_after for each in found]),
-        fallbacks=_joined([each.fallbacks for each in found]) or [],
+        error_before=joined([each.error_before for each in found]),
+        error_after=joined([each.error_after for each in found]),
+        fallbacks=joined([each.fallbacks for each in found]) or [],
     )
+
+
+def in_parts(
+    matrix: ExpertMatrix,
+    name: str,
+    parts: Iterable[slice],
+    processes: Processes,
+    pieces: Pieces,
+    key: Callable[[slice, slice], str],
+    work: Callable[[slice, slice], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Work on a matrix in place, every process on its own experts; a part that was kept is not done again.
+
+    Args:
+        matrix: of a block.
+        name: of its pieces.
+        parts: of the process's own experts.
+        processes: between which the experts are shared.
+        pieces: of the layer.
+        key: of all that the result for a part depends on beside the recipe and the source.
+        work: does a part and gives a note of it, JSON. Both are called with the part of the own experts, and with the
+            same experts as the matrix counts them.
+
+    Returns:
+        The notes of all processes, in the order of the experts.
+    """
+    weight = matrix.weight
+    own = processes.own(len(weight))
+    mine = []
+    for part in parts:
+        experts = slice(own.start + part.start, own.start + part.stop)
+        piece, depends = f"{name}.{experts.start}-{experts.stop}", key(part, experts)
+        held = pieces.find(piece, depends)
+        if held is None:
+            note = work(part, experts)
+            pieces.keep(piece, depends, weight[experts], note)
+        else:
+            weight[experts] = held[0].to(weight)
+            note = held[1]
+        mine.append(note)
+    processes.collect(matrix.parameter.detach())
+    return [each for found in processes.gather(mine) for each in found]
 
 
 def _slices(weight: torch.Tensor, recipe: Recipe) -> Iterable[slice]:
@@ -155,7 +194,7 @@ def _slices(weight: torch.Tensor, recipe: Recipe) -> Iterable[slice]:
 
 
 @dataclass(eq=False)
-class _Sums:
+class Sums:
     """What the rules read of the statistics of some experts: `weight_rules.Statistics`."""
 
     tokens: torch.Tensor
@@ -168,20 +207,21 @@ class _Sums:
 _NAMED_SUMS = ("energy", "gated_energy", "moment", "gated_moment")
 
 
-def _sums_of(statistics: Statistics | None, experts: slice) -> _Sums | None:
+def sums_of(statistics: Statistics | None, experts: slice) -> Sums | None:
+    """The sums of some experts, as views."""
     if statistics is None:
         return None
     named = {name: {key: each[experts] for key, each in getattr(statistics, name).items()} for name in _NAMED_SUMS}
-    return _Sums(statistics.tokens[experts], **named)
+    return Sums(statistics.tokens[experts], **named)
 
 
 def _inputs_of(inputs: PrunedInputs, experts: slice) -> PrunedInputs:
-    sums = _sums_of(inputs.stats, experts)
+    sums = sums_of(inputs.stats, experts)
     assert sums is not None
     return PrunedInputs(sums, inputs.cross[experts], inputs.energy[experts])
 
 
-def _key(sums: _Sums | None, input: str, inputs: PrunedInputs | None) -> str:
+def key_of(sums: Sums | None, input: str, inputs: PrunedInputs | None) -> str:
     """Of what the result for some experts depends on beside the recipe and the source: the bits of their sums.
 
     Of second moments the sums of the rows stand for all: the same text gives the same, and another one does not.
@@ -240,7 +280,7 @@ def _prune_experts(
     )
 
 
-def _joined(parts: Sequence[list[Any] | None]) -> list[Any] | None:
+def joined(parts: Sequence[list[Any] | None]) -> list[Any] | None:
     """One list of the experts of all processes; None where one has none."""
     if any(part is None for part in parts):
         return None

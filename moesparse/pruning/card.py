@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesparse.checkpoints.card import STORED_DENSE, TEMPLATE
+from moesparse.checkpoints.card import FAKE_QUANTISED, STORED_DENSE, TEMPLATE
 from moesparse.checkpoints.hub import hub_id
 from moesparse.checkpoints.recipe_words import recipe_in_words
 from moesparse.experts.surgery import say_readers
@@ -41,17 +41,28 @@ def model_card(base: str, report: Report, base_model: str | None = None) -> str:
             rows["layers of different counts, per_layer_config"] = say_readers(report.experts["readers"])
         if "method" in report.experts:
             rows["the others merged by"] = report.experts["method"]
-    if report.blocks:
+    rounded = [tensor.values for block in report.blocks for tensor in block.tensors if tensor.values is not None]
+    if report.blocks and recipe["weights"] is None and "patterns" not in recipe:
+        what.append(f"expert weights rounded to {recipe['values']}")
+    elif report.blocks:
         found = {tensor.pattern for block in report.blocks for tensor in block.tensors}
         pattern = recipe["weights"] or ", ".join(sorted(found))
         what.append(f"experts pruned to {pattern}")
         fallbacks = len({(block, expert) for block, _, expert in report.fallbacks})
+        if rounded:
+            what[-1] += f" and rounded to {recipe['values']}"
         rows |= {
             "pattern": pattern,
             "mask rule": recipe["saliency"],
             "weight rule": recipe["update"],
             "zeros in expert matrices": f"{report.sparsity:.2%}",
             "experts without calibration tokens": fallbacks,
+        }
+    if rounded:
+        rows |= {
+            "values": recipe["values"],
+            "value rule": recipe["value_rule"],
+            "bits a weight of the experts in that format": f"{report.bits:.3f}",
         }
     if recipe.get("output_dtype"):
         rows["dequantised to"] = recipe["output_dtype"]
@@ -67,7 +78,7 @@ def model_card(base: str, report: Report, base_model: str | None = None) -> str:
         rows["bytes of the experts, dense before and packed now"] = f"{dense:,}, {packed:,} ({packed / dense:.1%})"
     known = base_model or hub_id(base)
     return TEMPLATE.format(
-        tag="2-4-sparsity" if recipe["weights"] == "2:4" else "sparse" if report.blocks else "expert-pruned",
+        tag=_tag(report),
         base=known or Path(base).resolve().name,
         base_model="" if known is None else f"base_model: {known}\n",
         recipe=recipe_in_words(recipe),
@@ -75,5 +86,15 @@ def model_card(base: str, report: Report, base_model: str | None = None) -> str:
         what=", ".join(what),
         router="" if report.experts is not None else ", and so is the router",
         zeros=STORED_DENSE if report.blocks else "",
+        rounded=f" {FAKE_QUANTISED}" if rounded else "",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
+
+
+def _tag(report: Report) -> str:
+    weights = report.recipe["weights"]
+    if weights == "2:4":
+        return "2-4-sparsity"
+    if weights is not None or "patterns" in report.recipe:
+        return "sparse"
+    return "fake-quantized" if report.blocks else "expert-pruned"

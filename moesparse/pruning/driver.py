@@ -38,7 +38,7 @@ def carry_out(layers: Layers, output: Output, calibration: Calibration, recipe: 
         layers: of the model.
         output: where finished layers go.
         calibration: where the sums come from.
-        recipe: of one step: it removes experts, or it prunes weights; see `check_work`.
+        recipe: of one step: it removes experts, or it works on weights; see `check_work`.
         options: of the run.
 
     Raises:
@@ -81,7 +81,7 @@ def carry_out_in_place(model: nn.Module, calibration: Calibration, recipe: Recip
     layers = LayersInMemory(model)
     check_work(layers, calibration, recipe)
     steps = [recipe]
-    if recipe.removes_experts and recipe.prunes_weights:
+    if recipe.removes_experts and recipe.changes_weights:
         steps = [recipe.without_weights(), recipe.without_experts()]
     reports = [carry_out(layers, InPlace(layers), calibration, step, options) for step in steps]
     return reports[0] if len(reports) == 1 else both_steps(recipe, reports[0].to_dict(), reports[0].plan, reports[1])
@@ -129,7 +129,7 @@ def check_work(layers: Layers, calibration: Calibration, recipe: Recipe) -> None
         CalibrationError: there is no text, or none of the sums that it takes.
     """
     check_not_quantized(getattr(layers.model, "config", None))
-    if isinstance(calibration, Saved) and recipe.prunes_weights:
+    if isinstance(calibration, Saved) and recipe.changes_weights:
         if recipe.removes_experts:
             raise CalibrationError(
                 "calibration must be windows to remove experts and then prune weights, got statistics: the weights "

@@ -16,11 +16,11 @@ from moesparse.experts.choice import choose_rule
 from moesparse.experts.merging import memory_for_merging, merging_flops
 from moesparse.experts.refit import MAX_TOKENS, memory_for_refit, refit_flops
 from moesparse.experts.surgery import plan_removal, say_readers
-from moesparse.models.blocks import MoEBlock
+from moesparse.models.blocks import ExpertMatrix, MoEBlock
 from moesparse.models.layer_counts import PER_LAYER
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.tuning import memory_for_tuning, tuning_flops
-from moesparse.weights.mask_rules import COLUMN_RULES, moments_needed
+from moesparse.weights.mask_rules import COLUMN_RULES
 from moesparse.weights.solvers import memory_for_solver
 from moesparse.weights.weight_rules import parse_update, tunes
 
@@ -34,13 +34,19 @@ _PRODUCTS = {
     "obs": 3.0,
     "least-squares": 15.0,
     "asymmetric": 15.0,
+    # half for its error, and one for its scales
+    "gptq": 1.5,
+    "gated-gptq": 1.5,
 }
 _WALKS = ("sparsegpt", "gated-sparsegpt", "obs")
+_VALUE_WALKS = ("gptq", "gated-gptq")
 # what is bound by memory, as operations that a product does in that time. A column of a walk is taken off those up to
 # 128 to its right, weight by weight: from 14336 x 4096 and 1792 x 4096 in bench_prune
 _WALK_FLOPS = 8000
 # a weight is scored, chosen, written and counted: from magnitude, which does nothing else, in bench_cost
 _SELECT_FLOPS = 1500
+# some thirty scales are tried: from rtn-mse and 1792 x 4096 in bench_prune
+_SCALES_FLOPS = 6000
 
 
 def plan_pruning(
@@ -61,12 +67,14 @@ def plan_pruning(
     The others are those of `plan_pass`.
     """
     sizes = {"windows": windows, "length": length, "batch_size": batch_size, "processes": processes}
-    moments = moments_needed(recipe.saliency, recipe.update)
-    solver, rescale = parse_update(recipe.update)
-    asymmetric, trains = solver == "asymmetric", tunes(recipe.update)
+    moments, update = recipe.moments, recipe.update if recipe.prunes_weights else "none"
+    solver, rescale = parse_update(update)
+    asymmetric, trains = solver == "asymmetric", tunes(update)
     base = plan_pass(model, blocks, moments, **sizes)
     matrices = [matrix.weight for block in blocks for matrix in block.matrices]
-    in_place = solver == "none" and recipe.saliency in COLUMN_RULES
+    rules = {recipe.saliency, solver} if recipe.prunes_weights else set()
+    rules |= {recipe.value_rule} if recipe.values is not None else set()
+    in_place = solver == "none" and recipe.saliency in COLUMN_RULES and recipe.values is None
     # the mask, the new weights, and a float32 target or what the mask rule has solved for
     beside = 4 * (solver in ("asymmetric", "obs")) + 1
     workspace = 0
@@ -81,7 +89,7 @@ def plan_pruning(
     passes = 1 + rescale + recipe.propagate + asymmetric
     return dataclasses.replace(
         base,
-        packed=sum(recipe.pattern.packed_bytes(weight.numel(), weight.element_size()) for weight in matrices),
+        packed=sum(_packed_bytes(recipe, block.name, matrix) for block in blocks for matrix in block.matrices),
         moments=max(
             memory_needed([block], moments) + asymmetric * 8 * block.num_experts * block.intermediate_size**2
             for block in blocks
@@ -90,7 +98,7 @@ def plan_pruning(
         flops={
             "forward": passes * base.flops["forward"],
             "moments": (1 + asymmetric) * base.flops["moments"],
-            **_solver_flops(matrices, {recipe.saliency, solver}),
+            **_solver_flops(matrices, rules),
             "training": sum(tuning_flops(block, tokens) for block in blocks) if trains else 0.0,
             "files": file_flops(2 * base.weights, base.weights),
         },
@@ -98,17 +106,23 @@ def plan_pruning(
     )
 
 
+def _packed_bytes(recipe: Recipe, block: str, matrix: ExpertMatrix) -> int:
+    weight, pattern = matrix.weight, recipe.pattern_of(block, matrix.name)
+    return weight.nbytes if pattern is None else pattern.packed_bytes(weight.numel(), weight.element_size())
+
+
 def _solver_flops(matrices: Sequence[Tensor], rules: set[str]) -> dict[str, float]:
     """Of the mask rule and the weight rule, over all matrices [E, out, in]."""
     # "obs" behind sparsegpt takes what that has found on its walk
-    walks = bool(rules.intersection(_WALKS))
+    walks = bool(rules.intersection(_WALKS)) + bool(rules.intersection(_VALUE_WALKS))
+    searches = bool(rules.intersection((*_VALUE_WALKS, "rtn-mse")))
     products = sum(_PRODUCTS.get(rule, 0.0) for rule in rules) + 0.5 * walks
     solve, select = 0.0, 0.0
     for weight in matrices:
         E, out, size = weight.shape
         # a factorisation is one in float64, which takes twice the time
         solve += 2.0 * products * E * out * size**2 + walks * E * (2 * size**3 / 3 + _WALK_FLOPS * out * size)
-        select += float(_SELECT_FLOPS * E * out * size)
+        select += float((_SELECT_FLOPS + searches * _SCALES_FLOPS) * E * out * size)
     return {"solvers": solve, "masks": select}
 
 
@@ -134,7 +148,7 @@ def plan_run(
         check_counts(model, blocks, recipe)
     keep, share = max(counts), sum(counts) / sum(block.num_experts for block in blocks)
     scoring = plan_pass(model, blocks, "none", **sizes)
-    if recipe.prunes_weights:
+    if recipe.changes_weights:
         base = plan_pruning(model, blocks, recipe.without_experts(), **sizes)
         base = dataclasses.replace(
             base,

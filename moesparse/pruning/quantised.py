@@ -29,12 +29,18 @@ def check_quantised(layers: LayersOnDisk, recipe: Recipe) -> None:
         UnsupportedModelError: the folder names single experts, of which some would go, by patterns; weights that would
             change are packed.
     """
-    if layers.packed and (recipe.prunes_weights or recipe.refits_experts or recipe.merges_experts):
+    if layers.packed and (recipe.changes_weights or recipe.refits_experts or recipe.merges_experts):
         what = "its weights pruned" if recipe.prunes_weights else f"its experts refitted (update={recipe.update!r})"
         what = "its experts merged" if recipe.merges_experts else what
+        what = what if recipe.prunes_weights or recipe.values is None else "its values rounded"
         raise UnsupportedModelError(
             f"{layers.folder} must be dense to have {what}, got packed n:m weights, in which what is no zero has its "
             "place: make it dense with `moesparse unpack`, or remove experts alone, without a refit (update='none')"
+        )
+    if layers.said is not None and layers.output_dtype is None and recipe.values is not None:
+        raise UnsupportedModelError(
+            f"{layers.folder} must be plain to have its values rounded, got a quantised checkpoint, whose formats they "
+            "would be rounded to once more: give output_dtype='bfloat16'"
         )
     if layers.said is not None and layers.output_dtype is None and recipe.removes_experts:
         check_expert_names(layers.said, "quantization_config")

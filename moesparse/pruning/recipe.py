@@ -20,8 +20,10 @@ from moesparse.models.blocks import MoEBlock
 from moesparse.pruning.budget import DEFAULT_CHOICES, DENSE, DROP, check_choices, check_target
 from moesparse.pruning.recipe_checks import check_layers_alike, check_patterns, check_removal
 from moesparse.pruning.recipe_file import PUBLISHED, find_recipe, read_fields, write_fields
-from moesparse.weights.mask_rules import check_rules
+from moesparse.weights.mask_rules import check_rules, moments_needed
 from moesparse.weights.patterns import Pattern
+from moesparse.weights.value_formats import ValueFormat
+from moesparse.weights.value_rules import value_moment
 from moesparse.weights.weight_rules import parse_update
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ __all__ = [
     "DEFAULT_EXPERT_SALIENCY",
     "DEFAULT_SALIENCY",
     "DEFAULT_UPDATE",
+    "DEFAULT_VALUE_RULE",
     "DEFAULT_WEIGHTS",
     "EXPERT_SALIENCY_OF_TEXT",
     "MTP_CHOICES",
@@ -42,6 +45,7 @@ __all__ = [
 DEFAULT_WEIGHTS = "2:4"
 DEFAULT_SALIENCY = "auto"
 DEFAULT_UPDATE = "auto"
+DEFAULT_VALUE_RULE = "auto"
 DEFAULT_EXPERT_SALIENCY = "auto"
 MTP_CHOICES = ("prune", "keep", "drop")
 OUTPUT_DTYPES = ("bfloat16", "float16", "float32")
@@ -52,6 +56,8 @@ _FILES = ("plan", "scores")
 _SALIENCY_ON_CPU, _SALIENCY_ELSEWHERE = "gated-sparsegpt", "gated-admm"
 # the first needs the tokens themselves, at the layer that is pruned
 _UPDATE_FROM_TEXT, _UPDATE_FROM_SUMS = "asymmetric+tune", "least-squares+rescale"
+# the second reads the weights alone
+_VALUE_RULE_OF_SUMS, _VALUE_RULE_ELSEWHERE = "gated-gptq", "rtn-mse"
 # what "auto" is for experts, where there is text or sums of one
 EXPERT_SALIENCY_OF_TEXT = "reap"
 
@@ -103,6 +109,10 @@ class Recipe:
             config.json says them as `per_layer_config`, which few programs read; who does here, the refusal says.
         output_dtype: of a quantised checkpoint, make a plain one: "bfloat16", "float16" or "float32" for every
             quantised weight and for what is in the model's own dtype. None leaves its weights quantised.
+        values: a format of moesparse.weights.value_formats, such as "int4:64", to which the weights that stay are
+            rounded; the checkpoint holds them in its own dtype. None leaves them as they are.
+        value_rule: how, one of moesparse.weights.value_rules.VALUE_RULES, or "auto": gated-gptq, and rtn-mse where
+            there is no calibration.
 
     Raises:
         UsageError: a pattern, rule or combination that cannot be.
@@ -132,6 +142,8 @@ class Recipe:
     output_dtype: str | None = None
     expert_method: str = "remove"
     allow_non_uniform: bool = False
+    values: str | None = None
+    value_rule: str = DEFAULT_VALUE_RULE
 
     @classmethod
     def of(cls, given: Recipe | str | float | None) -> Recipe:
@@ -179,12 +191,16 @@ class Recipe:
             self._check_patterns()
         if self.weights is not None:
             self._check_weights()
-        elif self.patterns is None and not self.removes_experts and self.target_bytes is None:
-            raise UsageError("a recipe must prune weights or remove experts, got weights=None and no share of experts")
+        elif not (self.changes_weights or self.removes_experts or self.target_bytes is not None):
+            raise UsageError(
+                "a recipe must prune weights, round them to values or remove experts, got weights=None and none of the "
+                "others"
+            )
         check_removal(self.experts, self.keep_experts)
         check_rules(_SALIENCY_ELSEWHERE if self.saliency == DEFAULT_SALIENCY else self.saliency, self._update())
         check_divisor(self.divisible_by)
         self._check_files()
+        self._check_values()
         check_mix(self.expert_mix, "expert_mix")
         self._check_method()
         check_layers_alike(self)
@@ -202,6 +218,19 @@ class Recipe:
             object.__setattr__(self, "weights", str(Pattern.parse(self.weights)))  # type: ignore[arg-type]
         except UsageError as error:
             raise UsageError(f"weights must be a pattern, got {self.weights!r}: {error}") from error
+
+    def _check_values(self) -> None:
+        if self.values is None:
+            if self.value_rule != DEFAULT_VALUE_RULE:
+                raise UsageError(f"value_rule must come with values, got {self.value_rule!r} alone")
+            return
+        object.__setattr__(self, "values", str(ValueFormat.parse(self.values)))
+        if self.value_rule != DEFAULT_VALUE_RULE:
+            value_moment(self.value_rule)
+        if self.target_bytes is not None:
+            raise UsageError(
+                f"values must be left out with target_bytes, which counts bytes of plain values, got {self.values!r}"
+            )
 
     def _check_target(self) -> None:
         check_target(self.target_bytes)  # type: ignore[arg-type]
@@ -290,6 +319,8 @@ class Recipe:
             found["expert_saliency"] = WEIGHT_CRITERION if alone else of_text
         if self.update == DEFAULT_UPDATE:
             found["update"] = self._update(from_sums)
+        if self.values is not None and self.value_rule == DEFAULT_VALUE_RULE:
+            found["value_rule"] = _VALUE_RULE_OF_SUMS if calibrated else _VALUE_RULE_ELSEWHERE
         return dataclasses.replace(self, **found) if found else self  # type: ignore[arg-type]
 
     def _update(self, from_sums: bool = False) -> str:
@@ -307,6 +338,25 @@ class Recipe:
     @property
     def prunes_weights(self) -> bool:
         return self.weights is not None or self.patterns is not None
+
+    @property
+    def value_format(self) -> ValueFormat | None:
+        """Of all matrices."""
+        return None if self.values is None else ValueFormat.parse(self.values)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether there is work on the weights of the experts that stay: pruned, rounded, or both."""
+        return self.prunes_weights or self.values is not None
+
+    @property
+    def moments(self) -> str:
+        """Second moments that work on weights takes: "none", "plain", "gated" or "both"."""
+        found = {moments_needed(self.saliency, self.update)} if self.prunes_weights else {"none"}
+        if self.values is not None:
+            found.add(value_moment(self.on(None).value_rule) or "none")
+        found.discard("none")
+        return "both" if len(found) > 1 else next(iter(found), "none")
 
     def pattern_of(self, block: str, matrix: str) -> Pattern | None:
         """Of one matrix; None where its weights stay as they are.
@@ -349,7 +399,10 @@ class Recipe:
     def reads_weights_alone(self) -> bool:
         """Whether it needs no calibration text."""
         by_magnitude = self.saliency == "magnitude" or not self.prunes_weights
-        return not self.chooses_experts and not self.forms_groups and by_magnitude and self.update == "none"
+        rounds_only = not (self.prunes_weights or self.removes_experts or self.target_bytes is not None)
+        solves = self.update != "none" and not rounds_only
+        rounds_alone = self.values is None or self.value_rule in ("rtn", "rtn-mse")
+        return not (self.chooses_experts or self.forms_groups or solves) and by_magnitude and rounds_alone
 
     @property
     def forms_groups(self) -> bool:
@@ -383,15 +436,19 @@ class Recipe:
 
     def without_weights(self) -> Recipe:
         """The removal of experts alone."""
-        return dataclasses.replace(self, weights=None, patterns=None)
+        return dataclasses.replace(self, weights=None, patterns=None, values=None, value_rule=DEFAULT_VALUE_RULE)
 
     def check_blocks(self, blocks: Sequence[MoEBlock]) -> None:
-        """Refuse a pattern that does not divide a matrix, before anything is changed.
+        """Refuse a pattern or groups of values that do not divide a matrix, before anything is changed.
 
         Raises:
             UsageError: names the matrix.
         """
         check_patterns(blocks, self.pattern_of)
+        if (values := self.value_format) is not None:
+            for block in blocks:
+                for matrix in block.matrices:
+                    values.check_matrix(f"{block.name}.{matrix.name}", matrix.weight.shape[-1])
 
     def check_needs_no_data(self) -> None:
         """Refuse to go without calibration where more than the weights is looked at.
@@ -399,11 +456,13 @@ class Recipe:
         Raises:
             CalibrationError: names the rules.
         """
-        if not self.reads_weights_alone:
-            raise CalibrationError(
-                f"calibration must be windows or statistics for saliency={self.saliency!r}, update={self.update!r}, "
-                "got None; only magnitude without an update needs no data"
-            )
+        if self.reads_weights_alone:
+            return
+        rules, free = f"saliency={self.saliency!r}, update={self.update!r}", "magnitude without an update needs"
+        if self.values is not None:
+            rules = (f"{rules}, " if self.prunes_weights else "") + f"value_rule={self.value_rule!r}"
+            free = "magnitude without an update, and values by rtn or rtn-mse, need"
+        raise CalibrationError(f"calibration must be windows or statistics for {rules}, got None; only {free} no data")
 
     @property
     def expert_rule(self) -> Rule:
@@ -434,6 +493,7 @@ class Recipe:
         unused += [name for name in ("patterns", "mtp", "divisible_by", "output_dtype") if getattr(self, name) is None]
         unused += ["expert_method"] * (self.expert_method == METHODS[0])
         unused += ["allow_non_uniform"] * (not self.allow_non_uniform)
+        unused += ["values", "value_rule"] * (self.values is None)
         return {name: value for name, value in found.items() if name not in unused}
 
 

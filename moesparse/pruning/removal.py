@@ -98,7 +98,7 @@ def _check_without_text(calibration: Calibration, recipe: Recipe, name: str) -> 
             f"calibration must be windows to refit the experts that {name} keeps, got None; pass the windows, or "
             "remove without it (update='none')"
         )
-    if not text and recipe.prunes_weights:
+    if not text and recipe.changes_weights:
         recipe.check_needs_no_data()
     if text and recipe.reads_weights_alone:
         raise UsageError(f"calibration must be None with {name} and update='none', which run no text, got windows")

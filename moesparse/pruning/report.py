@@ -17,7 +17,29 @@ from moesparse.models.formats.rounding import Rounding
 from moesparse.pruning.budget import DENSE, matrix_sizes, packed_bytes
 from moesparse.pruning.recipe import Recipe
 
-__all__ = ["BlockReport", "Report", "TensorReport", "expert_sizes"]
+__all__ = ["BlockReport", "Report", "TensorReport", "ValuesReport", "expert_sizes"]
+
+
+@dataclass
+class ValuesReport:
+    """The values of one fused expert matrix once they are rounded; the checkpoint holds them in its own dtype.
+
+    Attributes:
+        format: of moesparse.weights.value_formats.
+        rule: of moesparse.weights.value_rules.
+        bits: a weight would take in the format, with its scales and under its mask.
+        error: per expert, |W - V| / |W| of the weights before and after.
+        output_error: the same of the outputs on the calibration tokens, |(W - V) X| / |W X|; None for rules without
+            second moments.
+        fallbacks: experts without calibration tokens, rounded with all inputs alike.
+    """
+
+    format: str
+    rule: str
+    bits: float
+    error: list[float]
+    output_error: list[float] | None = None
+    fallbacks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -34,6 +56,7 @@ class TensorReport:
             the rules need no second moments.
         error_after: the same once the kept weights were re-solved.
         fallbacks: experts without calibration tokens, masked by magnitude.
+        values: what rounding the weights that stay has cost; None where they stay as they were solved for.
     """
 
     name: str
@@ -44,6 +67,14 @@ class TensorReport:
     error_before: list[float] | None = None
     error_after: list[float] | None = None
     fallbacks: list[int] = field(default_factory=list)
+    values: ValuesReport | None = None
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> TensorReport:
+        """What `dataclasses.asdict` gave, also read from JSON."""
+        values = entry.get("values")
+        made = None if values is None else ValuesReport(**values)
+        return cls(**{**entry, "shape": tuple(entry["shape"]), "values": made})
 
 
 @dataclass
@@ -74,7 +105,7 @@ class BlockReport:
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> BlockReport:
         """What `to_dict` gave, also read from JSON."""
-        tensors = [TensorReport(**{**each, "shape": tuple(each["shape"])}) for each in entry["tensors"]]
+        tensors = [TensorReport.from_dict(each) for each in entry["tensors"]]
         rounding = entry.get("rounding")
         return cls(**{**entry, "tensors": tensors, "rounding": None if rounding is None else Rounding(**rounding)})
 
@@ -126,6 +157,12 @@ class Report:
         return [(b.name, t.name, expert) for b in self.blocks for t in b.tensors for expert in t.fallbacks]
 
     @property
+    def bits(self) -> float | None:
+        """A weight of the expert matrices would take in the formats of their values; None where none were rounded."""
+        rounded = [(t.values.bits, torch.Size(t.shape).numel()) for b in self.blocks for t in b.tensors if t.values]
+        return sum(bits * size for bits, size in rounded) / sum(size for _, size in rounded) if rounded else None
+
+    @property
     def rounding(self) -> float | None:
         """What quantising again has cost: squared error as a share, over all weights that were pruned or refitted.
 
@@ -140,7 +177,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         found = dataclasses.asdict(dataclasses.replace(self, plan=None))
         del found["plan"]
-        return {**found, "sparsity": self.sparsity, "rounding": self.rounding}
+        return {**found, "sparsity": self.sparsity, "rounding": self.rounding, "bits": self.bits}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

@@ -185,7 +185,7 @@ def prune_checkpoint(
     with reporting(progress) as told:
         options = RunOptions(batch_size, device_at_work(device), allow_pruned, resume, max_memory, told)
         work = _Work(data, recipe, options, tokenizer, card, read_report(layers.folder))
-        if not (recipe.removes_experts and recipe.prunes_weights):
+        if not (recipe.removes_experts and recipe.changes_weights):
             return work.carry_out(layers, Path(out), recipe, complete)
         return work.carry_out_both(layers, Path(out), complete)
 
@@ -201,7 +201,7 @@ def _check_layered(calibration: Given | Text, recipe: Recipe) -> None:
     wants_one = not recipe.removes_experts
     if (
         recipe.target_bytes is not None
-        or (wants_one and recipe.weights is None)
+        or (wants_one and recipe.weights is None and recipe.values is None)
         or (wants_one and isinstance(calibration, ModelStatistics | Mapping))
     ):
         raise UsageError(

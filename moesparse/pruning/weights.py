@@ -1,4 +1,4 @@
-"""Prune the weights of all blocks of a model, layer by layer.
+"""Prune the weights of all blocks of a model, and round what stays, layer by layer.
 
 Where text goes through the model each decoder layer in turn is run over all of it, its experts' sums are kept, masks
 are chosen, the kept weights solved for and written in place, and the layer is run again so that the next one sees what
@@ -31,10 +31,10 @@ from moesparse.pruning.block import Recorded, prune_block
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import BlockReport
 from moesparse.pruning.tuning import Tuned, tune_experts
+from moesparse.pruning.values import quantise_block
 from moesparse.system.memory import peak_memory, reset_gpu_peak
 from moesparse.system.pieces import Pieces
 from moesparse.system.processes import Batch
-from moesparse.weights.mask_rules import moments_needed
 from moesparse.weights.weight_rules import parse_update, rescale_factor, tunes
 
 __all__ = ["prune_weights"]
@@ -89,6 +89,7 @@ def prune_weights(
                 )
                 found = sums.get(block.name)
                 measured.append(prune_block(block, found, recipe, recipe.update, processes=layers.processes))
+                quantise_block(block, found, recipe, measured[-1], layers.processes)
             _round(output, position, layers.blocks_at(position), measured)
             output.keep(position, [report.to_dict() for report in measured])
         reports += measured
@@ -104,9 +105,12 @@ class _LayerPass:
         self.layers, self.stream, self.recipe, self.progress = layers, stream, recipe, progress
         self.positions = range(start, last + 1)
         # the factor is measured by running the pruned experts, which sees the loss in gate and up as well
-        self.solver, self.rescales = parse_update(recipe.update)
-        self.matches, self.tunes = self.solver == "asymmetric", tunes(recipe.update)
-        self.moments = moments_needed(recipe.saliency, recipe.update)
+        update = recipe.update if recipe.prunes_weights else "none"
+        self.solver, self.rescales = parse_update(update)
+        self.matches, self.tunes = self.solver == "asymmetric", tunes(update)
+        self.moments = recipe.moments
+        # of a block whose gate and up are pruned: what values are rounded by
+        self.again: dict[str, ExpertStatistics] = {}
         blocks = [layers.blocks_at(position) for position in self.positions]
         passes = sum(1 + self.matches * len(here) + self.rescales + recipe.propagate if here else 1 for here in blocks)
         self.total, self.done, self.tokens = passes * len(stream), 0, 0
@@ -163,6 +167,7 @@ class _LayerPass:
         for block, report, weights, parts in zip(blocks, measured, before, calls, strict=False):
             self._tell(f"tune {block.name}", position)
             report.tuned = self._tune(block, weights, parts)
+        self._quantise(position, blocks, own, measured, output)
         _round(output, position, blocks, measured)
         if outputs is not None:
             self.stream.hidden = outputs
@@ -175,6 +180,23 @@ class _LayerPass:
             report.seconds = (time.perf_counter() - started) / len(blocks)
             report.peak_bytes = peak_memory()
         return measured
+
+    def _quantise(
+        self,
+        position: int,
+        blocks: Sequence[MoEBlock],
+        own: Sequence[ExpertStatistics],
+        reports: Sequence[BlockReport],
+        output: Output,
+    ) -> None:
+        """Round what the weights have become, by the sums that they were solved with."""
+        if self.recipe.values is None:
+            return
+        with output.pieces(position) if self.moments != "none" else Pieces(None) as pieces:
+            for block, sums, report in zip(blocks, own, reports, strict=True):
+                self._tell(f"round {block.name}", position)
+                found = self.again.pop(block.name, sums)
+                quantise_block(block, found, self.recipe, report, self.stream.processes, pieces)
 
     def _tune(self, block: MoEBlock, dense: Sequence[torch.Tensor], parts: Sequence[Batch]) -> list[Tuned] | None:
         """Train the kept weights of matrices that are pruned; None where none is.
@@ -209,7 +231,10 @@ class _LayerPass:
                 recorder.row_observer = cross
                 self._send(position, f"match {block.name}", [recorder])
             processes = self.stream.processes
-            return recorder.statistics.combine(processes), processes.reduce(cross.total)
+            sums = recorder.statistics.combine(processes)
+            if self.recipe.values is not None:
+                self.again[block.name] = sums
+            return sums, processes.reduce(cross.total)
 
         return look_again
 

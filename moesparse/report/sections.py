@@ -124,6 +124,11 @@ def _summary(findings: Findings) -> Section | str | None:
     elif checkpoint is not None and checkpoint.recipe and checkpoint.recipe.get("target_bytes"):
         recipe = checkpoint.recipe
         tiles.append(("mixed", f"patterns for {recipe['target_bytes']} of the bytes, by {recipe['saliency']}"))
+    if checkpoint is not None and checkpoint.recipe and checkpoint.recipe.get("values"):
+        recipe, bits = checkpoint.recipe, (checkpoint.run or {}).get("bits")
+        told = "" if bits is None else f", {bits:.2f} bits a weight in that format"
+        label = f"expert weights rounded by {recipe['value_rule']}{told}; files no smaller yet"
+        tiles.append((recipe["values"], label))
     if findings.routing is not None:
         layers, experts = findings.routing.total.shape
         tiles.append((f"{layers} × {experts}", "layers × experts in the dense model"))
