@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.studies import architectures as study_architectures
 from benchmarks.studies import calibration as study_calibration
+from benchmarks.studies import frontier as study_frontier
 from benchmarks.studies import gate as study_gate
 from benchmarks.studies import imbalance as study_imbalance
 from benchmarks.studies import limit as study_limit
@@ -151,10 +152,12 @@ def variants(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["limit", "imbalance", "stability", "gate", "calibration", "architectures"])
+@pytest.mark.parametrize(
+    "name", ["frontier", "limit", "imbalance", "stability", "gate", "calibration", "architectures"]
+)
 def test_quick_run_writes_rows_and_figure(name, tmp_path, request, capsys):
     modules = {"limit": study_limit, "imbalance": study_imbalance, "stability": stability, "gate": study_gate}
-    modules |= {"calibration": study_calibration, "architectures": study_architectures}
+    modules |= {"frontier": study_frontier, "calibration": study_calibration, "architectures": study_architectures}
     out = tmp_path / "out"
     command = ["--quick", "-o", str(out)]
     if name == "architectures":
