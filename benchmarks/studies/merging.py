@@ -6,19 +6,25 @@ Writes study_merging.json and study_merging.png. A quarter and a half of the exp
 `moesparse prune --expert-method` with the criterion of their papers, and removal by three criteria, aimer among them,
 which reads no text. "refit" re-solves the down projections, "routers" trains the routers alone on the dense model's
 next-token distribution (`moesparse distill --train routers`) over twice as many windows, "both" trains them after the
-refit. Protocol otherwise: protocol.py.
+refit. Of two ways also "before", routers trained first and the refit behind them, and "all", every weight trained in
+the same way after the refit. Protocol otherwise: protocol.py.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from benchmarks.studies.protocol import Study, mean_and_spread, parser
 from moesparse.distillation import Settings, distill
+from moesparse.experts.refit import Calls, refit
+from moesparse.models.blocks import find_moe_blocks
+from moesparse.models.experts_function import experts_watched
 from moesparse.pruning.recipe import Recipe
 from moesparse.report import figures
 
@@ -34,8 +40,33 @@ METHODS = (
     ("hc-smoe", "frequency"),
 )
 SHARES = (0.25, 0.5)
-RECOVERIES = ("none", "refit", "routers", "both")
+RECOVERIES = ("none", "routers", "refit", "both", "before", "all")
+# of these all, of the others the first four
+IN_FULL = (("remove", "reap"), ("ream", "reap"))
 ROUTERS = Settings(1e-3, epochs=2, batch_size=8, micro_batch=8, expert_weight=0.0, logit_share=1.0, train="routers")
+ALL = replace(ROUTERS, train="all")
+
+
+@torch.no_grad()
+def refit_as_it_routes(model: Any, dense: Any, windows: Tensor, batch: int) -> None:
+    """Re-solve the down projections of a pruned model for the output of the dense blocks, block by block.
+
+    `moesparse prune` refits for the routers of the dense model; here the pruned ones route as they are by now. Every
+    block is fitted on what it reads behind those refitted before it.
+    """
+    for block, whole in zip(find_moe_blocks(model), find_moe_blocks(dense), strict=True):
+        inputs: list[Tensor] = []
+        calls: list[tuple[Tensor, ...]] = []
+        handle = block.moe.register_forward_pre_hook(lambda _, read, inputs=inputs: inputs.append(read[0]))
+        with experts_watched(block, lambda *call, calls=calls: calls.append(call[:3])):
+            for ids in windows.split(batch):
+                model(input_ids=ids)
+        handle.remove()
+        targets: list[Tensor] = []
+        with experts_watched(whole, lambda *call, targets=targets: targets.append(call[3])):
+            for read in inputs:
+                whole.moe(read)
+        refit(block, Calls(*(torch.cat(each) for each in zip(*calls, strict=True))), torch.cat(targets))
 
 
 class Pruned:
@@ -64,10 +95,15 @@ class Pruned:
 
     def measure(self, method: str, criterion: str, share: float, recovery: str, seed: int) -> dict[str, float]:
         """Perplexity after a recovery."""
-        model = self.model(method, criterion, share, seed, refit=recovery in ("refit", "both"))
-        if recovery in ("routers", "both"):
-            windows = self.study.draw(2 * self.study.calibration_windows, seed)
-            distill(model, self.study.model, windows, "global", settings=ROUTERS, progress=None)
+        study = self.study
+        model = self.model(method, criterion, share, seed, refit=recovery in ("refit", "both", "all"))
+        if recovery not in ("none", "refit"):
+            windows = study.draw(2 * study.calibration_windows, seed)
+            distill(
+                model, study.model, windows, "global", settings=ALL if recovery == "all" else ROUTERS, progress=None
+            )
+        if recovery == "before":
+            refit_as_it_routes(model, study.model, study.draw(study.calibration_windows, seed), study.batch)
         return {"perplexity": self.study.score(model)}
 
 
@@ -78,7 +114,9 @@ def run(study: Study) -> None:
     for seed in study.seeds:
         for share in SHARES[1:] if study.quick else SHARES:
             for method, criterion in METHODS:
-                for recovery in ("none", "routers", "refit", "both"):
+                for recovery in ("none", "routers", "before", "refit", "both", "all"):
+                    if recovery in RECOVERIES[4:] and (method, criterion) not in IN_FULL:
+                        continue
                     setting = {"method": method, "criterion": criterion, "share": share}
                     setting |= {"recovery": recovery, "seed": seed}
                     study.measure(partial(pruned.measure, **setting), **setting)
@@ -106,9 +144,10 @@ def show(study: Study) -> None:
 
 def figure(study: Study) -> Figure:
     """Mean and spread of every method and recovery, a panel for each share."""
-    drawn = figures.new_figure(3.4)
+    drawn = figures.new_figure(4.2)
     panels = drawn.subplots(1, len(SHARES), sharey=True)
-    looks = zip(RECOVERIES, (figures.BLUE, figures.ORANGE, "0.45", "black"), "os^D", strict=True)
+    colours = (figures.BLUE, figures.ORANGE, "0.45", "black", figures.BLUE, figures.ORANGE)
+    looks = zip(RECOVERIES, colours, "os^DPX", strict=True)
     names = [f"{method}, {criterion}" for method, criterion in METHODS]
     for number, (recovery, colour, marker) in enumerate(looks):
         for panel, share in zip(panels, SHARES, strict=True):
@@ -117,7 +156,7 @@ def figure(study: Study) -> Figure:
                 if found:
                     mean, bar = mean_and_spread(found)
                     label = recovery if place == 0 else None
-                    at = place + 0.16 * (number - 1.5)
+                    at = place + 0.13 * (number - 2.5)
                     panel.errorbar([mean], [at], xerr=[bar], fmt=marker, color=colour, capsize=2, label=label)
     for panel, share in zip(panels, SHARES, strict=True):
         panel.axvline(study.select(method="dense")[0]["perplexity"], color="0.4", linestyle="--", linewidth=1)
@@ -130,7 +169,7 @@ def figure(study: Study) -> Figure:
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper right", ncols=4, fontsize=9, frameon=False)
+    drawn.legend(handles, labels, loc="outside upper right", ncols=len(RECOVERIES), fontsize=9, frameon=False)
     return drawn
 
 

@@ -14,6 +14,7 @@ from benchmarks.studies import frontier as study_frontier
 from benchmarks.studies import gate as study_gate
 from benchmarks.studies import imbalance as study_imbalance
 from benchmarks.studies import limit as study_limit
+from benchmarks.studies import merging as study_merging
 from benchmarks.studies import protocol as study_protocol
 from benchmarks.studies import stability as stability
 from benchmarks.studies import testbed as study_testbed
@@ -124,6 +125,20 @@ def test_gate_exponent_reaches_the_sums_alone(model):
             # sum (g^0.5)^2 |f|^2 lies between sum |f|^2 and sum g^2 |f|^2, as 0 < g < 1
             assert (sums.gated_norm_sq_sum < dense.norm_sq_sum)[seen].all()
             assert (sums.gated_norm_sq_sum > dense.gated_norm_sq_sum)[seen].all()
+
+
+def test_a_refit_of_routers_as_they_are_is_the_products(tmp_path):
+    study = study_protocol.Study("one", arguments(tmp_path))
+    study.calibration_windows = 2
+    pruned = study_merging.Pruned(study)
+    removed = pruned.model("remove", "reap", 0.5, 0, refit=False)
+    before = [block.matrices[-1].weight.clone() for block in find_moe_blocks(removed)]
+    study_merging.refit_as_it_routes(removed, study.model, study.draw(study.calibration_windows, 0), study.batch)
+    refitted = pruned.model("remove", "reap", 0.5, 0, refit=True)
+    for old, mine, theirs in zip(before, find_moe_blocks(removed), find_moe_blocks(refitted), strict=True):
+        mine, theirs = mine.matrices[-1].weight, theirs.matrices[-1].weight
+        assert (mine - old).norm() > 0.1 * old.norm()
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_bytes_and_agreement():

@@ -97,9 +97,9 @@ def test_a_run_killed_by_9_goes_on_to_the_same_losses(mode, tmp_path):
     assert resumed == whole
 
 
-@pytest.mark.parametrize(("share", "train"), [(0.0, "experts"), (1.0, "all")])
+@pytest.mark.parametrize(("share", "train"), [(0.0, "experts"), (1.0, "all"), (1.0, "routers")])
 def test_two_processes_with_fsdp_give_the_losses_of_one(share, train):
-    settings = dataclasses.replace(SETTINGS, logit_share=share, train=train)
+    settings = dataclasses.replace(SETTINGS, epochs=2, logit_share=share, train=train)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
