@@ -73,7 +73,8 @@ def declared(parameter: inspect.Parameter) -> dict[str, Any] | str:
     return {
         "option": type(info).__name__ == "OptionInfo",
         "given as": list(info.param_decls or ()),
-        "type": kind.__name__ if isinstance(kind, type) else str(kind),
+        # where pathlib keeps its classes is the affair of a release of Python
+        "type": (kind.__name__ if isinstance(kind, type) else str(kind)).replace("pathlib._local.", "pathlib."),
         "default": "required" if empty else plain(parameter.default),
         "least": info.min,
     }
