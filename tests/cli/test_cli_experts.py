@@ -138,7 +138,7 @@ def test_calibrate_writes_statistics_that_score(folder, tmp_path, monkeypatch, c
         (("--keep-experts", 9), "--keep-experts must be between 1 and the 8 experts of a block, got 9"),
         (("--experts", 0.5, "--expert-saliency", "reep"), "--expert-saliency must be one of frequency, gate-sum"),
         (("--experts", 0.5, "--keep-experts", 4), "only one of --experts and --keep-experts may"),
-        (("--weights", "none"), "must prune weights or remove experts"),
+        (("--weights", "none"), "must prune weights, round them to values or remove experts"),
         (("--experts", 0.5, "--mix", "loud"), "mix must be one of pooled, equal, got 'loud'"),
         (("--experts", 0.5, "--demonstrations-from-model", 32), "give 1 to 31 of its 32 tokens to the model, got 32"),
         (("--experts", 0.5, "--demonstrations-from-model", 8, "--temperature", -1), "temperature must be 0"),

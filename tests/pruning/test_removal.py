@@ -87,7 +87,7 @@ def test_a_checkpoint_says_which_experts_are_left(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"weights": None}, "must prune weights or remove experts"),
+        ({"weights": None}, "must prune weights, round them to values or remove experts"),
         ({"experts": 0.25, "keep_experts": 4}, "only one of experts and keep_experts"),
         ({"experts": 1.5}, "experts must be a share between 0 and 1, got 1.5"),
         ({"refine_experts": True}, "must come with experts or keep_experts"),
