@@ -163,7 +163,7 @@ def test_what_does_not_go_with_a_plan_is_refused_before_any_work(folder, plan, t
     with pytest.raises(CalibrationError, match="windows or statistics for saliency='wanda', update='none', got None"):
         prune_checkpoint(folder / "f32", out, None, Recipe("2:4", saliency="wanda", update="none", plan=plan))
     uneven = ExpertPlan(plan.origin, (plan.kept[0], (0, 1, 2, 4, 5, 6)), "reap")
-    with pytest.raises(UsageError, match="plan must keep equally many experts in every layer, .*, got 4 to 6"):
+    with pytest.raises(UsageError, match=r"plan must keep equally many experts in every layer, .*, got 4 to 6"):
         prune_checkpoint(folder / "f32", out, None, Recipe(**CUT, plan=uneven))
     with torch.no_grad():
         for block in find_moe_blocks(model):
