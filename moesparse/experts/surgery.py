@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from moesparse._version import __version__
 from moesparse.errors import UsageError
+from moesparse.experts.ask_vllm import ask_vllm, installed_vllm
 from moesparse.experts.merging import Merged
 from moesparse.experts.router_groups import groups_left
 from moesparse.experts.twins import (
@@ -150,14 +151,18 @@ class RemovalPlan:
     def readers(self) -> dict[str, str]:
         """Who builds layers of different counts: name and version -> "", or what keeps it from that.
 
-        Asked of what is installed here, and read from no table; {} where every layer keeps equally many.
+        Asked of what is installed here, and read from no table; {} where every layer keeps equally many. vLLM, where it
+        is installed, is asked once and takes a minute; it is not named where it takes no model of this class.
         """
         if len(set(self.counts)) == 1:
             return {}
         import transformers
 
         said = said_without_us(self.model, self.config, self.counts)
-        return {f"moesparse {__version__}": "", f"transformers {transformers.__version__}": said}
+        found = {f"moesparse {__version__}": "", f"transformers {transformers.__version__}": said}
+        engine = installed_vllm()
+        answer = ask_vllm(type(self.model), self.model.config, self.counts) if engine else None
+        return found if answer is None else {**found, engine: answer}
 
     def merge(self, position: int, kept: Tensor, groups: tuple[Merged, ...]) -> None:
         """Note that experts of a block, which is not applied yet, were merged into those that stay.

@@ -1,7 +1,6 @@
 """Every command on a folder whose layers keep different numbers of experts."""
 
 import json
-import queue
 
 import pytest
 import torch
@@ -84,18 +83,18 @@ def test_what_changes_it(place, tmp_path):
 
 def test_what_serves_it(place):
     pytest.importorskip("starlette")
-    from moesparse.serving.engine import Engine, Text
-    from moesparse.serving.sampling import Sampling
+    from asgi import ask
+
+    from moesparse.serving.app import Served
+    from moesparse.serving.engine import Engine
 
     model, tokenizer = moesparse.load_pretrained(place[0] / "pruned")
     want = evaluate.generate(model, tokenizer, ["the quick brown"], max_new_tokens=6)
-    engine, deltas, told = Engine(model, tokenizer, rows=2), queue.Queue(), []
-    ids = tokenizer("the quick brown")["input_ids"]
-    engine.submit([Text(ids, 6, Sampling(temperature=0), index=0)], deltas.put)
-    while not told or not told[-1].last:
-        told.append(deltas.get(timeout=60))
-    assert engine.close(30) and told[-1].error is None
-    assert "".join(delta.text for delta in told) == want[0]
+    engine = Engine(model, tokenizer, rows=2)
+    served = Served("pruned", engine, tokenizer, vocabulary=320, context=64)
+    status, text = ask(served, "/v1/completions", prompt="the quick brown", max_tokens=6, temperature=0)
+    assert engine.close(30) and status == 200
+    assert json.loads(text)["choices"][0]["text"] == want[0]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """The application in this process: what is told where the model fails, all rows are taken or chat is not possible."""
 
-import asyncio
 import json
 
 import pytest
+from asgi import ask
 
 from moesparse import demo
 
@@ -25,31 +25,6 @@ def served(loaded):
     engine = Engine(*loaded, rows=2)
     yield application.Served("demo", engine, loaded[1], vocabulary=2048, context=256)
     assert engine.close(10)
-
-
-def ask(served, path, **body):
-    """Status and body of an answer, by the ASGI protocol."""
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
-    content = json.dumps({"model": "demo"} | body).encode()
-    sent = []
-
-    async def talk():
-        done, asked = asyncio.Event(), iter([{"type": "http.request", "body": content}])
-
-        async def receive():
-            message = next(asked, None)
-            if message is None:
-                await done.wait()
-            return message or {"type": "http.disconnect"}
-
-        async def send(message):
-            sent.append(message)
-
-        await application.make_app(served)(scope, receive, send)
-        done.set()
-
-    asyncio.run(talk())
-    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:]).decode()
 
 
 @pytest.mark.parametrize("stream", [False, True])

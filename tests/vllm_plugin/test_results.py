@@ -26,6 +26,8 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 import moesparse
+from moesparse.experts.ask_vllm import ask_vllm
+from moesparse.experts.surgery import remove_experts
 from moesparse.testing import tiny_model
 
 # as the hub's config.json has them, under the names of transformers 4
@@ -152,3 +154,19 @@ def test_vllm_takes_results_as_it_takes_their_source(step: str, source: tuple[st
         for name in (f"{place}.gate.weight", f"{place}.gate.e_score_correction_bias"):
             assert (name in parameters) == (name in tensors)
             assert name not in tensors or (parameters[name].equal(tensors[name]) and len(tensors[name]) == experts)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_what_we_say_of_layers_of_different_counts_is_what_vllm_does(family: str, tmp_path: Path):
+    model = tiny_model(family, **SIZES, **(LATENT if family == "deepseek_v3" else {}))
+    said = ask_vllm(type(model), model.config, [8, 6])
+    assert said is not None and ask_vllm(type(model), model.config, [8, 8]) == ""
+    # a folder as `prune --allow-non-uniform` writes it
+    remove_experts(model, [list(range(8)), list(range(6))], allow_non_uniform=True)
+    moesparse.save_pretrained(model, tmp_path)
+    failed = ""
+    try:
+        loaded(tmp_path)
+    except Exception as error:
+        failed = type(error).__name__
+    assert said.partition(":")[0] == failed
