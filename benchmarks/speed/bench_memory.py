@@ -54,15 +54,14 @@ RECIPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
 }
 WINDOWS, LENGTH, BATCH = 8, 128, 4
 
-_CHILD = (
-    """
+_CHILD = """
 import json, re, sys, time, torch, transformers
 from transformers import AutoModelForCausalLM
 import moesparse
 from benchmarks.speed.synthetic import random_windows
 from moesparse.system.memory import bound_compiled_products, peak_memory, reset_peak_memory
 from moesparse.progress import ProgressEvent
-source, tiny, out, rules, whole = json.loads(sys.argv[1])
+source, tiny, out, rules, whole, (WINDOWS, LENGTH, BATCH) = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 bound_compiled_products()
 recipe = moesparse.Recipe(**rules)
@@ -98,15 +97,29 @@ for name, peak in peaks.items():
         layers[int(found[1])] = max(layers.get(int(found[1]), 0), peak)
 by_layer = [layers[number] for number in sorted(layers)]
 print(json.dumps({"peak": max(peaks.values()), "by_layer": by_layer, "seconds": seconds}))
-""".replace("WINDOWS", str(WINDOWS))
-    .replace("LENGTH", str(LENGTH))
-    .replace("BATCH", str(BATCH))
-)
+"""
 
 
-def measure(source: Path, tiny: Path, out: Path, recipe: str, *, whole: bool) -> dict[str, Any]:
-    """Peak bytes over the imports and CPU seconds, from a process of its own."""
-    arguments = json.dumps([str(source), str(tiny), str(out), RECIPES[recipe][0], whole])
+def measure(
+    source: Path,
+    tiny: Path,
+    out: Path,
+    rules: dict[str, Any],
+    text: tuple[int, int, int] = (WINDOWS, LENGTH, BATCH),
+    *,
+    whole: bool,
+) -> dict[str, Any]:
+    """Peak bytes over the imports and CPU seconds, from a process of its own.
+
+    Args:
+        source: checkpoint.
+        tiny: one that is pruned first.
+        out: new folder; beside it `out`-tiny.
+        rules: of the recipe.
+        text: windows, their length, windows to run at once.
+        whole: the model in memory, not layer by layer.
+    """
+    arguments = json.dumps([str(source), str(tiny), str(out), rules, whole, text])
     done = subprocess.run([sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -179,7 +192,7 @@ def main() -> None:
                 make_checkpoint(source, layers, *((128, 256) if options.quick else (hidden, intermediate)))
                 # as a whole the smaller one does: four times the layers take four times as much
                 for whole in (False, True) if layers == min(options.depths) and not options.streamed else (False,):
-                    found = measure(source, tiny, out, recipe, whole=whole)
+                    found = measure(source, tiny, out, RECIPES[recipe][0], whole=whole)
                     shutil.rmtree(out)
                     shutil.rmtree(f"{out}-tiny")
                     rows.append({"layers": layers, "recipe": recipe, "whole": whole, **found})

@@ -1,6 +1,7 @@
 """What becomes of the experts that go: removed or merged, then refitted or not, and their routers trained or not.
 
     python -m benchmarks.studies.merging [--quick] [--seeds 3] [--testbed embedded] [-o FOLDER]
+    python -m benchmarks.studies.merging --testbed upcycled --seeds 1 --share 0.25 --recovery none --recovery refit
 
 Writes study_merging.json and study_merging.png. A quarter and a half of the experts go; the methods are those of
 `moesparse prune --expert-method` with the criterion of their papers, and removal by three criteria, aimer among them,
@@ -13,6 +14,7 @@ the same way after the refit. Protocol otherwise: protocol.py.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -107,14 +109,16 @@ class Pruned:
         return {"perplexity": self.study.score(model)}
 
 
-def run(study: Study) -> None:
+def run(study: Study, shares: Sequence[float], recoveries: Sequence[str]) -> None:
     """Draw by draw, so that a run that is stopped has whole ones."""
     pruned = Pruned(study)
     study.measure(lambda: {"perplexity": study.score(study.model)}, method="dense")
     for seed in study.seeds:
-        for share in SHARES[1:] if study.quick else SHARES:
+        for share in shares[-1:] if study.quick else shares:
             for method, criterion in METHODS:
                 for recovery in ("none", "routers", "before", "refit", "both", "all"):
+                    if recovery not in recoveries:
+                        continue
                     if recovery in RECOVERIES[4:] and (method, criterion) not in IN_FULL:
                         continue
                     setting = {"method": method, "criterion": criterion, "share": share}
@@ -132,6 +136,8 @@ def show(study: Study) -> None:
     """A table for each share."""
     print(f"dense {study.select(method='dense')[0]['perplexity']:.2f}")
     for share in SHARES:
+        if not study.select(share=share):
+            continue
         print(f"\n{share:.0%} of the experts gone\n| method, criterion | {' | '.join(RECOVERIES)} |")
         print("|---|" + "---|" * len(RECOVERIES))
         for method, criterion in METHODS:
@@ -174,8 +180,14 @@ def figure(study: Study) -> Figure:
 
 
 def main() -> None:
-    arguments = parser(__doc__).parse_args()
-    Study("study_merging", arguments).conduct(run, show, figure)
+    options = parser(__doc__)
+    options.add_argument(
+        "--share", type=float, action="append", choices=SHARES, help="of the experts; all when left out"
+    )
+    options.add_argument("--recovery", action="append", choices=RECOVERIES, help="all when left out; repeat for more")
+    arguments = options.parse_args()
+    asked = partial(run, shares=arguments.share or SHARES, recoveries=arguments.recovery or RECOVERIES)
+    Study("study_merging", arguments).conduct(asked, show, figure)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ HELDOUT = 12
 GOAL = 1.02
 
 
-def measure(testbed: Testbed, model: nn.Module) -> float:
-    """Geometric mean over domains of held-out perplexity."""
-    return testbed.score(model, testbed.heldout(HELDOUT)).perplexity
+def measure(testbed: Testbed, model: nn.Module, windows: int = HELDOUT) -> float:
+    """Geometric mean over domains of held-out perplexity, of as many windows of each."""
+    return testbed.score(model, testbed.heldout(windows)).perplexity
 
 
 def run(

@@ -36,9 +36,10 @@ from torch import Tensor
 from benchmarks.demo_model.build_text import window_hashes
 from benchmarks.results import RESULTS as RESULTS_FOLDER
 from benchmarks.studies.protocol import folder_of
-from benchmarks.studies.recovery import GOAL, STARTS, measure, plus_minus
+from benchmarks.studies.recovery import GOAL, HELDOUT, STARTS, measure, plus_minus
 from benchmarks.studies.testbed import EMBEDDED, Testbed, add_option, open_testbed
 from moesparse import demo
+from moesparse.checkpoints.pretrained import load_pretrained
 from moesparse.distillation import Settings, distill
 from moesparse.evaluate import perplexity
 from moesparse.pruning.recipe import Recipe
@@ -102,25 +103,35 @@ def text_for(testbed: Testbed, tokens: int, seed: int, work: Path | None) -> tup
 
 
 def run(
-    testbed: Testbed, start: str, loss: str, tokens: int, rate: float, seed: int, work: Path | None
+    testbed: Testbed,
+    start: str,
+    loss: str,
+    tokens: int,
+    rate: float,
+    seed: int,
+    work: Path | None,
+    heldout: int = HELDOUT,
 ) -> dict[str, Any]:
     """One pruned model, distilled."""
     ids, held, repeats = text_for(testbed, tokens, seed, work)
     teacher = testbed.model
-    student = copy.deepcopy(teacher)
-    saliency, update = STARTS[start]
-    recipe = Recipe(weights="2:4", saliency=saliency, update=update, seed=seed)
-    prune(student, testbed.calibration(seed), recipe, batch_size=testbed.batch)
+    if start in STARTS:
+        student = copy.deepcopy(teacher)
+        saliency, update = STARTS[start]
+        recipe = Recipe(weights="2:4", saliency=saliency, update=update, seed=seed)
+        prune(student, testbed.calibration(seed), recipe, batch_size=testbed.batch)
+    else:
+        student = load_pretrained(start, dtype=torch.float32)[0]
     mode, settings = LOSSES[loss]
     settings = dataclasses.replace(settings, learning_rate=rate)
     if testbed.name != EMBEDDED:
         settings = dataclasses.replace(settings, batch_size=4, micro_batch=4)
-    row: dict[str, Any] = {"pruned": measure(testbed, student), "repeats": repeats}
+    row: dict[str, Any] = {"pruned": measure(testbed, student, heldout), "repeats": repeats}
     reset_peak_memory()
     began = time.process_time()
     report = distill(student, teacher, ids, mode, settings=settings)
     row |= {"seconds": time.process_time() - began, "wall_seconds": report.seconds, "peak_bytes": peak_memory()}
-    row |= {"perplexity": measure(testbed, student), "warnings": report.warnings}
+    row |= {"perplexity": measure(testbed, student, heldout), "warnings": report.warnings}
     row["held_back"] = perplexity(student, held, batch_size=testbed.batch).perplexity
     first, last = report.rows[: len(report.rows) // 10], report.rows[-(len(report.rows) // 10) :]
     for part in ("ce", "kl"):
@@ -144,9 +155,10 @@ def show(result: dict[str, Any]) -> None:
         pruned, held, seconds = (
             statistics.fmean(row[key] for row in rows.values()) for key in ("pruned", "held_back", "seconds")
         )
+        label = " + ".join(STARTS.get(start, (start,)))
         peak = max(row["peak_bytes"] for row in rows.values()) / 2**30
         print(
-            f"| {' + '.join(STARTS[start])} | {loss} | {int(tokens) / 1e6:.2f} M | {rate} | {len(found)} | "
+            f"| {label} | {loss} | {int(tokens) / 1e6:.2f} M | {rate} | {len(found)} | "
             f"{pruned:.2f} | {held:.2f} | {plus_minus(found)} | {mean / dense - 1:.1%} | {seconds:.0f} | {peak:.2f} |"
         )
 
@@ -190,7 +202,13 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="the folder build_text.py wrote to; left out: measure nothing, unless real"
     )
-    parser.add_argument("--start", choices=STARTS, default="default")
+    parser.add_argument(
+        "--start",
+        default="default",
+        metavar=f"{'|'.join(STARTS)}|FOLDER",
+        help="rules, or a model that benchmarks.studies.weights --keep has left",
+    )
+    parser.add_argument("--heldout", type=int, default=HELDOUT, help="held-out windows of each domain")
     parser.add_argument("--loss", choices=LOSSES, default="logits")
     parser.add_argument("--tokens", type=int, nargs="*", default=[2**18], help="amounts of training text")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="draws of text")
@@ -200,14 +218,21 @@ def main() -> None:
     torch.set_num_threads(1)
     path = folder_of(arguments.testbed, arguments.output) / "study_recovery_text.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    if arguments.start not in STARTS and not (Path(arguments.start) / "config.json").is_file():
+        raise SystemExit(f"--start must be {', '.join(STARTS)} or a folder with a checkpoint, got {arguments.start}")
+    start = arguments.start if arguments.start in STARTS else Path(arguments.start).name
     if arguments.work is not None or arguments.testbed != EMBEDDED:
         testbed = open_testbed(arguments.testbed)
         if "dense" not in result:
-            result["dense"] = measure(testbed, testbed.model)
+            result["dense"] = measure(testbed, testbed.model, arguments.heldout)
+        if result.setdefault("heldout", HELDOUT if result["rows"] else arguments.heldout) != arguments.heldout:
+            raise SystemExit(f"--heldout must be {result['heldout']} as in {path}, got {arguments.heldout}")
         for tokens, rate, seed in itertools.product(arguments.tokens, arguments.rates, arguments.seeds):
-            rows = result["rows"].setdefault(f"{arguments.start} {arguments.loss} {tokens} {rate:g}", {})
+            rows = result["rows"].setdefault(f"{start} {arguments.loss} {tokens} {rate:g}", {})
             if str(seed) not in rows:
-                rows[str(seed)] = run(testbed, arguments.start, arguments.loss, tokens, rate, seed, arguments.work)
+                rows[str(seed)] = run(
+                    testbed, arguments.start, arguments.loss, tokens, rate, seed, arguments.work, arguments.heldout
+                )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(result, indent=1) + "\n")
     show(result)

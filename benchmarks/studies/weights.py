@@ -23,6 +23,7 @@ from pathlib import Path
 from benchmarks.results import RESULTS as RESULTS_FOLDER
 from benchmarks.studies.protocol import folder_of
 from benchmarks.studies.testbed import Score, Testbed, add_option, open_testbed
+from moesparse.checkpoints.pretrained import save_pretrained
 from moesparse.models.fingerprint import model_fingerprint
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.run import prune
@@ -48,13 +49,17 @@ RULES = (
 )
 
 
-def run(testbed: Testbed, recipe: Recipe, limit: int | None, dense: Score, count: int | None) -> dict[str, float]:
+def run(
+    testbed: Testbed, recipe: Recipe, limit: int | None, dense: Score, count: int | None, kept: Path | None
+) -> dict[str, float]:
     """A pruned copy: its perplexity, how far its loss is above the dense one's, and the CPU seconds of pruning."""
     model = copy.deepcopy(testbed.model)
     windows = testbed.calibration(recipe.seed) if count is None else testbed.draw(count, recipe.seed)
     started = time.process_time()
     prune(model, windows, recipe, batch_size=testbed.batch)
     seconds = time.process_time() - started
+    if kept is not None:
+        save_pretrained(model, kept, tokenizer=testbed.tokenizer)
     scored = testbed.score(model, testbed.heldout(limit))
     above, error = scored.above(dense)
     return {"perplexity": scored.perplexity, "above": above, "above_error": error, "seconds": seconds}
@@ -68,6 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, help="of calibration text; the testbed's own number when left out")
     parser.add_argument("--heldout", type=int, help="held-out windows of each domain; all when left out")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for the pruned models, in folders of their own")
     parser.add_argument("--quick", action="store_true", help="one seed, 4 windows a domain, nothing written")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS_FOLDER / "cpu", help="folder of the rows")
     arguments = parser.parse_args()
@@ -95,7 +101,8 @@ def main() -> None:
             for seed in seeds:
                 if str(seed) not in rows:
                     recipe = Recipe(weights=pattern, saliency=saliency, update=update, seed=seed)
-                    rows[str(seed)] = run(testbed, recipe, limit, dense, arguments.windows)
+                    kept = arguments.keep and arguments.keep / f"{name} {seed}".replace(" ", "_").replace(":", "of")
+                    rows[str(seed)] = run(testbed, recipe, limit, dense, arguments.windows, kept)
                     if not arguments.quick:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         path.write_text(json.dumps(result, indent=1) + "\n")

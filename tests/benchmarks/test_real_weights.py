@@ -228,6 +228,7 @@ def test_anatomy_of_the_embedded_model(tmp_path, monkeypatch, capsys):
     assert 0 < max(row["alone"][0] for row in found["blocks"]) < found["all"][0]
     for row in found["blocks"]:
         assert 0 < row["hidden_largest"] <= row["hidden_1%"] < 1
+        assert 0 < row["errors"]["stream"] < row["errors"]["output"] < 1
     assert (tmp_path / "anatomy.png").stat().st_size > 1000
     assert "rank correlations" in capsys.readouterr().out
 
