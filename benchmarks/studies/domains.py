@@ -1,4 +1,4 @@
-"""Calibration text for a choice of experts, on the embedded model: how domains mix, whose text, and how much of it.
+"""Calibration text for a choice of experts: how domains mix, whose text, and how much of it.
 
     python -m benchmarks.studies.domains                    # about a quarter of an hour on one core
     python -m benchmarks.studies.domains --quick            # one seed, few windows, nothing written
@@ -12,25 +12,23 @@ Experts are really removed, without refit, and the smaller model is scored on he
   overlap with the choice from all its windows, and the perplexity each choice gives.
 - super-experts: the largest output of every expert over the median of all.
 
-A seed is a choice of calibration windows. Writes benchmarks/results/cpu/study_domains.json and prints tables.
+A seed is a choice of calibration windows. Writes study_domains.json beside the testbed's results and prints tables.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics as stats
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.results import RESULTS as RESULTS_FOLDER
-from benchmarks.studies.experts import REMOVED, Study, cell, say
+from benchmarks.studies.experts import REMOVED, Study, cell, opened, parser, path_of, say
 from benchmarks.studies.protocol import geometric
+from benchmarks.studies.testbed import EMBEDDED
 from moesparse import demo
 from moesparse.benchmarking import environment
 from moesparse.calibration.demonstrations import continue_prompts
@@ -45,10 +43,10 @@ from moesparse.experts.criteria import (
 )
 from moesparse.experts.domains import MIXES, mixed_scores
 
-RESULTS = RESULTS_FOLDER / "cpu" / "study_domains.json"
 CRITERIA = ("reap", "gated-norm", "gated-energy")
 LOUD = "novel"
 AMOUNTS = (5, 10, 15, 25)
+MOST_WINDOWS = 40
 OWN_CRITERION = "gated-norm"
 TEMPERATURES = (0.0, 1.0)
 
@@ -61,7 +59,7 @@ def mixing(study: Study) -> list[dict[str, Any]]:
         parts = []
         for seed in range(study.seeds):
             each = {}
-            for domain in demo.DOMAINS:
+            for domain in study.domains:
                 count = study.windows if text == "even" else 8 * few if domain == LOUD else few
                 each[domain] = calibrate(study.model, study.draw(domain, seed, count))
             parts.append(each)
@@ -80,7 +78,7 @@ def mixing(study: Study) -> list[dict[str, Any]]:
 
 def own_text(study: Study) -> list[dict[str, Any]]:
     """Calibrated on each domain and scored on it: the text itself, or what the model makes of its first half."""
-    length = 256
+    length = study.testbed.length
     sources: dict[str, Any] = {"text": lambda windows, seed: windows}
     for temperature in TEMPERATURES:
 
@@ -91,7 +89,7 @@ def own_text(study: Study) -> list[dict[str, Any]]:
                 length // 2,
                 temperature=temperature,
                 seed=seed,
-                batch_size=16,
+                batch_size=study.testbed.batch,
             )
 
         sources[f"model, temperature {temperature:g}"] = written
@@ -99,7 +97,7 @@ def own_text(study: Study) -> list[dict[str, Any]]:
     rows = []
     for name, make in sources.items():
         parts = [
-            {domain: calibrate(study.model, make(study.calibration(domain, seed), seed)) for domain in demo.DOMAINS}
+            {domain: calibrate(study.model, make(study.calibration(domain, seed), seed)) for domain in study.domains}
             for seed in range(study.seeds)
         ]
         for removed in REMOVED:
@@ -124,8 +122,11 @@ def amount(study: Study) -> list[dict[str, Any]]:
         return study.choose(scores, 0.5)
 
     every: dict[str, list[Any]] = {}
-    for domain in demo.DOMAINS:
-        every[domain] = [calibrate(study.model, window[None]) for window in demo.windows("calibration", domain)]
+    for domain in study.domains:
+        # of a real testbed, which has more than anybody runs, as many as the embedded model has
+        embedded = study.testbed.name == EMBEDDED
+        windows = demo.windows("calibration", domain) if embedded else study.draw(domain, 0, MOST_WINDOWS)
+        every[domain] = [calibrate(study.model, window[None]) for window in windows]
     whole = {domain: choose(_pooled(parts)) for domain, parts in every.items()}
     rows = []
     for count in (*AMOUNTS, None):
@@ -200,14 +201,9 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer windows; a few minutes; writes no file")
-    parser.add_argument("--windows", type=int, default=16, help="calibration windows of each domain")
-    parser.add_argument("--heldout", type=int, default=24, help="held-out windows of each domain")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__).parse_args()
     torch.manual_seed(0)
-    study = Study(1, 8, 6) if arguments.quick else Study(3, arguments.windows, arguments.heldout)
+    study = opened(arguments)
     started = time.perf_counter()
     result = {
         "command": " ".join(("python", "-m", "benchmarks.studies.domains", *sys.argv[1:])),
@@ -216,7 +212,7 @@ def main() -> None:
             "seeds": study.seeds,
             "calibration_windows_per_domain": study.windows,
             "heldout_windows_per_domain": len(next(iter(study.heldout.values()))),
-            "window": 256,
+            "window": study.testbed.length,
             "stable from": STABLE_OVERLAP,
         },
         "dense": study.mean(None),
@@ -227,8 +223,7 @@ def main() -> None:
     }
     result["seconds"] = time.perf_counter() - started
     if not arguments.quick:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        path_of(arguments, "study_domains").write_text(json.dumps(result, indent=1) + "\n")
     show(result)
 
 

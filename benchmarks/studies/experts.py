@@ -2,13 +2,14 @@
 
     python -m benchmarks.studies.experts                    # about a quarter of an hour on one core
     python -m benchmarks.studies.experts --quick            # one seed, few windows, nothing written
+    python -m benchmarks.studies.experts --testbed upcycled --seeds 1 --windows 2 --heldout 2
 
 Experts are really removed and the smaller model is scored on held-out text; a seed is a choice of calibration windows,
 for "random" a draw of experts.
 "agnostic" calibrates on all domains and reports the geometric mean of the domains' perplexities; "own" calibrates on
-one domain and scores that domain, again the geometric mean over domains. Perplexity: windows of 256 tokens,
-independent, the first token of each unscored. Writes study_experts.json and study_experts.png to benchmarks/results/cpu
-and prints tables.
+one domain and scores that domain, again the geometric mean over domains. Perplexity: windows of 256 tokens (of a real
+testbed 512), independent, the first token of each unscored. Writes study_experts.json and study_experts.png beside the
+results of the testbed and prints tables.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import RESULTS as RESULTS_FOLDER
-from benchmarks.studies.protocol import geometric, spread
+from benchmarks.studies.protocol import folder_of, geometric
+from benchmarks.studies.testbed import EMBEDDED, Testbed, add_option, open_testbed
 from moesparse import demo
 from moesparse.benchmarking import environment
 from moesparse.calibration.statistics import ModelStatistics
@@ -41,7 +43,6 @@ from moesparse.models.layers import LayersInMemory, RunOptions
 from moesparse.pruning.removal import remove_and_refit
 from moesparse.report import figures
 
-RESULTS = RESULTS_FOLDER / "cpu" / "study_experts.json"
 REMOVED = (0.25, 0.5)
 REFITTED = ("frequency", "reap", "gated-norm", "gated-energy")
 SPECIALISTS = ("scripture", "code")
@@ -52,36 +53,39 @@ RANDOM_DRAWS = 12
 class Study:
     """The dense model, its texts, and perplexities that were measured already."""
 
-    def __init__(self, seeds: int, windows: int, heldout: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, testbed: Testbed, seeds: int, windows: int, heldout: int) -> None:
         """Args:
+        testbed: what is measured on.
         seeds: choices of calibration windows.
         windows: calibration windows for one domain; agnostic statistics take as many of each domain.
         heldout: held-out windows of each domain.
-        dtype: of the model; None is fp32.
         """
-        self.model, _ = demo.load(dtype)
+        self.testbed, self.model, self.domains = testbed, testbed.model, tuple(testbed.domains)
         self.blocks = find_moe_blocks(self.model)
         self.seeds, self.windows = seeds, windows
-        self.heldout = {domain: spread(demo.windows("heldout", domain), heldout) for domain in demo.DOMAINS}
+        self.heldout = testbed.heldout(heldout)
         self._scored: dict[Any, float] = {}
         self._statistics: dict[Any, ModelStatistics] = {}
         self._pruned: tuple[Any, Any] = (None, None)
 
     def calibration(self, domain: str | None, seed: int) -> Tensor:
-        """[n, 256] windows of a domain, or of all of them in turn, drawn by the seed."""
-        domains = demo.DOMAINS if domain is None else (domain,)
+        """[n, length] windows of a domain, or of all of them in turn, drawn by the seed."""
+        domains = self.domains if domain is None else (domain,)
         return torch.cat([self.draw(name, 1000 * seed + number, self.windows) for number, name in enumerate(domains)])
 
-    @staticmethod
-    def draw(domain: str, seed: int, count: int) -> Tensor:
-        """[count, 256] calibration windows of one domain, drawn by the seed."""
+    def draw(self, domain: str, seed: int, count: int) -> Tensor:
+        """[count, length] calibration windows of one domain, drawn by the seed."""
+        if self.testbed.name != EMBEDDED:
+            return self.testbed.draw(count, seed, domain)
         whole = demo.windows("calibration", domain)
         return whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:count]]
 
     def statistics(self, domain: str | None, seed: int) -> ModelStatistics:
         key = (domain, seed)
         if key not in self._statistics:
-            self._statistics[key] = calibrate(self.model, self.calibration(domain, seed), seed=seed)
+            self._statistics[key] = calibrate(
+                self.model, self.calibration(domain, seed), seed=seed, batch_size=self.testbed.batch
+            )
         return self._statistics[key]
 
     def choose(self, scores: Tensor, removed: float) -> list[Tensor]:
@@ -97,16 +101,20 @@ class Study:
         if (key, domain) not in self._scored:
             if self._pruned[0] != key:
                 self._pruned = (key, self._build(kept, refit_on))
-            self._scored[key, domain] = perplexity(self._pruned[1], self.heldout[domain], batch_size=16).perplexity
+            self._scored[key, domain] = perplexity(
+                self._pruned[1], self.heldout[domain], batch_size=self.testbed.batch
+            ).perplexity
         return self._scored[key, domain]
 
     def mean(self, kept: list[Tensor] | None, refit_on: tuple[str | None, int] | None = None) -> float:
         """Geometric mean over the domains."""
-        return geometric([self.score(kept, domain, refit_on) for domain in demo.DOMAINS])
+        return geometric([self.score(kept, domain, refit_on) for domain in self.domains])
 
     def mean_of(self, model: Any) -> float:
         """Geometric mean over the domains of any model."""
-        return geometric([perplexity(model, text, batch_size=16).perplexity for text in self.heldout.values()])
+        return geometric(
+            [perplexity(model, text, batch_size=self.testbed.batch).perplexity for text in self.heldout.values()]
+        )
 
     def _build(self, kept: list[Tensor] | None, refit_on: tuple[str | None, int] | None) -> Any:
         if kept is None:
@@ -115,7 +123,7 @@ class Study:
         if refit_on is None:
             remove_experts(model, kept)
         else:
-            layers, options = LayersInMemory(model), RunOptions(batch_size=16)
+            layers, options = LayersInMemory(model), RunOptions(batch_size=self.testbed.batch)
             stream = layers.stream(self.calibration(*refit_on), None, options)
             remove_and_refit(layers, InPlace(layers), stream, plan_removal(model, kept), options)
         return model
@@ -134,15 +142,19 @@ def run(study: Study) -> dict[str, Any]:
     return {
         "command": " ".join(("python", "-m", "benchmarks.studies.experts", *sys.argv[1:])),
         "machine": environment(torch.device("cpu")),
-        "model": {"parameters": sum(p.numel() for p in study.model.parameters()), "experts": 16, "layers": 4},
+        "model": {
+            "parameters": sum(p.numel() for p in study.model.parameters()),
+            "experts": study.blocks[0].num_experts,
+            "layers": len(study.blocks),
+        },
         "protocol": {
             "seeds": study.seeds,
             "random_draws": RANDOM_DRAWS,
             "calibration_windows_per_domain": study.windows,
             "heldout_windows_per_domain": len(next(iter(study.heldout.values()))),
-            "window": 256,
+            "window": study.testbed.length,
         },
-        "dense": {domain: study.score(None, domain) for domain in demo.DOMAINS} | {"mean": study.mean(None)},
+        "dense": {domain: study.score(None, domain) for domain in study.domains} | {"mean": study.mean(None)},
         "criteria": rows,
         "specialists": _specialists(study),
         "seconds": time.perf_counter() - started,
@@ -159,7 +171,7 @@ def _row(study: Study, criterion: str, removed: float, refit: bool) -> dict[str,
         kept = study.kept(criterion, None, seed, removed)
         agnostic.append(study.mean(kept, (None, seed) if refit else None))
         each = []
-        for domain in demo.DOMAINS:
+        for domain in study.domains:
             kept = study.kept(criterion, domain, seed, removed)
             each.append(study.score(kept, domain, (domain, seed) if refit else None))
         own.append(geometric(each))
@@ -185,7 +197,8 @@ def _specialists(study: Study) -> list[dict[str, Any]]:
 
 def show(result: dict[str, Any]) -> None:
     dense = result["dense"]
-    print(f"\ndense: {dense['mean']:.2f} (geometric mean of {', '.join(f'{d} {dense[d]:.2f}' for d in demo.DOMAINS)})")
+    domains = ", ".join(f"{name} {value:.2f}" for name, value in dense.items() if name != "mean")
+    print(f"\ndense: {dense['mean']:.2f} (geometric mean of {domains})")
     print(
         f"\n{'criterion':<14}{'refit':<7}"
         + "".join(f"{n + f' {r:.0%}':>18}" for n in ("agnostic", "own") for r in REMOVED)
@@ -247,20 +260,43 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def parser(description: str | None, *, windows: int = 16, heldout: int = 24) -> argparse.ArgumentParser:
+    """The options of the studies that measure on a `Study` of this file."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="one seed, fewer windows; a few minutes; writes no file")
+    add_option(options)
+    options.add_argument("--seeds", type=int, default=3, help="choices of calibration windows")
+    options.add_argument("--windows", type=int, default=windows, help="calibration windows of each domain")
+    options.add_argument("--heldout", type=int, default=heldout, help="held-out windows of each domain")
+    options.add_argument("-o", "--output", type=Path, default=RESULTS_FOLDER / "cpu", help="folder of the results")
+    return options
+
+
+def opened(arguments: argparse.Namespace, quick: tuple[int, int] = (8, 6), dtype: torch.dtype = torch.float32) -> Study:
+    """The study that `parser`'s options ask for; `quick` are its windows and held-out windows with --quick."""
+    testbed = open_testbed(arguments.testbed, dtype)
+    if arguments.quick:
+        return Study(testbed, 1, *quick)
+    return Study(testbed, arguments.seeds, arguments.windows, arguments.heldout)
+
+
+def path_of(arguments: argparse.Namespace, name: str) -> Path:
+    """Of a result file; its folder is made."""
+    path = folder_of(arguments.testbed, arguments.output) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, fewer windows; a few minutes; writes no file")
-    parser.add_argument("--windows", type=int, default=16, help="calibration windows of each domain")
-    parser.add_argument("--heldout", type=int, default=24, help="held-out windows of each domain")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
+    arguments = options.parse_args()
     torch.manual_seed(0)
-    result = run(Study(1, 8, 6) if arguments.quick else Study(3, arguments.windows, arguments.heldout))
+    result = run(opened(arguments))
     if not arguments.quick:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-        arguments.output.with_suffix(".png").write_bytes(figures.to_png(draw(result)))
+        path = path_of(arguments, "study_experts")
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".png").write_bytes(figures.to_png(draw(result)))
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:

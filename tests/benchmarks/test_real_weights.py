@@ -15,6 +15,7 @@ from benchmarks.real_weights import anatomy, text, upcycle
 from benchmarks.real_weights import model as real_model
 from benchmarks.studies import recovery_text, testbed
 from benchmarks.studies import weights as study_weights
+from benchmarks.studies.experts import opened, parser, path_of
 from benchmarks.studies.protocol import folder_of
 from moesparse import demo
 from moesparse.models.blocks import find_moe_blocks
@@ -246,3 +247,15 @@ def test_weights_study_on_a_testbed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["weights", *command[:-2], "--heldout", "2", "-o", str(tmp_path)])
     with pytest.raises(SystemExit, match="--output must be a new folder for another heldout_windows_per_domain"):
         study_weights.main()
+
+
+def test_the_study_of_experts_takes_a_testbed(tmp_path):
+    arguments = parser(None).parse_args(["--quick", "--testbed", "embedded"])
+    study = opened(arguments, quick=(2, 1))
+    bed = study.testbed
+    assert study.mean(None) == pytest.approx(bed.score(bed.model, bed.heldout(1)).perplexity, rel=1e-5)
+    assert study.calibration(None, 1).shape == (2 * len(demo.DOMAINS), bed.length)
+    order = torch.randperm(len(demo.windows("calibration", "code")), generator=torch.Generator().manual_seed(7))
+    assert study.draw("code", 7, 2).equal(demo.windows("calibration", "code")[order[:2]])
+    arguments = parser(None).parse_args(["-o", str(tmp_path), "--testbed", "a/b"])
+    assert path_of(arguments, "rows") == tmp_path / "b" / "rows.json"
