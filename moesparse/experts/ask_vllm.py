@@ -161,5 +161,4 @@ def _main(folder: Path, counts: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    _said = _main(Path(sys.argv[1]), [int(each) for each in sys.argv[2:]])
-    print(json.dumps({"said": _said}), flush=True)
+    print(json.dumps({"said": _main(Path(sys.argv[1]), [int(each) for each in sys.argv[2:]])}), flush=True)
