@@ -28,16 +28,21 @@ figures). The last lines say which parts held. A run without git at hand takes t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import math
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,6 +60,11 @@ _WORKERS, _WORKER_BYTES = 4, 30 * 10**9
 # processes of one part that may lose the device, each to another kernel
 _RESTARTS = 8
 _STOPPED = 124
+# what the parts of a dry run import, all of it together some seconds
+_SHARED = (
+    *("moesparse.benchmarking", "matplotlib.pyplot", "pytest", "triton"),
+    *("transformers.models.mixtral.modeling_mixtral", "transformers.models.olmoe.modeling_olmoe"),
+)
 
 
 def _python(
@@ -69,7 +79,10 @@ def _python(
     print("$", " ".join(command), flush=True)
     limit = min(limit, options.until - time.monotonic())
     # a group of its own, because a tool between us and Python would leave Python behind, at work on the device
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, process_group=0)
+    if options.dry:
+        process: Any = _Forked(arguments, environment)
+    else:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, process_group=0)
     try:
         return process.wait(None if math.isinf(limit) else max(limit, 0))
     except subprocess.TimeoutExpired:
@@ -79,6 +92,42 @@ def _python(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+class _Forked:
+    """A module run as Python would run it, in a copy of this process, which has imported what takes seconds.
+
+    For dry runs alone: where a GPU was looked for, no copy of the process could use it.
+    """
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        sys.stdout.flush()
+        self._process = multiprocessing.get_context("fork").Process(target=self._run, args=(arguments, environment))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        # whoever of the two comes first
+        with contextlib.suppress(OSError):
+            os.setpgid(self.pid, self.pid)
+
+    @staticmethod
+    def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)
+        assert arguments[0] == "-m", f"a module must be run, got {arguments}"
+        os.chdir(ROOT)
+        os.environ |= environment
+        sys.argv = list(arguments[1:])
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
+        return self._process.exitcode
 
 
 def gpu_tests() -> list[str]:
@@ -167,11 +216,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("make gpu needs a CUDA device, and torch sees none; `make gpu DRY=1` runs it tiny on a CPU")
     if chosen.results is not None:
         chosen.results = chosen.results.resolve()
+    parts = chosen.parts or list(PARTS)
+    if chosen.dry and len(parts) > 1:
+        for module in _SHARED:
+            importlib.import_module(module)
     chosen.until = time.monotonic() + chosen.limit
     # so that being ended ends the part at work too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     held = {}
-    for part in chosen.parts or PARTS:
+    for part in parts:
         began = time.monotonic()
         if began < chosen.until:
             print(f"== {part}", flush=True)

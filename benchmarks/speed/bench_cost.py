@@ -62,17 +62,30 @@ GPU_SIZES = {
     "Qwen3-30B-A3B": (2, 2048, 768, 128, 8, 32),
     "Mixtral-8x7B": (1, 4096, 14336, 8, 2, 32),
 }
-DRY_SIZES = {"small": (1, 64, 64, 4, 2, 4), "medium": (1, 64, 128, 4, 2, 4), "large": (2, 64, 128, 4, 2, 4)}
+DRY_SIZES = {"small": (1, 64, 64, 4, 2, 4), "large": (2, 64, 128, 4, 2, 4)}
+DRY_RATES = [1e9, 1e9]
 LENGTH = {"cpu": 256, "cuda": 2048}
 WINDOWS = {"cpu": (4, 12), "cuda": (32, 128)}
 BATCH = 8
 
 
-def measure(source: Path, out: Path, size: str, name: str, windows: torch.Tensor, device: str) -> dict[str, Any]:
-    """Seconds of one run, peak bytes of the process, and what the plan knew of it before."""
+def measure(
+    source: Path,
+    out: Path,
+    size: str,
+    name: str,
+    windows: torch.Tensor,
+    device: str,
+    rates: list[float] | None = None,
+) -> dict[str, Any]:
+    """Seconds of one run, peak bytes of the process, and what the plan knew of it before.
+
+    `rates`: of products in fp32 and in bf16, measured when None.
+    """
     recipe = moesparse.Recipe(**RECIPES[name][0])
     clock = time.process_time if device == "cpu" else time.perf_counter
-    rates = [gemm_rate(torch.device(device), dtype, clock) for dtype in (torch.float32, torch.bfloat16)]
+    if rates is None:
+        rates = [gemm_rate(torch.device(device), dtype, clock) for dtype in (torch.float32, torch.bfloat16)]
     reset_peak_memory()
     began = clock()
     calibration = None if recipe.reads_weights_alone else windows
@@ -201,15 +214,17 @@ def main() -> None:
     bound_compiled_products()
     if device == "cpu":
         torch.set_num_threads(1)
-    warm = False
+    warm, rates = options.dry, DRY_RATES if options.dry else None
     for size in chosen:
         layers, hidden, intermediate, experts, top_k, heads = sizes[size]
         with tempfile.TemporaryDirectory() as work:
             source, out = Path(work) / "model", Path(work) / "out"
             make_checkpoint(source, layers, hidden, intermediate, experts=experts, top_k=top_k, heads=heads)
-            for name in options.recipes:
+            # a dry run needs a second size to fit, not all of its recipes
+            names = options.recipes if size == chosen[0] or not options.dry else FITTED[:1]
+            for name in names:
                 length = 64 if options.dry else LENGTH[device]
-                counts = options.windows or ((2, 4) if options.dry else WINDOWS[device])
+                counts = options.windows or ((2,) if options.dry else WINDOWS[device])
                 for count in counts if RECIPES[name][1] else counts[:1]:
                     if file.has(shape=size, windows=[count, length], contenders=[name]) and not options.again:
                         continue
@@ -217,7 +232,7 @@ def main() -> None:
                     if not warm:  # libraries load, kernels compile
                         measure(source, out, size, name, windows, device)
                         warm = True
-                    row = measure(source, out, size, name, windows, device)
+                    row = measure(source, out, size, name, windows, device, rates)
                     file.put([row])
                     print(f"{size}, {name}, {count} windows: {row['seconds']:.1f} s", flush=True)
     rows = fitted(file.rows, list(sizes))

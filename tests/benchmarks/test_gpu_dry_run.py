@@ -185,6 +185,7 @@ def test_a_second_run_measures_nothing_again(dry_run):
 
 def test_nothing_begins_once_the_time_is_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu, "_SHARED", ())
     with pytest.raises(SystemExit) as end:
         gpu.main(["--dry", "--results", str(tmp_path), "--parts", "decode", "figures", "--limit", "0.3"])
     assert end.value.code == 1
@@ -200,7 +201,7 @@ def test_what_is_stopped_leaves_no_process_behind(tmp_path):
     note = tmp_path / "pid"
     waiting = f"import os, pathlib, time; pathlib.Path({str(note)!r}).write_text(str(os.getpid())); time.sleep(60)"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {waiting!r}])"
-    options = argparse.Namespace(until=time.monotonic() + 60)
+    options = argparse.Namespace(dry=False, until=time.monotonic() + 60)
     assert gpu._python(options, "-c", outer, limit=3) == gpu._STOPPED
     inner = Path(f"/proc/{note.read_text()}/stat")
     deadline = time.monotonic() + 5
