@@ -38,6 +38,18 @@ gpu: ## GPU tests, benchmarks, figures: PART="tests decode ..." SHAPES=... LIMIT
 		$(if $(PART),--parts $(PART)) $(if $(SHAPES),--shapes $(SHAPES)) $(if $(AGAIN),--again) $(if $(LIMIT),--limit $(LIMIT)) \
 		$(if $(DRY),--dry --results $(or $(RESULTS),out/gpu-dry-run),$(if $(RESULTS),--results $(RESULTS)))
 
+GPU_SHORT = $(or $(RESULTS),out/gpu-short$(if $(DRY),-dry-run))
+gpu-short: SHELL := /bin/bash
+gpu-short: ## the first minutes on a card, into at most eight files: LIMIT=430 RESULTS=... FROM=<an earlier RESULTS>; DRY=1
+	mkdir -p $(GPU_SHORT)
+	$(if $(FROM),cp -Rn $(FROM)/. $(GPU_SHORT)/)
+	set -o pipefail; PYTHONUNBUFFERED=1 PYTHONPATH=.:kernels:$(PYTHONPATH) $(or $(wildcard $(BIN)/python),$(PYTHON)) \
+		-m benchmarks.gpu --short --limit $(or $(LIMIT),430) --results $(GPU_SHORT) $(if $(PART),--parts $(PART)) \
+		$(if $(DRY),--dry) 2>&1 | tee -a $(GPU_SHORT)/short.log
+
+gpu-cache: .venv-triton-3.6/.installed ## the Triton kernels of gpu-short compiled ahead, into out/triton-cache: ARGS="--shapes OLMoE-1B-7B"
+	PYTHONPATH=.:kernels .venv-triton-3.6/bin/python -m benchmarks.kernel_cache $(ARGS)
+
 native: ## the compiled CPU kernels, into the source tree (an install makes them too)
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) setup.py --quiet build_ext --inplace
 
@@ -166,4 +178,4 @@ format: $(STAMP) ## ruff's fixes and layout
 clean: ## remove what the targets made
 	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-transformers4 .venv-newest-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu real test-triton test-vllm test-transformers4 test-newest quickstart gpu peers lint format clean
+.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu real test-triton test-vllm test-transformers4 test-newest quickstart gpu gpu-short gpu-cache peers lint format clean

@@ -19,6 +19,14 @@
     sanitize   compute-sanitizer's memcheck and racecheck on a few of the tests, where it exists
     figures    roofline and speed-ups, from the result files
 
+`make gpu-short` (`--short`) is for a lease of minutes; its parts keep few rows of much, in the same files:
+
+    rates      ceilings, and what a node of a CUDA graph costs
+    operands   what the sparse tensor cores read, in the tests of it
+    checks     every kernel on small shapes, pruning bit for bit
+    measure    kernels, layers, launch sizes and sparse rate: benchmarks/speed/short.py, one process
+    profile    two launches under ncu, where there is one
+
 Every part is a process of its own: one that fails, or loses the device, does not take the others along. A kernel that
 loses the device is named in its row, and its part goes on without it. Rows are on the disk as soon as they are
 measured. Nothing needs a network or an installation beyond torch, triton, transformers and pytest (matplotlib for the
@@ -60,6 +68,10 @@ _WORKERS, _WORKER_BYTES = 4, 30 * 10**9
 # processes of one part that may lose the device, each to another kernel
 _RESTARTS = 8
 _STOPPED = 124
+# pytest's exit code where no test was left to run
+_NOTHING_COLLECTED = 5
+# a session of `--short` keeps so much of its time for the profiler
+_PROFILE_SECONDS = 45
 # what the parts of a dry run import, all of it together some seconds
 _SHARED = (
     *("moesparse.benchmarking", "matplotlib.pyplot", "pytest", "triton"),
@@ -165,8 +177,11 @@ def _sanitize(options: argparse.Namespace) -> bool:
     return not any(codes)
 
 
-def _script(module: str, *words: str) -> Callable[[argparse.Namespace], bool]:
+def _script(module: str, *words: str, leaving: float = 0.0) -> Callable[[argparse.Namespace], bool]:
+    """Run a script of benchmarks/speed; it is stopped `leaving` so many seconds for what follows."""
+
     def run(options: argparse.Namespace) -> bool:
+        limit = options.until - time.monotonic() - leaving if leaving else math.inf
         arguments = ["-m", f"benchmarks.speed.{module}", *words]
         if options.shapes:
             arguments += ["--shapes", *options.shapes]
@@ -174,12 +189,13 @@ def _script(module: str, *words: str) -> Callable[[argparse.Namespace], bool]:
             arguments += ["--results", str(options.results)]
         arguments += ["--dry"] if options.dry else []
         arguments += ["--again"] if options.again else []
-        code = _python(options, *arguments)
+        code = _python(options, *arguments, limit=limit)
         for _ in range(_RESTARTS):
             if code != DEVICE_LOST:
                 break
             # what it has measured it does not measure again
-            code = _python(options, *(word for word in arguments if word != "--again"))
+            limit = options.until - time.monotonic() - leaving if leaving else math.inf
+            code = _python(options, *(word for word in arguments if word != "--again"), limit=limit)
         return code == 0
 
     return run
@@ -206,9 +222,44 @@ PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
 }
 
 
+def _kept_tests(files: Callable[[], list[str]], expression: str = "") -> Callable[[argparse.Namespace], bool]:
+    """Run gpu-marked tests and keep what each said; those that this commit has passed are left out."""
+
+    def run(options: argparse.Namespace) -> bool:
+        pytest = ["-m", "pytest", *files(), "-m", "gpu", "-q", "--tb=line", "-p", "benchmarks.kept_tests"]
+        pytest += ["-p", "no:cacheprovider", *(("-k", expression) if expression else ())]
+        if not options.dry and find_spec("xdist"):
+            pytest += ["-n", str(_WORKERS)]
+        results = str(options.results or RESULTS)
+        # nothing is left to run where all have passed
+        return _python(options, *pytest, MOESPARSE_TEST_ROWS=results) in (0, _NOTHING_COLLECTED)
+
+    return run
+
+
+def _operand_tests() -> list[str]:
+    """Those of the sparse tensor cores: Gluon's, and CUDA's where there are any."""
+    return [name for name in gpu_tests() if "mma" in name or "cuda" in name]
+
+
+def _kernel_tests() -> list[str]:
+    return ["tests/kernels/test_moe_gpu.py", "tests/kernels/test_pruning_gpu.py"]
+
+
+SHORT: dict[str, Callable[[argparse.Namespace], bool]] = {
+    "rates": _script("short", "ceilings"),
+    "operands": _kept_tests(_operand_tests),
+    "checks": _kept_tests(_kernel_tests, "not real_shapes and not compile"),
+    "measure": _script("short", "kernels", "layers", "launch", "sparse_mma", leaving=_PROFILE_SECONDS),
+    "profile": _script("short", "profile"),
+}
+"""What `--short` runs, in the order of what it tells."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--parts", nargs="*", choices=PARTS, default=[], help="all when left out")
+    options.add_argument("--parts", nargs="*", choices=[*PARTS, *SHORT], default=[], help="all when left out")
+    options.add_argument("--short", action="store_true", help="the parts of a short lease: " + " ".join(SHORT))
     options.add_argument("--first-failure", action="store_true", help="stop the tests at the first failure")
     options.add_argument("--limit", type=float, default=math.inf, help="seconds until all is stopped (none)")
     chosen = options.parse_args(arguments)
@@ -216,8 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("make gpu needs a CUDA device, and torch sees none; `make gpu DRY=1` runs it tiny on a CPU")
     if chosen.results is not None:
         chosen.results = chosen.results.resolve()
-    parts = chosen.parts or list(PARTS)
-    if chosen.dry and len(parts) > 1:
+    parts = chosen.parts or list(SHORT if chosen.short else PARTS)
+    if chosen.dry and len(parts) > 3:
         for module in _SHARED:
             importlib.import_module(module)
     chosen.until = time.monotonic() + chosen.limit
@@ -228,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         began = time.monotonic()
         if began < chosen.until:
             print(f"== {part}", flush=True)
-            held[part] = ("yes" if PARTS[part](chosen) else "NO", time.monotonic() - began)
+            held[part] = ("yes" if (PARTS | SHORT)[part](chosen) else "NO", time.monotonic() - began)
         else:
             held[part] = ("not begun: no time was left", 0.0)
     print("\npart       seconds  held")

@@ -41,6 +41,11 @@ class ResultFile:
         found = {row["contender"] for row in self.rows if all(row.get(name) == wanted[name] for name in wanted)}
         return found.issuperset(contenders)
 
+    def passed(self, **key: Any) -> bool:
+        """Whether this commit has a row of such a key that is "ok"."""
+        wanted = key | {"commit": self._environment["commit"], "status": "ok"}
+        return any(all(row.get(name) == wanted[name] for name in wanted) for row in self.rows)
+
     def lost(self, **key: Any) -> dict[str, str]:
         """Contenders that lost the device on this commit -> what the device said."""
         wanted = key | {"commit": self._environment["commit"], "status": "lost"}

@@ -13,38 +13,55 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 
 import torch
 
 from benchmarks.speed.common import DEVICE_LOST, Session, parser, start
 from benchmarks.speed.shapes import DECODE_TOKENS, DRY_TOKENS, PREFILL_TOKENS
-from moesparse.benchmarking import bench_layer, contenders_for, print_rows
-from moesparse.benchmarking.layer import ROUTINGS, make_layer
+from moesparse.benchmarking import Shape, bench_layer, contenders_for, print_rows
+from moesparse.benchmarking.layer import ROUTINGS, Contender, ExpertLayer, make_layer
 
 __all__ = ["main", "run"]
 
 TOKENS = {"decode": DECODE_TOKENS, "prefill": PREFILL_TOKENS}
 
 
-def run(session: Session, part: str, tokens: list[int] | None = None, dtypes: tuple[str, ...] = ("bfloat16",)) -> bool:
-    """Measure one part into <part>.json and print its table; False when a contender was wrong or failed."""
+def run(
+    session: Session,
+    part: str,
+    tokens: list[int] | None = None,
+    dtypes: tuple[str, ...] = ("bfloat16",),
+    *,
+    laws: Sequence[str] = ROUTINGS,
+    contenders: Callable[[Shape], list[Contender]] | None = None,
+    make: Callable[[Shape, torch.dtype, torch.device], ExpertLayer] = make_layer,
+) -> bool:
+    """Measure one part into <part>.json and print its table; False when a contender was wrong or failed.
+
+    Args:
+        tokens: of the calls, those of the part when None.
+        laws: of routing.
+        contenders: who runs a shape; all that the device has when None.
+        make: the layer of a shape.
+    """
     results = session.file(part)
-    contenders = contenders_for(session.device)
-    names = [contender.name for contender in contenders]
     measured = []
     for shape in session.shapes:
+        running = contenders(shape) if contenders else contenders_for(session.device)
+        names = [contender.name for contender in running]
         for dtype in dtypes:
             layer = None
             lost = {} if session.again else results.lost(part=part, shape=shape.name, dtype=dtype)
-            for law in ROUTINGS:
+            for law in laws:
                 for count in tokens or (DRY_TOKENS if session.dry else TOKENS)[part]:
                     key = {"part": part, "shape": shape.name, "dtype": dtype, "tokens": count, "routing": law}
                     if results.has(contenders=names, **key) and not session.again:
                         measured += [row for row in results.rows if all(row.get(k) == v for k, v in key.items())]
                         continue
-                    layer = layer or make_layer(shape, getattr(torch, dtype), session.device)
+                    layer = layer or make(shape, getattr(torch, dtype), session.device)
                     how = {"budget": session.budget, "lost": lost}
-                    rows = bench_layer(layer, count, law, session.ceilings, contenders, **how)
+                    rows = bench_layer(layer, count, law, session.ceilings, running, **how)
                     results.put([{"part": part, **row} for row in rows])
                     measured += rows
                     if rows[-1]["status"] == "lost" and rows[-1]["contender"] not in lost:

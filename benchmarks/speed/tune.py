@@ -38,7 +38,7 @@ from moesparse_kernels.ops import route_inside
 from moesparse_kernels.schedule import Routings
 from moesparse_kernels.tuning import GroupedConfig, config_folder, grouped_config
 
-__all__ = ["backend_bounds", "descend", "main", "run_dispatch", "run_launch"]
+__all__ = ["backend_bounds", "descend", "main", "problems", "run_dispatch", "run_launch", "seconds_of"]
 
 Run = Callable[[GroupedConfig], torch.Tensor]
 
@@ -74,7 +74,7 @@ def descend(
     return best, least
 
 
-def _problems(call: RoutedCall, kind: str) -> dict[str, tuple[Run, torch.Tensor]]:
+def problems(call: RoutedCall, kind: str) -> dict[str, tuple[Run, torch.Tensor]]:
     """The two GEMMs of a layer, each a function of its configuration, and the result in plain torch.
 
     On a CPU the plain torch runs in the kernels' place, whatever the configuration.
@@ -123,7 +123,7 @@ def _problems(call: RoutedCall, kind: str) -> dict[str, tuple[Run, torch.Tensor]
     return {"up": (up, plain_up()), "down": (down, plain_down())}
 
 
-def _seconds(run: Run, wanted: torch.Tensor, session: Session) -> Callable[[GroupedConfig], float]:
+def seconds_of(run: Run, wanted: torch.Tensor, session: Session) -> Callable[[GroupedConfig], float]:
     """Seconds of a configuration; inf when it does not run or does not give `wanted`."""
 
     def seconds(config: GroupedConfig) -> float:
@@ -146,9 +146,9 @@ def tune_call(call: RoutedCall, kind: str, session: Session) -> dict[str, tuple[
     shape, rows = call.layer.shape, call.top_k_index.numel()
     sizes = {"up": (2 * shape.intermediate, shape.hidden), "down": (shape.hidden, shape.intermediate)}
     found: dict[int, dict[str, tuple[GroupedConfig, float]]] = {}
-    for op, (run, wanted) in _problems(call, kind).items():
+    for op, (run, wanted) in problems(call, kind).items():
         first = grouped_config(f"{op}_{kind}", rows, shape.num_experts, *sizes[op], call.x.dtype, call.x.device)
-        seconds = _seconds(run, wanted, session)
+        seconds = seconds_of(run, wanted, session)
         for block_m in (first.block_m // 2, first.block_m, first.block_m * 2):
             if 16 <= block_m <= _LARGEST_BLOCK_M[kind]:
                 best = descend(replace(first, block_m=block_m), _OPTIONS[kind], seconds)
