@@ -23,13 +23,14 @@ from moesparse.checkpoints.edit import SourceFolder
 from moesparse.checkpoints.history import REPORT_FILE
 from moesparse.checkpoints.recipe_words import merges
 from moesparse.checkpoints.skeleton import Piece, Skeleton, StoredMatrix, open_skeleton
-from moesparse.errors import ResultError
+from moesparse.errors import ResultError, UsageError
 from moesparse.experts.plan_file import PLAN_FILE
 from moesparse.experts.twins import GROUP_KEYS
 from moesparse.models.formats.dequantised import DequantisedWeights
 from moesparse.models.formats.expert_names import SIDE_FILE, with_kept_experts
 from moesparse.models.formats.said import PACKED
 from moesparse.models.formats.stored import Stored, StoredWeights
+from moesparse.models.formats.written import said_of_values
 from moesparse.models.layer_counts import COUNT_KEY, PER_LAYER
 from moesparse.models.meta import bare_model, dtype_of, read_config
 from moesparse.models.next_token import NEXT_TOKEN_COUNTS, attach, attached, find_next_token_layers
@@ -38,10 +39,13 @@ from moesparse.progress import Progress, ProgressEvent, ProgressLike, reporting
 from moesparse.system.folders import companions
 from moesparse.system.manifest import MANIFEST_FILE, check_manifest
 from moesparse.system.shards import Shards, TensorInfo, read_json
+from moesparse.weights.value_formats import ValueFormat
 from moesparse_kernels import NMWeight
 
 __all__ = ["Comparison", "check_written", "compare_folders"]
 
+# in quantization_config: names of modules that are plain
+_PLAIN = ("ignore", "modules_to_not_convert")
 _OURS = ("config.json", "README.md", MANIFEST_FILE, PLAN_FILE, REPORT_FILE)
 
 
@@ -54,10 +58,10 @@ class Comparison:
             that is no more) -> names of those beside the weights.
         tensors: what became of a tensor -> names, those of the source where it is gone:
             "equal", "pruned" (zeros, and else the source's values), "updated" (other values where the recipe says so),
-            "requantised" (the same of a quantised weight), "dequantised" and "cast" (the source's values in the dtype
-            that the recipe says), "cut" (the rows of the experts that are left), "rerouted" (a table of experts),
-            "removed" (of an expert), "dropped" (of a layer that predicts further tokens); "held" where only headers
-            were looked at.
+            "requantised" (the same of a quantised weight), "rounded" (a plain weight in codes of the format that the
+            recipe says), "dequantised" and "cast" (the source's values in the dtype that the recipe says), "cut" (the
+            rows of the experts that are left), "rerouted" (a table of experts), "removed" (of an expert), "dropped" (of
+            a layer that predicts further tokens); "held" where only headers were looked at.
         config: keys of config.json with another value.
         problems: what nothing explains, one sentence each.
     """
@@ -143,7 +147,10 @@ def check_written(folder: Path, edit: SourceFolder) -> None:
         result, before = (_Folder.of(open_skeleton(place)) for place in places)
     else:
         # also of quantised ones: then every tensor of a weight counts by itself
-        result = _Folder.dense(folder, Shards.open(folder))
+        shards = Shards.open(folder)
+        if not edit.weights.stored and _says_values(read_json(folder / "config.json")):
+            shards = StoredWeights.of_folder(folder, edit.weights.dtype)
+        result = _Folder.dense(folder, shards)
         before = _Folder.dense(edit.folder, edit.shards)
     _compare_files(result, before, edit, found)
     found.problems += check_manifest(folder, result.shards.files, hashes=False) or []
@@ -181,7 +188,8 @@ class _Folder:
     @classmethod
     def dense(cls, folder: Path, shards: Shards) -> _Folder:
         """Of headers alone."""
-        return cls(folder, read_json(folder / "config.json"), shards, [], {})
+        stored = shards.stored if isinstance(shards, StoredWeights) else {}
+        return cls(folder, read_json(folder / "config.json"), shards, [], {}, stored)
 
 
 def _compare_files(result: _Folder, before: _Folder, edit: SourceFolder, found: Comparison) -> None:
@@ -242,7 +250,7 @@ class _Tensors:
         new, old = self._result.shards.tensors[key], self._source.shards.tensors.get(name)
         if old is None:
             return "is not in the source"
-        if new.dtype != old.dtype:
+        if new.dtype != old.dtype and not self._is_rounded(key, name):
             return f"is {new.dtype}, and {old.dtype} in the source"
         before, now = _dense_shape(old, self._parts_before.get(name)), _dense_shape(new, self._parts.get(key))
         if self._edit.fits(key, before, now, self._kept):
@@ -263,7 +271,8 @@ class _Tensors:
                 self._found.tensors.setdefault(what, []).append(key)
             progress(ProgressEvent("compare", done, len(keys), "tensor", name=key))
         parts = {part for key in keys if key in self._result.stored for part in self._result.stored[key].all_names}
-        self._compare_missing({key for key in keys if key not in self._result.stored} | parts)
+        rounded = {key for key in keys if self._is_rounded(key, self._edit.name_of(key, self._kept))}
+        self._compare_missing({key for key in keys if key not in self._result.stored} | parts | rounded)
 
     def _became(self, key: str, name: str) -> str | None:
         """What became of a tensor of the source; None where it is another for no reason."""
@@ -271,6 +280,9 @@ class _Tensors:
         if name not in source.tensors:
             return None
         new, old = result.tensors[key], source.tensors[name]
+        if self._is_rounded(key, name):
+            matrix = self._parts.get(key)
+            return "rounded" if matrix and _says_values(self._result.config) and new.shape == old.shape else None
         if new.dtype != old.dtype:
             return None
         if key in self._result.stored or name in self._source.stored:
@@ -293,6 +305,10 @@ class _Tensors:
             renewed = self._merges and re.search(r"\bexperts\b.*bias", key)
             return "cut" if cut.equal(result.read(key)) else "updated" if renewed or routes else None
         return None if new.torch_dtype.is_floating_point else "rerouted"
+
+    def _is_rounded(self, key: str, name: str) -> bool:
+        """Whether a plain tensor of the source is codes by now."""
+        return key in self._result.stored and name not in self._source.stored
 
     def _stored_became(self, key: str, name: str) -> str | None:
         """The same for a quantised weight."""
@@ -349,6 +365,8 @@ class _Tensors:
 
     def _quantization_follows(self) -> bool:
         """Whether quantization_config is what packing, or the removal of experts that it names, makes of it."""
+        if _says_values(self._result.config) and not self._edit.weights.stored:
+            return True
         if self._edit.output_dtype is not None:
             return "quantization_config" not in self._result.config or _is_packed(self._result.config)
         if _is_packed(self._source.config) or _is_packed(self._result.config):
@@ -360,6 +378,20 @@ class _Tensors:
 def _is_packed(config: Mapping[str, Any]) -> bool:
     said = config.get("quantization_config")
     return isinstance(said, dict) and said.get("quant_method") == PACKED
+
+
+def _says_values(config: Mapping[str, Any]) -> bool:
+    """Whether quantization_config is that of the values to which a recipe in the note has rounded."""
+    recipe = (config.get(CONFIG_KEY) or {}).get("recipe") or {}
+    said = config.get("quantization_config")
+    try:
+        values = ValueFormat.parse(recipe.get("values") or "")
+    except UsageError:
+        return False
+    if values.scale_dtype is None or not isinstance(said, dict):
+        return False
+    wanted = (said_of_values(values, [], stacked=stacked) for stacked in (False, True))
+    return any({**said, name: []} == {**each, name: []} for each in wanted for name in _PLAIN if name in each)
 
 
 def _dense(piece: Piece, matrix: StoredMatrix, shards: Shards) -> Tensor:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 
+PLAIN_LOADS = "Plain transformers loads the folder"
 STORED_DENSE = ": its weights are stored dense with zeros"
 FAKE_QUANTISED = (
     "Its values are fake-quantised: rounded to what their format can say and stored in the dtype of the model, so the "
-    "files are not smaller yet."
+    "files are not smaller."
+)
+STORED_CODES = (
+    "Its experts are stored as codes and scales, which moesparse reads everywhere, and programs that know the format "
+    "(`quantization_config` of config.json) where they have it for experts."
 )
 STORED_PACKED = " after `import moesparse`: its experts are stored packed"
 
@@ -18,7 +23,7 @@ tags: [moesparse, mixture-of-experts, pruned, {tag}]
 # {base}, {what}
 
 The experts of `{base}` were pruned one-shot with moesparse {version}. Attention, norms, embeddings and shared experts
-are unchanged{router}. {recipe} Plain transformers loads the folder{zeros}.{rounded}
+are unchanged{router}. {recipe} {loads}{rounded}
 
 | | |
 |---|---|

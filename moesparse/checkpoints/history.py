@@ -153,6 +153,9 @@ def joined_recipe(before: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -
         found |= {key: before[key] for key in WEIGHT_FIELDS if key in before}
         if recipe.get("values") is None:
             found |= {key: before[key] for key in VALUE_FIELDS if key in before}
+            if recipe.get("output_dtype") is not None and before.get("values") is not None:
+                # their codes went with the quantisation
+                found["fake_quantised"] = True
     return found
 
 

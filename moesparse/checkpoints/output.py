@@ -14,21 +14,27 @@ from torch import Tensor
 
 from moesparse.calibration.layers import Stored, from_shards
 from moesparse.checkpoints.against import check_written
+from moesparse.checkpoints.coded import CodedExperts, expert_keys
+from moesparse.checkpoints.config_text import QUANTIZATION
 from moesparse.checkpoints.edit import SourceFolder, Surplus, surplus
 from moesparse.checkpoints.hub import unread_weights
 from moesparse.checkpoints.pretrained import note_recipe, write_companions
 from moesparse.checkpoints.requantised import requantise
 from moesparse.experts.plan_file import ExpertPlan
+from moesparse.models.blocks import MoEBlock
 from moesparse.models.formats.expert_names import SIDE_FILE
 from moesparse.models.formats.rounding import Rounding
+from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.layers import Layers, RunOptions
 from moesparse.models.on_disk import LayersOnDisk
 from moesparse.progress import ProgressEvent
 from moesparse.system.folders import companions
+from moesparse.system.json_text import json_with
 from moesparse.system.pieces import Pieces
-from moesparse.system.run_folder import RunFolder
+from moesparse.system.run_folder import Part, RunFolder
 from moesparse.system.shard_writer import MAX_SHARD_BYTES
 from moesparse.system.shards import Shards
+from moesparse.weights.value_formats import Scales, ValueFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +63,9 @@ class InPlace:
 
     def refill(self, position: int, device: torch.device | None) -> None:
         """The same for a layer that is held and has the shapes by now that the run left."""
+
+    def take_scales(self, block: MoEBlock, scales: Sequence[Scales] | None) -> None:
+        """By which the matrices of a block that is held were rounded; here nobody stores codes."""
 
     def round(self, position: int, kept: Sequence[Sequence[int]] = ()) -> Rounding | None:
         """Give the experts of the layer that is held the values that will be stored, before anything is run on them.
@@ -98,10 +107,13 @@ class IntoFolder:
     The folder becomes the source's, edited: `SourceFolder`.
     """
 
-    def __init__(self, run: RunFolder, layers: LayersOnDisk, source: SourceFolder, *, spill: bool) -> None:
-        self.run, self._layers, self._source = run, layers, source
+    def __init__(
+        self, run: RunFolder, layers: LayersOnDisk, source: SourceFolder, *, spill: bool, coded: CodedExperts | None
+    ) -> None:
+        self.run, self._layers, self._source, self._coded = run, layers, source, coded
         self.spill = run.path if spill else None
         self._rounded: dict[str, Tensor] = {}
+        self._scales: dict[str, Sequence[Scales]] = {}
 
     @classmethod
     @contextlib.contextmanager
@@ -114,6 +126,7 @@ class IntoFolder:
         *,
         spill: bool = False,
         mtp: str | None = None,
+        values: ValueFormat | None = None,
     ) -> Iterator[IntoFolder]:
         """Start a run or go on with one.
 
@@ -124,18 +137,21 @@ class IntoFolder:
             options: `resume`, and `progress`, which hears what has to be done again.
             spill: hidden states go to a file in the folder.
             mtp: what becomes of layers that predict further tokens, as in `SourceFolder`.
+            values: of which the experts are stored as codes; None stores them as the source does.
 
         Raises:
             UsageError, CheckpointError: as `RunFolder.open`; and a file of the source that is a link out of it.
+            UnsupportedModelError: no loader would find codes of these values in the checkpoints of this family.
         """
         companions(layers.folder)
+        coded = None if values is None else CodedExperts(layers, values)
         source = SourceFolder(layers.folder, layers.model, layers.model.config, layers.shards, mtp)
         how: dict[str, Any] = {"resume": options.resume, "layers": len(layers), "processes": layers.processes}
         with RunFolder.open(folder, inputs, **how) as run:
             if run.redone:
                 what = f"redo {run.redone[0]} and what follows: it was damaged"
                 options.progress(ProgressEvent(what, 0, 1, "layer"))
-            yield cls(run, layers, source, spill=spill)
+            yield cls(run, layers, source, spill=spill, coded=coded)
 
     @property
     def notes(self) -> Sequence[Any]:
@@ -148,7 +164,17 @@ class IntoFolder:
         self._layers.refill(position, device, self._written(position))
 
     def _written(self, position: int) -> Shards:
-        return self._layers.shards.like(self.run.read(self.run.parts[position]))
+        return self._weights_of(self.run.parts[position])
+
+    def _weights_of(self, part: Part) -> StoredWeights:
+        raw, ours = self.run.read(part), self._layers.shards
+        return (
+            ours.like(raw) if self._coded is None else StoredWeights(raw, [self._coded.format], ours.dtype, ours.where)
+        )
+
+    def take_scales(self, block: MoEBlock, scales: Sequence[Scales] | None) -> None:
+        if scales is not None:
+            self._scales[block.name] = scales
 
     def round(self, position: int, kept: Sequence[Sequence[int]] = ()) -> Rounding | None:
         ids, blocks = self._ids(position, kept), self._layers.blocks_at(position)
@@ -163,10 +189,23 @@ class IntoFolder:
 
     def keep(self, position: int, note: list[Any] | dict[str, Any], kept: Sequence[Sequence[int]] = ()) -> None:
         ids, views = self._ids(position, kept), self._layers.checkpoint_tensors(position)
-        tensors = self._source.changed(views, ids) | self._rounded
-        self._rounded = {}
+        tensors = self._in_codes(position, views) | self._rounded
+        plain = {key: view for key, view in views.items() if key not in self._expert_keys(position, views)}
+        tensors |= self._source.changed(plain, ids)
+        self._rounded, self._scales = {}, {}
         others = (self._source.untouched(views, tensors, ids), self._source.shards)
         self.run.write(_part_name(position), tensors, note, max_shard_bytes=MAX_SHARD_BYTES, copies=others)
+
+    def _expert_keys(self, position: int, views: Mapping[str, Tensor]) -> set[str]:
+        """Of matrices that are stored as codes."""
+        return set() if self._coded is None else expert_keys(views, self._layers.blocks_at(position))
+
+    def _in_codes(self, position: int, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Only the first process writes."""
+        blocks = self._layers.blocks_at(position)
+        if self._coded is None or not blocks or not self._layers.processes.first:
+            return {}
+        return self._coded.tensors(views, blocks, self._scales)
 
     def _ids(self, position: int, kept: Sequence[Sequence[int]]) -> dict[int, Sequence[int]]:
         # a source with several blocks in a layer was refused when it was opened
@@ -186,7 +225,11 @@ class IntoFolder:
         return found | surplus(formats=formats, quantisation=self._source.left_out)
 
     def _others(self) -> tuple[dict[str, str], list[str]]:
-        held = {key for part in self.run.parts[: len(self._layers)] for key in self.run.read(part).tensors}
+        parts = self.run.parts[: len(self._layers)]
+        held = {key for part in parts for key in self.run.read(part).tensors}
+        if self._coded is not None:
+            # the matrices that the codes stand for
+            held |= {key for part in parts for key in self._weights_of(part).stored}
         return self._source.others(held, self._source.kept())
 
     def finish(
@@ -215,6 +258,8 @@ class IntoFolder:
             for name in self._source.left_out:
                 (folder / name).unlink()
             text = self._source.config(bool(dropped), self._source.kept())
+            if self._coded is not None:
+                text = json_with(text, {(QUANTIZATION,): self._coded.said(self._plain_modules())})
             (folder / "config.json").write_bytes(text.encode())
             side = self._source.side_file(self._source.kept())
             if side is not None:
@@ -225,6 +270,16 @@ class IntoFolder:
             others = (copies, self._source.shards)
             self.run.write("outside", {}, [], max_shard_bytes=MAX_SHARD_BYTES, copies=others)
         self.run.assemble(write_others, lambda folder: check_written(folder, self._source))
+
+    def _plain_modules(self) -> list[str]:
+        """Names of those of the result whose matrices are not quantised, the head among them also where it is tied."""
+        names = {"lm_head"}
+        for part in self.run.parts:
+            stored = self._weights_of(part)
+            for name, info in stored.tensors.items():
+                if name not in stored.stored and len(info.shape) == 2 and name.endswith(".weight"):
+                    names.add(name.removesuffix(".weight"))
+        return sorted(names)
 
 
 def _part_name(position: int) -> str:

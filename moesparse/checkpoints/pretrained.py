@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -37,12 +38,13 @@ from moesparse.checkpoints.origin import (
 )
 from moesparse.checkpoints.repack import pack_folder, unpack_folder
 from moesparse.checkpoints.skeleton import open_skeleton
-from moesparse.errors import CheckpointError, UnsupportedModelError, reason_of
+from moesparse.errors import CheckpointError, NotInPiecesError, UnsupportedModelError, reason_of
 from moesparse.experts.plan_file import PLAN_FILE, ExpertPlan
 from moesparse.experts.surgery import KEPT_KEY
 from moesparse.models.formats.stored import StoredWeights
 from moesparse.models.meta import check_layer_counts, folder_of, quantization_of, read_config
 from moesparse.models.modes import let_experts_run
+from moesparse.models.on_disk import LayersOnDisk
 from moesparse.models.opener import opener
 from moesparse.models.tokenizer import find_tokenizer, tokenizer_files
 from moesparse.packed.model import state_in_form
@@ -63,6 +65,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# what transformers reads of it is not all that a weight is
+_READ_HERE = "compressed-tensors"
+_GENERATION = "generation_config.json"
 _EDITED = "as its source folder, edited"
 _WRITTEN_ANEW = "as transformers writes a model"
 
@@ -75,7 +80,8 @@ def load_pretrained(
     A model for images and text comes as the wrapper that its config.json names, with all its towers.
 
     Args:
-        source: a local folder, or a model id on the hub. Only safetensors weights are read and no code is run.
+        source: a local folder, or a model id on the hub. Only safetensors weights are read and no code is run. Weights
+            that are stored as compressed-tensors does are plain in the model.
         dtype: of the weights; "auto" takes the checkpoint's own.
 
     Returns:
@@ -99,6 +105,9 @@ def load_model(source: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
     import moesparse.packed.quantizer  # noqa: F401, packed checkpoints too
 
     config = check_model_folder(source)
+    if quantization_of(config) == _READ_HERE:
+        with contextlib.suppress(NotInPiecesError):
+            return _dequantised(source, dtype)
     kind = opener(config)
     try:
         loaded: Any = kind.from_pretrained(
@@ -124,12 +133,31 @@ def load_model(source: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
     if quantization_of(config) is None:
         weights = StoredWeights.of_folder(source, model.dtype)
         weights.check_plain(name for name in weights.tensors if name not in loading["unexpected_keys"])
-    if loading["unexpected_keys"]:
-        warnings.warn(
-            f"{whose} holds what the model has no place for: {_some(loading['unexpected_keys'])}", stacklevel=2
-        )
+    _warn_of_surplus(whose, loading["unexpected_keys"])
     let_experts_run(model)
     return model.eval()
+
+
+def _dequantised(source: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The model of a quantised folder with plain weights, layer by layer; its config says nothing of how they were.
+
+    transformers would leave out of experts what it has no place for: zero points, and the global scale of NVFP4.
+    """
+    from transformers import GenerationConfig
+
+    wanted = None if dtype == "auto" else str(dtype).removeprefix("torch.")
+    layers = LayersOnDisk(source, output_dtype=wanted)
+    model = layers.whole_model()
+    _warn_of_surplus(f"the checkpoint {source}", layers.surplus)
+    if (source / _GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    let_experts_run(model)
+    return model.eval()
+
+
+def _warn_of_surplus(whose: str, names: Collection[Any]) -> None:
+    if names:
+        warnings.warn(f"{whose} holds what the model has no place for: {_some(names)}", stacklevel=3)
 
 
 def _some(keys: Collection[Any]) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["EXPERT_FIELDS", "VALUE_FIELDS", "WEIGHT_FIELDS", "merges", "recipe_in_words", "refits"]
+__all__ = ["EXPERT_FIELDS", "VALUE_FIELDS", "WEIGHT_FIELDS", "merges", "recipe_in_words", "refits", "stores_codes"]
 
 EXPERT_FIELDS = (
     "experts",
@@ -34,7 +34,7 @@ WEIGHT_FIELDS = (
 )
 """Of a recipe: they say how weights are pruned."""
 
-VALUE_FIELDS = ("values", "value_rule")
+VALUE_FIELDS = ("values", "value_rule", "fake_quantised")
 """Of a recipe: they say to what the weights that stay are rounded."""
 
 _UPDATES = {
@@ -168,12 +168,18 @@ def _weights(recipe: Mapping[str, Any]) -> str:
     return text
 
 
+def stores_codes(recipe: Mapping[str, Any]) -> bool:
+    """Whether rounded values are stored as codes: `moesparse.pruning.recipe.Recipe.stores_codes`."""
+    return recipe.get("values") not in (None, "bf16") and not recipe.get("fake_quantised")
+
+
 def _values(recipe: Mapping[str, Any]) -> str:
     values, rule = recipe.get("values"), recipe.get("value_rule")
     if values is None:
         return ""
     by = "" if rule in (None, "auto") else f" by {rule}"
-    return f"the weights of the experts are rounded to {values}{by}, and stored in the dtype of the model"
+    how = "as codes with their scales" if stores_codes(recipe) else "in the dtype of the model"
+    return f"the weights of the experts are rounded to {values}{by}, and stored {how}"
 
 
 def _removed(share: Any) -> str:

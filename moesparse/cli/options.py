@@ -58,9 +58,15 @@ Values = Annotated[
         WEIGHTS,
         "Round the weights that stay to a format: int8, int8:GROUP, int4:GROUP, int3:GROUP, int2:GROUP (GROUP 32, 64 "
         "or 128 weights of a row that share a scale; the last three also with :zero, a zero point for each group), "
-        "fp8, fp8:128x128, mxfp4 or nvfp4. The result holds the rounded values in its own dtype: its files are not "
-        "smaller yet.",
+        "fp8, fp8:128x128, mxfp4 or nvfp4. The result holds codes and scales, as compressed-tensors stores them.",
         metavar="FORMAT",
+    ),
+]
+FakeQuantised = Annotated[
+    bool,
+    option(
+        WEIGHTS,
+        "With --values: store the rounded values in the dtype of the model, a plain checkpoint that is no smaller.",
     ),
 ]
 ValueRule = Annotated[

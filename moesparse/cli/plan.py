@@ -42,7 +42,7 @@ def tell_plan(plan: Plan, device: Any, recipe: Recipe | None, *, dry_run: bool, 
     rules = recipe if recipe is not None and recipe.prunes_weights else None
     values = recipe if recipe is not None and recipe.values is not None else None
     facts = _with_time(plan, device) | {name: getattr(rules, name, None) for name in ("saliency", "update")}
-    facts |= {name: getattr(values, name, None) for name in ("values", "value_rule")}
+    facts |= {name: getattr(values, name, None) for name in ("values", "value_rule", "fake_quantised")}
     voice.planned = facts["seconds"]
     if as_json:
         print_json("plan", facts)

@@ -97,6 +97,7 @@ def prune(
     mtp: options.Mtp = "",
     values: options.Values = "",
     value_rule: options.ValueRule = "",
+    fake_quantised: options.FakeQuantised = False,
     choices: options.Choices = "",
     compare_uniform: options.CompareUniform = None,
     calibration: options.Calibration = None,

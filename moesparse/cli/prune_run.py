@@ -101,6 +101,11 @@ class PruneRun:
                 f"--output-dtype must be left out where the whole model is loaded ({', '.join(self.loads)}), got "
                 f"{self.recipe.output_dtype}"
             )
+        if self.loads and self.recipe.stores_codes:
+            raise UsageError(
+                f"--fake-quantised must come with --values where the whole model is loaded ({', '.join(self.loads)}), "
+                f"got --values {self.recipe.values}: codes are stored layer by layer"
+            )
         if self.loads:
             refuse_several(", ".join(self.loads))
 

@@ -22,6 +22,7 @@ _FIELDS = {
     "update": "update",
     "values": "values",
     "value_rule": "value_rule",
+    "fake_quantised": "fake_quantised",
     "propagate": "propagate",
     "seed": "seed",
     "experts": "experts",
@@ -101,7 +102,8 @@ def _named(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that options name."""
     found = {field: given[name] for name, field in _FIELDS.items()}
     # a flag that is not given is no field
-    found |= {name: found[name] or None for name in ("refine_experts", "protect_experts", "allow_non_uniform")}
+    flags = ("refine_experts", "protect_experts", "allow_non_uniform", "fake_quantised")
+    found |= {name: found[name] or None for name in flags}
     found = {name: value for name, value in found.items() if value not in (None, "")}
     if given["weights"]:
         found["weights"] = None if given["weights"] == "none" else given["weights"]

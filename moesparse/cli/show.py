@@ -142,11 +142,13 @@ def _show_experts(result: Any) -> None:
 
 
 def _show_values(result: Report) -> None:
-    from moesparse.checkpoints.card import FAKE_QUANTISED
+    from moesparse.checkpoints.card import FAKE_QUANTISED, STORED_CODES
+    from moesparse.checkpoints.recipe_words import stores_codes
 
+    stored = STORED_CODES if stores_codes(result.recipe) else FAKE_QUANTISED
     console.print(
         f"values {result.recipe['values']} by {result.recipe['value_rule']}: {result.bits:.3f} bits a weight in that "
-        f"format. {FAKE_QUANTISED}",
+        f"format. {stored}",
         highlight=False,
         soft_wrap=True,
     )
@@ -214,7 +216,8 @@ def show_plan(facts: dict[str, Any], out: Console) -> None:
     if facts["formats"]:
         table.add_row("quantised in", ", ".join(facts["formats"]))
     if facts["values"] is not None:
-        table.add_row("values, fake-quantised: files no smaller yet", f"{facts['values']} by {facts['value_rule']}")
+        plain = ", fake-quantised: files no smaller" if facts["fake_quantised"] else ""
+        table.add_row(f"values{plain}", f"{facts['values']} by {facts['value_rule']}")
     table.add_row("calibration tokens", f"{facts['tokens']:,}")
     if facts["processes"] > 1:
         table.add_row("processes, each with what is in memory below", str(facts["processes"]))

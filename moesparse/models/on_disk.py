@@ -258,6 +258,14 @@ class LayersOnDisk(Layers):
         yield
         self._drop(position)
 
+    @torch.no_grad()
+    def whole_model(self) -> Any:
+        """The model with all of its layers in memory, weights plain."""
+        shards = self.shards
+        for names in self._inside:
+            self._fill(names, None, shards)
+        return self.model
+
     def outside_to(self, device: torch.device | None) -> None:
         """Move what lies outside of the layers, with tables that no checkpoint holds, to a device; None leaves it."""
         for name, module in self.open().model.named_modules():

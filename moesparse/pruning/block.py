@@ -16,7 +16,7 @@ from moesparse.pruning.budget import DENSE
 from moesparse.pruning.recipe import Recipe
 from moesparse.pruning.report import BlockReport, TensorReport
 from moesparse.system.memory import peak_memory
-from moesparse.system.pieces import Pieces
+from moesparse.system.pieces import BESIDE, Pieces
 from moesparse.system.processes import Processes
 from moesparse.weights.mask_rules import COLUMN_RULES, choose_masks, moments_needed, obs_gate, prune_in_place
 from moesparse.weights.patterns import check_mask
@@ -152,6 +152,7 @@ def in_parts(
     pieces: Pieces,
     key: Callable[[slice, slice], str],
     work: Callable[[slice, slice], dict[str, Any]],
+    beside: torch.Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Work on a matrix in place, every process on its own experts; a part that was kept is not done again.
 
@@ -164,6 +165,7 @@ def in_parts(
         key: of all that the result for a part depends on beside the recipe and the source.
         work: does a part and gives a note of it, JSON. Both are called with the part of the own experts, and with the
             same experts as the matrix counts them.
+        beside: [E, ...] that `work` fills in too, and that goes where the matrix goes.
 
     Returns:
         The notes of all processes, in the order of the experts.
@@ -175,14 +177,21 @@ def in_parts(
         experts = slice(own.start + part.start, own.start + part.stop)
         piece, depends = f"{name}.{experts.start}-{experts.stop}", key(part, experts)
         held = pieces.find(piece, depends)
-        if held is None:
+        with_it = None if beside is None else pieces.find(piece + BESIDE, depends)
+        if held is None or (with_it is None and beside is not None):
             note = work(part, experts)
             pieces.keep(piece, depends, weight[experts], note)
+            if beside is not None:
+                pieces.keep(piece + BESIDE, depends, beside[experts], None)
         else:
             weight[experts] = held[0].to(weight)
             note = held[1]
+            if beside is not None and with_it is not None:
+                beside[experts] = with_it[0].to(beside)
         mine.append(note)
     processes.collect(matrix.parameter.detach())
+    if beside is not None:
+        processes.collect(beside)
     return [each for found in processes.gather(mine) for each in found]
 
 

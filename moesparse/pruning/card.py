@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesparse.checkpoints.card import FAKE_QUANTISED, STORED_DENSE, TEMPLATE
+from moesparse.checkpoints.card import FAKE_QUANTISED, PLAIN_LOADS, STORED_CODES, STORED_DENSE, TEMPLATE
 from moesparse.checkpoints.hub import hub_id
-from moesparse.checkpoints.recipe_words import recipe_in_words
+from moesparse.checkpoints.recipe_words import recipe_in_words, stores_codes
 from moesparse.experts.surgery import say_readers
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def model_card(base: str, report: Report, base_model: str | None = None) -> str:
             rows["layers of different counts, per_layer_config"] = say_readers(report.experts["readers"])
         if "method" in report.experts:
             rows["the others merged by"] = report.experts["method"]
+    codes = stores_codes(recipe)
     rounded = [tensor.values for block in report.blocks for tensor in block.tensors if tensor.values is not None]
     if report.blocks and recipe["weights"] is None and "patterns" not in recipe:
         what.append(f"expert weights rounded to {recipe['values']}")
@@ -78,23 +79,24 @@ def model_card(base: str, report: Report, base_model: str | None = None) -> str:
         rows["bytes of the experts, dense before and packed now"] = f"{dense:,}, {packed:,} ({packed / dense:.1%})"
     known = base_model or hub_id(base)
     return TEMPLATE.format(
-        tag=_tag(report),
+        tag=_tag(report, codes),
         base=known or Path(base).resolve().name,
         base_model="" if known is None else f"base_model: {known}\n",
         recipe=recipe_in_words(recipe),
         version=report.version,
         what=", ".join(what),
         router="" if report.experts is not None else ", and so is the router",
-        zeros=STORED_DENSE if report.blocks else "",
-        rounded=f" {FAKE_QUANTISED}" if rounded else "",
+        loads=STORED_CODES if codes else PLAIN_LOADS + (STORED_DENSE if report.blocks else "") + ".",
+        rounded=f" {FAKE_QUANTISED}" if rounded and not codes else "",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
 
 
-def _tag(report: Report) -> str:
+def _tag(report: Report, codes: bool) -> str:
     weights = report.recipe["weights"]
     if weights == "2:4":
         return "2-4-sparsity"
     if weights is not None or "patterns" in report.recipe:
         return "sparse"
-    return "fake-quantized" if report.blocks else "expert-pruned"
+    rounded = "quantized" if codes else "fake-quantized"
+    return rounded if report.blocks else "expert-pruned"

@@ -108,6 +108,8 @@ def plan_pruning(
 
 def _packed_bytes(recipe: Recipe, block: str, matrix: ExpertMatrix) -> int:
     weight, pattern = matrix.weight, recipe.pattern_of(block, matrix.name)
+    if recipe.stores_codes and (values := recipe.value_format) is not None:
+        return values.bytes_of(weight.shape, pattern)
     return weight.nbytes if pattern is None else pattern.packed_bytes(weight.numel(), weight.element_size())
 
 

@@ -110,7 +110,9 @@ class Recipe:
         output_dtype: of a quantised checkpoint, make a plain one: "bfloat16", "float16" or "float32" for every
             quantised weight and for what is in the model's own dtype. None leaves its weights quantised.
         values: a format of moesparse.weights.value_formats, such as "int4:64", to which the weights that stay are
-            rounded; the checkpoint holds them in its own dtype. None leaves them as they are.
+            rounded; `prune_checkpoint` stores their codes and scales. None leaves them as they are.
+        fake_quantised: the checkpoint holds the rounded values in its own dtype instead of their codes; so does every
+            model in memory.
         value_rule: how, one of moesparse.weights.value_rules.VALUE_RULES, or "auto": gated-gptq, and rtn-mse where
             there is no calibration.
 
@@ -144,6 +146,7 @@ class Recipe:
     allow_non_uniform: bool = False
     values: str | None = None
     value_rule: str = DEFAULT_VALUE_RULE
+    fake_quantised: bool = False
 
     @classmethod
     def of(cls, given: Recipe | str | float | None) -> Recipe:
@@ -223,6 +226,8 @@ class Recipe:
         if self.values is None:
             if self.value_rule != DEFAULT_VALUE_RULE:
                 raise UsageError(f"value_rule must come with values, got {self.value_rule!r} alone")
+            if self.fake_quantised:
+                raise UsageError("fake_quantised must come with values, got it alone")
             return
         object.__setattr__(self, "values", str(ValueFormat.parse(self.values)))
         if self.value_rule != DEFAULT_VALUE_RULE:
@@ -345,6 +350,12 @@ class Recipe:
         return None if self.values is None else ValueFormat.parse(self.values)
 
     @property
+    def stores_codes(self) -> bool:
+        """Whether a checkpoint holds codes and scales of the experts' weights."""
+        found = self.value_format
+        return found is not None and found.scale_dtype is not None and not self.fake_quantised
+
+    @property
     def changes_weights(self) -> bool:
         """Whether there is work on the weights of the experts that stay: pruned, rounded, or both."""
         return self.prunes_weights or self.values is not None
@@ -436,7 +447,8 @@ class Recipe:
 
     def without_weights(self) -> Recipe:
         """The removal of experts alone."""
-        return dataclasses.replace(self, weights=None, patterns=None, values=None, value_rule=DEFAULT_VALUE_RULE)
+        values: dict[str, Any] = {"values": None, "value_rule": DEFAULT_VALUE_RULE, "fake_quantised": False}
+        return dataclasses.replace(self, weights=None, patterns=None, **values)
 
     def check_blocks(self, blocks: Sequence[MoEBlock]) -> None:
         """Refuse a pattern or groups of values that do not divide a matrix, before anything is changed.
@@ -494,6 +506,7 @@ class Recipe:
         unused += ["expert_method"] * (self.expert_method == METHODS[0])
         unused += ["allow_non_uniform"] * (not self.allow_non_uniform)
         unused += ["values", "value_rule"] * (self.values is None)
+        unused += ["fake_quantised"] * (not self.fake_quantised)
         return {name: value for name, value in found.items() if name not in unused}
 
 

@@ -189,11 +189,11 @@ def expert_sizes(model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe | 
     Args:
         model: holds the blocks.
         blocks: its MoE blocks.
-        recipe: whose patterns the expert matrices hold; None counts them dense.
+        recipe: whose patterns the expert matrices hold, and in whose values they are stored; None counts them dense.
 
     Returns:
         {"model": all parameters as they are in memory, "experts": the expert matrices among them, "packed": the expert
-        matrices in the packed format, `Pattern.packed_bytes`}.
+        matrices in the packed format, `Pattern.packed_bytes` or `ValueFormat.bytes_of`}.
     """
     matrices = [matrix.weight for block in blocks for matrix in block.matrices]
     experts = sum(weight.numel() * weight.element_size() for weight in matrices)
@@ -203,6 +203,9 @@ def expert_sizes(model: nn.Module, blocks: Sequence[MoEBlock], recipe: Recipe | 
 
 
 def _packed_bytes(block: MoEBlock, recipe: Recipe) -> int:
+    if recipe.stores_codes and (values := recipe.value_format) is not None:
+        shapes = {matrix.name: matrix.weight.shape for matrix in block.matrices}
+        return sum(values.bytes_of(shape, recipe.pattern_of(block.name, name)) for name, shape in shapes.items())
     found = {matrix.name: recipe.pattern_of(block.name, matrix.name) for matrix in block.matrices}
     named = {name: DENSE if pattern is None else str(pattern) for name, pattern in found.items()}
     return packed_bytes(matrix_sizes(block), named, block.num_experts)

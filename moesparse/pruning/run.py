@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,9 @@ def prune(
     """
     check_module(model)
     recipe = _settled(recipe, device, calibration)
+    if recipe.stores_codes:
+        # where its values lie in the model's own dtype
+        recipe = replace(recipe, fake_quantised=True)
     check_in_memory(getattr(model, "config", None), recipe)
     if recipe.output_dtype is not None:
         raise UsageError(
@@ -274,7 +278,9 @@ class _Work:
         plan = plan_run(layers.model, layers.blocks, whole, processes=processes.count, **sizes)
         spill = spills(plan, self.options, processes)
         inputs = self.inputs(layers, step)
-        with IntoFolder.open(out, layers, inputs, self.options, spill=spill, mtp=step.mtp) as output:
+        how: dict[str, Any] = {"spill": spill, "mtp": step.mtp}
+        how["values"] = step.value_format if step.stores_codes else None
+        with IntoFolder.open(out, layers, inputs, self.options, **how) as output:
             found = carry_out(layers, output, self.data, step, self.options)
             found.surplus = output.surplus()
             report = complete(found)

@@ -16,6 +16,7 @@ from moesparse.system.pieces import Pieces
 from moesparse.system.processes import Processes
 from moesparse.weights.patterns import check_mask
 from moesparse.weights.solvers import expert_slices
+from moesparse.weights.value_formats import Scales
 from moesparse.weights.value_rules import choose_values
 
 __all__ = ["quantise_block"]
@@ -29,7 +30,7 @@ def quantise_block(
     report: BlockReport,
     processes: Processes | None = None,
     pieces: Pieces | None = None,
-) -> None:
+) -> list[Scales] | None:
     """Round the matrices of a block to the values of a recipe; nothing where it names none.
 
     The weights become the values that their codes stand for, in the model's dtype. Zeros stay, and so do patterns,
@@ -42,14 +43,20 @@ def quantise_block(
         report: of the block, which is told.
         processes: between which the experts are shared; `statistics` are then of the own experts alone.
         pieces: of the layer.
+
+    Returns:
+        The scales of every matrix, [E, ...] on its device, where they will be stored with codes; None elsewhere.
     """
     if recipe.values is None:
-        return
+        return None
+    found = []
     for matrix, tensor in zip(block.matrices, report.tensors, strict=True):
-        tensor.values = _quantise_matrix(
+        tensor.values, scales = _quantise_matrix(
             block, matrix, statistics, recipe, processes or Processes(), pieces or Pieces(None)
         )
         tensor.sparsity = 1 - int(matrix.weight.count_nonzero()) / max(matrix.weight.numel(), 1)
+        found += [] if scales is None else [scales]
+    return found or None
 
 
 def _quantise_matrix(
@@ -59,16 +66,20 @@ def _quantise_matrix(
     recipe: Recipe,
     processes: Processes,
     pieces: Pieces,
-) -> ValuesReport:
+) -> tuple[ValuesReport, Scales | None]:
     name, weight, format = f"{block.name}.{matrix.name}", matrix.weight, recipe.value_format
     assert format is not None
-    pattern = recipe.pattern_of(block.name, matrix.name)
+    pattern, beside = recipe.pattern_of(block.name, matrix.name), None
+    if recipe.stores_codes:
+        beside = weight.new_empty((len(weight), format.scale_bytes(weight.shape)), dtype=torch.uint8)
 
     def work(part: slice, experts: slice) -> dict[str, Any]:
         mine = weight[experts]
         choice = choose_values(mine, recipe.value_rule, format, sums_of(statistics, part), matrix.input, name=name)
         for expert in range(len(mine)):
             mine[expert].copy_(choice.quantised[expert].dequantise())
+        if beside is not None and choice.quantised.scales is not None:
+            beside[experts] = choice.quantised.scales.to_bytes()
         # looked at after the cast to the model's dtype: what is written is what is claimed
         if pattern is not None and not check_mask(mine, pattern).holds:
             raise AssertionError(f"{name}: pattern {pattern} does not hold after rounding")
@@ -83,8 +94,8 @@ def _quantise_matrix(
         return f"{key_of(sums_of(statistics, part), matrix.input, None)} {hashlib.sha256(bits).hexdigest()}"
 
     parts = expert_slices(weight[processes.own(len(weight))])
-    notes = in_parts(matrix, f"{name}.values", parts, processes, pieces, key, work)
-    return ValuesReport(
+    notes = in_parts(matrix, f"{name}.values", parts, processes, pieces, key, work, beside)
+    report = ValuesReport(
         format=str(format),
         rule=recipe.value_rule,
         bits=format.bits_of(weight.shape, pattern),
@@ -92,3 +103,4 @@ def _quantise_matrix(
         output_error=joined([note["output_error"] for note in notes]),
         fallbacks=joined([note["fallbacks"] for note in notes]) or [],
     )
+    return report, None if beside is None else format.scales_from(beside, weight.shape)

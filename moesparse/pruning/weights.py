@@ -89,7 +89,8 @@ def prune_weights(
                 )
                 found = sums.get(block.name)
                 measured.append(prune_block(block, found, recipe, recipe.update, processes=layers.processes))
-                quantise_block(block, found, recipe, measured[-1], layers.processes)
+                scales = quantise_block(block, found, recipe, measured[-1], layers.processes)
+                output.take_scales(block, scales)
             _round(output, position, layers.blocks_at(position), measured)
             output.keep(position, [report.to_dict() for report in measured])
         reports += measured
@@ -196,7 +197,8 @@ class _LayerPass:
             for block, sums, report in zip(blocks, own, reports, strict=True):
                 self._tell(f"round {block.name}", position)
                 found = self.again.pop(block.name, sums)
-                quantise_block(block, found, self.recipe, report, self.stream.processes, pieces)
+                scales = quantise_block(block, found, self.recipe, report, self.stream.processes, pieces)
+                output.take_scales(block, scales)
 
     def _tune(self, block: MoEBlock, dense: Sequence[torch.Tensor], parts: Sequence[Batch]) -> list[Tuned] | None:
         """Train the kept weights of matrices that are pruned; None where none is.

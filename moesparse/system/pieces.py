@@ -25,10 +25,13 @@ from moesparse.system.folders import flush
 from moesparse.system.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from moesparse.system.shards import SINGLE_FILE, TensorSpec, read_header
 
-__all__ = ["FLUSH_SECONDS", "Pieces", "count_pieces", "pieces_folder", "pieces_folders"]
+__all__ = ["BESIDE", "FLUSH_SECONDS", "Pieces", "count_pieces", "pieces_folder", "pieces_folders"]
 
 FLUSH_SECONDS = 30.0
 """Of work that a kill may cost, and less than a batch system leaves to a job that it ends."""
+
+BESIDE = ".beside"
+"""End of the name of a piece that goes with another one, and is not counted."""
 
 _SUFFIX = ".pieces"
 _NOTES = "pieces"
@@ -135,10 +138,10 @@ def pieces_folders(run: Path) -> dict[str, Path]:
 
 
 def count_pieces(run: Path) -> int:
-    """How much the pieces in the folder of a run hold: the first dims of their tensors, added up."""
+    """How much the pieces in the folder of a run hold: the first dims of their tensors, added up, without `BESIDE`."""
     total = 0
     for folder in pieces_folders(run).values():
         for file in sorted(folder.glob("*.safetensors")):
             with contextlib.suppress(CheckpointError):
-                total += sum(info.shape[0] for info in read_header(file).values())
+                total += sum(info.shape[0] for name, info in read_header(file).items() if not name.endswith(BESIDE))
     return total

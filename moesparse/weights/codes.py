@@ -76,25 +76,42 @@ def unpack_nibbles(data: Tensor) -> Tensor:
     return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """The way back: uint8 codes (..., K) -> bytes (..., K / 2)."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+def pack_nibbles(codes: Tensor, bits: int = 4) -> Tensor:
+    """The way back: uint8 codes (..., K) -> bytes (..., K / 2), the second of two `bits` higher."""
+    return codes[..., 0::2] | codes[..., 1::2] << bits
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """int32 (..., W) -> uint8 codes (..., W * 32 / bits), the lowest bits of a word first.
+    """int32 (..., W) -> uint8 codes (..., W * 32 // bits), the lowest bits of a word first; those of 3 cross words.
 
     Args:
         words: as safetensors holds them, little-endian.
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8.
     """
     data = words.contiguous().view(torch.uint8)
-    return unpack_nibbles(data) if bits == 4 else data
+    if bits in (4, 8):
+        return unpack_nibbles(data) if bits == 4 else data
+    each = (data[..., None] >> torch.arange(8, dtype=torch.uint8, device=data.device) & 1).flatten(-2)
+    count = each.shape[-1] // bits
+    values = torch.tensor([1, 2, 4][:bits], dtype=torch.uint8, device=data.device)
+    return (each[..., : count * bits].unflatten(-1, (count, bits)) * values).sum(-1, dtype=torch.uint8)
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """The way back: uint8 codes (..., K) -> int32 (..., K * bits / 32)."""
-    return (pack_nibbles(codes) if bits == 4 else codes).contiguous().view(torch.int32)
+    """The way back: uint8 codes (..., K) -> int32 (..., ceil(K * bits / 32)), filled up with zeros."""
+    size = -(-codes.shape[-1] * bits // 32) * 4
+    codes = pad(codes, (0, -codes.shape[-1] % 32))
+    if bits == 8:
+        data = codes
+    elif bits == 3:
+        # eight codes are three bytes
+        words = (codes.unflatten(-1, (-1, 8)).int() << torch.arange(0, 24, 3, device=codes.device)).sum(-1)
+        data = torch.stack([words & 255, words >> 8 & 255, words >> 16], dim=-1).to(torch.uint8).flatten(-2)
+    else:
+        data = codes if bits == 4 else pack_nibbles(codes, 2)
+        data = pack_nibbles(data)
+    # flat, because a dim of one may have a stride that is no whole word
+    return data[..., :size].reshape(-1).view(torch.int32).view(*codes.shape[:-1], size // 4)
 
 
 def scales_of(stored: Tensor) -> Tensor:

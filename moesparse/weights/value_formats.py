@@ -73,6 +73,13 @@ class Scales:
         found = scales_of(self.stored)
         return found if self.whole is None else found / self.whole
 
+    def to_bytes(self) -> Tensor:
+        """uint8 [..., bytes of a matrix], a copy: what is stored, then zero points, then what there is one of."""
+        parts = [self.stored.flatten(-2).contiguous().view(torch.uint8)]
+        parts += [] if self.zero is None else [self.zero.flatten(-2)]
+        parts += [] if self.whole is None else [self.whole.flatten(-2).contiguous().view(torch.uint8)]
+        return torch.cat(parts, dim=-1)
+
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
@@ -158,6 +165,32 @@ class ValueFormat:
             raise UsageError(
                 f"{name}: in_features must be a multiple of {self.columns} for values {self.name}, got {in_features}"
             )
+
+    def scales_from(self, data: Tensor, shape: Sequence[int]) -> Scales:
+        """The way back of `Scales.to_bytes`.
+
+        Args:
+            data: of some matrices.
+            shape: [..., out, in] of any of these matrices.
+        """
+        assert self.scale_dtype is not None
+        outer = data.shape[:-1]
+        each = (*outer, -(-shape[-2] // self.rows), -(-shape[-1] // (self.columns or shape[-1])))
+        sizes = [math.prod(each[-2:]) * self.scale_dtype.itemsize, math.prod(each[-2:]) * self.zero_point]
+        # copies, because a view of another dtype must begin at a whole number
+        stored, zero, whole = (part.flatten().clone() for part in data.tensor_split([sizes[0], sum(sizes)], dim=-1))
+        return Scales(
+            stored.view(self.scale_dtype).view(each),
+            zero.view(each) if self.zero_point else None,
+            whole.view(torch.float32).view(*outer, 1, 1) if self.kind == "nvfp4" else None,
+        )
+
+    def scale_bytes(self, shape: Sequence[int]) -> int:
+        """Of the scales and zero points of one matrix [..., out, in], as `Scales.to_bytes` has them."""
+        if self.scale_dtype is None:
+            return 0
+        count = -(-shape[-2] // self.rows) * -(-shape[-1] // (self.columns or shape[-1]))
+        return count * (self.scale_dtype.itemsize + self.zero_point) + 4 * (self.kind == "nvfp4")
 
     def bytes_of(self, shape: Sequence[int], pattern: Pattern | None = None) -> int:
         """Exact bytes of weights [..., out, in]: codes, scales and zero points, and of a mask one bit a weight.

@@ -41,7 +41,7 @@ def test_alone_it_leaves_all_weights(source, tmp_path, call):
     assert found["bits"] == 4.5
     assert found["calibration"]["tokens"] == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "fake-quantised" in card and "not smaller yet" in card
+    assert "stored as codes and scales" in card and "fake-quantised" not in card
     inspected = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).stdout
     assert "rounded to int4:32 by rtn" in " ".join(inspected.split())
 
@@ -62,7 +62,7 @@ def test_beside_a_pattern(source, tmp_path, call):
     code, _, err = call(source, tmp_path / "out", *given)
     said = " ".join(err.split())
     assert code == 0
-    assert "values int8 by rtn: 5.389 bits a weight in that format. Its values are fake-quantised" in said
+    assert "values int8 by rtn: 5.389 bits a weight in that format. Its experts are stored as codes and scales" in said
     assert "magnitude + none at 2:4, int8 by rtn" in said
 
 
@@ -74,8 +74,18 @@ def test_the_plan_names_it(source, tmp_path, call):
     plan = json.loads(out)
     assert (plan["values"], plan["value_rule"], plan["saliency"]) == ("fp8", "gated-gptq", None)
     assert plan["moments"] > 0
-    shown = call(source, tmp_path / "out", "--values", "fp8", "--calibration", text, "--dry-run")[1]
-    assert "fake-quantised: files no smaller yet" in shown and "fp8 by gated-gptq" in shown
+    fake = ("--values", "fp8", "--fake-quantised", "--calibration", text, "--dry-run")
+    shown = call(source, tmp_path / "out", *fake)[1]
+    assert "fake-quantised: files no smaller" in shown and "fp8 by gated-gptq" in shown
+
+
+def test_a_whole_model_has_no_codes(source, tmp_path, call):
+    code, _, err = call(source, tmp_path / "out", "--values", "int8", "--value-rule", "rtn", "--whole")
+    said = " ".join(err.split())
+    assert code and "--fake-quantised must come with --values where the whole model is loaded (--whole)" in said
+    given = ("--values", "int8", "--value-rule", "rtn", "--whole", "--fake-quantised")
+    code, _, err = call(source, tmp_path / "out", *given)
+    assert code == 0 and "Its values are fake-quantised" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

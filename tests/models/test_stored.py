@@ -231,7 +231,7 @@ def test_a_shape_that_the_words_do_not_have_is_refused_when_it_is_read(tmp_path)
         (GPTQ | {"dynamic": {"-:x": {}}}, "dynamic .* must be empty"),
         (GPTQ | {"group_size": 0}, "group_size .* must be a positive size, got 0"),
         (group("int-quantized", num_bits=8, type="int", strategy="channel"), "format .of group_0. .* got 'int-quant"),
-        (group("pack-quantized", num_bits=3, strategy="channel"), "num_bits .* got 3"),
+        (group("pack-quantized", num_bits=5, strategy="channel"), "num_bits .* got 5"),
         (
             group("pack-quantized", num_bits=4, strategy="group", group_size=32, actorder="group"),
             "actorder .* got 'group'",

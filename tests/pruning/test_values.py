@@ -106,7 +106,7 @@ def test_without_a_mask_and_without_text():
     words = recipe_in_words(report.recipe)
     assert "rounded to int8 by rtn-mse, and stored in the dtype of the model" in words
     card = model_card("mixtral", report)
-    assert "expert weights rounded to int8" in card and "fake-quantised" in card and "not smaller yet" in card
+    assert "expert weights rounded to int8" in card and "fake-quantised" in card and "not smaller" in card
     assert "| bits a weight of the experts in that format | 8.389 |" in card
     # text is read where the rule needs it, or where it is there
     other = copy.deepcopy(dense)
@@ -190,6 +190,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         Recipe(values="int8", value_rule="awq")
     with pytest.raises(UsageError, match=r"values must be left out with target_bytes, .* got 'int8'"):
         Recipe(target_bytes=0.4, values="int8")
+    with pytest.raises(UsageError, match="fake_quantised must come with values, got it alone"):
+        Recipe(fake_quantised=True)
     with pytest.raises(UsageError, match="must prune weights, round them to values or remove experts"):
         Recipe(weights=None)
 
@@ -217,6 +219,9 @@ def test_a_second_command_keeps_or_replaces_them():
     # kept experts are solved for again: neither mask nor values hold
     refitted = joined_recipe(first, {**removed, "update": "least-squares"})
     assert "values" not in refitted
+    # what was made plain again
+    plain = joined_recipe(first, {**removed, "output_dtype": "bfloat16"})
+    assert plain["fake_quantised"] and "stored in the dtype of the model" in recipe_in_words(plain)
     again = joined_recipe(first, {"weights": None, "values": "int8", "value_rule": "gptq"})
     assert (again["values"], again["value_rule"], again["weights"]) == ("int8", "gptq", "2:4")
     assert "values" not in joined_recipe(first, {"weights": "1:4", "saliency": "wanda", "update": "none"})
@@ -240,4 +245,5 @@ def test_the_plan_counts_it():
     nearest, gptq = (plan_run(model, find_moe_blocks(model), recipe, **sizes) for recipe in recipes)
     assert gptq.flops["solvers"] > nearest.flops["solvers"] == 0
     assert gptq.moments > nearest.moments == 0
-    assert nearest.packed == gptq.packed == sum(weight.nbytes for weight in matrices(model).values())
+    int4 = ValueFormat.parse("int4:32")
+    assert nearest.packed == gptq.packed == sum(int4.bytes_of(weight.shape) for weight in matrices(model).values())

@@ -10,19 +10,19 @@ from moesparse.models.formats.base import CODES, SCALE, Infos, Parts, expect
 from moesparse.models.formats.integers import ZERO, Integers
 from moesparse.weights.codes import pack_words, reduced, spread, unpack_words
 
-__all__ = ["Int4Packed"]
+__all__ = ["SHAPE", "Int4Packed"]
 
-_SHAPE = "shape"
+SHAPE = "shape"
 
 
 class Int4Packed(Integers):
-    """Codes of 4 or 8 bits along a row, eight or four to an int32 [out, in / 8], and a scale for each group of a row.
+    """Codes of `bits` along a row, in words int32 [out, in * bits / 32], and a scale for each group of a row.
 
     A code stands for itself less half of their number, or less its zero point, which lies in words along the outputs
-    [out / 8, in / group].
+    [out * bits / 32, in / group]. Codes of 3 bits lie without gaps, as compressed-tensors packs them since 0.18.
 
     Args:
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8.
         group: neighbours that share a scale; None is the whole row.
         symmetric: there are no zero points.
     """
@@ -32,29 +32,28 @@ class Int4Packed(Integers):
 
     def __init__(self, bits: int, group: int | None, symmetric: bool) -> None:
         self.bits, self.group, self.symmetric = bits, group, symmetric
-        self.tensors = {CODES: ".weight_packed", SCALE: ".weight_scale", _SHAPE: ".weight_shape"}
-        self.dtypes = {CODES: ("I32",), SCALE: ("BF16", "F16", "F32"), _SHAPE: ("I32", "I64"), ZERO: ("I32",)}
+        self.tensors = {CODES: ".weight_packed", SCALE: ".weight_scale", SHAPE: ".weight_shape"}
+        self.dtypes = {CODES: ("I32",), SCALE: ("BF16", "F16", "F32"), SHAPE: ("I32", "I64"), ZERO: ("I32",)}
         if not symmetric:
             self.tensors |= {ZERO: ".weight_zero_point"}
 
     def matrix(self, infos: Infos) -> tuple[int, ...]:
         words, scale = infos[CODES].shape, infos[SCALE].shape
-        in_word = 32 // self.bits
-        columns = words[-1] * in_word
+        columns = words[-1] * 32 // self.bits
         groups = 1 if self.group is None else -(-columns // self.group)
         if self.group is not None and columns % self.group:
             raise CheckpointError(
                 f"{infos[CODES].name} must hold groups of {self.group} weights, got {columns} in a row"
             )
         expect(infos[SCALE], (*words[:-1], groups))
-        expect(infos[_SHAPE], (*words[:-2], 2))
+        expect(infos[SHAPE], (*words[:-2], 2))
         if ZERO in infos:
-            expect(infos[ZERO], (*words[:-2], -(-words[-2] // in_word), scale[-1]))
+            expect(infos[ZERO], (*words[:-2], -(-words[-2] * self.bits // 32), scale[-1]))
         return (*words[:-1], columns)
 
     def codes(self, parts: Parts) -> Tensor:
         codes = unpack_words(parts[CODES], self.bits)
-        stated = parts[_SHAPE].flatten()[-2:].tolist()
+        stated = parts[SHAPE].flatten()[-2:].tolist()
         if list(codes.shape[-2:]) != stated:
             raise CheckpointError(f"weight_shape must be {list(codes.shape[-2:])}, as the words have it, got {stated}")
         return codes
@@ -68,9 +67,7 @@ class Int4Packed(Integers):
         return unpack_words(parts[ZERO].mT, self.bits).mT[..., : parts[SCALE].shape[-2], :].float()
 
     def packed_zeros(self, zeros: Tensor, parts: Parts) -> Tensor:
-        held = unpack_words(parts[ZERO].mT, self.bits)
-        held[..., : zeros.shape[-2]] = zeros.mT.to(torch.uint8)
-        return pack_words(held, self.bits).mT.contiguous()
+        return pack_words(zeros.mT.to(torch.uint8), self.bits).mT.contiguous()
 
     def spread(self, each: Tensor, parts: Parts, inputs: int) -> Tensor:
         return spread(each, self.group or inputs, inputs, -1)

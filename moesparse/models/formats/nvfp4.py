@@ -7,9 +7,9 @@ from torch import Tensor
 from moesparse.models.formats.base import CODES, SCALE, Infos, Parts, expect
 from moesparse.models.formats.fp4 import Fp4
 
-__all__ = ["Nvfp4", "Nvfp4ModelOpt"]
+__all__ = ["WHOLE", "Nvfp4", "Nvfp4ModelOpt"]
 
-_WHOLE = "whole"
+WHOLE = "whole"
 
 
 class Nvfp4(Fp4):
@@ -20,34 +20,34 @@ class Nvfp4(Fp4):
     """
 
     name = "nvfp4"
-    tensors = {CODES: ".weight_packed", SCALE: ".weight_scale", _WHOLE: ".weight_global_scale"}  # noqa: RUF012
+    tensors = {CODES: ".weight_packed", SCALE: ".weight_scale", WHOLE: ".weight_global_scale"}  # noqa: RUF012
     mark = CODES
     beside = (".input_global_scale",)
-    dtypes = {CODES: ("U8",), SCALE: ("F8_E4M3",), _WHOLE: ("F32",)}  # noqa: RUF012
+    dtypes = {CODES: ("U8",), SCALE: ("F8_E4M3",), WHOLE: ("F32",)}  # noqa: RUF012
     group = 16
 
     def matrix(self, infos: Infos) -> tuple[int, ...]:
         shape = super().matrix(infos)
-        if infos[_WHOLE].shape != ():
-            expect(infos[_WHOLE], (1,))
+        if infos[WHOLE].shape != ():
+            expect(infos[WHOLE], (1,))
         return shape
 
     def scales(self, parts: Parts) -> Tensor:
-        return super().scales(parts) / parts[_WHOLE]
+        return super().scales(parts) / parts[WHOLE]
 
     def stored_scales(self, scales: Tensor, parts: Parts) -> Tensor:
-        return scales * parts[_WHOLE]
+        return scales * parts[WHOLE]
 
 
 class Nvfp4ModelOpt(Nvfp4):
     """ModelOpt: the scale of 16 weights is `weight_scale * weight_scale_2`."""
 
-    tensors = {CODES: ".weight", SCALE: ".weight_scale", _WHOLE: ".weight_scale_2"}  # noqa: RUF012
-    mark = _WHOLE
+    tensors = {CODES: ".weight", SCALE: ".weight_scale", WHOLE: ".weight_scale_2"}  # noqa: RUF012
+    mark = WHOLE
     beside = (".input_scale",)
 
     def scales(self, parts: Parts) -> Tensor:
-        return Fp4.scales(self, parts) * parts[_WHOLE]
+        return Fp4.scales(self, parts) * parts[WHOLE]
 
     def stored_scales(self, scales: Tensor, parts: Parts) -> Tensor:
-        return scales / parts[_WHOLE]
+        return scales / parts[WHOLE]

@@ -152,7 +152,7 @@ def _pack_quantized(weights: Said) -> Format:
     _one_of(weights, "type", ("int",), "int")
     _one_of(weights, "actorder", (None, False, "static", "weight"))
     grouped = _one_of(weights, "strategy", ("group", "channel")) == "group"
-    bits = _one_of(weights, "num_bits", (4, 8))
+    bits = _one_of(weights, "num_bits", (2, 3, 4, 8))
     return Int4Packed(bits, _size(weights, "group_size") if grouped else None, bool(weights.get("symmetric", True)))
 
 
