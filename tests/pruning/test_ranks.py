@@ -50,7 +50,7 @@ RECIPES = {
     "unpropagated": Recipe(weights="2:4", saliency="wanda", update="least-squares+rescale", propagate=False),
     "asymmetric": Recipe(weights="2:4", saliency="gated-sparsegpt", update="asymmetric+rescale"),
     "tune": Recipe(weights="2:4", saliency="moe-pruner", update="least-squares+tune"),
-    "values": Recipe(weights="2:4", saliency="moe-pruner", update="least-squares", values="int4:32"),
+    "values": Recipe(weights="2:4", saliency="moe-pruner", update="least-squares", values="mxfp4"),
     "ratio": Recipe(weights=0.5, saliency="sparsegpt", update="rescale"),
     "random": Recipe(weights="2:4", saliency="random", update="none", seed=3),
     "few": Recipe(weights="2:4", saliency="moe-pruner", update="least-squares+rescale"),
