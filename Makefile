@@ -32,6 +32,9 @@ demo: $(STAMP) ## prune the embedded model seven ways and compare
 test: $(STAMP) ## all tests that need no GPU
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
 
+test-long: $(STAMP) ## all of what `make test` takes some of: every place to kill at, the quick start word by word
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m long tests
+
 # what is installed is used as it is: a GPU machine may have no network
 gpu: ## GPU tests, benchmarks, figures: PART="tests decode ..." SHAPES=... LIMIT=540 AGAIN=1; DRY=1 without a GPU
 	PYTHONPATH=.:kernels:$(PYTHONPATH) $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu \
@@ -101,7 +104,7 @@ peers: $(STAMP) ## side by side with llm-compressor and plain baselines, in envi
 
 test-triton: .venv-triton-3.6/.installed .venv-triton-newest/.installed ## kernel tests on the oldest and newest Triton, not part of `make test`
 	for version in 3.6 newest; do \
-		PYTHONPATH=.:kernels .venv-triton-$$version/bin/python -m pytest -s -p no:cacheprovider \
+		PYTHONPATH=.:kernels .venv-triton-$$version/bin/python -m pytest -s -p no:cacheprovider -m "long or not long" \
 			tests/kernels/test_interpreter.py tests/kernels/test_aot.py || exit; \
 	done
 
@@ -178,4 +181,4 @@ format: $(STAMP) ## ruff's fixes and layout
 clean: ## remove what the targets made
 	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-transformers4 .venv-newest-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu real test-triton test-vllm test-transformers4 test-newest quickstart gpu gpu-short gpu-cache peers lint format clean
+.PHONY: help demo test test-long native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu real test-triton test-vllm test-transformers4 test-newest quickstart gpu gpu-short gpu-cache peers lint format clean

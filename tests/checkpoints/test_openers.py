@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import moesparse_command
 from safetensors.torch import load_file, save_file
 from small_text import make_tokenizer, prose, run_cure
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 import moesparse
 from moesparse.cli import main
@@ -375,8 +376,18 @@ def on_a_terminal(words, cache, seconds=120):
     """What a command prints on a pseudo terminal where somebody answers y to every question, and its exit code."""
     pid, end = pty.fork()
     if pid == 0:
-        os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(cache))
-        os.execv(sys.executable, [sys.executable, "-m", "moesparse", *map(str, words)])
+        code = 99
+        try:
+            # not those of pytest: streams of the terminal, where the command looks for somebody to ask
+            sys.stdin, sys.stdout, sys.stderr = (os.fdopen(each, "rw"[each > 0]) for each in range(3))
+            dynamic_module_utils.HF_MODULES_CACHE = str(cache)
+            moesparse_command([*map(str, words)])
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     out, until = b"", time.monotonic() + seconds
     while time.monotonic() < until:
         try:

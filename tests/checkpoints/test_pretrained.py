@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import os
+import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Started
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moesparse.checkpoints.pretrained import CONFIG_KEY, load_pretrained, save_pretrained
 from moesparse.errors import CheckpointError
+from moesparse.system import folders
 from moesparse.system.folders import atomic_folder, check_output_folder
 
 
@@ -111,57 +110,52 @@ def test_an_error_inside_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-WRITER = """
-    import resource, signal, sys, torch
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits it ignored
-    from transformers import MixtralConfig, MixtralForCausalLM
-    from moesparse.checkpoints.pretrained import save_pretrained
-    config = MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
-    model = MixtralForCausalLM(config)
-"""
-
-
-def run_writer(code, *arguments, **options):
-    source = textwrap.dedent(WRITER) + textwrap.dedent(code)
-    return subprocess.Popen(
-        [sys.executable, "-c", source, *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
+def small_mixtral():
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
     )
+    return MixtralForCausalLM(config)
+
+
+def write_on_a_full_disk(out):
+    # a limit on the size of a file is refused by the kernel in the middle of writing, as a full disk is
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    model = small_mixtral()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save_pretrained(model, out)
+    except Exception as error:
+        print(type(error).__name__, error)
 
 
 def test_a_full_disk_leaves_the_old_state(tmp_path):
-    # a limit on the size of a file is refused by the kernel in the middle of writing, as a full disk is
-    code = """
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            save_pretrained(model, sys.argv[1])
-        except Exception as error:
-            print(type(error).__name__, error)
-    """
-    out, _ = run_writer(code, tmp_path / "out").communicate(timeout=120)
+    out, _ = Started(write_on_a_full_disk, tmp_path / "out").communicate()
     assert "CheckpointError cannot write" in out
     assert "Nothing was left there" in out
     assert list(tmp_path.iterdir()) == []
 
 
+def write_slowly(out):
+    def slowly(_path):
+        print("writing", flush=True)
+        time.sleep(60)
+
+    folders.flush = slowly
+    save_pretrained(small_mixtral(), out)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_a_stop_in_the_middle_leaves_no_half_folder(tmp_path, stop):
-    code = """
-        import moesparse.system.folders as checkpoint, time
-        def slowly(path, flush=checkpoint.flush):
-            print("writing", flush=True)
-            time.sleep(60)
-        checkpoint.flush = slowly
-        save_pretrained(model, sys.argv[1])
-    """
-    process = run_writer(code, tmp_path / "out")
-    assert process.stdout.readline() == "writing\n"
+    process = Started(write_slowly, tmp_path / "out")
+    while process.said()[0] != "writing\n":
+        assert process.poll() is None, process.said()
+        time.sleep(0.02)
     process.send_signal(stop)
     process.communicate(timeout=60)
     assert not (tmp_path / "out").exists()

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from faults import Watch, at
+from processes import Started, command, moesparse_command
 from small_text import make_tokenizer, prose
 from typer.testing import CliRunner
 
@@ -41,17 +40,13 @@ def texts(place):
     return ("--text", str(place / "law.txt"), "--text", f"{place / 'code.txt'}=programs")
 
 
-def start(place, *words, **more):
-    command = [sys.executable, "-m", "moesparse", "compare", "dense", "pruned", *words]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=place, env=environment, text=True, stdout=-1, stderr=-1, **more)
+HERE = {"COLUMNS": "160"}
 
 
 def ran(place, *words):
-    process = start(place, *words)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out, err
+    done = command("compare", "dense", "pruned", *words, place=place, environment=HERE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_the_object_is_that_of_python_and_the_file_holds_it_too(place, tmp_path):
@@ -74,32 +69,32 @@ def test_the_object_is_that_of_python_and_the_file_holds_it_too(place, tmp_path)
 
 
 def test_the_tables_show_it(place):
-    out, err = ran(place, *texts(place), "--length", "32", "--quiet")
+    out, err = ran(place, *texts(place), "--length", "32", "--generate", "1", "--quiet")
     for words in ("pruned beside dense: KL(dense || pruned)", "law", "programs", "language French", "end in a loop"):
         assert words in out
     assert "by position in the window" in out and "tokens that changed most" in out
     assert err == ""
 
 
+def stopped_at(place, arguments):
+    """A command that is sent SIGTERM at a place (see faults.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        Watch(patch, at(place, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        moesparse_command(arguments)
+
+
 def test_what_is_stopped_goes_on_with_resume(place, tmp_path):
     output = tmp_path / "lost.json"
     words = (*texts(place), *QUICK, "--generate", "0", "-o", str(output))
-    process = start(place, *words)
-    work = tmp_path / "lost.json.unfinished"
-    until = time.monotonic() + 120
-    while not any(work.glob("dense-states-*")) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("it was done before it could be stopped")
-    assert process.returncode == 1
+    stopped = Started(stopped_at, "renamed .*/dense-states-00001", ["compare", "dense", "pruned", *words], place=place)
+    _, err = stopped.communicate()
+    assert stopped.returncode == 1
     assert "the same command with --resume goes on" in " ".join(err.split())
     assert "unfinished" in CliRunner().invoke(app, ["inspect", str(output)]).output
-    again = start(place, *words)
-    assert again.wait(timeout=120) == 1 and "--resume" in again.stderr.read()
+    again = command("compare", "dense", "pruned", *words, place=place)
+    assert again.returncode == 1 and "--resume" in again.stderr
     ran(place, *words, "--resume")
-    assert json.loads(output.read_text())["kl"]["mean"] > 0 and not work.exists()
+    assert json.loads(output.read_text())["kl"]["mean"] > 0 and not (tmp_path / "lost.json.unfinished").exists()
 
 
 def refused(place, *words):
@@ -136,7 +131,7 @@ def test_a_model_that_does_not_fit_is_not_loaded_unless_that_is_asked_for(place,
 
 def test_the_page_has_its_sections(place, tmp_path):
     pytest.importorskip("matplotlib")
-    ran(place, *texts(place), *QUICK, "-o", str(tmp_path / "lost.json"))
+    ran(place, *texts(place), *QUICK, "--generate", "1", "-o", str(tmp_path / "lost.json"))
     words = ["report", str(place / "pruned"), "--comparison", str(tmp_path / "lost.json"), "--json"]
     result = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "page.html")])
     assert result.exit_code == 0, result.output

@@ -2,16 +2,15 @@
 
 import base64
 import hashlib
+import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
+from processes import Started, moesparse_command
 from small_text import WORDS, make_tokenizer
 
 from moesparse.checkpoints.card import base_of_card
@@ -125,14 +124,18 @@ def text(tmp_path_factory):
     return ("--calibration", file, "--samples", "8", "--length", "32")
 
 
+def with_this_hub(arguments):
+    """A command in which huggingface_hub reads its variables anew: the server of the processes has imported it."""
+    importlib.reload(constants)
+    moesparse_command(arguments)
+
+
 def run(hub, home, *arguments):
     asks = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_test", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "moesparse", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | asks | {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "COLUMNS": "200"},
-    )
+    asks |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "COLUMNS": "200"}
+    started = Started(with_this_hub, [*map(str, arguments)], environment=asks)
+    started.communicate()
+    return started
 
 
 def files_of(folder):

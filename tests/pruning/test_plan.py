@@ -1,11 +1,10 @@
 """Plans of real models from their configs alone, and their arithmetic on one small enough to count by hand."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import command
 from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 
 from moesparse import Recipe, find_moe_blocks
@@ -181,12 +180,7 @@ def test_a_number_alone_is_asked_for_its_unit():
 
 def test_a_dry_run_needs_config_json_alone(tmp_path):
     MixtralConfig(num_hidden_layers=6).save_pretrained(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "moesparse", "prune", tmp_path, tmp_path / "out", "--dry-run", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = command("prune", tmp_path, tmp_path / "out", "--dry-run", "--json").ended_well()
     plan = json.loads(done.stdout)
     assert plan["layers"] == 6
     assert plan["seconds"] > 0

@@ -5,8 +5,8 @@ one test goes through torchrun itself.
 """
 
 import contextlib
+import functools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import assert_same
+from processes import server
 
 from moesparse import Recipe
 from moesparse.calibration.checkpoint import calibrate_checkpoint
@@ -32,9 +33,6 @@ from moesparse.system.run_folder import RunFolder
 from moesparse.system.unfinished import unfinished_run
 from moesparse.testing import tiny_model
 from moesparse.weights.mask_rules import choose_masks
-
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["moesparse.cli", "moesparse.pruning.run", "transformers.models.mixtral"])
 
 WINDOWS = torch.randint(3, 60, (9, 16), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(WINDOWS)
@@ -153,13 +151,19 @@ def one(source, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module", params=[3, 2])
-def several(request, source, tmp_path_factory):
-    out = tmp_path_factory.mktemp("several")
-    logs = out / "logs"
-    codes, printed = finish(start(request.param, everything, source, out, request.param, logs=logs), logs)
-    assert codes == [0] * request.param, printed
-    return out, request.param
+@pytest.fixture(scope="module")
+def several(source, tmp_path_factory):
+    """A function: the folder of what so many processes give, which run once."""
+
+    @functools.cache
+    def of(count):
+        out = tmp_path_factory.mktemp("several")
+        logs = out / "logs"
+        codes, printed = finish(start(count, everything, source, out, count, logs=logs), logs)
+        assert codes == [0] * count, printed
+        return out
+
+    return of
 
 
 def numbers(value):
@@ -171,11 +175,11 @@ def numbers(value):
     return pytest.approx(value, rel=1e-12) if isinstance(value, float) else value
 
 
-@pytest.mark.parametrize(("several", "name"), RUNS, indirect=["several"])
-def test_several_processes_prune_to_the_bits_of_one(one, several, name):
+@pytest.mark.parametrize(("count", "name"), RUNS)
+def test_several_processes_prune_to_the_bits_of_one(one, several, count, name):
     """The sums of all batches are equal to float64 rounding; solved in float32 and stored in bfloat16 nothing is left
     of that here."""
-    out, _ = several
+    out = several(count)
     assert_same(one / name, out / name)
     want, got = (json.loads((folder / name / "moesparse_report.json").read_text()) for folder in (one, out))
     assert got.keys() == want.keys()
@@ -190,10 +194,11 @@ def strip(value):
     return [strip(each) for each in value] if isinstance(value, list) else value
 
 
+@pytest.mark.parametrize("count", [3, 2])
 @pytest.mark.parametrize("name", CALIBRATIONS)
-def test_several_processes_calibrate_to_the_sums_of_one(one, several, name):
+def test_several_processes_calibrate_to_the_sums_of_one(one, several, count, name):
     """A batch's float32 sums are those of one process; only the order in which float64 adds them up differs."""
-    out, count = several
+    out = several(count)
     want, got = (ModelStatistics.load(folder / f"{name}.stats") for folder in (one, out))
     assert got.metadata() == want.metadata()
     for block, statistics in want.blocks.items():

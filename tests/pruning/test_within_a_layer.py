@@ -1,13 +1,13 @@
 """A run that is stopped within a layer keeps the experts that are done, and goes on to the same bits."""
 
-import json
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
 from faults import assert_same, at, kill, killed
+from processes import Started, command, moesparse_command
+from small_text import make_tokenizer, prose
 
 from moesparse import Recipe
 from moesparse.errors import CheckpointError
@@ -29,8 +29,8 @@ RECIPES = {
 }
 
 
-# every expert of the first layer and the ends of the second; between the looks, behind the first of them, and the last
-STOPS = {"rescaled": (*range(2 * EXPERTS + 2), ALL - 1), "asymmetric": (1, EXPERTS, EXPERTS + 1, 2 * EXPERTS, ALL - 1)}
+# nothing done, between the looks, between the layers, the last; within gate and up, behind the first of down
+STOPS = {"rescaled": (0, EXPERTS, 2 * EXPERTS, ALL - 1), "asymmetric": (1, EXPERTS + 1, ALL - 1)}
 
 
 def one_by_one(weight):
@@ -90,12 +90,15 @@ def folders(out):
     return sorted(path.name for path in out.iterdir() if path.is_dir())
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)], ids=["some", "every"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_stopped_at_every_expert_it_goes_on_with_the_next_to_the_same_bits(name, source, pruned, tmp_path, monkeypatch):
+def test_stopped_at_an_expert_it_goes_on_with_the_next_to_the_same_bits(
+    name, every, source, pruned, tmp_path, monkeypatch
+):
     (whole, report), recipe = pruned[name], RECIPES[name]
-    every = solved_and_stopped(monkeypatch, lambda: run(source, tmp_path / "counted", recipe))
-    assert len(every) == len(set(every)) == ALL
-    for stop in STOPS[name]:
+    experts = solved_and_stopped(monkeypatch, lambda: run(source, tmp_path / "counted", recipe))
+    assert len(experts) == len(set(experts)) == ALL
+    for stop in range(ALL) if every else STOPS[name]:
         out, reports = tmp_path / str(stop), []
         before = solved_and_stopped(monkeypatch, lambda out=out: run(source, out, recipe), stop)
         done, open_ones = divmod(stop, 2 * EXPERTS)
@@ -109,7 +112,7 @@ def test_stopped_at_every_expert_it_goes_on_with_the_next_to_the_same_bits(name,
             monkeypatch,
             lambda out=out, reports=reports: reports.append(run(source, out, recipe, resume=True)),
         )
-        assert before + after == every
+        assert before + after == experts
         assert_same(out, whole)
         assert [(each.tensors, each.rescale) for each in reports[0].blocks] == [
             (each.tensors, each.rescale) for each in report.blocks
@@ -201,49 +204,49 @@ def test_killed_it_keeps_what_was_written(place, solved, source, pruned, tmp_pat
     assert_same(out, pruned["rescaled"][0])
 
 
-SCRIPT = """
-import sys
-import time
-from moesparse.cli import main
-from moesparse.pruning import block
-block.expert_slices = lambda weight: [slice(each, each + 1) for each in range(len(weight))]
-solve = block._prune_experts
-def slow(*given):
-    done = solve(*given)
-    print("solved", flush=True)
-    time.sleep(wait)
-    return done
-block._prune_experts = slow
-wait = float(sys.argv.pop(1))
-main()
-"""
+def pausing_at(number, arguments):
+    """A command that says when an expert is solved, and waits behind the one of this number."""
+    solve, solved = block._prune_experts, []
+
+    def watched(*given):
+        done = solve(*given)
+        solved.append(1)
+        print("solved", flush=True)
+        if len(solved) == number:
+            time.sleep(60)
+        return done
+
+    block.expert_slices, block._prune_experts = one_by_one, watched
+    moesparse_command(arguments)
 
 
 def test_sigterm_keeps_the_experts_that_are_done_and_inspect_says_it(tmp_path):
-    """The embedded model: 16 experts in a block, two matrices each."""
-    words = ["prune", "demo", "--device", "cpu", "--samples", "6", "--length", "64"]
+    tiny_model("mixtral", num_hidden_layers=LAYERS, vocab_size=320).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(prose(400))
+    text = ["--calibration", "text.txt", "--samples", "6", "--length", "32"]
+    rules = ["--saliency", "gated-sparsegpt", "--update", "least-squares", "--device", "cpu"]
 
-    def command(out, wait, *more):
-        return [sys.executable, "-c", SCRIPT, str(wait), words[0], words[1], str(out), *words[2:], *more]
+    def start(out, pause, *more):
+        return Started(pausing_at, pause, ["prune", "model", out, *text, *rules, *more], place=tmp_path)
 
-    subprocess.run(command(tmp_path / "whole", 0), check=True, capture_output=True)
-    out = tmp_path / "out"
-    process = subprocess.Popen(command(out, 0.3), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(5):
-        assert process.stdout.readline() == "solved\n"
+    start("whole", None).ended_well()
+    process, out = start("out", 5), tmp_path / "out"
+    while process.said()[0].count("solved") < 5:
+        assert process.poll() is None, process.said()
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    printed, said = process.communicate(timeout=120)
+    printed, said = process.communicate()
     assert process.returncode == 1
     held = unfinished_run(out)
-    # the fifth may be within its pause, which is within its work
-    assert held.done == 0 and held.solved == 4 + printed.count("solved")
-    kept = f"stopped: {held.solved} matrices of experts of the layer at work are kept in {out}"
+    # the fifth is within its pause, which is within its work
+    assert (held.done, held.solved, printed.count("solved")) == (0, 4, 5)
+    kept = f"stopped: {held.solved} matrices of experts of the layer at work are kept in out"
     assert kept in said.replace("\n", " ")
-    told = subprocess.run([sys.executable, "-m", "moesparse", "inspect", str(out)], capture_output=True, text=True)
+    told = command("inspect", out)
     assert told.returncode == 1
-    assert f"0 of 4 layers are finished and {held.solved} matrices of experts of the next one." in told.stdout
-    again = subprocess.run(command(out, 0, "--resume"), check=True, capture_output=True, text=True)
-    whole = len(json.loads((out / "moesparse_report.json").read_text())["blocks"]) * 32
-    assert again.stdout.count("solved") == whole - held.solved
+    assert f"0 of {LAYERS} layers are finished and {held.solved} matrices of experts of the next one." in told.stdout
+    again = start("out", None, "--resume").ended_well()
+    assert again.stdout.count("solved") == ALL - held.solved
     assert_same(out, tmp_path / "whole")
     assert not (out / JOURNAL_FILE).exists()
