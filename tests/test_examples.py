@@ -1,28 +1,25 @@
 """The scripts of examples/ run as their first lines say, and print what they promise."""
 
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from processes import Started
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_file(file, arguments):
+    sys.argv = [str(file), *arguments]
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def run(name, *arguments, **options):
+    return Started(run_file, EXAMPLES / name, [*map(str, arguments)], **options).ended_well().stdout
 
 
 def test_there_are_tests_for_all_of_them_and_they_are_short():
@@ -70,19 +67,11 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
     assert not any(line.startswith(("!", "%")) for cell in code for line in cell.splitlines())
     file = tmp_path / "cells.py"
     file.write_text("\n".join(code))
-    done = subprocess.run(
-        [sys.executable, file],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)},
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "4 blocks of experts" in done.stdout and "50% of the expert weights are zero" in done.stdout
-    dense, packed = map(float, re.findall(r"(\d+\.\d) MB", done.stdout))
+    out = run(file, place=tmp_path, environment={"TMPDIR": str(tmp_path)})
+    assert "4 blocks of experts" in out and "50% of the expert weights are zero" in out
+    dense, packed = map(float, re.findall(r"(\d+\.\d) MB", out))
     assert packed < 0.7 * dense
-    assert "It is a truth universally acknowledged, that" in done.stdout
+    assert "It is a truth universally acknowledged, that" in out
 
 
 def test_the_image_is_made_as_the_quick_start_installs():

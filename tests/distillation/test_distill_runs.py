@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import types
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import SmallDisk, Watch, assert_same, at, fail, kill
+from processes import Started, command
 
 from moesparse import demo
 from moesparse.cli import main
@@ -36,83 +35,75 @@ def windows(n=8, length=16, seed=0):
     return torch.randint(3, 60, (n, length), generator=torch.Generator().manual_seed(seed))
 
 
-# children start from a server that has the slow imports behind it, not from this process: its autograd cannot be forked
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["moesparse.cli.distill", "moesparse.distillation", "transformers.models.mixtral"])
-
-
-def one_run(results, mode, state, slow, environment, settings):
-    """A run as a process of its own; puts what it found into the queue `results`."""
-    torch.set_num_threads(1)
-    os.environ.update(environment)
-    joined = join() is not None
+def trained(mode, settings=SETTINGS, **options):
+    """What a run finds, in this process."""
     student, teacher = prune_by_magnitude(tiny_model("mixtral")), tiny_model("mixtral")
-    report = distill(
-        student,
-        teacher,
-        windows(),
-        mode,
-        settings=settings,
-        state=state,
-        save_every=1,
-        resume=state is not None,
-        progress=lambda event: time.sleep(slow if event.done else 0),
-    )
+    report = distill(student, teacher, windows(), mode, settings=settings, **options)
     sums = {name: float(tensor.double().abs().sum()) for name, tensor in student.state_dict().items()}
-    results.put({"rows": report.rows, "weight": report.expert_weight, "zeros": report.zeros, "sums": sums})
-    if joined:
-        torch.distributed.destroy_process_group()
+    return {"rows": report.rows, "weight": report.expert_weight, "zeros": report.zeros, "sums": sums}
 
 
-def start(mode, state=None, slow=0.0, environment=None, settings=SETTINGS):
-    results = processes.Queue()
-    process = processes.Process(target=one_run, args=(results, mode, state, slow, environment or {}, settings))
-    process.start()
-    return process, results
+def train(mode, state, slow):
+    """In a process that may be killed; prints what it found."""
 
+    def waiting(event):
+        time.sleep(slow if event.done else 0)
 
-def finish(started):
-    process, results = started
-    found = results.get(timeout=240)
-    process.join(timeout=60)
-    assert process.exitcode == 0
-    return found
+    print(json.dumps(trained(mode, state=state, save_every=1, resume=True, progress=waiting)))
 
 
 @pytest.mark.parametrize("mode", ["global", "blockwise"])
 def test_a_run_killed_by_9_goes_on_to_the_same_losses(mode, tmp_path):
-    killed, _ = start(mode, tmp_path, slow=0.3)
+    killed = Started(train, mode, tmp_path, 0.3)
     state = tmp_path / "state.pt"
     deadline = time.monotonic() + 240
     while not (state.is_file() and len(torch.load(state, weights_only=True)["rows"]) >= 3):
-        assert time.monotonic() < deadline and killed.is_alive()
+        assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.05)
-    killed.kill()
-    killed.join()
-    assert killed.exitcode == -signal.SIGKILL
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     at = len(torch.load(state, weights_only=True)["rows"])
-    resumed, whole = finish(start(mode, tmp_path)), finish(start(mode))
+    resumed, whole = json.loads(Started(train, mode, tmp_path, 0).ended_well().stdout), trained(mode)
     assert 3 <= at < len(whole["rows"])
     # the same bits, in losses and in weights
-    assert resumed == whole
+    assert resumed == json.loads(json.dumps(whole))
 
 
-@pytest.mark.parametrize(("share", "train"), [(0.0, "experts"), (1.0, "all"), (1.0, "routers")])
-def test_two_processes_with_fsdp_give_the_losses_of_one(share, train):
-    settings = dataclasses.replace(SETTINGS, epochs=2, logit_share=share, train=train)
+SHARED = [
+    dataclasses.replace(SETTINGS, epochs=2, logit_share=share, train=train)
+    for share, train in ((0.0, "experts"), (1.0, "all"), (1.0, "routers"))
+]
+
+
+def train_as_one_of_several():
+    """All of SHARED; prints what it found."""
+    assert join() is not None
+    print(json.dumps([trained("global", settings) for settings in SHARED]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_two():
+    """What each of two processes found."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    both = [start("global", environment=rank, settings=settings) for rank in ranks]
-    one = finish(start("global", settings=settings))
-    for two in [finish(each) for each in both]:
+    both = [Started(train_as_one_of_several, environment=rank) for rank in ranks]
+    return [json.loads(each.ended_well().stdout.splitlines()[-1]) for each in both]
+
+
+@pytest.mark.parametrize("at", range(len(SHARED)), ids=lambda at: f"{SHARED[at].logit_share}-{SHARED[at].train}")
+def test_two_processes_with_fsdp_give_the_losses_of_one(at, by_two):
+    one = trained("global", SHARED[at])
+    for two in (found[at] for found in by_two):
         assert two["weight"] == pytest.approx(one["weight"], rel=1e-5)
         for mine, theirs in zip(one["rows"], two["rows"], strict=True):
             assert theirs == pytest.approx(mine, rel=1e-4)
         assert two["sums"] == pytest.approx(one["sums"], rel=1e-4)
-        assert two["zeros"] == one["zeros"]
+        assert tuple(two["zeros"]) == tuple(one["zeros"])
 
 
 def student_and_teacher():
@@ -232,16 +223,6 @@ def test_an_expert_loss_without_weight_is_not_told(capsys):
     assert told[0] == f"cross-entropy {first['ce']:.3f} > {last['ce']:.3f}, KL {first['kl']:.4g} > {last['kl']:.4g}"
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "moesparse", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-        timeout=600,
-    )
-
-
 def test_the_command_lowers_the_perplexity_of_the_embedded_model_at_2_4(tmp_path):
     """prune, distill, eval: the whole way on disk, and every zero is still there."""
     from moesparse.checkpoints.pretrained import load_pretrained
@@ -258,9 +239,8 @@ def test_the_command_lowers_the_perplexity_of_the_embedded_model_at_2_4(tmp_path
     save_pretrained(student, pruned, tokenizer=tokenizer, recipe=report.recipe, report=report.to_dict())
     run = command(
         "distill", pruned, "--teacher", "demo", "-o", out, "--samples", 64, "--length", 256, "--epochs", 1,
-        "--lr", 2e-3, "--train", "all", "--packed", "--json",
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+        "--lr", 2e-3, "--train", "all", "--packed", "--json", environment={"COLUMNS": "100"},
+    ).ended_well()  # fmt: skip
     result = json.loads(run.stdout)
     assert (result["settings"]["epochs"], result["settings"]["train"]) == (1, "all")
     assert result["zeros"][1] >= result["zeros"][0] > 0
@@ -382,7 +362,6 @@ class TestFolders:
 
 def one_run_of_folders(folders, out, place, count):
     """Blockwise from folder to folder, killed at a place (see faults.py)."""
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         progress = Watch(patch, at(place, kill, count)).progress
         distill_checkpoint(*folders, out, windows(), settings=TestFolders.SETTINGS, progress=progress)
@@ -414,10 +393,9 @@ class TestSurvival:
         ],
     )
     def test_killed_at_a_named_step_it_goes_on_to_the_same_bits(self, folders, tmp_path, place, count):
-        child = processes.Process(target=one_run_of_folders, args=(folders[:2], tmp_path / "out", place, count))
-        child.start()
-        child.join(timeout=120)
-        assert child.exitcode == -signal.SIGKILL
+        child = Started(one_run_of_folders, folders[:2], tmp_path / "out", place, count)
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL
         self.run(folders, tmp_path / "out", resume=True)
         assert_same(tmp_path / "out", folders[2])
 

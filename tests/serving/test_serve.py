@@ -2,20 +2,19 @@
 
 import http.client
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
 import torch
+from processes import start_command
 from transformers import AutoModelForCausalLM
 
 import moesparse
@@ -84,42 +83,24 @@ class Answer(NamedTuple):
 class Served:
     """A server process; `client` talks to it."""
 
-    def __init__(self, log, model, *options):
-        command = [
-            sys.executable,
-            "-m",
-            "moesparse",
-            "serve",
-            str(model),
-            "--port",
-            "0",
-            "--dtype",
-            "float32",
-            *options,
-        ]
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=file,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-                # a test run in the background inherits it ignored
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
+    def __init__(self, model, *options):
+        self.process = start_command("serve", model, "--port", "0", "--dtype", "float32", *options)
         self.model = str(model)
-        self.log = log
         address = self.wait_for(r"at (http://127.0.0.1:\d+/v1)")
         self.client = openai.OpenAI(base_url=address, api_key=KEY, timeout=60, max_retries=0)
         self.wait_for("Application startup complete")
 
+    def said(self):
+        return "".join(self.process.said())
+
     def wait_for(self, pattern, seconds=120):
         until = time.monotonic() + seconds
         while time.monotonic() < until and self.process.poll() is None:
-            found = re.search(pattern, self.log.read_text())
+            found = re.search(pattern, self.said())
             if found:
                 return found[found.re.groups]
             time.sleep(0.05)
-        raise AssertionError(f"no {pattern!r} in\n{self.log.read_text()}")
+        raise AssertionError(f"no {pattern!r} in\n{self.said()}")
 
     def raw(self, method, path, content=b""):
         """The answer as it is on the wire."""
@@ -158,31 +139,29 @@ class Served:
         next(stream)
         began = time.monotonic()
         self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(timeout=60)
+        self.process.communicate(timeout=60)
         seconds = time.monotonic() - began
         with pytest.raises(openai.APIError) as told:
             list(stream)
-        return seconds, code, told.value.message
+        return seconds, self.process.returncode, told.value.message
 
     def kill(self):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
 
 
 @pytest.fixture(scope="module")
-def packed(folders, tmp_path_factory):
-    served = Served(tmp_path_factory.mktemp("log") / "packed", folders["packed"], "--chat-template", "plain")
+def packed(folders):
+    served = Served(folders["packed"], "--chat-template", "plain")
     yield served
     served.kill()
 
 
 @pytest.fixture(scope="module")
 def dense(folders, tmp_path_factory):
-    place = tmp_path_factory.mktemp("log")
-    (place / "template").write_text(TEMPLATE)
-    options = ("--api-key", KEY, "--max-batch", "8", "--chat-template", place / "template")
-    served = Served(place / "dense", folders["dense"], *map(str, options))
+    template = tmp_path_factory.mktemp("chat") / "template"
+    template.write_text(TEMPLATE)
+    served = Served(folders["dense"], "--api-key", KEY, "--max-batch", "8", "--chat-template", template)
     yield served
     served.kill()
 
@@ -618,7 +597,7 @@ def test_a_client_that_goes_away_frees_its_rows(served, stream):
 
 
 def test_where_it_is_and_how_to_try_it_are_told(served, dense):
-    log = served.log.read_text()
+    log = served.said()
     [command] = re.findall(r"^try: (curl .*)$", log, re.MULTILINE)
     assert ("Bearer KEY" in command) == (served is dense)
     words = [word.replace("Bearer KEY", f"Bearer {KEY}") for word in shlex.split(command)]
@@ -630,7 +609,7 @@ def test_where_it_is_and_how_to_try_it_are_told(served, dense):
 # the last test of each server
 def test_ctrl_c_ends_it_while_a_generation_of_minutes_runs_and_frees_the_port(served):
     seconds, code, told = served.end_by_ctrl_c_while_generating()
-    log = served.log.read_text()
+    log = served.said()
     assert code == 0, log
     assert told == "the server ends"
     assert GRACE_SECONDS < 5
