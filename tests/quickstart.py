@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quickstart.md"
@@ -68,35 +69,87 @@ def steps(page: Path = PAGE) -> Iterator[tuple[str, str]]:
             yield next((kind for start, kind in kinds.items() if line.startswith(start)), "shell"), line
 
 
-def run_page(
-    place: Path, environment: Mapping[str, str], python: str, install: Callable[[str], None] = lambda _line: None
-) -> Told:
-    """Run the page in a folder; a server is interrupted at the end.
+class Way(Protocol):
+    """How what a reader does is carried out."""
 
-    Args:
+    def install(self, line: str) -> None: ...
+
+    def shell(self, line: str) -> str:
+        """Output of a line of the shell, errors too."""
+
+    def program(self, text: str) -> str:
+        """Standard output of a block of Python."""
+
+    def serve(self, line: str) -> Callable[[], int]:
+        """Start a server and wait for it; what is returned interrupts it and gives its exit code."""
+
+
+def run_page(way: Way) -> Told:
+    """Run the page; a server is interrupted at the end."""
+    told, stop = Told(), None
+    try:
+        for kind, text in steps():
+            if kind == "install":
+                told.installed.append(text)
+                way.install(text)
+            elif kind == "serve":
+                stop = way.serve(text)
+            elif kind == "python":
+                told.programs.append(way.program(text))
+            else:
+                told.commands.append(way.shell(text))
+    finally:
+        if stop is not None:
+            told.served = stop()
+    return told
+
+
+@dataclass
+class Reader:
+    """New processes, as a reader starts them.
+
+    Attributes:
         place: an empty folder.
         environment: `moesparse` is a command in it.
         python: for the blocks of Python.
         install: carries out an install line.
     """
-    told, server = Told(), None
-    try:
-        for kind, text in steps():
-            if kind == "install":
-                told.installed.append(text)
-                install(text)
-            elif kind == "serve":
-                server = _serve(text, place, environment)
-            elif kind == "python":
-                told.programs.append(run([python, "-c", text], place, environment).stdout)
-            else:
-                done = run(text, place, environment)
-                told.commands.append(done.stdout + done.stderr)
-    finally:
-        if server is not None:
+
+    place: Path
+    environment: Mapping[str, str]
+    python: str
+    install: Callable[[str], None] = lambda _line: None
+
+    def shell(self, line: str) -> str:
+        done = run(line, self.place, self.environment)
+        return done.stdout + done.stderr
+
+    def program(self, text: str) -> str:
+        return run([self.python, "-c", text], self.place, self.environment).stdout
+
+    def serve(self, line: str) -> Callable[[], int]:
+        log = self.place / "server.log"
+        with log.open("w") as file:
+            # exec: the signal is for the server, not for a shell before it
+            server = subprocess.Popen(
+                f"exec {line}",
+                shell=True,
+                cwd=self.place,
+                env=self.environment,
+                stdout=file,
+                stderr=file,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+        def stop() -> int:
             server.send_signal(signal.SIGINT)
-            told.served = server.wait(timeout=30)
-    return told
+            return server.wait(timeout=30)
+
+        until = time.monotonic() + 120
+        while "startup complete" not in log.read_text():
+            assert server.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        return stop
 
 
 def run(words: str | list[str], place: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -106,26 +159,6 @@ def run(words: str | list[str], place: Path, environment: Mapping[str, str]) -> 
     )
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     return done
-
-
-def _serve(line: str, place: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    log = place / "server.log"
-    with log.open("w") as file:
-        # exec: the signal is for the server, not for a shell before it
-        server = subprocess.Popen(
-            f"exec {line}",
-            shell=True,
-            cwd=place,
-            env=environment,
-            stdout=file,
-            stderr=file,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    until = time.monotonic() + 120
-    while "startup complete" not in log.read_text():
-        assert server.poll() is None and time.monotonic() < until, log.read_text()
-        time.sleep(0.05)
-    return server
 
 
 def first_hour(folder: Path) -> None:
@@ -160,7 +193,7 @@ def first_hour(folder: Path) -> None:
         say(line)
         run(line, source, environment)
 
-    told = run_page(folder / "work", environment, str(binaries / "python"), install)
+    told = run_page(Reader(folder / "work", environment, str(binaries / "python"), install))
     told.check()
     for text in told.commands:
         print(text.rstrip())

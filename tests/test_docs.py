@@ -4,49 +4,108 @@ import ast
 import json
 import os
 import re
+import shlex
+import signal
 import socket
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
 import quickstart
+from processes import Started, moesparse_command
 
 import moesparse
 import moesparse_kernels
+from moesparse import demo
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
 
 @pytest.fixture
-def shell(tmp_path, monkeypatch):
-    """An empty folder, and `moesparse` as a command in it, also where only the source tree is there."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
+def reader(tmp_path):
+    """In an empty folder, with `moesparse` as a command, also where only the source tree is there."""
+    commands, place = tmp_path / "bin", tmp_path / "work"
+    for folder in (commands, place):
+        folder.mkdir()
     (commands / "moesparse").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moesparse "$@"\n')
     (commands / "moesparse").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "100")
-    place = tmp_path / "work"
-    place.mkdir()
-    return place
+    paths = {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    others = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    return quickstart.Reader(place, os.environ | paths | others, sys.executable)
 
 
-def test_the_quick_start_runs_as_it_is_written(shell):
-    pytest.importorskip("openai")
-    pytest.importorskip("lm_eval")
-    pytest.importorskip("matplotlib")
+def briefly(texts, arguments):
+    """A command that measures perplexity on the held-out texts in a folder; questions are taken from the whole ones."""
+    path = demo.text_path
+    demo.text_path = lambda split, domain: texts / f"{domain}.txt" if split == "heldout" else path(split, domain)
+    demo.text = lambda split, domain: path(split, domain).read_text(encoding="utf-8")
+    moesparse_command(arguments)
+
+
+def execute(text):
+    exec(compile(text, "a block of the page", "exec"), {"__name__": "__main__"})
+
+
+class Hurried:
+    """What a reader does, by processes that have the slow imports behind them, with little text to measure on."""
+
+    def __init__(self, folder):
+        self.texts, self.where = folder, {"place": folder, "environment": {"COLUMNS": "100"}}
+        for domain in demo.DOMAINS:
+            (folder / f"{domain}.txt").write_text(demo.text("heldout", domain)[:15_000])
+
+    def install(self, line):
+        """Is there."""
+
+    def started(self, line):
+        name, *words = shlex.split(line)
+        assert name == "moesparse"
+        return Started(briefly, self.texts, words, **self.where)
+
+    def shell(self, line):
+        done = self.started(line).ended_well()
+        return done.stdout + done.stderr
+
+    def program(self, text):
+        return Started(execute, text, **self.where).ended_well().stdout
+
+    def serve(self, line):
+        server = self.started(line)
+
+        def stop():
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=30)
+            return server.returncode
+
+        until = time.monotonic() + 120
+        while "startup complete" not in "".join(server.said()):
+            assert server.poll() is None and time.monotonic() < until, server.said()
+            time.sleep(0.05)
+        return stop
+
+
+def check_the_quick_start(way):
+    for library in ("openai", "lm_eval", "matplotlib"):
+        pytest.importorskip(library)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", quickstart.PORT))
         except OSError:
             pytest.skip(f"port {quickstart.PORT}, which the page names, is taken here")
-    quickstart.run_page(shell, os.environ, sys.executable).check()
+    quickstart.run_page(way).check()
+
+
+def test_every_line_of_the_quick_start_runs(tmp_path):
+    check_the_quick_start(Hurried(tmp_path))
+
+
+@pytest.mark.long
+def test_the_quick_start_runs_as_it_is_written(reader):
+    check_the_quick_start(reader)
 
 
 def test_the_quick_start_is_read_whole(tmp_path):
