@@ -90,7 +90,7 @@ class Started:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, number)
 
-    def communicate(self, timeout=240):
+    def communicate(self, timeout=600):
         self._process.join(timeout)
         if self.returncode is None:
             self._process.kill()

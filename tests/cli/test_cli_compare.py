@@ -69,7 +69,7 @@ def test_the_object_is_that_of_python_and_the_file_holds_it_too(place, tmp_path)
 
 
 def test_the_tables_show_it(place):
-    out, err = ran(place, *texts(place), "--length", "32", "--generate", "1", "--quiet")
+    out, err = ran(place, *texts(place), "--length", "32", "--generate", "4", "--quiet")
     for words in ("pruned beside dense: KL(dense || pruned)", "law", "programs", "language French", "end in a loop"):
         assert words in out
     assert "by position in the window" in out and "tokens that changed most" in out
@@ -131,7 +131,7 @@ def test_a_model_that_does_not_fit_is_not_loaded_unless_that_is_asked_for(place,
 
 def test_the_page_has_its_sections(place, tmp_path):
     pytest.importorskip("matplotlib")
-    ran(place, *texts(place), *QUICK, "--generate", "1", "-o", str(tmp_path / "lost.json"))
+    ran(place, *texts(place), *QUICK, "--generate", "2", "-o", str(tmp_path / "lost.json"))
     words = ["report", str(place / "pruned"), "--comparison", str(tmp_path / "lost.json"), "--json"]
     result = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "page.html")])
     assert result.exit_code == 0, result.output
