@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # tensors here are tiny: a second thread only waits for the first, and spins on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,7 +16,27 @@ import torch
 torch.set_num_threads(1)
 
 
+# a file is for one worker (see the Makefile): the longest are given out first
+DEAR = (
+    "benchmarks/test_gpu_dry_run.py",
+    "pruning/test_ranks.py",
+    "test_end_to_end.py",
+    "test_docs.py",
+    "kernels/test_interpreter.py",
+    "kernels/test_aot.py",
+    "distillation/test_distill_runs.py",
+    "pruning/test_within_a_layer.py",
+    "packed/test_packed_loading.py",
+    "test_packaging.py",
+    "test_examples.py",
+    "serving/test_serve.py",
+)
+
+
 def pytest_collection_modifyitems(items):
+    tests = Path(__file__).parent
+    place = {tests / name: number for number, name in enumerate(DEAR)}
+    items.sort(key=lambda item: place.get(item.path, len(DEAR)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import start_command
 
 from moesparse import demo
 from moesparse.cli import main
@@ -20,17 +21,6 @@ from moesparse.system.sizes import format_bytes
 from moesparse.system.speed import Speed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def moesparse(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "moesparse", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-        timeout=600,
-        **options,
-    )
 
 
 MAGNITUDE = ("--saliency", "magnitude", "--update", "none")
@@ -50,8 +40,11 @@ def in_process(monkeypatch, capsys, *arguments, columns=100):
 def pruned(tmp_path_factory):
     """The embedded model pruned once for all tests, and what the command printed."""
     folder = tmp_path_factory.mktemp("pruned") / "out"
-    arguments = ("--weights", "2:4", "--samples", "24", "--length", "256", "--json")
-    return folder, moesparse("prune", "demo", folder, *arguments)
+    rules = ("--weights", "2:4", "--saliency", "moe-pruner", "--update", "least-squares")
+    words = ("prune", "demo", folder, *rules, "--samples", "24", "--length", "256", "--json")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    program = [sys.executable, "-m", "moesparse", *map(str, words)]
+    return folder, subprocess.run(program, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_prune_prints_one_json_object(pruned):
@@ -312,20 +305,13 @@ def test_ctrl_c_in_a_command_that_writes_at_the_end_promises_no_more_than_that(m
 
 
 def test_ctrl_c_leaves_no_output(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moesparse", "prune", "demo", tmp_path / "out", "--length", "256", "--samples", "200"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # a test run in the background inherits it ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start_command("prune", "demo", tmp_path / "out", "--length", "256", "--samples", "200")
     journal = tmp_path / "out/moesparse_journal.json"
     while not journal.exists():  # then it has begun, and is far from the end of its first layer
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.said()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 1
     assert "Traceback" not in errors
     assert "stopped: nothing was finished or written" in " ".join(errors.split())

@@ -272,14 +272,15 @@ def test_packed_folders_are_read_as_they_are(tmp_path):
     assert packed.overall == pruned.overall and pruned.overall.kl_mean > 0
 
 
+LONG = {"marks": pytest.mark.long}
 STOPS = [
-    pytest.param("progress check dense", 1, id="before anything"),
-    pytest.param("progress run dense", 2, id="in the dense model"),
-    pytest.param("rename work/dense-states-00001", 1, id="before the second layer has its name"),
+    pytest.param("progress check dense", 1, id="before anything", **LONG),
+    pytest.param("progress run dense", 2, id="in the dense model", **LONG),
+    pytest.param("rename work/dense-states-00001", 1, id="before the second layer has its name", **LONG),
     pytest.param("write work/moesparse_journal.json", 5, id="with the states of two layers"),
-    pytest.param("progress run pruned-0", 2, id="in the first pruned model"),
+    pytest.param("progress run pruned-0", 2, id="in the first pruned model", **LONG),
     pytest.param("progress compare pruned-0", 2, id="at the logits"),
-    pytest.param("progress run pruned-1", 2, id="in the second pruned model"),
+    pytest.param("progress run pruned-1", 2, id="in the second pruned model", **LONG),
     pytest.param("progress load pruned-0", 1, id="at the continuations"),
 ]
 

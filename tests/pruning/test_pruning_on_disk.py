@@ -79,14 +79,15 @@ def test_magnitude_needs_no_text_and_gives_the_bits_of_the_whole_model(family, w
     assert [(block.name, block.tensors) for block in got.blocks] == [(b.name, b.tensors) for b in want.blocks]
 
 
-def test_magnitude_killed_anywhere_goes_on_to_the_same_bits(source, tmp_path):
+@pytest.mark.parametrize("places", [2, pytest.param(8, marks=pytest.mark.long)])
+def test_magnitude_killed_anywhere_goes_on_to_the_same_bits(places, source, tmp_path):
     recipe = Recipe(weights="2:4", saliency="magnitude", update="none")
 
     def go_on(out, progress, resume=False):
         prune_checkpoint(source, out, None, recipe, resume=resume, progress=progress)
 
     total = len(lines(lambda progress: go_on(tmp_path / "whole", progress)))
-    for step in sorted(random.Random(1).sample(range(1, total + 1), 8)):
+    for step in sorted(random.Random(1).sample(range(1, total + 1), places)):
         out = tmp_path / f"killed-{step}"
         killed(lambda progress, out=out: go_on(out, progress), at("", kill, step))
         if not (out / "config.json").exists() or (out / JOURNAL_FILE).exists():
@@ -112,9 +113,10 @@ def killed_at(step, source, out):
     killed(lambda progress: run(source, out, resume=out.exists(), progress=progress), at("", kill, step))
 
 
-def test_killed_anywhere_the_run_goes_on_to_the_same_bits(source, pruned, tmp_path):
+@pytest.mark.parametrize("places", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_anywhere_the_run_goes_on_to_the_same_bits(places, source, pruned, tmp_path):
     total = len(lines(lambda progress: run(source, tmp_path / "counted", progress=progress)))
-    chosen = sorted(random.Random(0).sample(range(1, total + 1), 20))
+    chosen = sorted(random.Random(0).sample(range(1, total + 1), places))
     for step in chosen:
         out = tmp_path / f"killed-{step}"
         killed_at(step, source, out)
