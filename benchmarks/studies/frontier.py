@@ -1,17 +1,19 @@
 """Perplexity against bits a weight: values rounded by every rule, with a 2:4 mask and without one.
 
     python -m benchmarks.studies.frontier [--quick] [--seeds 1] [--testbed embedded] [-o FOLDER]
+    python -m benchmarks.studies.frontier --seeds 3 --variant text      # whether the gate helps where text is longer
 
 Writes study_frontier.json and study_frontier.png. Bits are those of the expert matrices as their format would take
 them: codes, scales, and under a mask one bit a weight. GPTQ is also run in the order of the columns, and without
-solving for scales again in the end, neither of which a recipe can ask for. "above" is the mean over windows of the log
+solving for scales again in the end, neither of which a recipe can ask for, and both GPTQs on 160 windows ("text").
+"above" is the mean over windows of the log
 loss above the dense model's, with its standard error. Protocol otherwise: study_protocol.py.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +30,8 @@ MASK = {"saliency": "gated-sparsegpt", "update": "least-squares+rescale"}
 FORMATS = ("int8", "int4:64", "int3:64", "int2:64")
 OTHERS = ("fp8", "fp8:128x128", "mxfp4", "nvfp4", "int4:64:zero", "int3:64:zero", "int2:64:zero")
 BEST = "gated-gptq"
-VARIANTS: dict[str, dict[str, Any]] = {"columns": {"order": "columns"}, "unsolved": {"resolve": False}}
+VARIANTS: dict[str, dict[str, Any]] = {"columns": {"order": "columns"}, "unsolved": {"resolve": False}, "text": {}}
+MORE_WINDOWS = 160
 
 
 class Point(NamedTuple):
@@ -49,7 +52,8 @@ def points(quick: bool) -> list[Point]:
     found += [Point("2:4", values, rule) for values in FORMATS[:2] for rule in VALUE_RULES]
     found += [Point("2:4", "int3:64", rule) for rule in ("rtn-mse", BEST)]
     found += [Point(None, values, BEST) for values in OTHERS]
-    found += [Point(None, values, BEST, variant) for variant in VARIANTS for values in FORMATS[1:]]
+    found += [Point(None, values, BEST, variant) for variant in ("columns", "unsolved") for values in FORMATS[1:]]
+    found += [Point(None, values, rule, "text") for values in FORMATS[1:] for rule in ("gptq", BEST)]
     return found
 
 
@@ -67,10 +71,9 @@ def rounded(study: Study, point: Point, seed: int, dense: Score) -> dict[str, An
     """One model's perplexity, its bits a weight, and how far its loss is above the dense one's."""
     recipe = Recipe(weights=point.weights, values=point.values, value_rule=point.rule or "auto", seed=seed, **MASK)
     model = copy.deepcopy(study.model)
+    windows = study.draw(MORE_WINDOWS if point.variant == "text" else study.calibration_windows, seed)
     with variant_of(point.variant):
-        report = prune(
-            model, study.draw(study.calibration_windows, seed), recipe, batch_size=study.batch, progress=None
-        )
+        report = prune(model, windows, recipe, batch_size=study.batch, progress=None)
     scored = study.scores(model)
     above, error = scored.above(dense)
     # 2:4 in bfloat16: half of the values, and one bit that says which
@@ -78,12 +81,14 @@ def rounded(study: Study, point: Point, seed: int, dense: Score) -> dict[str, An
     return {"perplexity": scored.perplexity, "bits": bits, "above": above, "above_error": error}
 
 
-def run(study: Study) -> None:
-    """Every point with every draw."""
+def run(study: Study, variants: Sequence[str] = ("", *VARIANTS)) -> None:
+    """Every point of these variants with every draw."""
     row = study.measure(lambda: _dense(study), weights="dense")
     dense = Score(row["nats"])
     for seed in study.seeds:
         for point in points(study.quick):
+            if point.variant not in variants:
+                continue
             setting = {**point._asdict(), "weights": point.weights or "none", "seed": seed}
             study.measure(partial(rounded, study, point, seed, dense), **setting)
 
@@ -121,6 +126,8 @@ def show(study: Study) -> None:
     print(f"dense {study.rows[0]['perplexity']:.2f}")
     for point in points(study.quick):
         rows = study.select(**{**point._asdict(), "weights": point.weights or "none"})
+        if not rows:
+            continue
         mean, deviation = mean_and_spread(row["perplexity"] for row in rows)
         above, error = (sum(row[name] for row in rows) / len(rows) for name in ("above", "above_error"))
         name = f"{point.weights or 'none':5} {point.values or 'bf16':13} {point.rule:11} {point.variant:9}"
@@ -128,8 +135,11 @@ def show(study: Study) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__).parse_args(arguments)
-    Study("study_frontier", options).conduct(run, show, figure)
+    options = parser(__doc__)
+    options.add_argument("--variant", action="append", choices=VARIANTS, help="these alone; repeat for more")
+    chosen = options.parse_args(arguments)
+    asked = partial(run, variants=chosen.variant or ("", *VARIANTS))
+    Study("study_frontier", chosen).conduct(asked, show, figure)
 
 
 if __name__ == "__main__":
