@@ -1,7 +1,7 @@
 """Packed n:m expert weights: the kept values and one bit per weight that says where they were.
 
 Symbols: E experts, N rows (output features), K columns (input features); a group is m neighbouring columns of one row,
-of which n are kept. Two orders of the same content:
+of which n are kept. Three orders of the same content:
 
 "row" (on disk, any n:m)
     values  [E, N, K * n / m], the weight's dtype: the kept weights of a row, left to right.
@@ -19,7 +19,18 @@ of which n are kept. Two orders of the same content:
             kept, p = 2 * kt + p2.
     Bytes: those of "row" at the padded N and K.
 
-Every group holds exactly n bits in both orders: a group with fewer non-zeros is filled with explicit zeros. A value is
+"mma_sp" (on NVIDIA GPUs, 2:4 and 16-bit dtypes)
+    The order in which mma.sp::ordered_metadata.m16n8k32 wants its sparse operand (PTX ISA, matrix fragments of sparse
+    mma.m16n8k32); padded as "fragment". A unit is 64 rows by 128 columns, 9 KB in one piece of each tensor; its row is
+    16 * w + 8 * half + g, its group 8 * kt + 4 * hi + q, and lane = 4 * g + q.
+    values  int32 [E, N/64, K/128, kt 4, w 4, lane 32, 4]; word 2 * hi + half holds a group's two kept weights, the
+            first in the low half. kt is one instruction.
+    index   int32 [E, N/64, K/128, w 4, lane 32, s 2]; word s holds the columns 64 * s to 64 * s + 63: the four bits
+            from 16 * half + 4 * j on name the kept columns of their group 4 * q + j, first + 4 * second.
+            Instruction kt reads word kt / 2 of the lanes q = 2 * (kt % 2) and the next: its selector is kt % 2.
+    Bytes: those of "fragment".
+
+Every group holds exactly n bits in every order: a group with fewer non-zeros is filled with explicit zeros. A value is
 a bit pattern here: -0.0, subnormals and NaN come back as they went in.
 """
 
@@ -31,13 +42,20 @@ from dataclasses import dataclass, replace
 import torch
 
 from .row_order import as_bits, count_kept, decode_rows, encode_rows, pack_bits, row_blocks, unpack_bits
+from .tensor_core_orders import ORDERS, TILE, padded
 
-__all__ = ["FRAGMENT_TILE", "GROUP_SIZES", "NMWeight"]
+__all__ = ["GROUP_SIZES", "NMWeight", "order_of"]
 
-FRAGMENT_TILE = 128
 GROUP_SIZES = (4, 8, 16, 32)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def order_of(values: torch.Tensor, index: torch.Tensor) -> str:
+    """The order of stored tensors, by their dtype and shape."""
+    if values.dtype != torch.int32:
+        return "row"
+    return "mma_sp" if index.shape[-1] == 2 else "fragment"
 
 
 def check_pattern(n: int, m: int) -> None:
@@ -51,10 +69,6 @@ def check_columns(K: int, m: int) -> None:
     step = math.lcm(m, 8)
     if K % step:
         raise ValueError(f"K must be a multiple of {step} (whole groups of {m} and whole index bytes), got {K}")
-
-
-def _ceil_to(size: int, step: int) -> int:
-    return -(-size // step) * step
 
 
 def _first_group(wrong: torch.Tensor) -> tuple[int, int]:
@@ -99,47 +113,6 @@ def check_groups(index: torch.Tensor, n: int, m: int, expert: int, first_row: in
         )
 
 
-def _row_to_fragment(values: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One 2:4 expert, values (N, K / 2) and index (N, K / 8) -> its int32 fragment tensors, padded."""
-    N, K = values.shape[0], values.shape[1] * 2
-    rows, columns = _ceil_to(N, FRAGMENT_TILE), _ceil_to(K, FRAGMENT_TILE)
-    if (rows, columns) != (N, K):
-        padded_values = values.new_zeros(rows, columns // 2)
-        padded_values[:N, : K // 2] = values
-        # 0b0011 twice: a padding group keeps its first two (zero) columns
-        padded_index = index.new_full((rows, columns // 8), 0x33)
-        padded_index[:N, : K // 8] = index
-        values, index = padded_values, padded_index
-
-    halves = as_bits(values).view(rows // 128, 4, 4, 8, columns // 64, 2, 4, 2, 2)  # tile w r g kt p2 q b v
-    words = halves.permute(0, 4, 2, 1, 3, 6, 5, 8, 7).contiguous().view(torch.int32)  # tile kt r w g q p2 v (b)
-    nibbles = torch.stack([index & 15, index >> 4], dim=-1)
-    nibbles = nibbles.view(rows // 128, 4, 4, 8, columns // 128, 2, 2, 4, 2)  # tile w r g kb kt p2 q b
-    nibbles = nibbles.permute(0, 4, 1, 3, 7, 2, 8, 5, 6)  # tile kb w g q r b kt p2
-    lanes = (nibbles[..., 0] | (nibbles[..., 1] << 4)).flatten(-2).contiguous().view(torch.int32)
-    return (
-        words.view(rows // 128, columns // 64, 4, 4, 32, 4),
-        lanes.view(rows // 128, columns // 128, 4, 32, 4),
-    )
-
-
-def _fragment_to_row(
-    values: torch.Tensor, index: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `_row_to_fragment`, padding included."""
-    rows, columns = values.shape[0] * 128, values.shape[1] * 64
-    halves = values.view(torch.int16).view(rows // 128, columns // 64, 4, 4, 8, 4, 2, 2, 2)
-    halves = halves.permute(0, 3, 2, 4, 1, 6, 5, 8, 7)  # tile w r g kt p2 q b v
-    pairs = index.view(torch.uint8).view(rows // 128, columns // 128, 4, 8, 4, 4, 2, 2)  # tile kb w g q r b kt
-    nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1)
-    nibbles = nibbles.permute(0, 2, 5, 3, 1, 7, 8, 4, 6)  # tile w r g kb kt p2 q b
-    row_index = nibbles[..., 0] | (nibbles[..., 1] << 4)
-    return (
-        halves.reshape(rows, columns // 2).view(dtype),
-        row_index.reshape(rows, columns // 8),
-    )
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class NMWeight:
     """An n:m weight of E experts, packed. Immutable; the tensors are contiguous and on one device.
@@ -153,7 +126,7 @@ class NMWeight:
         shape: (E, N, K) of the dense weight, N output and K input features, without padding.
         n: weights kept in each group.
         m: columns in a group.
-        order: "row" or "fragment".
+        order: "row", "fragment" or "mma_sp".
         dtype: dtype of the dense weight, torch.bfloat16, torch.float16 or torch.float32.
     """
 
@@ -179,15 +152,9 @@ class NMWeight:
                 "values": (self.dtype, (E, N, K // self.m * self.n)),
                 "index": (torch.uint8, (E, N, K // 8)),
             }
-        elif self.order == "fragment":
-            self._check_fragment_kind()
-            rows, columns = _ceil_to(N, FRAGMENT_TILE), _ceil_to(K, FRAGMENT_TILE)
-            wanted = {
-                "values": (torch.int32, (E, rows // 128, columns // 64, 4, 4, 32, 4)),
-                "index": (torch.int32, (E, rows // 128, columns // 128, 4, 32, 4)),
-            }
         else:
-            raise ValueError(f'order must be "row" or "fragment", got {self.order!r}')
+            values_shape, index_shape = self._tensor_core_shapes(self.order)
+            wanted = {"values": (torch.int32, values_shape), "index": (torch.int32, index_shape)}
         for name, (dtype, shape) in wanted.items():
             tensor = getattr(self, name)
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
@@ -200,11 +167,17 @@ class NMWeight:
         if self.values.device != self.index.device:
             raise ValueError(f"index must be on the device of values, {self.values.device}, got {self.index.device}")
 
-    def _check_fragment_kind(self) -> None:
+    def _tensor_core_shapes(self, order: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of values and index in an order of ORDERS, which only some weights have."""
+        if order not in ORDERS:
+            raise ValueError(f'order must be "row", "fragment" or "mma_sp", got {order!r}')
         if (self.n, self.m) != (2, 4):
-            raise ValueError(f'order "fragment" must be a 2:4 weight, got {self.n}:{self.m}')
+            raise ValueError(f'order "{order}" must be a 2:4 weight, got {self.n}:{self.m}')
         if self.dtype.itemsize != 2:
-            raise ValueError(f'order "fragment" must have a 16-bit dtype, got {self.dtype}')
+            raise ValueError(f'order "{order}" must have a 16-bit dtype, got {self.dtype}')
+        E, N, K = self.shape
+        values, index = ORDERS[order].shapes(padded(N), padded(K))
+        return (E, *values), (E, *index)
 
     def __repr__(self) -> str:
         return (
@@ -273,13 +246,13 @@ class NMWeight:
         if self.order == "row":
             return self.values[expert], self.index[expert]
         _, N, K = self.shape
-        values, index = _fragment_to_row(self.values[expert], self.index[expert], self.dtype)
+        values, index = ORDERS[self.order].unpack(self.values[expert], self.index[expert], self.dtype)
         return values[:N, : K // 2], index[:N, : K // 8]
 
     def unpack_expert(self, expert: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """The dense weight (N, K) of one expert: the masked weight bit for bit, pruned positions +0.0.
 
-        Memory: the result plus temporaries for a few million weights ("fragment": plus one packed expert).
+        Memory: the result plus temporaries for a few million weights (not in "row" order: plus one packed expert).
 
         Args:
             expert: 0 <= expert < E.
@@ -320,32 +293,38 @@ class NMWeight:
             if self.order == "row":
                 index = self.index[e]
             else:
-                _, index = _fragment_to_row(self.values[e], self.index[e], self.dtype)
+                _, index = ORDERS[self.order].unpack(self.values[e], self.index[e], self.dtype)
             check_groups(index, self.n, self.m, e, 0, "index")
         return self
 
     def to_order(self, order: str) -> NMWeight:
-        """The same weight in "row" or "fragment" order, bit for bit; self when it is in that order already.
+        """The same weight in another order, bit for bit; self when it is in that order already.
 
-        Memory: the result plus two packed experts. "fragment" pads N and K to multiples of 128.
+        Memory: the result plus two packed experts, and the weight in "row" order between two others. "fragment" and
+        "mma_sp" pad N and K to multiples of 128.
+
+        Raises:
+            ValueError: the weight cannot have that order; or a group without exactly n bits, which "mma_sp" has no
+                metadata for: names the first such expert, row and group.
         """
         if order == self.order:
             return self
+        if order != "row" and self.order != "row":
+            return self.to_order("row").to_order(order)
         E, N, K = self.shape
-        if order == "fragment":
-            self._check_fragment_kind()
-            rows, columns = _ceil_to(N, FRAGMENT_TILE), _ceil_to(K, FRAGMENT_TILE)
-            values = self.index.new_empty(E, rows // 128, columns // 64, 4, 4, 32, 4, dtype=torch.int32)
-            index = self.index.new_empty(E, rows // 128, columns // 128, 4, 32, 4, dtype=torch.int32)
-            for e in range(E):
-                values[e], index[e] = _row_to_fragment(self.values[e], self.index[e])
-        elif order == "row":
+        if order == "row":
             values = torch.empty(E, N, K // 2, dtype=self.dtype, device=self.device)
             index = torch.empty(E, N, K // 8, dtype=torch.uint8, device=self.device)
             for e in range(E):
                 values[e], index[e] = self._expert_rows(e)
         else:
-            raise ValueError(f'order must be "row" or "fragment", got {order!r}')
+            values_shape, index_shape = self._tensor_core_shapes(order)
+            values = self.index.new_empty(values_shape, dtype=torch.int32)
+            index = self.index.new_empty(index_shape, dtype=torch.int32)
+            for e in range(E):
+                if order == "mma_sp":
+                    check_groups(self.index[e], 2, 4, e, 0, "index")
+                values[e], index[e] = ORDERS[order].pack(self.values[e], self.index[e])
         return replace(self, values=values, index=index, order=order)
 
     def to(self, device: torch.device | str | None = None, *, order: str | None = None) -> NMWeight:
@@ -358,14 +337,14 @@ class NMWeight:
     def rows(self, start: int, stop: int) -> NMWeight:
         """Rows start..stop of every expert: what one rank of a column-parallel layer holds.
 
-        In "fragment" order both ends must be multiples of 128, or stop = N. May share memory with self.
+        In the orders of tensor cores both ends must be multiples of 128, or stop = N. May share memory with self.
         """
         return self._slice(1, start, stop, step=1)
 
     def columns(self, start: int, stop: int) -> NMWeight:
         """Columns start..stop, both multiples of lcm(m, 8): what one rank of a row-parallel layer holds.
 
-        In "fragment" order both ends must be multiples of 128, or stop = K. May share memory with self.
+        In the orders of tensor cores both ends must be multiples of 128, or stop = K. May share memory with self.
         """
         return self._slice(2, start, stop, step=math.lcm(self.m, 8))
 
@@ -382,13 +361,13 @@ class NMWeight:
                 raise ValueError(f"{name} must start and stop at multiples of {step}, got {start}..{stop}")
             values_per, index_per = (1, 1) if axis == 1 else (self.m, 8)
         else:
-            if start % FRAGMENT_TILE or (stop % FRAGMENT_TILE and stop != size):
+            if start % TILE or (stop % TILE and stop != size):
                 raise ValueError(
-                    f'{name} must start and stop at multiples of {FRAGMENT_TILE} in "fragment" order, '
+                    f'{name} must start and stop at multiples of {TILE} in "{self.order}" order, '
                     f'got {start}..{stop}; slice to_order("row") instead'
                 )
-            stop = _ceil_to(stop, FRAGMENT_TILE)
-            values_per, index_per = (128, 128) if axis == 1 else (64, 128)
+            stop, order = padded(stop), ORDERS[self.order]
+            values_per, index_per = (order.rows, order.rows) if axis == 1 else order.columns
         size = stop - start
         values = self.values.narrow(axis, start // values_per * values_times, size // values_per * values_times)
         index = self.index.narrow(axis, start // index_per, size // index_per)

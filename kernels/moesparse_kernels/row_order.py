@@ -22,7 +22,7 @@ import torch
 
 from .native_library import unpack_rows
 
-__all__ = ["as_bits", "count_kept", "decode_rows", "encode_rows", "pack_bits", "row_blocks", "unpack_bits"]
+__all__ = ["as_bits", "count_kept", "decode_rows", "encode_rows", "look_up", "pack_bits", "row_blocks", "unpack_bits"]
 
 # weights handled at a time: on a CPU the temporaries of a block stay in its cache, a GPU wants fewer launches
 _BLOCK_CPU, _BLOCK_GPU = 2**19, 2**22
@@ -93,6 +93,11 @@ def as_bits(weight: torch.Tensor) -> torch.Tensor:
     """The same memory as integers: exact for -0.0 and under flush-to-zero, and where torch copies fp16 through fp32,
     which would set a bit of a signalling NaN."""
     return weight.view(torch.int32 if weight.element_size() == 4 else torch.int16)
+
+
+def look_up(table: Callable[[torch.device], torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    """uint8 of any shape -> the entries of a cached table of bytes (256,), same shape."""
+    return _table_for(table, index).index_select(0, index.reshape(-1).to(torch.int32)).view(index.shape)
 
 
 def unpack_bits(index: torch.Tensor) -> torch.Tensor:
