@@ -302,7 +302,7 @@ def test_a_device_is_lost_when_it_answers_no_more(monkeypatch):
 
 def test_a_part_whose_device_is_lost_goes_on_in_a_new_process(monkeypatch):
     codes, commands = [DEVICE_LOST, DEVICE_LOST, 0], []
-    monkeypatch.setattr(gpu, "_python", lambda options, *words: commands.append(words) or codes.pop(0))
+    monkeypatch.setattr(gpu, "_python", lambda options, *words, limit: commands.append(words) or codes.pop(0))
     options = argparse.Namespace(shapes=None, results=None, dry=False, again=True)
     assert PARTS["decode"](options)
     assert ["--again" in words for words in commands] == [True, False, False]
