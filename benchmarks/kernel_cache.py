@@ -67,7 +67,7 @@ def compiling(capability: int, multiprocessors: int) -> Iterator[list[str]]:
     """Every launch compiles and does not run, for a card of these; gives the names of the kernels launched."""
     from triton.runtime import driver, jit
 
-    from moesparse_kernels import tuning
+    from moesparse_kernels import moe_gpu, tuning
 
     launched: list[str] = []
 
@@ -83,6 +83,7 @@ def compiling(capability: int, multiprocessors: int) -> Iterator[list[str]]:
     tuning._has_wgmma = lambda _: capability // 10 == 9
     tuning._multiprocessors = lambda _: multiprocessors
     tuning._table = lambda _: {}
+    early, moe_gpu.starts_early = moe_gpu.starts_early, lambda _: capability >= 90
     jit.JITFunction.__getitem__ = compile_only
     driver.set_active(_Driver(capability))
     try:
@@ -91,6 +92,7 @@ def compiling(capability: int, multiprocessors: int) -> Iterator[list[str]]:
         # not reset_active: without a GPU there is none to go back to
         driver._active = active
         jit.JITFunction.__getitem__ = launch
+        moe_gpu.starts_early = early
         for name, value in kept.items():
             setattr(tuning, name, value)
 
@@ -106,7 +108,7 @@ def _packed(E: int, N: int, K: int) -> Any:
 
 def calls(shape: Shape, tokens: int) -> None:
     """The packed and the dense layer of a shape."""
-    from moesparse_kernels.moe_gpu import down_gpu, up_gpu
+    from moesparse_kernels.moe_gpu import down_gpu, has_few_slots, layer_of_few_slots, up_gpu
     from moesparse_kernels.ops import route_inside
     from moesparse_kernels.schedule import Routings
 
@@ -115,6 +117,9 @@ def calls(shape: Shape, tokens: int) -> None:
     x, gates = empty(tokens, H), empty(tokens, shape.top_k)
     index = torch.empty(tokens, shape.top_k, dtype=torch.int64, device="meta")
     for gate_up, down in ((_packed(E, 2 * I, H), _packed(E, H, I)), (empty(E, 2 * I, H), empty(E, H, I))):
+        if has_few_slots(gate_up, index, gated=True):
+            layer_of_few_slots(x, index, gates, gate_up, down, None, None, "silu", gated=True)
+            continue
         routings = Routings(index, E, route_inside)
         rows = up_gpu(x, index, gate_up, None, "silu", True, "triton", routings)
         down_gpu(rows, index, gates, down, None, "triton", routings)

@@ -45,7 +45,13 @@ Run = Callable[[GroupedConfig], torch.Tensor]
 _PACKED_BACKENDS = ("triton", "semi_structured", "unpack")
 # values each field may take, in the order they are tried; block_m is chosen for both GEMMs together
 _OPTIONS: dict[str, dict[str, Sequence[Any]]] = {
-    "nm": {"swap": (False, True), "num_stages": (2, 3, 4), "split_k": (1, 2, 4, 8), "group_m": (1, 8, 32)},
+    "nm": {
+        "swap": (False, True),
+        "block_n": (64, 128),
+        "num_stages": (2, 3, 4),
+        "split_k": (1, 2, 4, 8),
+        "group_m": (1, 8, 32),
+    },
     "dense": {
         "block_k": (64, 128),
         "num_stages": (2, 3, 4),

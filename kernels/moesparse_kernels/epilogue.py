@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 __all__ = ["activate", "activate_rows", "combine"]
 
@@ -128,37 +129,47 @@ def activate_rows(
     return out
 
 
-@triton.jit(do_not_specialize=("R",), do_not_specialize_on_alignment=("row_of_ptr",))
+@triton.jit(do_not_specialize=("R", "E"), do_not_specialize_on_alignment=("row_of_ptr",))
 def _combine_kernel(
     rows_ptr,  # (SPLIT_K, R, H)
     bias_ptr,  # (E, H), read when HAS_BIAS
-    top_k_index_ptr,  # (T, TOP_K), read when HAS_BIAS
+    top_k_index_ptr,  # (T, TOP_K), read when HAS_BIAS or not SORTED
     top_k_weights_ptr,  # (T, TOP_K)
-    row_of_ptr,  # (T, TOP_K) int32, -1 when dropped
+    row_of_ptr,  # (T, TOP_K) int32, -1 when dropped; read when SORTED
     out_ptr,  # (T, H)
     R,
     H,
+    E,
     TOP_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SORTED: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """Grid (T, cdiv(H, BLOCK_H)): one program sums one token's slice of H."""
+    if EARLY:
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
     acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
     for k in range(TOP_K):
         # int64, because row * H passes 2**31 for long prompts
-        row = tl.load(row_of_ptr + token * TOP_K + k).to(tl.int64)
+        slot = token * TOP_K + k
+        if SORTED:
+            row = tl.load(row_of_ptr + slot).to(tl.int64)
+        else:
+            chosen = tl.load(top_k_index_ptr + slot)
+            row = tl.where((chosen >= 0) & (chosen < E), slot, -1)
         mask = tl.where(mask_h, row, -1) >= 0
         value = tl.zeros((BLOCK_H,), dtype=tl.float32)
         for split in tl.static_range(SPLIT_K):
             value += tl.load(rows_ptr + (split * R + row) * H + offs_h, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            expert = tl.load(top_k_index_ptr + token * TOP_K + k).to(tl.int64)
+            expert = tl.load(top_k_index_ptr + slot).to(tl.int64)
             value += tl.load(bias_ptr + expert * H + offs_h, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(top_k_weights_ptr + token * TOP_K + k).to(tl.float32)
+        gate = tl.load(top_k_weights_ptr + slot).to(tl.float32)
         # a dropped slot adds nothing, whatever its gate holds
         acc += tl.where(mask, gate * value, 0.0)
     tl.store(out_ptr + token * H + offs_h, acc.to(out_ptr.dtype.element_ty), mask=mask_h)
@@ -169,8 +180,11 @@ def combine(
     bias: torch.Tensor | None,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    row_of: torch.Tensor,
+    row_of: torch.Tensor | None,
     dtype: torch.dtype,
+    *,
+    num_experts: int = 0,
+    early: bool = False,
 ) -> torch.Tensor:
     """Weight each token's rows by its gates and add them, choice by choice.
 
@@ -179,14 +193,16 @@ def combine(
         bias: (E, H) or None.
         top_k_index: (T, top_k).
         top_k_weights: (T, top_k), any float dtype.
-        row_of: (T, top_k) int32 from `route`.
+        row_of: (T, top_k) int32 from `route`; None where row r is slot r.
         dtype: dtype of the result.
+        num_experts: E, without row_of: slots of ids outside 0..E-1 are dropped.
+        early: may begin before what was launched last has ended, and waits for it.
 
     Returns:
         (T, H); fp32 accumulation, rounded once. A token whose slots are all dropped gets zeros.
     """
     splits, R, H = rows.shape
-    T, top_k = row_of.shape
+    T, top_k = top_k_index.shape
     out = torch.empty(T, H, dtype=dtype, device=rows.device)
     if out.numel() == 0:
         return out
@@ -196,13 +212,17 @@ def combine(
         rows if bias is None else bias,
         top_k_index,
         top_k_weights,
-        row_of,
+        top_k_index if row_of is None else row_of,
         out,
         R,
         H,
+        num_experts,
         TOP_K=top_k,
         SPLIT_K=splits,
         HAS_BIAS=bias is not None,
+        SORTED=row_of is not None,
+        EARLY=early,
         BLOCK_H=block_h,
+        **({"launch_pdl": True} if early else {}),
     )
     return out

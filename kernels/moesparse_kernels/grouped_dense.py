@@ -12,10 +12,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .epilogue import activate, activate_rows
 from .launch_order import block_and_tile
-from .schedule import Routing
+from .own_slots import own_slots, padded_experts, routed_by
+from .schedule import Routing, block_bound
 from .tuning import GroupedConfig
 
 __all__ = ["grouped_dense"]
@@ -23,7 +25,7 @@ __all__ = ["grouped_dense"]
 
 # what changes from call to call is no constant and no promise: a server would compile at every new batch size
 @triton.jit(
-    do_not_specialize=("R", "tiles", "num_blocks", "split_k", "group_m"),
+    do_not_specialize=("R", "E", "tiles", "num_blocks", "split_k", "group_m"),
     do_not_specialize_on_alignment=("slot_of_ptr", "offsets_ptr", "block_expert_ptr", "block_row_ptr"),
 )
 def _grouped_dense_kernel(
@@ -31,11 +33,12 @@ def _grouped_dense_kernel(
     weight_ptr,  # (E, N, K), last dim contiguous
     bias_ptr,  # (E, N), read when HAS_BIAS
     out_ptr,  # (split_k, R, N_OUT)
-    slot_of_ptr,  # (R,) int32, read when GATHER
+    slot_of_ptr,  # (R,) int32, read when GATHER; the experts of the slots when OWN
     offsets_ptr,  # (E + 1,) int32
     block_expert_ptr,  # (num_blocks,) int32
     block_row_ptr,  # (num_blocks,) int32
     R,
+    E,  # read when OWN
     N,
     K,
     N_OUT,  # N / 2 when GATED, else N
@@ -57,16 +60,30 @@ def _grouped_dense_kernel(
     BLOCK_K: tl.constexpr,
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
+    OWN: tl.constexpr,  # a program finds its rows itself
+    EXPERTS: tl.constexpr,  # for own_slots
+    FIRST: tl.constexpr,  # what is launched next may begin at once
+    EARLY: tl.constexpr,  # may begin before what was launched last, which wrote x, has ended
 ):
     """Grid (num_blocks * tiles, split_k): one program makes a block of rows by BLOCK_N weight rows."""
+    if FIRST:
+        gdc_launch_dependents()
     block, tile = block_and_tile(tl.program_id(0), tiles, num_blocks, group_m)
-    expert = tl.load(block_expert_ptr + block).to(tl.int64)
+    if OWN:
+        expert, offs_m, count = own_slots(slot_of_ptr, block, R, E, BLOCK_M, EXPERTS)
+        expert = expert.to(tl.int64)
+        mask_m = tl.arange(0, BLOCK_M) < count
+    else:
+        expert = tl.load(block_expert_ptr + block).to(tl.int64)
     if expert < 0:
         return
 
-    offs_m = tl.load(block_row_ptr + block) + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < tl.load(offsets_ptr + expert + 1)
-    if GATHER:
+    if not OWN:
+        offs_m = tl.load(block_row_ptr + block) + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < tl.load(offsets_ptr + expert + 1)
+    if GATHER and OWN:
+        source = offs_m // TOP_K
+    elif GATHER:
         source = tl.load(slot_of_ptr + offs_m, mask=mask_m, other=0) // TOP_K
     else:
         source = tl.where(mask_m, offs_m, 0)
@@ -92,6 +109,9 @@ def _grouped_dense_kernel(
     else:
         acc = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
         acc_up = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m[:, None], other=0.0)
@@ -135,7 +155,7 @@ def _grouped_dense_kernel(
 def grouped_dense(
     x: torch.Tensor,
     weight: torch.Tensor,
-    routing: Routing,
+    routing: Routing | None,
     top_k_index: torch.Tensor,
     config: GroupedConfig,
     *,
@@ -144,13 +164,15 @@ def grouped_dense(
     activation: str = "none",
     gated: bool = False,
     keep_splits: bool = False,
+    first: bool = False,
+    early: bool = False,
 ) -> torch.Tensor:
     """Multiply expert-sorted rows by their expert's dense weight; optionally bias and activation.
 
     Args:
         x: (T, K) when `gather`, else (R, K) in the order of `routing`; bf16 or fp16, last dim contiguous.
         weight: (E, N, K) of the dtype of x, last dim contiguous.
-        routing: from `route` with config.block_m.
+        routing: from `route` with config.block_m, or None, as for `grouped_nm`.
         top_k_index: (T, top_k), what was routed.
         config: launch sizes.
         gather: take the token of each row from x, instead of row r from row r.
@@ -158,14 +180,15 @@ def grouped_dense(
         activation: one of moe_reference.ACTIVATIONS, applied in fp32.
         gated: multiply the activated first half of N by the second half.
         keep_splits: return the fp32 partial sums of a split reduction, without bias, for `combine`.
+        first, early: as for `grouped_nm`.
 
     Returns:
         (R, N), or (R, N / 2) when gated; (config.split_k, R, N) when keep_splits. fp32 accumulation, rounded once to
         the dtype of x; fp32 for keep_splits with split_k > 1. Rows of dropped slots are not written.
     """
-    R = routing.slot_of.numel()
-    N, K = weight.shape[1:]
-    num_blocks = routing.block_expert.numel()
+    R = top_k_index.numel()
+    E, N, K = weight.shape
+    num_blocks = block_bound(R, E, config.block_m)
     split_k = config.split_k
     separate = split_k > 1 and not keep_splits
     fused = split_k == 1
@@ -179,11 +202,9 @@ def grouped_dense(
             weight,
             bias if fused and bias is not None else weight,
             out,
-            routing.slot_of,
-            routing.offsets,
-            routing.block_expert,
-            routing.block_row,
+            *routed_by(routing, top_k_index),
             R,
+            E,
             N,
             K,
             n_out,
@@ -205,9 +226,15 @@ def grouped_dense(
             BLOCK_K=config.block_k,
             SWAP=config.swap,
             STAGES=config.num_stages,
+            OWN=routing is None,
+            EXPERTS=padded_experts(R, E) if routing is None else 0,
+            FIRST=first,
+            EARLY=early,
             num_warps=config.num_warps,
+            **({"launch_pdl": True} if early else {}),
         )
     if separate:
+        assert routing is not None, "an activation of its own reads rows in the order of a routing"
         return activate_rows(
             out, bias, top_k_index, routing.slot_of, routing.offsets, activation, gated=gated, dtype=x.dtype
         )

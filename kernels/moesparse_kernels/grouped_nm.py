@@ -23,10 +23,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .epilogue import activate, activate_rows
 from .launch_order import block_and_tile
-from .schedule import Routing
+from .own_slots import own_slots, padded_experts, routed_by
+from .schedule import Routing, block_bound
 from .tuning import GroupedConfig
 
 __all__ = ["can_fuse_gate", "grouped_nm"]
@@ -63,27 +65,28 @@ def _halves(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def weight_tile(words, index, dtype: tl.constexpr, SWAP: tl.constexpr):
-    """A dense tile of 128 rows by 128 columns from its packed words; only names of registers move.
+def weight_tile(words, index, dtype: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr = 128):
+    """A dense tile of ROWS rows by 128 columns from its packed words; only names of registers move.
 
-    words: int32 (1024, 4), rows (kt 2, r 4, w 4, lane 32), columns (p2 2, v 2); index: int32 (128, 4), rows (w,
-    lane), columns r. Returns (N, K) when SWAP, else (K, N), with N and K in the order of `tile_row_order` and
-    `reorder_columns`.
+    words: int32 (8 * ROWS, 4), rows (kt 2, r ROWS / 32, w 4, lane 32), columns (p2 2, v 2); index: int32
+    (128, ROWS / 32), rows (w, lane), columns r. SWAP wants all 128 rows. Returns (N, K) when SWAP, else (K, N), with N
+    and K in the order of `tile_row_order` and `reorder_columns`.
     """
-    first, second = tl.split(tl.reshape(words, (1024, 2, 2)))
+    R: tl.constexpr = ROWS // 32
+    first, second = tl.split(tl.reshape(words, (8 * ROWS, 2, 2)))
     shifts = tl.arange(0, 4) * 4
     nibbles = index[:, :, None] >> shifts[None, None, :]  # (w lane, r, kt p2)
-    nibbles = tl.reshape(tl.trans(tl.reshape(nibbles, (128, 4, 2, 2)), (2, 1, 0, 3)), (1024, 2))
+    nibbles = tl.reshape(tl.trans(tl.reshape(nibbles, (128, R, 2, 2)), (2, 1, 0, 3)), (8 * ROWS, 2))
     column_0, column_1, column_2, column_3 = _expand(first, second, nibbles)
     # j = 2 * jh + jl is the column inside the group; axes (..., p2, jl, jh) from the joins below, then b
     columns = tl.join(tl.join(column_0, column_2), tl.join(column_1, column_3))
-    tile = tl.reshape(_halves(columns, dtype), (2, 4, 4, 8, 4, 2, 2, 2, 2))  # kt r w g q p2 jh jl b
+    tile = tl.reshape(_halves(columns, dtype), (2, R, 4, 8, 4, 2, 2, 2, 2))  # kt r w g q p2 jh jl b
     if SWAP:
         tile = tl.reshape(tile, (2, 2, 2, 4, 8, 4, 2, 2, 2, 2))  # kt r1 r0 w g q p2 jh jl b
         tile = tl.trans(tile, (1, 3, 2, 4, 0, 6, 7, 8, 5, 9))  # r1 w r0 g | kt p2 jh jl q b
     else:
         tile = tl.trans(tile, (0, 5, 6, 4, 7, 8, 1, 2, 3))  # kt p2 jh q jl b | r w g
-    return tl.reshape(tile, (128, 128))
+    return tl.reshape(tile, (128, ROWS))
 
 
 @triton.jit
@@ -98,9 +101,9 @@ def reorder_columns(x, BLOCK_M: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def tile_row_order(SWAP: tl.constexpr):
+def tile_row_order(SWAP: tl.constexpr, ROWS: tl.constexpr = 128):
     """Row of the weight tile, 32 * w + 8 * r + g, behind each position along N of the product."""
-    i = tl.arange(0, 128)
+    i = tl.arange(0, ROWS)
     if SWAP:  # positions (r1, w, r0, g)
         order = ((i // 16) % 4) * 32 + (i // 64) * 16 + ((i // 8) % 2) * 8 + i % 8
     else:  # positions (r, w, g)
@@ -108,9 +111,17 @@ def tile_row_order(SWAP: tl.constexpr):
     return order
 
 
+@triton.jit
+def _prefetch(pointers):
+    """Lines of 128 bytes into L2; NVIDIA's only."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 # what changes from call to call is no constant and no promise: a server would compile at every new batch size
 @triton.jit(
-    do_not_specialize=("R", "tiles", "k_steps", "num_blocks", "split_k", "group_m"),
+    do_not_specialize=("R", "E", "tiles", "k_steps", "num_blocks", "split_k", "group_m"),
     do_not_specialize_on_alignment=("slot_of_ptr", "offsets_ptr", "block_expert_ptr", "block_row_ptr"),
 )
 def _grouped_nm_kernel(
@@ -119,11 +130,12 @@ def _grouped_nm_kernel(
     index_ptr,  # (E, tiles, K_PAD / 128, 4, 32, 4) int32
     bias_ptr,  # (E, N), read when HAS_BIAS
     out_ptr,  # (split_k, R, N_OUT)
-    slot_of_ptr,  # (R,) int32, read when GATHER
+    slot_of_ptr,  # (R,) int32, read when GATHER; the experts of the slots when OWN
     offsets_ptr,  # (E + 1,) int32
     block_expert_ptr,  # (num_blocks,) int32
     block_row_ptr,  # (num_blocks,) int32
     R,
+    E,  # read when OWN
     N,
     K,
     N_OUT,  # N / 2 when GATED, else N
@@ -142,37 +154,61 @@ def _grouped_nm_kernel(
     BLOCK_M: tl.constexpr,
     SWAP: tl.constexpr,
     STAGES: tl.constexpr,
+    ROWS: tl.constexpr,  # weight rows of a program: 128, or 64 where not SWAP
+    OWN: tl.constexpr,  # a program finds its rows itself
+    EXPERTS: tl.constexpr,  # for own_slots
+    FIRST: tl.constexpr,  # what is launched next may begin at once
+    EARLY: tl.constexpr,  # may begin before what was launched last, which wrote x, has ended
 ):
-    """Grid (num_blocks * tiles, split_k): one program makes a block of rows by a tile of 128 weight rows."""
-    block, tile = block_and_tile(tl.program_id(0), tiles, num_blocks, group_m)
-    expert = tl.load(block_expert_ptr + block).to(tl.int64)
+    """Grid (num_blocks * tiles * 128 / ROWS, split_k): one program makes a block of rows by ROWS weight rows."""
+    if FIRST:
+        gdc_launch_dependents()
+    PARTS: tl.constexpr = 128 // ROWS
+    block, tile = block_and_tile(tl.program_id(0), tiles * PARTS, num_blocks, group_m)
+    if OWN:
+        expert, offs_m, count = own_slots(slot_of_ptr, block, R, E, BLOCK_M, EXPERTS)
+        expert = expert.to(tl.int64)
+        mask_m = tl.arange(0, BLOCK_M) < count
+    else:
+        expert = tl.load(block_expert_ptr + block).to(tl.int64)
     if expert < 0:
         return
 
-    offs_m = tl.load(block_row_ptr + block) + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < tl.load(offsets_ptr + expert + 1)
-    if GATHER:
+    if not OWN:
+        offs_m = tl.load(block_row_ptr + block) + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < tl.load(offsets_ptr + expert + 1)
+    if GATHER and OWN:
+        source = offs_m // TOP_K
+    elif GATHER:
         source = tl.load(slot_of_ptr + offs_m, mask=mask_m, other=0) // TOP_K
     else:
         source = tl.where(mask_m, offs_m, 0)
 
     # packed words of a tile: 32 int32 of values and 4 of index for each column of the padded weight
     k_pad = k_steps * 128
-    word = tl.arange(0, 1024)
+    word = tl.arange(0, 8 * ROWS)
     quad = tl.arange(0, 4)
     thread = tl.arange(0, 128)
+    RS: tl.constexpr = ROWS // 32
+    eight = tl.arange(0, RS)
     if GATED:
-        # r = 2 * s + rr: s picks the gate tile or the up tile, rr the row pair inside this half of it
-        half = tile % 2
-        first_tile = expert * tiles + tile // 2
+        # r = RS / 2 * s + rr: s picks the gate tile or the up tile, rr the eight rows inside this part of it
+        HALF: tl.constexpr = RS // 2
+        part = tile % (2 * PARTS)
+        first_tile = expert * tiles + tile // (2 * PARTS)
         up_tile = tl.cast(tiles // 2, tl.int64)
-        s, rr = (word // 256) % 2, (word // 128) % 2
-        words = s * up_tile * (k_pad * 32) + (word // 512) * 2048 + (half * 2 + rr) * 512 + (word % 128) * 4
-        lanes = (quad // 2) * up_tile * (k_pad * 4) + half * 2 + quad % 2
-    else:
+        s, rr = (word // (128 * HALF)) % 2, (word // 128) % HALF
+        words = s * up_tile * (k_pad * 32) + (word // (128 * RS)) * 2048 + (part * HALF + rr) * 512 + (word % 128) * 4
+        lanes = (eight // HALF) * up_tile * (k_pad * 4) + part * HALF + eight % HALF
+    elif PARTS == 1:
         first_tile = expert * tiles + tile
         words = word * 4
-        lanes = quad
+        lanes = eight
+    else:
+        part = tile % PARTS
+        first_tile = expert * tiles + tile // PARTS
+        words = (word // (128 * RS)) * 2048 + (part * RS + (word // 128) % RS) * 512 + (word % 128) * 4
+        lanes = part * RS + eight
     values_ptrs = values_ptr + first_tile * (k_pad * 32) + words[:, None] + quad[None, :]
     index_ptrs = index_ptr + first_tile * (k_pad * 4) + thread[:, None] * 4 + lanes[None, :]
 
@@ -188,7 +224,14 @@ def _grouped_nm_kernel(
     if SWAP:
         acc = tl.zeros((128, BLOCK_M), dtype=tl.float32)
     else:
-        acc = tl.zeros((BLOCK_M, 128), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
+    if EARLY:
+        # the weight does not wait for anybody: its first two steps into L2 meanwhile
+        ahead = values_ptr + first_tile * (k_pad * 32) + tl.arange(0, 128) * 32
+        for more in tl.static_range(2):
+            _prefetch(ahead + tl.minimum(first_step + more, k_steps - 1) * 4096)
+        gdc_wait()
+        gdc_launch_dependents()
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         packed = tl.load(values_ptrs)
         index = tl.load(index_ptrs)
@@ -197,7 +240,7 @@ def _grouped_nm_kernel(
         else:
             columns = step * 128 + tl.arange(0, 128)
             x = tl.load(x_ptrs, mask=mask_m[:, None] & (columns < K)[None, :], other=0.0)
-        weight = weight_tile(packed, index, x_ptr.dtype.element_ty, SWAP)
+        weight = weight_tile(packed, index, x_ptr.dtype.element_ty, SWAP, ROWS)
         x = reorder_columns(x, BLOCK_M, SWAP)
         if SWAP:
             acc = tl.dot(weight, x.T, acc)
@@ -217,13 +260,13 @@ def _grouped_nm_kernel(
             i = tl.arange(0, 64)
             offs_n = (i // 16) * 32 + ((i // 8) % 2) * 8 + i % 8
         else:
-            parts = tl.trans(tl.reshape(acc, (BLOCK_M, 2, 2, 4, 8)), (0, 2, 3, 4, 1))
+            parts = tl.trans(tl.reshape(acc, (BLOCK_M, 2, HALF, 4, 8)), (0, 2, 3, 4, 1))
             gate, up = tl.split(parts)
-            gate = tl.reshape(gate, (BLOCK_M, 64))
-            up = tl.reshape(up, (BLOCK_M, 64))
-            i = tl.arange(0, 64)
+            gate = tl.reshape(gate, (BLOCK_M, ROWS // 2))
+            up = tl.reshape(up, (BLOCK_M, ROWS // 2))
+            i = tl.arange(0, ROWS // 2)
             offs_n = ((i // 8) % 4) * 32 + (i // 32) * 8 + i % 8
-        offs_n += (tile // 2) * 128 + half * 16
+        offs_n += (tile // (2 * PARTS)) * 128 + part * HALF * 8
         mask_n = offs_n < N_OUT
         if HAS_BIAS:
             bias_ptrs = bias_ptr + expert * N + offs_n
@@ -235,7 +278,11 @@ def _grouped_nm_kernel(
             result = acc.T
         else:
             result = acc
-        offs_n = tile * 128 + tile_row_order(SWAP)
+        offs_n = tile_row_order(SWAP, ROWS)
+        if PARTS == 1:
+            offs_n += tile * 128
+        else:
+            offs_n += (tile // PARTS) * 128 + part * RS * 8
         mask_n = offs_n < N_OUT
         if HAS_BIAS:
             result += tl.load(bias_ptr + expert * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -255,7 +302,7 @@ def grouped_nm(
     values: torch.Tensor,
     index: torch.Tensor,
     n: int,
-    routing: Routing,
+    routing: Routing | None,
     top_k_index: torch.Tensor,
     config: GroupedConfig,
     *,
@@ -264,6 +311,8 @@ def grouped_nm(
     activation: str = "none",
     gated: bool = False,
     keep_splits: bool = False,
+    first: bool = False,
+    early: bool = False,
 ) -> torch.Tensor:
     """Multiply expert-sorted rows by their expert's 2:4 weight; optionally bias and activation.
 
@@ -271,7 +320,7 @@ def grouped_nm(
         x: (T, K) when `gather`, else (R, K) in the order of `routing`; bf16 or fp16, last dim contiguous.
         values, index: the tensors of an `NMWeight` (E, n, K) in fragment order, of the dtype of x.
         n: rows of the weight, 2 * I when gated.
-        routing: from `route` with config.block_m.
+        routing: from `route` with config.block_m; None: rows in the order of the slots, `MOST_SLOTS` at most.
         top_k_index: (T, top_k), what was routed.
         config: launch sizes; num_warps must be 4, the layout is made for four warps.
         gather: take the token of each row from x, instead of row r from row r.
@@ -279,31 +328,33 @@ def grouped_nm(
         activation: one of moe_reference.ACTIVATIONS, applied in fp32.
         gated: multiply the activated first half of n by the second half.
         keep_splits: return the fp32 partial sums of a split reduction, without bias, for `combine`.
+        first: what is launched next with `early` may begin as soon as all programs of this launch have.
+        early: may begin before the launch in front of it, with `first`, has ended; it waits before x is read.
 
     Returns:
         (R, n), or (R, n / 2) when gated; (config.split_k, R, n) when keep_splits. fp32 accumulation, rounded once to
         the dtype of x; fp32 for keep_splits with split_k > 1. Rows of dropped slots are not written.
     """
-    R, K = routing.slot_of.numel(), x.shape[1]
-    num_blocks = routing.block_expert.numel()
-    split_k = config.split_k
+    R, K, E = top_k_index.numel(), x.shape[1], values.shape[0]
+    num_blocks = block_bound(R, E, config.block_m)
+    split_k, rows = config.split_k, min(config.block_n, _TILE)
+    if rows not in ((_TILE,) if config.swap else (64, _TILE)):
+        raise ValueError(f"block_n of packed weights must be 128, or 64 where not swapped, got {config}")
     separate = (gated and not can_fuse_gate(n)) or (split_k > 1 and not keep_splits)
     fused = not separate and not (keep_splits and split_k > 1)
     n_out = n // 2 if gated and fused else n
     out = torch.empty(split_k, R, n_out, dtype=x.dtype if fused else torch.float32, device=x.device)
     if out.numel():
         tiles, k_steps = triton.cdiv(n, _TILE), triton.cdiv(K, _TILE)
-        _grouped_nm_kernel[(num_blocks * tiles, split_k)](
+        _grouped_nm_kernel[(num_blocks * tiles * (_TILE // rows), split_k)](
             x,
             values,
             index,
             bias if fused and bias is not None else values,
             out,
-            routing.slot_of,
-            routing.offsets,
-            routing.block_expert,
-            routing.block_row,
+            *routed_by(routing, top_k_index),
             R,
+            E,
             n,
             K,
             n_out,
@@ -322,9 +373,16 @@ def grouped_nm(
             BLOCK_M=config.block_m,
             SWAP=config.swap,
             STAGES=config.num_stages,
+            ROWS=rows,
+            OWN=routing is None,
+            EXPERTS=padded_experts(R, E) if routing is None else 0,
+            FIRST=first,
+            EARLY=early,
             num_warps=config.num_warps,
+            **({"launch_pdl": True} if early else {}),
         )
     if separate:
+        assert routing is not None, "an activation of its own reads rows in the order of a routing"
         return activate_rows(
             out, bias, top_k_index, routing.slot_of, routing.offsets, activation, gated=gated, dtype=x.dtype
         )

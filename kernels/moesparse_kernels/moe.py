@@ -160,16 +160,22 @@ def _rebuild(
     return NMWeight(values=values, index=index, shape=(E, N, K), n=n, m=m, order=order, dtype=dtype)
 
 
+def _chosen(backend: str, weight: NMWeight | torch.Tensor, rows: int, hidden: int, intermediate: int) -> str:
+    """The backend that will run."""
+    if isinstance(weight, NMWeight):
+        return choose_nm_backend(backend, weight, rows, hidden, intermediate)
+    return choose_dense_backend(backend, weight, rows)
+
+
 def _choose(
     backend: str, weight: NMWeight | torch.Tensor, rows: int, hidden: int, intermediate: int
 ) -> tuple[str, NMWeight | torch.Tensor]:
     """The backend that will run, and the weight it runs on: dense where the choice is to unpack."""
-    if isinstance(weight, NMWeight):
-        backend = choose_nm_backend(backend, weight, rows, hidden, intermediate)
-        if backend != "unpack":
-            return backend, weight
-        weight, backend = unpack(weight), "auto"
-    return choose_dense_backend(backend, weight, rows), weight
+    chosen = _chosen(backend, weight, rows, hidden, intermediate)
+    if chosen == "unpack" and isinstance(weight, NMWeight):
+        weight = unpack(weight)
+        chosen = choose_dense_backend("auto", weight, rows)
+    return chosen, weight
 
 
 def _up(
@@ -228,7 +234,7 @@ def _layer(
     gated: bool,
     backend: str,
 ) -> torch.Tensor:
-    """(T, H) -> (T, H): both projections on one routing."""
+    """(T, H) -> (T, H): both projections on one routing, or on none."""
     _, H, I = down.shape
     weights = (gate_up, down, gate_up_bias, down_bias, activation, gated)
     most = min(rows_for_native(gate_up), rows_for_native(down)) if backend == "auto" else 0
@@ -239,11 +245,17 @@ def _layer(
     ):
         return layer_native(x, top_k_index, top_k_weights, *weights)
     with torch.cuda.device_of(x):
+        rows = top_k_index.numel()
+        if activation != "swigluoai" and all(_chosen(backend, one, rows, H, I) == "triton" for one in (gate_up, down)):
+            from .moe_gpu import has_few_slots, layer_of_few_slots
+
+            if has_few_slots(gate_up, top_k_index, gated):
+                return layer_of_few_slots(x, top_k_index, top_k_weights, *weights)
         routings = Routings(top_k_index, gate_up.shape[0], route_inside)
         if activation == "swigluoai":
             # no other backend fuses it
-            rows = _up(x, top_k_index, gate_up, gate_up_bias, "none", False, backend, routings)
-            hidden = activate_torch(rows, activation, gated)
+            projected = _up(x, top_k_index, gate_up, gate_up_bias, "none", False, backend, routings)
+            hidden = activate_torch(projected, activation, gated)
         else:
             hidden = _up(x, top_k_index, gate_up, gate_up_bias, activation, gated, backend, routings)
         return _down(hidden, top_k_index, top_k_weights, down, down_bias, backend, routings)

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 
 from .epilogue import activate_rows, combine
 from .grouped_dense import grouped_dense
-from .grouped_nm import grouped_nm
+from .grouped_nm import can_fuse_gate, grouped_nm
 from .layout import NMWeight
+from .own_slots import MOST_SLOTS
 from .schedule import Routing, Routings
 from .semi_structured import down_semi_structured, up_semi_structured
-from .tuning import GroupedConfig, grouped_config
+from .tuning import GroupedConfig, grouped_config, starts_early
 
-__all__ = ["down_gpu", "up_gpu"]
+__all__ = ["down_gpu", "has_few_slots", "layer_of_few_slots", "up_gpu"]
 
 # calls that ran "semi_structured" and for which "triton", which a capture of them takes, has run too
 _WARM: set[tuple[object, ...]] = set()
@@ -32,7 +33,7 @@ def _config(op: str, weight: NMWeight | torch.Tensor, rows: int, device: torch.d
 def _grouped(
     x: torch.Tensor,
     weight: NMWeight | torch.Tensor,
-    routing: Routing,
+    routing: Routing | None,
     top_k_index: torch.Tensor,
     config: GroupedConfig,
     **how,
@@ -121,3 +122,38 @@ def down_gpu(
         # partial sums carry no bias yet
         bias = bias if config.split_k > 1 else None
     return combine(projected, bias, top_k_index, top_k_weights, routing.row_of, rows.dtype)
+
+
+def has_few_slots(gate_up: NMWeight | torch.Tensor, top_k_index: torch.Tensor, gated: bool) -> bool:
+    """Whether "triton" runs a layer by `layer_of_few_slots`."""
+    R, (_, N, _) = top_k_index.numel(), gate_up.shape
+    if R > MOST_SLOTS or (gated and isinstance(gate_up, NMWeight) and not can_fuse_gate(N)):
+        return False
+    return _config("up", gate_up, R, top_k_index.device).split_k == 1
+
+
+def layer_of_few_slots(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: NMWeight | torch.Tensor,
+    down: NMWeight | torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+) -> torch.Tensor:
+    """(T, H) -> (T, H) in three launches, the two GEMMs and the combine: no routing comes before them.
+
+    On sm_90 and later the second and the third may begin while the one before them ends. What the second reads before
+    it waits, top_k_index and its weight, was written before the first began, which itself does not begin early.
+    """
+    configs = [_config(op, weight, top_k_index.numel(), x.device) for op, weight in (("up", gate_up), ("down", down))]
+    early = starts_early(x.device)
+    how = {"activation": activation, "gated": gated}
+    hidden = _grouped(x, gate_up, None, top_k_index, configs[0], gather=True, bias=gate_up_bias, first=early, **how)
+    projected = _grouped(
+        hidden, down, None, top_k_index, configs[1], gather=False, bias=down_bias, keep_splits=True, early=early
+    )
+    bias = down_bias if configs[1].split_k > 1 else None
+    return combine(projected, bias, top_k_index, top_k_weights, None, x.dtype, num_experts=down.shape[0], early=early)

@@ -8,7 +8,7 @@ stable counting sort by expert; every slot becomes one row, so rows of an expert
 A block is at most block_m rows of one expert. How many blocks there are depends on the data, so the schedule is as
 long as it can get and its tail is marked -1: nothing waits for the device, and a CUDA graph can hold the launch.
 
-One launch up to `_CHUNK` slots, two beyond: chunk histograms, then ranks from the histograms of the earlier chunks.
+One launch up to `CHUNK` slots, two beyond: chunk histograms, then ranks from the histograms of the earlier chunks.
 No atomics, so the order is the same in every run.
 """
 
@@ -20,19 +20,19 @@ import triton.language as tl
 
 from .schedule import routing_sizes
 
-__all__ = ["sort_slots"]
+__all__ = ["CHUNK", "experts_of", "sort_slots"]
 
 # slots ranked at a time by comparing every pair of them; fewer when there are many experts, or the tables of slots by
 # experts do not fit the registers
 _SUB = 64
 _SUB_TIMES_EXPERTS = 8192
 # slots one program sorts alone; more are cut into at most _MAX_CHUNKS pieces
-_CHUNK = 1024
+CHUNK = 1024
 _MAX_CHUNKS = 64
 
 
 @triton.jit
-def _experts_of(top_k_index_ptr, slots, R, E):
+def experts_of(top_k_index_ptr, slots, R, E):
     """Expert id of each slot as int32; -1 for sentinels, -2 behind the end."""
     ids = tl.load(top_k_index_ptr + slots, mask=slots < R, other=0)
     ids = tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
@@ -55,7 +55,7 @@ def _histogram_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
     for start in range(0, chunk_size, SUB):
-        ids = _experts_of(top_k_index_ptr, chunk * chunk_size + start + tl.arange(0, SUB), R, E)
+        ids = experts_of(top_k_index_ptr, chunk * chunk_size + start + tl.arange(0, SUB), R, E)
         counts += tl.sum((ids[:, None] == offs_e[None, :]).to(tl.int32), axis=0)
     tl.store(counts_ptr + chunk * BLOCK_E + offs_e, counts)
 
@@ -88,7 +88,7 @@ def _sort_kernel(
     earlier = tl.zeros((BLOCK_E,), dtype=tl.int32)
     if chunks == 1:
         for start in range(0, chunk_size, SUB):
-            ids = _experts_of(top_k_index_ptr, start + tl.arange(0, SUB), R, E)
+            ids = experts_of(top_k_index_ptr, start + tl.arange(0, SUB), R, E)
             total += tl.sum((ids[:, None] == offs_e[None, :]).to(tl.int32), axis=0)
     else:
         for other in range(chunks):
@@ -105,9 +105,9 @@ def _sort_kernel(
     within = tl.arange(0, SUB)
     for start in range(0, chunk_size, SUB):
         slots = chunk * chunk_size + start + within
-        ids = _experts_of(top_k_index_ptr, slots, R, E)
+        ids = experts_of(top_k_index_ptr, slots, R, E)
         # ids of the same slots along the other axis: a second load is cheaper than moving them between threads
-        others = _experts_of(top_k_index_ptr, chunk * chunk_size + start + tl.arange(0, SUB), R, E)
+        others = experts_of(top_k_index_ptr, chunk * chunk_size + start + tl.arange(0, SUB), R, E)
         tied = (ids[:, None] == others[None, :]) & (within[None, :] < within[:, None])
         one_hot = ids[:, None] == offs_e[None, :]
         # dropped slots line up behind the kept ones: all earlier slots less the earlier kept ones
@@ -153,7 +153,7 @@ def sort_slots(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> tor
         return buffer
     block_e = triton.next_power_of_2(num_experts)
     sub = min(_SUB, max(32, _SUB_TIMES_EXPERTS // block_e))
-    wanted = R if R <= _CHUNK else max(_CHUNK, triton.cdiv(R, _MAX_CHUNKS))
+    wanted = R if R <= CHUNK else max(CHUNK, triton.cdiv(R, _MAX_CHUNKS))
     chunk_size = triton.cdiv(wanted, sub) * sub
     chunks = triton.cdiv(R, chunk_size)
     counts = buffer

@@ -25,7 +25,7 @@ import json
 import math
 import os
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,14 @@ import torch
 
 from .schedule import block_bound
 
-__all__ = ["GroupedConfig", "backend_from_table", "block_m_for", "config_folder", "grouped_config"]
+__all__ = [
+    "GroupedConfig",
+    "backend_from_table",
+    "block_m_for",
+    "config_folder",
+    "grouped_config",
+    "starts_early",
+]
 
 # programs wanted for each multiprocessor before the reduction is split further
 _WAVES = 2
@@ -50,7 +57,7 @@ class GroupedConfig:
 
     Attributes:
         block_m: rows of one expert in a program.
-        block_n: weight rows in a program; packed weights have a fixed tile of 128.
+        block_n: weight rows in a program; of packed weights 128, the tile, or 64 where not swapped.
         block_k: columns in a step of the reduction; packed weights have a fixed step of 128.
         split_k: programs that share one reduction; their fp32 partial sums are added afterwards in order.
         group_m: blocks that walk the weight together.
@@ -112,6 +119,14 @@ def _has_wgmma(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
+@cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a launch can begin while the one before it ends: NVIDIA's from sm_90 on; $MOESPARSE_EARLY=0 says no."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
+        return False
+    return os.environ.get("MOESPARSE_EARLY") != "0" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def block_m_for(rows: int, num_experts: int, largest: int) -> int:
     """The smallest block that holds an expert's average share of the rows: 16, 32, 64 ... `largest`."""
     share = rows / max(1, min(rows, num_experts))
@@ -144,10 +159,14 @@ def _heuristic(op: str, rows: int, num_experts: int, n: int, k: int, device: tor
         else:
             base = GroupedConfig(block_m, block_n=128, block_k=64, num_warps=4 if block_m == 64 else 8, num_stages=3)
     blocks = block_bound(rows, num_experts, block_m)
-    split_k = _split_k(blocks * math.ceil(n / base.block_n), math.ceil(k / base.block_k), device)
+    programs = blocks * math.ceil(n / base.block_n)
     # up to block_m rows no expert can have a second block
-    group_m = min(_GROUP_M, blocks) if rows > block_m else 1
-    return GroupedConfig(**{**vars(base), "split_k": split_k, "group_m": group_m})
+    base = replace(base, group_m=min(_GROUP_M, blocks) if rows > block_m else 1)
+    if op.startswith("up") and n % 256 == 0:
+        # a split reduction would need a launch for the activation: half the weight rows in a program instead
+        halves = block_m == 16 and 2 * programs <= _WAVES * _multiprocessors(device)
+        return replace(base, block_n=64) if halves else base
+    return replace(base, split_k=_split_k(programs, math.ceil(k / base.block_k), device))
 
 
 def grouped_config(

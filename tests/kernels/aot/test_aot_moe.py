@@ -3,6 +3,7 @@
 import pytest
 from aot_harness import assert_at_most, assert_no_local_memory, compile_kernel, row
 
+from benchmarks.speed.model import BEFORE, INSTRUCTIONS
 from moesparse_kernels.epilogue import _activate_kernel, _combine_kernel
 from moesparse_kernels.grouped_dense import _grouped_dense_kernel
 from moesparse_kernels.grouped_nm import _grouped_nm_kernel
@@ -16,7 +17,7 @@ ARGUMENTS = {
     **dict.fromkeys(("block_expert_ptr", "block_row_ptr"), "*i32"),
     **dict.fromkeys(("N", "K", "N_OUT", "stride_xm", "stride_wn"), "i32:16"),
     "stride_we": "i64:16",
-    **dict.fromkeys(("R", "tiles", "k_steps", "num_blocks", "split_k", "group_m"), "i32"),
+    **dict.fromkeys(("R", "E", "tiles", "k_steps", "num_blocks", "split_k", "group_m"), "i32"),
 }
 
 
@@ -30,6 +31,10 @@ def constants(block_m, gated, stages, **more):
         "EVEN_K": True,
         "BLOCK_M": block_m,
         "STAGES": stages,
+        "OWN": False,
+        "EXPERTS": 0,
+        "FIRST": False,
+        "EARLY": False,
         **more,
     }
 
@@ -63,16 +68,18 @@ def case(gated, block_m, swap=False):
 # target, block_m, swap, gated, instructions measured per group of four weights
 PACKED = [
     ("sm_80", 16, False, True, 13.9),
-    ("sm_90", 16, False, True, 13.9),
+    ("sm_90", 16, False, True, INSTRUCTIONS[16, 128]),
     ("sm_90", 16, False, False, 13.7),
-    ("sm_90", 32, True, True, 13.6),
-    ("sm_90", 64, True, True, 15.1),
+    ("sm_90", 32, True, True, INSTRUCTIONS[32, 128]),
+    ("sm_90", 64, True, True, INSTRUCTIONS[64, 128]),
 ]
 
 
 @pytest.mark.parametrize(("target", "block_m", "swap", "gated", "measured"), PACKED)
 def test_packed_nvidia(target, block_m, swap, gated, measured, machine_code_rows):
-    code = compile_kernel(_grouped_nm_kernel, ARGUMENTS, constants(block_m, gated, 3, SWAP=swap), target, num_warps=4)
+    code = compile_kernel(
+        _grouped_nm_kernel, ARGUMENTS, constants(block_m, gated, 3, SWAP=swap, ROWS=128), target, num_warps=4
+    )
     loop = code.loop()
     # a thread decodes 128 x 128 / 4 / 128 groups in a step
     machine_code_rows.append(row(code, case(gated, block_m, swap), loop, units=32, unit="group of 4"))
@@ -93,8 +100,36 @@ def test_packed_nvidia(target, block_m, swap, gated, measured, machine_code_rows
     assert_at_most(loop.total / 32, measured, f"{case(gated, block_m, swap)} on {target}: instructions per group")
 
 
+# the launches of a layer of few slots: one token's up, half a tile in a program, and down, which begins early, of more
+# slots than experts; instructions measured per group, and of the program before its first copy
+@pytest.mark.parametrize(
+    ("gated", "rows", "experts", "measured", "before"),
+    [(True, 64, 0, INSTRUCTIONS[16, 64], 505), (False, 128, 8, 13.7, BEFORE[True])],
+)
+def test_packed_without_a_routing(gated, rows, experts, measured, before, machine_code_rows):
+    how = {"SWAP": False, "ROWS": rows, "OWN": True, "EXPERTS": experts, "FIRST": gated, "EARLY": not gated}
+    arguments = ARGUMENTS | {"slot_of_ptr": "*i64:16"}
+    code = compile_kernel(_grouped_nm_kernel, arguments, constants(16, gated, 3, **how), "sm_90", num_warps=4)
+    loop = code.loop()
+    name = f"{case(gated, 16)}, own slots, {rows} weight rows"
+    machine_code_rows.append(row(code, name, loop, units=rows // 4, unit="group of 4"))
+    assert_no_local_memory(code)
+    assert loop.count(r"HMMA") == 32 * rows // 128
+    assert loop.count(r"STS|LDG\.|SHFL") == 0, "the weight went through shared memory"
+    assert loop.count(r"LDGSTS\..*128") == 8 * rows // 128 + 2 + (0 if gated else 1)
+    assert_at_most(loop.total / (rows // 4), measured, f"{name}: instructions per group")
+    first_copy = next(i for i, opcode in enumerate(code.opcodes) if opcode.startswith("LDGSTS"))
+    assert_at_most(first_copy, before, f"{name}: instructions before the first copy")
+    assert ("griddepcontrol.wait" in code.asm["ptx"]) == (not gated)
+    assert "griddepcontrol.launch_dependents" in code.asm["ptx"]
+    # of the first two steps, all 128 lines of a step by 128 threads
+    assert code.asm["ptx"].count("prefetch.global.L2") == (0 if gated else 2)
+
+
 def test_packed_amd(machine_code_rows):
-    code = compile_kernel(_grouped_nm_kernel, ARGUMENTS, constants(16, True, 2, SWAP=False), "gfx942", num_warps=4)
+    code = compile_kernel(
+        _grouped_nm_kernel, ARGUMENTS, constants(16, True, 2, SWAP=False, ROWS=128), "gfx942", num_warps=4
+    )
     machine_code_rows.append(row(code, case(True, 16), code.loop(), units=16, unit="group of 4"))
     assert_no_local_memory(code)
     assert code.count(r"v_mfma") >= 16
@@ -156,10 +191,17 @@ def test_epilogues_and_unpack(target, machine_code_rows):
         **dict.fromkeys(("row_of_ptr", "slot_of_ptr", "num_rows_ptr"), "*i32"),
         **dict.fromkeys(("values_ptr", "index_ptr"), "*i32:16"),
         **dict.fromkeys(("H", "N", "N_OUT", "K"), "i32:16"),
-        **dict.fromkeys(("R", "tiles", "k_steps"), "i32"),
+        **dict.fromkeys(("R", "E", "tiles", "k_steps"), "i32"),
     }
     kernels = {
-        _combine_kernel: {"TOP_K": 8, "SPLIT_K": 2, "HAS_BIAS": True, "BLOCK_H": 1024},
+        _combine_kernel: {
+            "TOP_K": 8,
+            "SPLIT_K": 2,
+            "HAS_BIAS": True,
+            "SORTED": False,
+            "EARLY": target == "sm_90",
+            "BLOCK_H": 1024,
+        },
         _activate_kernel: {"SPLIT_K": 2, "ACTIVATION": "silu", "GATED": True, "HAS_BIAS": True, "BLOCK_N": 1024},
         _unpack_kernel: {},
     }

@@ -70,7 +70,7 @@ def kernels():
 
 def test_every_launch_is_under_a_guard(launches, monkeypatch):
     # 160 slots are two chunks, and a split reduction leaves the activation to a launch of its own
-    monkeypatch.setattr(routing, "_CHUNK", 128)
+    monkeypatch.setattr(routing, "CHUNK", 128)
     monkeypatch.setattr(moe_gpu, "grouped_config", lambda *_: GroupedConfig(16, block_n=64, block_k=64, split_k=2))
     layer = make_layer(2, 1, 1, 128, 128)
     x, index, gates = layer.routed

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from moe_cases import ACTIVATE, SHAPES, assert_layer, assert_within_budget, make_layer, oracle, prune_2_4
 
 from moesparse_kernels import moe, moe_gpu, route, routing
@@ -10,18 +12,36 @@ from moesparse_kernels.grouped_dense import grouped_dense
 from moesparse_kernels.grouped_nm import grouped_nm
 from moesparse_kernels.layout import NMWeight
 from moesparse_kernels.moe import moe_dense, moe_nm
-from moesparse_kernels.schedule import route_torch
+from moesparse_kernels.own_slots import own_slots, padded_experts
+from moesparse_kernels.schedule import block_bound, route_torch
 from moesparse_kernels.tuning import GroupedConfig
 from moesparse_kernels.unpack_fragment import unpack_fragment
+
+
+@triton.jit
+def _own_slots_kernel(ids_ptr, out_ptr, R, E, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
+    block = tl.program_id(0)
+    expert, slots, count = own_slots(ids_ptr, block, R, E, BLOCK_M, EXPERTS)
+    tl.store(out_ptr + block * (BLOCK_M + 2), expert)
+    tl.store(out_ptr + block * (BLOCK_M + 2) + 1, count)
+    tl.store(out_ptr + block * (BLOCK_M + 2) + 2 + tl.arange(0, BLOCK_M), slots)
 
 
 def pack(weight):
     return NMWeight.pack(weight, n=2, m=4).to_order("fragment")
 
 
-def force(monkeypatch, **config):
-    """Give every grouped GEMM these launch sizes."""
-    monkeypatch.setattr(moe_gpu, "grouped_config", lambda *_: GroupedConfig(**config))
+def force(monkeypatch, most_slots=None, **config):
+    """Give every grouped GEMM these launch sizes, but packed ones their own block_n; a routing above `most_slots`."""
+
+    packed_n = config.pop("packed_n", 128)
+
+    def chosen(op, *_):
+        return GroupedConfig(**(config | {"block_n": packed_n} if op.endswith("nm") else config))
+
+    monkeypatch.setattr(moe_gpu, "grouped_config", chosen)
+    if most_slots is not None:
+        monkeypatch.setattr(moe_gpu, "MOST_SLOTS", most_slots)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +57,7 @@ def force(monkeypatch, **config):
 )
 @pytest.mark.parametrize("ids", ["spread", "one expert", "sentinels", "only sentinels"])
 def test_route(T, top_k, E, block_m, dtype, ids, monkeypatch):
-    monkeypatch.setattr(routing, "_CHUNK", 256)
+    monkeypatch.setattr(routing, "CHUNK", 256)
     top_k_index = torch.rand(T, E, generator=torch.Generator().manual_seed(T)).topk(min(top_k, E)).indices.to(dtype)
     if ids == "one expert":
         top_k_index.fill_(E - 1)
@@ -53,7 +73,7 @@ def test_route(T, top_k, E, block_m, dtype, ids, monkeypatch):
 # a piece of 64 and around it, one chunk and around it, chunks of no power of two
 @pytest.mark.parametrize("slots", [1, 63, 64, 65, 255, 256, 257, 400, 1100])
 def test_route_at_every_size(slots, monkeypatch):
-    monkeypatch.setattr(routing, "_CHUNK", 256)
+    monkeypatch.setattr(routing, "CHUNK", 256)
     monkeypatch.setattr(routing, "_MAX_CHUNKS", 3)
     top_k_index = torch.randint(-1, 6, (slots, 1), generator=torch.Generator().manual_seed(slots))
     actual, wanted = route(top_k_index, 5, 16), route_torch(top_k_index, 5, 16)
@@ -78,12 +98,13 @@ def test_route_is_one_kernel_for_all_batches(monkeypatch):
     assert {name: len(found) for name, found in constants.items()} == {"_histogram_kernel": 1, "_sort_kernel": 1}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+# with a routing launched before, and with none
+@pytest.mark.parametrize(("dtype", "most_slots"), [(torch.bfloat16, 0), (torch.float16, 128)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_layer(shape, dtype, monkeypatch):
+def test_layer(shape, dtype, most_slots, monkeypatch):
     *sizes, options = shape
     layer = make_layer(*sizes, dtype=dtype, **options)
-    force(monkeypatch, block_m=16, block_n=64, block_k=64)
+    force(monkeypatch, most_slots, block_m=16, block_n=64, block_k=64)
     sparse = moe_nm(*layer.routed, pack(layer.gate_up), pack(layer.down), **layer.options, backend="triton")
     dense = moe_dense(*layer.routed, layer.gate_up, layer.down, **layer.options, backend="triton")
     assert_layer(sparse, layer, "packed")
@@ -112,13 +133,79 @@ def test_launch_sizes_change_nothing_but_rounding(config, monkeypatch):
     assert torch.equal(sparse, again)
 
 
+class Counted:
+    """A kernel that notes its name at every launch."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.kernel.__name__)
+        return self.kernel[grid]
+
+
+# slots of several blocks of an expert; sentinels; a program of half as many weight rows
+@pytest.mark.parametrize(
+    ("sizes", "options", "packed_n"),
+    [
+        ((18, 1, 2, 136, 128), {"routing": "one"}, 64),
+        ((5, 3, 4, 128, 128), {"routing": "sentinels", "bias": True}, 128),
+    ],
+    ids=str,
+)
+def test_without_a_routing_the_bits_are_the_same(sizes, options, packed_n, monkeypatch):
+    layer = make_layer(*sizes, **options)
+    packed, launched = (pack(layer.gate_up), pack(layer.down)), []
+    for module in (moe_gpu.grouped_nm.__globals__, moe_gpu.grouped_dense.__globals__, combine.__globals__):
+        for name in ("_grouped_nm_kernel", "_grouped_dense_kernel", "_combine_kernel"):
+            if name in module:
+                monkeypatch.setitem(module, name, Counted(module[name], launched))
+    monkeypatch.setitem(routing.sort_slots.__globals__, "_sort_kernel", Counted(routing._sort_kernel, launched))
+    results = []
+    for most_slots in (0, 128):
+        force(monkeypatch, most_slots, block_m=16, block_n=64, block_k=64, packed_n=packed_n)
+        sparse = moe_nm(*layer.routed, *packed, **layer.options, backend="triton")
+        dense = moe_dense(*layer.routed, layer.gate_up, layer.down, **layer.options, backend="triton")
+        results.append((sparse, dense))
+    assert_layer(results[1][0], layer, "packed")
+    for before, without in zip(*results, strict=True):
+        assert torch.equal(before, without)
+    both = [[f"_grouped_{kind}_kernel"] * 2 + ["_combine_kernel"] for kind in ("nm", "dense")]
+    assert launched == ["_sort_kernel", *both[0], "_sort_kernel", *both[1], *both[0], *both[1]]
+
+
+# one slot, blocks that are full and one slot more, no slot of any expert
+@pytest.mark.parametrize(
+    ("R", "E", "block_m"), [(1, 4, 16), (33, 2, 16), (128, 1, 32), (100, 128, 16), (5, 3, 16), (90, 90, 4)]
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_own_slots(R, E, block_m, dtype):
+    ids = torch.randint(-1, E + 1, (R, 1), generator=torch.Generator().manual_seed(R), dtype=dtype)
+    if R == 5:
+        ids.fill_(E)
+    blocks = block_bound(R, E, block_m)
+    out = torch.full((blocks, block_m + 2), -7, dtype=torch.int32)
+    _own_slots_kernel[(blocks,)](ids, out, R, E, BLOCK_M=block_m, EXPERTS=padded_experts(R, E))
+    found = {}
+    for expert, count, *slots in out.tolist():
+        if expert >= 0:
+            assert 0 < count <= block_m
+            found.setdefault(expert, []).append(slots[:count])
+    wanted = {}
+    for slot, expert in enumerate(ids.flatten().tolist()):
+        if 0 <= expert < E:
+            wanted.setdefault(expert, []).append(slot)
+    cut = {e: [slots[i : i + block_m] for i in range(0, len(slots), block_m)] for e, slots in wanted.items()}
+    assert {expert: sorted(cuts) for expert, cuts in found.items()} == cut
+
+
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
 def test_products_accumulate_in_fp32(packed, swap):
     # partial sums leave in fp32: a product that was rounded to 16 bits on the way is far outside this budget
     layer = make_layer(6, 2, 3, 256, 128)
     routing = route(layer.top_k_index, 3, 16)
-    config = GroupedConfig(16, block_n=64, block_k=64, split_k=2, swap=swap)
+    config = GroupedConfig(16, block_n=128 if packed and swap else 64, block_k=64, split_k=2, swap=swap)
     how = {"gather": True, "keep_splits": True}
     if packed:
         weight = pack(layer.gate_up)
