@@ -108,6 +108,14 @@ test-triton: .venv-triton-3.6/.installed .venv-triton-newest/.installed ## kerne
 			tests/kernels/test_interpreter.py tests/kernels/test_aot.py || exit; \
 	done
 
+# the compiler that comes with torch's CUDA packages, by itself
+.cuda-packages/.installed: Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) nvidia-cuda-nvrtc==13.5.37
+	touch $@
+
+test-cuda: $(STAMP) .cuda-packages/.installed ## the CUDA kernel's machine code, by NVIDIA's compiler and without a GPU; not part of `make test`
+	PYTHONPATH=.:kernels:.cuda-packages $(BIN)/python -m pytest -s -p no:cacheprovider tests/kernels/test_cuda_machine_code.py
+
 # torch comes with what it needs; behind it --no-deps, because the full list of vLLM's needs holds much that no test here
 # reaches, and a Triton, with which vLLM looks for a GPU
 VLLM_REQUIREMENTS := tests/vllm_plugin/requirements.txt
@@ -179,6 +187,6 @@ format: $(STAMP) ## ruff's fixes and layout
 	$(BIN)/ruff format .
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .venv-triton-* .venv-vllm-* .venv-transformers4 .venv-newest-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cuda-packages .venv-triton-* .venv-vllm-* .venv-transformers4 .venv-newest-* .venv-peers-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help demo test test-long native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu real test-triton test-vllm test-transformers4 test-newest quickstart gpu gpu-short gpu-cache peers lint format clean
+.PHONY: help demo test test-long native test-native-sanitized test-native-neon bench-cpu bench-llama bench-generate-cpu bench-serve-cpu real test-triton test-cuda test-vllm test-transformers4 test-newest quickstart gpu gpu-short gpu-cache peers lint format clean

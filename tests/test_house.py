@@ -164,4 +164,4 @@ KERNELS_WITH_TRITON = {
     for name, tree in MODULES.items()
     if name.startswith("moesparse_kernels.")
     and any(isinstance(node, ast.Import) and node.names[0].name.startswith("triton") for node in tree.body)
-} | {"moe_gpu", "unpack_fragment"}
+} | {"moe_gpu", "unpack_fragment", "cuda.grouped"}

@@ -1,6 +1,7 @@
 """Which code runs an expert layer: the backends, what each needs, and the choice between them.
 
     native           packed weights of any pattern in row order (or dense weights) through the compiled CPU kernels
+    mma_sp           packed 2:4 weights in mma_sp order through the sparse tensor cores (cuda/), NVIDIA sm_80 and newer
     triton           packed 2:4 weights in fragment order (or dense weights) through the grouped GEMMs of this package
     semi_structured  packed 2:4 weights through torch's sparse tensor-core GEMMs, expert by expert
     unpack           packed weights of any pattern made dense in a scratch, then the dense layer
@@ -9,9 +10,11 @@
 
 The choice depends on the average number of rows per expert, the shape, the dtype and the device: from the device's
 measured table (tuning.py) where it has the shape; on a CPU from `_NATIVE_ROWS`, for a whole layer by the rows of each
-expert (`experts_for_torch`). On a GPU without a table packed 2:4 experts take "triton" for any number of rows: "unpack"
-is the dense layer and the writing of it besides, at every call, so that it never reaches the layer that holds dense
-weights. That "triton" reaches it for many rows is an estimate from instruction counts, nothing was measured.
+expert (`experts_for_torch`). On a GPU without a table packed 2:4 experts take the kernels of the order they are held
+in, for any number of rows: "unpack" is the dense layer and the writing of it besides, at every call, so that it never
+reaches the layer that holds dense weights. `order_on` says which order that should be: "mma_sp" where its kernels are
+asked for and have passed their check on the device, else "fragment", for "triton". That either reaches a dense layer
+for many rows is an estimate from instruction counts, nothing was measured.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from functools import cache
 
 import torch
 
+from .cuda.check import reason_without_mma_sp
 from .layout import NMWeight
 from .native_library import Native, library, reason_without
 from .semi_structured import reason_unavailable
@@ -36,10 +40,11 @@ __all__ = [
     "choose_dense_backend",
     "choose_nm_backend",
     "experts_for_torch",
+    "order_on",
     "rows_for_native",
 ]
 
-NM_BACKENDS = ("auto", "native", "triton", "semi_structured", "unpack", "reference")
+NM_BACKENDS = ("auto", "native", "triton", "mma_sp", "semi_structured", "unpack", "reference")
 DENSE_BACKENDS = ("auto", "native", "triton", "grouped_mm", "reference")
 
 # rows per expert up to which the fused Triton layer is taken for dense experts, where nothing was measured: an estimate
@@ -76,6 +81,27 @@ def _check_triton(device: torch.device, dtype: torch.dtype, order: str = "fragme
         raise ValueError(
             f'backend "triton" must have packed weights in "fragment" order, got {order!r}; '
             f'repack once with weight.to_order("fragment")'
+        )
+
+
+def order_on(device: torch.device, dtype: torch.dtype) -> str:
+    """The order to hold 2:4 weights of 16 bits in on a device; compiles and checks kernels at first use."""
+    if device.type != "cuda":
+        return "row"
+    return "fragment" if reason_without_mma_sp(device, dtype) else "mma_sp"
+
+
+def _check_mma_sp(weight: NMWeight) -> None:
+    if weight.order != "mma_sp":
+        raise ValueError(
+            f'backend "mma_sp" must have packed weights in "mma_sp" order, got {weight.order!r}; '
+            f'repack once with weight.to_order("mma_sp")'
+        )
+    reason = reason_without_mma_sp(weight.device, weight.dtype)
+    if reason is not None:
+        raise ValueError(
+            f'packed weights in "mma_sp" order must be where its kernels run: {reason}; '
+            'reorder once with weight.to_order("fragment")'
         )
 
 
@@ -178,7 +204,7 @@ def _auto_on_others(device: torch.device, dtype: torch.dtype) -> tuple[Auto, Aut
         packed, dense = (Auto(op, dtype, "reference", None, None, reason) for op in ("moe_nm", "moe_dense"))
         return packed, dense
     reason = "an estimate, where nothing was measured for a shape"
-    packed = Auto("moe_nm", dtype, "triton", None, None, reason)
+    packed = Auto("moe_nm", dtype, "mma_sp" if order_on(device, dtype) == "mma_sp" else "triton", None, None, reason)
     if dtype == torch.bfloat16 and hasattr(torch.nn.functional, "grouped_mm"):
         return packed, Auto("moe_dense", dtype, "triton", _FUSED_DENSE_ROWS, "grouped_mm", reason)
     return packed, Auto("moe_dense", dtype, "triton", None, None, "torch has no grouped GEMM of this dtype")
@@ -201,6 +227,9 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
     if backend == "native":
         _check_native(weight, device)
         return backend
+    if backend == "mma_sp":
+        _check_mma_sp(weight)
+        return backend
     if backend == "triton":
         _check_triton(device, weight.dtype, weight.order)
         return backend
@@ -215,10 +244,14 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
         return "native"
     if device.type != "cuda" or weight.dtype.itemsize != 2:
         return "reference"
-    if weight.order != "fragment":
+    own = {"fragment": "triton", "mma_sp": "mma_sp"}.get(weight.order)
+    if own == "mma_sp":
+        _check_mma_sp(weight)
+    if own is None:
         if (weight.n, weight.m) == (2, 4):
             raise ValueError(
-                f'packed 2:4 weights of 16 bits must be in "fragment" order on a GPU, got {weight.order!r}; '
+                'packed 2:4 weights of 16 bits must be in "fragment" or "mma_sp" order on a GPU, '
+                f"got {weight.order!r}; "
                 'reorder once with weight.to_order("fragment"), or ask for backend="unpack"'
             )
         _warn_of_unpacking(f"{weight.n}:{weight.m}")
@@ -228,8 +261,9 @@ def choose_nm_backend(backend: str, weight: NMWeight, rows: int, hidden: int, in
     if measured == "semi_structured" and (
         torch.cuda.is_current_stream_capturing() or reason_unavailable(weight) is not None
     ):
-        return "triton"
-    return measured or "triton"
+        return own
+    # a table says where the kernels on packed weights win, whichever the weight's order has
+    return own if measured in (None, "triton", "mma_sp") else measured
 
 
 @cache

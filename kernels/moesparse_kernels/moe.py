@@ -70,9 +70,9 @@ def moe_nm(
         gate_up_bias: (E, 2 * I) or (E, I), or None.
         down_bias: (E, H) or None.
         backend: "auto" chooses by rows per expert, shape, dtype and device (dispatch.py). "native", the compiled
-            kernels, wants a CPU and row order; "triton" wants 2:4 weights in fragment order, as "auto" does on a GPU;
-            "semi_structured" 2:4 on an NVIDIA GPU, and waits for the device; "unpack" and "reference" run any pattern.
-            "reference" waits for the device on a GPU.
+            kernels, wants a CPU and row order; "mma_sp" (NVIDIA, sm_80 and newer) and "triton" want 2:4 weights in
+            "mma_sp" and in "fragment" order, as "auto" does on a GPU; "semi_structured" wants 2:4 on an NVIDIA GPU, and
+            waits for the device; "unpack" and "reference" run any pattern. "reference" waits for the device on a GPU.
 
     Returns:
         (T, H), dtype of x. No gradient: call under torch.no_grad().

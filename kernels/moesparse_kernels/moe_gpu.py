@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .cuda.grouped import grouped_mma_sp
+from .cuda.plan import block_m_for
 from .epilogue import activate_rows, combine
 from .grouped_dense import grouped_dense
 from .grouped_nm import can_fuse_gate, grouped_nm
@@ -20,7 +22,7 @@ from .tuning import GroupedConfig, grouped_config, starts_early
 
 __all__ = ["down_gpu", "has_few_slots", "layer_of_few_slots", "up_gpu"]
 
-# calls that ran "semi_structured" and for which "triton", which a capture of them takes, has run too
+# calls that ran "semi_structured" and for which the kernels that a capture of them takes have run too
 _WARM: set[tuple[object, ...]] = set()
 
 
@@ -30,7 +32,7 @@ def _config(op: str, weight: NMWeight | torch.Tensor, rows: int, device: torch.d
     return grouped_config(f"{op}_{kind}", rows, E, N, K, weight.dtype, device)
 
 
-def _grouped(
+def _triton(
     x: torch.Tensor,
     weight: NMWeight | torch.Tensor,
     routing: Routing | None,
@@ -43,14 +45,44 @@ def _grouped(
     return grouped_dense(x, weight, routing, top_k_index, config, **how)
 
 
-def _is_cold(op: str, weight: NMWeight, top_k_index: torch.Tensor, *how: object) -> bool:
-    """Whether Triton's kernels for such a call have not run yet; asked once, they have.
+def _grouped(
+    op: str,
+    x: torch.Tensor,
+    weight: NMWeight | torch.Tensor,
+    top_k_index: torch.Tensor,
+    routings: Routings,
+    **how,
+) -> tuple[torch.Tensor, Routing]:
+    """The grouped GEMM of the weight's own kind, and the routing it was made on."""
+    rows = top_k_index.numel()
+    if isinstance(weight, NMWeight) and weight.order == "mma_sp":
+        routing = routings.blocks(block_m_for(rows, weight.shape[0]))
+        return grouped_mma_sp(x, weight, routing, top_k_index, **how), routing
+    config = _config(op, weight, rows, x.device)
+    routing = routings.blocks(config.block_m)
+    return _triton(x, weight, routing, top_k_index, config, **how), routing
 
-    A CUDA graph cannot hold "semi_structured", which waits for the device, and takes "triton" instead. Its kernels
-    would be compiled and loaded while the graph is captured, if no call before it had run them.
+
+def _own(weight: NMWeight) -> str:
+    """The backend of the order that a weight is held in."""
+    return "mma_sp" if weight.order == "mma_sp" else "triton"
+
+
+def _launch_sizes(op: str, weight: NMWeight, rows: int) -> GroupedConfig | int:
+    """What tells apart the kernels of the weight's order that calls of so many rows take."""
+    if weight.order == "mma_sp":
+        return block_m_for(rows, weight.shape[0])
+    return _config(op, weight, rows, weight.device)
+
+
+def _is_cold(op: str, weight: NMWeight, top_k_index: torch.Tensor, *how: object) -> bool:
+    """Whether the kernels of the weight's order for such a call have not run yet; asked once, they have.
+
+    A CUDA graph cannot hold "semi_structured", which waits for the device, and takes these instead. They would be
+    compiled and loaded while the graph is captured, if no call before it had run them.
     """
-    config = _config(op, weight, top_k_index.numel(), weight.device)
-    key = (op, weight.shape, weight.dtype, weight.device, top_k_index.shape[1], top_k_index.dtype, config, *how)
+    sizes = _launch_sizes(op, weight, top_k_index.numel())
+    key = (op, weight.shape, weight.dtype, weight.device, top_k_index.shape[1], top_k_index.dtype, sizes, *how)
     cold = key not in _WARM
     _WARM.add(key)
     return cold
@@ -72,14 +104,14 @@ def up_gpu(
     routings: Routings,
     warm: bool = False,
 ) -> torch.Tensor:
-    """`moe_reference.up_reference` by "triton", "grouped_mm" (dense) or "semi_structured" (packed).
+    """`moe_reference.up_reference` by "triton", "mma_sp", "grouped_mm" (dense) or "semi_structured" (packed).
 
     `warm`: run once what a captured call would take instead of "semi_structured".
     """
     if backend == "semi_structured":
         assert isinstance(weight, NMWeight)
         if warm and _is_cold("up", weight, top_k_index, bias is None, activation, gated):
-            up_gpu(x, top_k_index, weight, bias, activation, gated, "triton", routings)
+            up_gpu(x, top_k_index, weight, bias, activation, gated, _own(weight), routings)
         return up_semi_structured(x, routings.rows(), weight, bias, activation, gated)
     if backend == "grouped_mm":
         assert isinstance(weight, torch.Tensor)
@@ -89,9 +121,8 @@ def up_gpu(
         return activate_rows(
             projected, bias, top_k_index, routing.slot_of, routing.offsets, activation, gated, dtype=x.dtype
         )
-    config = _config("up", weight, top_k_index.numel(), x.device)
-    routing = routings.blocks(config.block_m)
-    return _grouped(x, weight, routing, top_k_index, config, gather=True, bias=bias, activation=activation, gated=gated)
+    how = {"gather": True, "bias": bias, "activation": activation, "gated": gated}
+    return _grouped("up", x, weight, top_k_index, routings, **how)[0]
 
 
 def down_gpu(
@@ -104,11 +135,11 @@ def down_gpu(
     routings: Routings,
     warm: bool = False,
 ) -> torch.Tensor:
-    """`moe_reference.down_reference` by "triton", "grouped_mm" (dense) or "semi_structured" (packed); as `up_gpu`."""
+    """`moe_reference.down_reference` by the backends of `up_gpu`, and as that."""
     if backend == "semi_structured":
         assert isinstance(weight, NMWeight)
         if warm and _is_cold("down", weight, top_k_index, bias is None, top_k_weights.dtype):
-            down_gpu(rows, top_k_index, top_k_weights, weight, bias, "triton", routings)
+            down_gpu(rows, top_k_index, top_k_weights, weight, bias, _own(weight), routings)
         routing = routings.rows()
         projected, bias = down_semi_structured(rows, routing, weight, bias)[None], None
     elif backend == "grouped_mm":
@@ -116,11 +147,11 @@ def down_gpu(
         routing = routings.rows()
         projected = _grouped_mm(rows, weight, routing)[None]
     else:
-        config = _config("down", weight, top_k_index.numel(), rows.device)
-        routing = routings.blocks(config.block_m)
-        projected = _grouped(rows, weight, routing, top_k_index, config, gather=False, bias=bias, keep_splits=True)
+        projected, routing = _grouped(
+            "down", rows, weight, top_k_index, routings, gather=False, bias=bias, keep_splits=True
+        )
         # partial sums carry no bias yet
-        bias = bias if config.split_k > 1 else None
+        bias = bias if projected.shape[0] > 1 else None
     return combine(projected, bias, top_k_index, top_k_weights, routing.row_of, rows.dtype)
 
 
@@ -151,8 +182,8 @@ def layer_of_few_slots(
     configs = [_config(op, weight, top_k_index.numel(), x.device) for op, weight in (("up", gate_up), ("down", down))]
     early = starts_early(x.device)
     how = {"activation": activation, "gated": gated}
-    hidden = _grouped(x, gate_up, None, top_k_index, configs[0], gather=True, bias=gate_up_bias, first=early, **how)
-    projected = _grouped(
+    hidden = _triton(x, gate_up, None, top_k_index, configs[0], gather=True, bias=gate_up_bias, first=early, **how)
+    projected = _triton(
         hidden, down, None, top_k_index, configs[1], gather=False, bias=down_bias, keep_splits=True, early=early
     )
     bias = down_bias if configs[1].split_k > 1 else None

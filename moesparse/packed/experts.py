@@ -3,8 +3,8 @@
 The module takes over all that the dense experts hold but their two matrices: biases, norms, activation, flags, hooks.
 Each matrix becomes two parameters of its name, `gate_up_proj` and `gate_up_proj_meta`: values and bitmask in the "row"
 order of moesparse_kernels.layout, which is what state_dict gives and what a packed checkpoint stores. On a GPU, 2:4
-weights of 16 bits are held in "fragment" order, the one the kernels read; they are reordered when the module moves
-there, never in a forward, and only one order is in memory.
+weights of 16 bits are held in the order that its kernels read, "mma_sp" or "fragment"; they are reordered when the
+module moves there, never in a forward, and only one order is in memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from moesparse.errors import MoESparseError, UnsupportedModelError
 from moesparse.models.blocks import MoEBlock
 from moesparse_kernels import NMWeight, moe_nm
+from moesparse_kernels.dispatch import order_on
+from moesparse_kernels.layout import order_of
 from moesparse_kernels.moe_reference import ACTIVATIONS
 
 __all__ = ["META_SUFFIX", "PACKED_DTYPES", "MatrixLayout", "SparseExperts"]
@@ -133,8 +135,7 @@ class SparseExperts(nn.Module):
         """The packed weight of one matrix, [E, out, in], in the order it is held in; shares memory with the module."""
         layout = self.layouts[name]
         values, index = self.get_parameter(name).data, self.get_parameter(name + META_SUFFIX).data
-        order = "fragment" if values.dtype == torch.int32 else "row"
-        return NMWeight(values, index, layout.shape, layout.n, layout.m, order, self._dtype)
+        return NMWeight(values, index, layout.shape, layout.n, layout.m, order_of(values, index), self._dtype)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() and hidden_states.requires_grad:
@@ -203,7 +204,7 @@ class SparseExperts(nn.Module):
         for name, layout in self.layouts.items():
             weight = self.weight(name)
             if weight.device.type == "cuda" and layout.pattern == "2:4" and weight.dtype.itemsize == 2:
-                self._set(name, weight.to_order("fragment"))
+                self._set(name, weight.to_order(order_on(weight.device, weight.dtype)))
 
     def use_row_order(self) -> None:
         """Hold each matrix in the order of the state dict."""

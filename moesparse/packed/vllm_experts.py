@@ -32,6 +32,8 @@ from moesparse.errors import CheckpointError, UnsupportedModelError, UsageError
 from moesparse.packed.experts import META_SUFFIX, MatrixLayout
 from moesparse.packed.quantizer import METHOD, MoESparseConfig
 from moesparse_kernels import NMWeight, moe_nm
+from moesparse_kernels.dispatch import order_on
+from moesparse_kernels.layout import order_of
 
 __all__ = ["MoESparseQuantization", "PackedExpertsMethod"]
 
@@ -233,7 +235,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
                     f"{self._block}: {name}{META_SUFFIX} is missing in the folder or damaged: {error}"
                 ) from error
             if weight.device.type == "cuda" and layout.pattern == "2:4" and weight.dtype.itemsize == 2:
-                reordered = weight.to_order("fragment")
+                reordered = weight.to_order(order_on(weight.device, weight.dtype))
                 replace_parameter(layer, name, reordered.values)
                 replace_parameter(layer, name + META_SUFFIX, reordered.index)
 
@@ -266,8 +268,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
     def _weight(self, layer: RoutedExperts, name: str) -> NMWeight:
         layout = self._layouts[name]
         values, index = getattr(layer, name), getattr(layer, name + META_SUFFIX)
-        order = "fragment" if values.dtype == torch.int32 else "row"
-        return NMWeight(values, index, layout.shape, layout.n, layout.m, order, self._dtype)
+        return NMWeight(values, index, layout.shape, layout.n, layout.m, order_of(values, index), self._dtype)
 
 
 def _index_byte(layout: MatrixLayout) -> int | None:

@@ -367,7 +367,7 @@ def test_dispatch_makes_no_layer_dense_unasked(monkeypatch):
     monkeypatch.setattr(dispatch, "backend_from_table", lambda *_: "unpack")
     assert choose("auto", OnCuda(), rows=8 * 16, hidden=128, intermediate=128) == "unpack"
     with pytest.raises(
-        ValueError, match=r'must be in "fragment" order on a GPU, got \'row\'; reorder once with weight'
+        ValueError, match=r'must be in "fragment" or "mma_sp" order on a GPU, got \'row\'; reorder once with weight'
     ):
         choose("auto", OnCuda(order="row"), rows=8, hidden=128, intermediate=128)
     assert choose("unpack", OnCuda(order="row"), rows=8, hidden=128, intermediate=128) == "unpack"
