@@ -121,10 +121,13 @@ def _has_wgmma(device: torch.device) -> bool:
 
 @cache
 def starts_early(device: torch.device) -> bool:
-    """Whether a launch can begin while the one before it ends: NVIDIA's from sm_90 on; $MOESPARSE_EARLY=0 says no."""
+    """Whether a launch may begin while the one before it ends: on NVIDIA's from sm_90 on, where $MOESPARSE_EARLY=1 asks.
+
+    It has to be asked for as long as no GPU has run it.
+    """
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
         return False
-    return os.environ.get("MOESPARSE_EARLY") != "0" and torch.cuda.get_device_capability(device)[0] >= 9
+    return os.environ.get("MOESPARSE_EARLY") == "1" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def block_m_for(rows: int, num_experts: int, largest: int) -> int:
