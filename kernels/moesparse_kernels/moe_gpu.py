@@ -176,8 +176,8 @@ def layer_of_few_slots(
 ) -> torch.Tensor:
     """(T, H) -> (T, H) in three launches, the two GEMMs and the combine: no routing comes before them.
 
-    Where `starts_early`, the second and the third may begin while the one before them ends. What the second reads before
-    it waits, top_k_index and its weight, was written before the first began, which itself does not begin early.
+    Where `starts_early`, the second and the third may begin while the one before them ends. What the second reads
+    before it waits, top_k_index and its weight, was written before the first began, which itself does not begin early.
     """
     configs = [_config(op, weight, top_k_index.numel(), x.device) for op, weight in (("up", gate_up), ("down", down))]
     early = starts_early(x.device)

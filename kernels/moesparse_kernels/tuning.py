@@ -121,7 +121,7 @@ def _has_wgmma(device: torch.device) -> bool:
 
 @cache
 def starts_early(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it ends: on NVIDIA's from sm_90 on, where $MOESPARSE_EARLY=1 asks.
+    """Whether a launch may begin while the one before it ends: NVIDIA's from sm_90 on, where $MOESPARSE_EARLY=1 asks.
 
     It has to be asked for as long as no GPU has run it.
     """
