@@ -189,9 +189,10 @@ class IntoFolder:
 
     def keep(self, position: int, note: list[Any] | dict[str, Any], kept: Sequence[Sequence[int]] = ()) -> None:
         ids, views = self._ids(position, kept), self._layers.checkpoint_tensors(position)
-        tensors = self._in_codes(position, views) | self._rounded
-        plain = {key: view for key, view in views.items() if key not in self._expert_keys(position, views)}
-        tensors |= self._source.changed(plain, ids)
+        coded, matrices = self._in_codes(position, views), self._expert_keys(position, views)
+        plain = {key: view for key, view in views.items() if key not in matrices}
+        # what was rounded goes before the source's own rows, which a cut stack is made of
+        tensors = self._source.changed(plain, ids) | coded | self._rounded
         self._rounded, self._scales = {}, {}
         others = (self._source.untouched(views, tensors, ids), self._source.shards)
         self.run.write(_part_name(position), tensors, note, max_shard_bytes=MAX_SHARD_BYTES, copies=others)
