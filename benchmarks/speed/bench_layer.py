@@ -11,13 +11,12 @@ as they come: a run that was cut off goes on where it stopped. Times, flush and 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.speed.common import DEVICE_LOST, Session, parser, start
+from benchmarks.speed.common import DEVICE_LOST, Session, end_with, parser, start
 from benchmarks.speed.shapes import DECODE_TOKENS, DRY_TOKENS, PREFILL_TOKENS
 from moesparse.benchmarking import Shape, bench_layer, contenders_for, print_rows
 from moesparse.benchmarking.layer import ROUTINGS, Contender, ExpertLayer, make_layer
@@ -81,16 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--tokens", nargs="*", type=int, help="instead of the part's own")
     options.add_argument("--dtypes", nargs="*", default=["bfloat16"], choices=["bfloat16", "float16"])
     chosen = options.parse_args(arguments)
-    try:
-        fine = run(start(chosen), chosen.part, chosen.tokens, tuple(chosen.dtypes))
-    except SystemExit as end:
-        if end.code == DEVICE_LOST:
-            # the device's objects would abort an orderly end
-            sys.stdout.flush()
-            os._exit(DEVICE_LOST)
-        raise
-    if not fine:
-        sys.exit(1)
+    end_with(lambda: run(start(chosen), chosen.part, chosen.tokens, tuple(chosen.dtypes)))
 
 
 if __name__ == "__main__":

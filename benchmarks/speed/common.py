@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from benchmarks.results import RESULTS, ResultFile, device_folder
 from benchmarks.speed.shapes import choose_shapes
 from moesparse.benchmarking import Ceilings, Shape, environment, measure_ceilings
 
-__all__ = ["DEVICE_LOST", "Session", "parser", "start"]
+__all__ = ["DEVICE_LOST", "Session", "end_with", "parser", "start"]
 
 DEVICE_LOST = 70
 """Exit code of a script whose device answers no more: a process of its own can go on."""
@@ -82,3 +85,17 @@ def start(options: argparse.Namespace) -> Session:
         again=options.again,
         budget=0.002 if options.dry else 0.06,
     )
+
+
+def end_with(run: Callable[[], bool]) -> None:
+    """End the process with 1 where a script's work was not all fine, and with DEVICE_LOST where it raises that."""
+    try:
+        fine = run()
+    except SystemExit as end:
+        if end.code == DEVICE_LOST:
+            # the device's objects would abort an orderly end
+            sys.stdout.flush()
+            os._exit(DEVICE_LOST)
+        raise
+    if not fine:
+        sys.exit(1)

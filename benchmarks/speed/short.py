@@ -21,7 +21,6 @@ from __future__ import annotations
 import csv
 import functools
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +32,7 @@ import torch
 
 from benchmarks.kernel_cache import use_carried
 from benchmarks.speed import bench_kernels, bench_layer, bench_sparse_mma
-from benchmarks.speed.common import DEVICE_LOST, Session, parser, start
+from benchmarks.speed.common import DEVICE_LOST, Session, end_with, parser, start
 from benchmarks.speed.shapes import DRY_SHAPES, SHAPES
 from benchmarks.speed.tune import problems, seconds_of
 from moesparse.benchmarking import Shape, contenders_for, time_call
@@ -261,16 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.steps == ["call"]:
         call(start(chosen), chosen.tokens)
         return
-    try:
-        fine = run(start(chosen), chosen.steps)
-    except SystemExit as end:
-        if end.code == DEVICE_LOST:
-            # the device's objects would abort an orderly end
-            sys.stdout.flush()
-            os._exit(DEVICE_LOST)
-        raise
-    if not fine:
-        sys.exit(1)
+    end_with(lambda: run(start(chosen), chosen.steps))
 
 
 if __name__ == "__main__":

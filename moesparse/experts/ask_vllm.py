@@ -22,7 +22,10 @@ import torch
 from moesparse.errors import reason_of
 from moesparse.models.layer_counts import COUNT_KEY
 
-__all__ = ["ask_vllm", "installed_vllm"]
+__all__ = ["NOT_KNOWN", "ask_vllm", "installed_vllm"]
+
+NOT_KNOWN = "not known: "
+"""Beginning of the answer where vLLM could not be asked."""
 
 # heads of 32, the smallest that vLLM takes on a CPU; a config takes those sizes that it has
 _SIZES: dict[str, Any] = {
@@ -62,10 +65,10 @@ def installed_vllm() -> str:
     return ""
 
 
-_said: dict[tuple[Any, ...], str | None] = {}
+_said: dict[tuple[Any, ...], str] = {}
 
 
-def ask_vllm(kind: type, config: Any, counts: Sequence[int]) -> str | None:
+def ask_vllm(kind: type, config: Any, counts: Sequence[int]) -> str:
     """What keeps the installed vLLM from loading layers of different counts; "" where nothing does.
 
     Starts two processes, of about 30 CPU seconds each; a process asks once.
@@ -76,8 +79,8 @@ def ask_vllm(kind: type, config: Any, counts: Sequence[int]) -> str | None:
         counts: experts of its blocks afterwards; the least and the most are tried.
 
     Returns:
-        The reason; None where vLLM does not load a small model of this class with equal counts either, or none can be
-        made, so that nothing is known.
+        The reason; it begins with NOT_KNOWN where vLLM does not load a small model of this class with equal counts
+        either, or none can be made.
     """
     key = (kind, min(counts), max(counts))
     if key not in _said:
@@ -85,17 +88,17 @@ def ask_vllm(kind: type, config: Any, counts: Sequence[int]) -> str | None:
     return _said[key]
 
 
-def _ask(kind: type, config: Any, least: int, most: int) -> str | None:
+def _ask(kind: type, config: Any, least: int, most: int) -> str:
     with tempfile.TemporaryDirectory() as work:
-        for name, wanted in (("equal", (most, most)), ("different", (most, least))):
-            folder = Path(work) / name
+        for counts, known in (((most, most), NOT_KNOWN), ((most, least), "")):
+            folder = Path(work) / f"{counts[1]}"
             try:
-                _save_small(kind, config, wanted, folder)
+                _save_small(kind, config, counts, folder)
             except Exception as error:
-                return None if name == "equal" else reason_of(error)
-            said = _load_in_vllm(folder, wanted)
+                return f"{NOT_KNOWN}a small model could not be made: {reason_of(error)}"
+            said = _load_in_vllm(folder, counts)
             if said:
-                return None if name == "equal" else said
+                return f"{known}{said}"
     return ""
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moesparse._version import __version__
 from moesparse.errors import UsageError
-from moesparse.experts.ask_vllm import ask_vllm, installed_vllm
+from moesparse.experts.ask_vllm import NOT_KNOWN, ask_vllm, installed_vllm
 from moesparse.experts.merging import Merged
 from moesparse.experts.router_groups import groups_left
 from moesparse.experts.twins import (
@@ -152,7 +152,7 @@ class RemovalPlan:
         """Who builds layers of different counts: name and version -> "", or what keeps it from that.
 
         Asked of what is installed here, and read from no table; {} where every layer keeps equally many. vLLM, where it
-        is installed, is asked once and takes a minute; it is not named where it takes no model of this class.
+        is installed, is asked once and takes a minute; where it could not be asked, the reason begins with NOT_KNOWN.
         """
         if len(set(self.counts)) == 1:
             return {}
@@ -161,8 +161,7 @@ class RemovalPlan:
         said = said_without_us(self.model, self.config, self.counts)
         found = {f"moesparse {__version__}": "", f"transformers {transformers.__version__}": said}
         engine = installed_vllm()
-        answer = ask_vllm(type(self.model), self.model.config, self.counts) if engine else None
-        return found if answer is None else {**found, engine: answer}
+        return found | ({engine: ask_vllm(type(self.model), self.model.config, self.counts)} if engine else {})
 
     def merge(self, position: int, kept: Tensor, groups: tuple[Merged, ...]) -> None:
         """Note that experts of a block, which is not applied yet, were merged into those that stay.
@@ -331,9 +330,13 @@ def plan_removal(
 def say_readers(readers: Mapping[str, str]) -> str:
     """`RemovalPlan.readers` in words, for the end of a sentence."""
     read = [name for name, why in readers.items() if not why]
-    return ", ".join(
-        [f"read by {' and '.join(read)}", *(f"not by {name} ({why})" for name, why in readers.items() if why)]
-    )
+    words = [f"read by {' and '.join(read)}"]
+    for name, why in readers.items():
+        if why.startswith(NOT_KNOWN):
+            words.append(f"not known of {name} ({why.removeprefix(NOT_KNOWN)})")
+        elif why:
+            words.append(f"not by {name} ({why})")
+    return ", ".join(words)
 
 
 def _check_kept(block: MoEBlock, kept: Tensor) -> Tensor:

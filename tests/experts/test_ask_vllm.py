@@ -1,4 +1,4 @@
-"""Where vLLM cannot be asked, nothing is said of it; what it is asked with is small and of the model's own class.
+"""Where vLLM cannot be asked, that is said; what it is asked with is small and of the model's own class.
 
 What vLLM answers is in tests/vllm_plugin/test_results.py.
 """
@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from moesparse.experts.ask_vllm import _save_small, ask_vllm, installed_vllm
+from moesparse.experts.ask_vllm import NOT_KNOWN, _save_small, ask_vllm, installed_vllm
+from moesparse.experts.surgery import say_readers
 from moesparse.models.blocks import find_moe_blocks
 from moesparse.models.opener import opener
 from moesparse.testing import tiny_model
@@ -30,8 +31,11 @@ def test_the_small_model_has_the_counts_asked_for(family, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_without_vllm_nothing_is_said():
+def test_where_vllm_cannot_be_asked_that_is_said():
     model = tiny_model("mixtral")
     assert installed_vllm() == ""
-    # the process that would load the model of equal counts fails, and so says nothing of different ones
-    assert ask_vllm(type(model), model.config, [8, 6]) is None
+    # the process that would load the model of equal counts fails, and so nothing is known of different ones
+    said = ask_vllm(type(model), model.config, [8, 6])
+    assert said.startswith(f"{NOT_KNOWN}its process ended with 1: ModuleNotFoundError")
+    words = say_readers({"moesparse 1": "", "transformers 2": "it stops", "vllm 3": said})
+    assert words.startswith("read by moesparse 1, not by transformers 2 (it stops), not known of vllm 3 (its process")
